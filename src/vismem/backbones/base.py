@@ -1,0 +1,242 @@
+"""What this project must know of a family of vision-language models, behind one small class.
+
+A family is one file beside this one: a subclass of `Backbone` that names where the tower, its blocks and the
+projector are. Everything here is arithmetic on one image or one block; which tokens are run, and when an adapter is
+on, is decided in `vismem.memory`. To add a family, write the file and one line in `backbones/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotary = tuple[Tensor, Tensor] | None  # cos and sin, each [..., tokens, head_dim]; None in towers without rotation
+
+
+@dataclass
+class Image:
+    """One image (or one tile of one) as the family's processor made it.
+
+    Args:
+        pixels: what the tower reads, in the family's layout, padding removed.
+        grid: patches high and wide.
+        tokens: visual tokens that it takes in the prompt.
+    """
+
+    pixels: Tensor
+    grid: tuple[int, int]
+    tokens: int
+
+
+@dataclass
+class Patches:
+    """One image seen through the short former's adapter: all that a later look at it needs.
+
+    Args:
+        embedded: patch embeddings on their grid, after a learned position embedding: [height, width, d_vision].
+        keys_values: of every block, rotated where the tower rotates: [blocks, 2, heads, patches, head_dim].
+        tokens: visual tokens that the image takes in the prompt.
+    """
+
+    embedded: Tensor
+    keys_values: Tensor
+    tokens: int
+
+
+class Backbone:
+    """A base model, seen through its family's names.
+
+    Subclasses set the class attributes and write the methods below the line; `base` is held, never changed.
+
+    Attributes:
+        model_types: values of `config.model_type` that the family answers to.
+        image_inputs: keyword names under which the processor hands over images; the first is the pixels.
+        tower_targets, language_targets: names of the linear layers that LoRA adapts (query and value projections).
+        fused_qkv: whether the tower's one target is a fused query-key-value projection.
+    """
+
+    model_types: tuple[str, ...] = ()
+    image_inputs: tuple[str, ...] = ()
+    tower_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    language_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    fused_qkv: bool = False
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+
+    # What all families share in transformers.
+
+    @property
+    def model_type(self) -> str:
+        """The family's name in transformers' configs."""
+        return self.base.config.model_type
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The token embedding table."""
+        return self.base.get_input_embeddings()
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head, [d] to [vocab]."""
+        return self.base.get_output_embeddings()
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the language model's width."""
+        return self.base.config.get_text_config().hidden_size
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands for one visual token in `input_ids`."""
+        return self.base.config.image_token_id
+
+    def visual_states(self, places: Tensor, features: Any | None) -> list[Tensor]:
+        """The projector's outputs, row by row (v of Eq. 5).
+
+        Args:
+            places: bool [B, L], True where a visual token stands.
+            features: what the base's `get_image_features` returned, or None where no image was given.
+
+        Returns:
+            For each row a tensor [y, d]; y is 0 where the row has no image.
+
+        Raises:
+            ValueError: if the prompt has another number of image places than the images fill.
+        """
+        counts = places.sum(1).tolist()
+        if features is None:
+            flat = self.embeddings.weight.new_zeros(0, self.hidden_size)
+        else:
+            outputs = features.pooler_output
+            flat = torch.cat([o.reshape(-1, o.shape[-1]) for o in outputs]) if not torch.is_tensor(outputs) else outputs
+        if sum(counts) != len(flat):
+            raise mismatch(sum(counts), len(flat))
+        return list(flat.split(counts))
+
+    def rows_of_images(self, places: Tensor, images: list[Image]) -> list[list[Image]]:
+        """Deals `images`, which are in prompt order, out to rows by their visual tokens' `places` [B, L]."""
+        counts = places.sum(1).tolist()
+        remaining, rows = iter(images), []
+        for count in counts:
+            row: list[Image] = []
+            while count > 0:
+                image = next(remaining, None)
+                if image is None or image.tokens > count:
+                    break
+                row.append(image)
+                count -= image.tokens
+            if count:
+                raise mismatch(sum(counts), sum(image.tokens for image in images))
+            rows.append(row)
+        if next(remaining, None) is not None:
+            raise mismatch(sum(counts), sum(image.tokens for image in images))
+        return rows
+
+    def encode(self, images: list[Image]) -> list[Patches]:
+        """Runs images through the tower's blocks and keeps every block's keys and values.
+
+        Images of one grid go through together. The caller decides whether an adapter is on.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, image in enumerate(images):
+            groups.setdefault(image.grid, []).append(index)
+        found: list[Patches | None] = [None] * len(images)
+        for grid, members in groups.items():
+            start = self.embed_patches([images[i] for i in members])  # [n, patches, d_vision]
+            rotary, hidden, kept = self.patch_rotary(grid), start, []
+            for depth, block in enumerate(self.blocks):
+                query, key, value = self.qkv(block, hidden, rotary)
+                kept.append(torch.stack([key, value], dim=1))  # [n, 2, heads, patches, head_dim]
+                if depth + 1 < len(self.blocks):
+                    hidden = self.finish(block, hidden, self.attend_patches(depth, grid, query, key, value))
+            keys_values = torch.stack(kept, dim=1)
+            raster = self.to_raster(start, grid)
+            for place, index in enumerate(members):
+                found[index] = Patches(raster[place], keys_values[place], images[index].tokens)
+        return found  # type: ignore[return-value]
+
+    # What a family writes.
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision encoder, without the projector."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The tower's transformer blocks."""
+        raise NotImplementedError
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The language model without its head; takes `inputs_embeds`, returns `last_hidden_state`."""
+        raise NotImplementedError
+
+    @property
+    def vision_size(self) -> int:
+        """d_vision, the tower's width."""
+        raise NotImplementedError
+
+    @property
+    def merge(self) -> int:
+        """m: the projector turns m x m patches into one visual token."""
+        raise NotImplementedError
+
+    def images(self, **inputs: Tensor) -> list[Image]:
+        """The images in the processor's output, in prompt order."""
+        raise NotImplementedError
+
+    def embed_patches(self, images: list[Image]) -> Tensor:
+        """Patch embeddings [n, patches, d_vision] of n images of one grid, in the tower's own order."""
+        raise NotImplementedError
+
+    def to_raster(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches [n, patches, d_vision] from the tower's order to [n, height, width, d_vision]."""
+        return patches.unflatten(1, grid)
+
+    def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
+        """Rotation of an image's patches, in the tower's order; None where positions are learned."""
+        return None
+
+    def rotary_at(self, coordinates: Tensor) -> Rotary:
+        """Rotation at free coordinates [..., 2] (row and column, in patches); (0, 0) is no rotation."""
+        return None
+
+    def attend_patches(self, depth: int, grid: tuple[int, int], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention among the patches of one image in block `depth`; windowed towers restrict it here."""
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def qkv(self, block: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of a block for hidden states [n, t, d_vision]: each [n, heads, t, head_dim]."""
+        raise NotImplementedError
+
+    def finish(self, block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a block after attention gave `attended` [n, heads, t, head_dim]: residuals and MLP."""
+        raise NotImplementedError
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The tower's last norm and the projector: [n, N * m * m, d_vision] to [n, N, d], m * m in block order."""
+        raise NotImplementedError
+
+
+def mismatch(wanted: int, given: int) -> ValueError:
+    """The error for images that do not fill the prompt's image places."""
+    return ValueError(
+        f"the prompt has {wanted} image tokens but its images give {given}: let the processor make prompt and pixels "
+        "in one call, one image per image place (an all-black image can count as padding)"
+    )
+
+
+def split_heads(states: Tensor, head_dim: int) -> Tensor:
+    """[n, t, heads * head_dim] to [n, heads, t, head_dim]."""
+    return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def join_heads(states: Tensor) -> Tensor:
+    """[n, heads, t, head_dim] to [n, t, heads * head_dim]."""
+    return states.transpose(1, 2).flatten(-2)

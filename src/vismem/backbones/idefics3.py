@@ -1,0 +1,80 @@
+"""Idefics3 and SmolVLM: a SigLIP tower with learned positions and a pixel shuffle before a linear projector."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vismem.backbones.base import Backbone, Image, Rotary, join_heads, split_heads
+
+
+class Idefics3Backbone(Backbone):
+    """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`."""
+
+    model_types = ("idefics3", "smolvlm")
+    image_inputs = ("pixel_values", "pixel_attention_mask")
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.base.model.vision_model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.tower.encoder.layers
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.base.model.text_model
+
+    @property
+    def vision_size(self) -> int:
+        return self.base.config.vision_config.hidden_size
+
+    @property
+    def merge(self) -> int:
+        return self.base.config.scale_factor
+
+    def images(
+        self, pixel_values: Tensor | None = None, pixel_attention_mask: Tensor | None = None, **_: Tensor
+    ) -> list[Image]:
+        """Images out of `pixel_values` [B, most, 3, H, W]; an all-zero one is the processor's padding."""
+        if pixel_values is None:
+            return []
+        patch = self.tower.patch_size
+        pixels = pixel_values.flatten(0, 1)
+        masks = None if pixel_attention_mask is None else pixel_attention_mask.flatten(0, 1).bool()
+        found = []
+        for index in (pixels != 0).flatten(1).any(1).nonzero().flatten().tolist():
+            height, width = pixels.shape[-2:]
+            tokens = (height // patch) * (width // patch) // self.merge**2
+            if masks is not None:
+                height, width = int(masks[index].any(1).sum()), int(masks[index].any(0).sum())
+            # A patch counts as soon as one of its pixels does, as in the base; a cut-off patch at the edge never.
+            grid = tuple(
+                min(-(-real // patch), full // patch)
+                for real, full in zip((height, width), pixels.shape[-2:], strict=True)
+            )
+            found.append(Image(pixels[index, :, : grid[0] * patch, : grid[1] * patch], grid, tokens))
+        return found
+
+    def embed_patches(self, images: list[Image]) -> Tensor:
+        pixels = torch.stack([image.pixels for image in images])
+        embeddings = self.tower.embeddings
+        weight = embeddings.patch_embedding.weight
+        everywhere = torch.ones(len(images), *images[0].grid, dtype=torch.bool, device=weight.device)
+        return embeddings(pixel_values=pixels.to(weight), patch_attention_mask=everywhere)
+
+    def qkv(self, block: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        attention, states = block.self_attn, block.layer_norm1(hidden)
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        query, key, value = (split_heads(project(states), attention.head_dim) for project in projections)
+        return query, key, value
+
+    def finish(self, block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + block.self_attn.out_proj(join_heads(attended))
+        return hidden + block.mlp(block.layer_norm2(hidden))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        # The connector's shuffle lays the vectors of a block side by side; ours come in blocks already.
+        blocks = self.tower.post_layernorm(hidden).unflatten(1, (-1, self.merge**2)).flatten(2)
+        return self.base.model.connector.modality_projection(blocks)

@@ -1,0 +1,220 @@
+"""Checkpoints: a JSON record, one safetensors file with what was trained, and a model card; the base only by name.
+
+Nothing is unpickled. Weights carry a checksum, and the record says which base they were made for, so a damaged file
+or another base is refused with one line that names both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load
+from safetensors.torch import save as serialize
+from torch import nn
+
+from vismem.backbones import backbone_of
+from vismem.config import VisMemConfig
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "vismem_config.json", "vismem.safetensors", "README.md"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What a memory needs its base to be."""
+
+    model_type: str
+    hidden_size: int
+    vision_size: int
+    vocabulary: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model_type} (hidden size {self.hidden_size}, vision size {self.vision_size}, "
+            f"vocabulary {self.vocabulary})"
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `vismem_config.json` says."""
+
+    config: VisMemConfig
+    base_name: str
+    base: BaseFacts
+    token_ids: dict[str, int]
+    sha256: str
+
+
+def facts_of(base: nn.Module) -> BaseFacts:
+    """The facts of a base model that a memory depends on."""
+    backbone = backbone_of(base)
+    rows = backbone.embeddings.weight.shape[0]
+    return BaseFacts(backbone.model_type, backbone.hidden_size, backbone.vision_size, rows)
+
+
+def token_ids(model) -> dict[str, int]:
+    """Id of each of the model's four tokens, by `"short_invocation"`, `"short_end"`, ..."""
+    tables = {"invocation": model.tokens.invocation_ids, "end": model.tokens.end_ids}
+    return {f"{kind}_{part}": index for part, table in tables.items() for kind, index in table.items()}
+
+
+def trained_state(model) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint holds: `memory.*` and `tokens.*`."""
+    parts = {"memory": model.memory, "tokens": model.tokens}
+    return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+
+
+def save(model, folder: Path) -> None:
+    """Writes a checkpoint of `model` into `folder`, each file whole or not at all."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
+    weights = serialize(state, metadata={"format": "pt"})
+    record = {
+        "format": FORMAT,
+        "config": model.memory_config.to_dict(),
+        "base_name": model.name_or_path,
+        "base": asdict(facts_of(model.base)),
+        "token_ids": token_ids(model),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    _write(folder / WEIGHTS_FILE, weights)
+    _write(folder / CONFIG_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    _write(folder / CARD_FILE, model_card(model).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def locate(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The local folder of a checkpoint: `name` itself, or a download of the hub repository of that name.
+
+    Raises:
+        OSError: if there is no such folder and no such repository can be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_local = folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1
+    if looks_local:
+        raise OSError(f"no checkpoint at {name}: there is no such folder")
+    try:
+        patterns = [CONFIG_FILE, WEIGHTS_FILE]
+        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"no checkpoint {name}: no such folder, and it cannot be had from the hub ({reason})") from error
+
+
+def read_record(folder: Path) -> Record:
+    """Reads and checks `vismem_config.json`.
+
+    Raises:
+        OSError: if it is missing. ValueError: if it is not what `save` writes.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise OSError(f"{folder} is not a VisMem checkpoint: it has no {CONFIG_FILE}")
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes().decode())
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']} is not {FORMAT}, the one this version reads")
+        return Record(
+            VisMemConfig.from_dict(values["config"]),
+            str(values["base_name"]),
+            BaseFacts(**values["base"]),
+            {str(name): int(index) for name, index in values["token_ids"].items()},
+            str(values["sha256"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is damaged or not a VisMem record: {reason}") from error
+
+
+def check_base(record: Record, base: nn.Module, folder: Path) -> None:
+    """Raises ValueError, naming both, unless `base` is of the kind that the checkpoint was made for."""
+    found = facts_of(base)
+    if found != record.base:
+        raise ValueError(
+            f"checkpoint {folder} was made for {record.base_name}, a {record.base}; "
+            f"it does not fit {base.name_or_path or type(base).__name__}, a {found}"
+        )
+
+
+def load_weights(model, folder: Path, record: Record) -> None:
+    """Loads `vismem.safetensors` into an equipped model.
+
+    Raises:
+        OSError: if the file is missing. ValueError: if its checksum, its tensors or the token ids differ.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise OSError(f"{folder} is not a whole checkpoint: it has no {WEIGHTS_FILE}")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        raise ValueError(f"{path} is damaged: its checksum is not the one in {CONFIG_FILE}; get the file again")
+    if token_ids(model) != record.token_ids:
+        raise ValueError(
+            f"checkpoint {folder} was made for a tokenizer with memory tokens {record.token_ids}; "
+            f"this one has {token_ids(model)}"
+        )
+    state, expected = load(content), trained_state(model)
+    odd = sorted(set(state) ^ set(expected)) or [n for n, t in state.items() if t.shape != expected[n].shape]
+    if odd:
+        raise ValueError(f"{path} does not match its {CONFIG_FILE}: tensor {odd[0]} differs")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(state[name])
+
+
+def model_card(model) -> str:
+    """The README.md of a checkpoint, with the front matter that the hub reads."""
+    config, facts = model.memory_config, facts_of(model.base)
+    name = model.name_or_path or facts.model_type
+    trained = sum(tensor.numel() for tensor in trained_state(model).values())
+    total = sum(parameter.numel() for parameter in model.base.parameters())
+    base_line = "" if Path(name).is_absolute() or not name else f"base_model: {name}\n"
+    return f"""---
+library_name: vismem
+pipeline_tag: image-text-to-text
+{base_line}tags:
+- vismem
+- latent-memory
+- {facts.model_type}
+---
+
+# Latent vision memory for {Path(name).name}
+
+Short-term and long-term latent vision memory ([VisMem](https://arxiv.org/abs/2511.11007)) for a frozen
+vision-language model. These files hold the memory only; the base is loaded by its name and is not changed.
+
+| | |
+|---|---|
+| base | `{Path(name).name}`, {facts} |
+| query vectors K | {config.query_length} |
+| short-term vectors N_s | {config.short_length} |
+| long-term vectors N_l | {config.long_length} |
+| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}, query and value projections |
+| start of memory | {config.memory_init} |
+| parameters of the memory | {trained:,} ({100 * trained / total:.2f} % of the base) |
+
+```python
+import vismem
+
+model = vismem.VisMem.from_pretrained("path/to/this/folder")
+out = model.generate(**inputs, max_new_tokens=256, return_dict_in_generate=True)
+print(out.invocations)
+```
+"""

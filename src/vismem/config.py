@@ -1,0 +1,120 @@
+"""The configuration of a memory: lengths, widths and LoRA numbers, with the paper's values as defaults.
+
+Knows nothing of models. Every field is checked when the object is made, so that a wrong value is reported where
+it was written. Symbols are those of the paper (arXiv 2511.11007); `docs/method.md` lists them beside these names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+KINDS = ("short", "long")
+Kind = Literal["short", "long"]
+ALLOWED_LENGTHS = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class VisMemConfig:
+    """What a memory is made of; immutable, and saved as `vismem_config.json`.
+
+    Args:
+        query_length: K, number of query vectors that the builder writes.
+        short_length: N_s, number of short-term memory vectors, one of 2, 4, 8, 16, 32.
+        long_length: N_l, number of long-term memory vectors, one of 2, 4, 8, 16, 32.
+        builder_layers: L, transformer layers of the query builder.
+        builder_heads: attention heads of the query builder.
+        builder_width: inner width of the query builder; None means min(hidden_size, 1024).
+        lora_r, lora_alpha, lora_dropout: rank, scale and dropout of both formers' LoRA adapters (query and value
+            projections, Tab. 4).
+        memory_init: `"pooled"` starts short memory from pooled patches and long memory from the mean token
+            embedding, each plus a learned offset; `"learned"` uses learned constants alone, the literal Eq. 6.
+        max_invocations: most invocations in one answer (sampled and random ones; forced ones are not counted out).
+        min_gap: sampled tokens that must lie between two invocations.
+        delimiters: strings that end a phrase. The first that the tokenizer knows as one token gives the four memory
+            tokens their first rows; `vismem.invocation.Random` can be limited to places after any of them.
+        token_noise: noise added to the copied rows, relative to their RMS.
+
+    Raises:
+        ValueError: if a value is out of range; the message names the field, the value and the rule.
+
+    Example:
+        >>> VisMemConfig(short_length=16).short_length
+        16
+    """
+
+    query_length: int = 8
+    short_length: int = 8
+    long_length: int = 16
+    builder_layers: int = 2
+    builder_heads: int = 8
+    builder_width: int | None = None
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    memory_init: Literal["pooled", "learned"] = "pooled"
+    max_invocations: int = 8
+    min_gap: int = 4
+    delimiters: tuple[str, ...] = (".", ",", ";", ":", "?", "!", "\n")
+    token_noise: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for name in ("query_length", "builder_layers", "builder_heads", "lora_r", "lora_alpha"):
+            self._require(name, _is_int(value := getattr(self, name)) and value >= 1, "a whole number, 1 or more")
+        for name in ("max_invocations", "min_gap"):
+            self._require(name, _is_int(value := getattr(self, name)) and value >= 0, "a whole number, 0 or more")
+        for name in ("short_length", "long_length"):
+            self._require(name, getattr(self, name) in ALLOWED_LENGTHS, f"one of {ALLOWED_LENGTHS}")
+        width = self.builder_width
+        fits = width is None or (_is_int(width) and width > 0 and width % self.builder_heads == 0)
+        self._require("builder_width", fits, f"None or a multiple of builder_heads ({self.builder_heads})")
+        self._require("lora_dropout", _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "in [0, 1)")
+        self._require("token_noise", _is_number(self.token_noise) and self.token_noise >= 0, "0 or more")
+        self._require("memory_init", self.memory_init in ("pooled", "learned"), "'pooled' or 'learned'")
+        object.__setattr__(self, "delimiters", tuple(self.delimiters))
+        strings = bool(self.delimiters) and all(isinstance(text, str) and text for text in self.delimiters)
+        self._require("delimiters", strings, "a non-empty list of strings")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"VisMemConfig.{name} must be {rule}, got {getattr(self, name)!r}")
+
+    def length(self, kind: Kind) -> int:
+        """N of that kind: how many vectors one invocation of it inserts."""
+        return self.short_length if kind == "short" else self.long_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**dataclasses.asdict(self), "delimiters": list(self.delimiters)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VisMemConfig:
+        """The inverse of `to_dict`; unknown names are refused, so that a misspelt field is never ignored."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"VisMemConfig has no field {unknown[0]!r}; was the file written by a newer version?")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> VisMemConfig:
+        """A named preset: `"paper"` (lengths 8 and 16), `"paper-table4"` (4 and 8) or `"pocket"` (16 and 16)."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "paper-table4": {"short_length": 4, "long_length": 8},
+    # The pocket base shows an image as 16 visual tokens and has never read a coarser view of one.
+    "pocket": {"short_length": 16, "long_length": 16, "builder_width": 128, "lora_r": 8, "lora_alpha": 16},
+}

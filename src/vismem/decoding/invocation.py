@@ -1,0 +1,192 @@
+"""Invocation policies: who decides that memory is invoked, and which of the model's own wishes are granted (Eq. 4).
+
+They know token ids and counters, no model. A policy answers two questions of the decoder: may the model sample
+invocation tokens (`samples`), and should one be put in before this row's next token (`inject`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from vismem.config import KINDS, Kind
+
+
+class Place(Protocol):
+    """Where a row stands, as a policy sees it.
+
+    Attributes:
+        index: index of the output row.
+        sampled: how many tokens the row has sampled so far.
+        sighted: whether the row has an image.
+        at_delimiter: whether the row's last token ends a phrase; its very start counts as such.
+    """
+
+    index: int
+    sampled: int
+    sighted: bool
+    at_delimiter: bool
+
+
+class Policy(Protocol):
+    """What the decoder asks of an invocation policy.
+
+    Attributes:
+        samples: whether the model may sample invocation tokens itself.
+        injects: whether `inject` can ever say anything but None.
+        forms: kinds that form a memory; a sampled token of another kind forms nothing and decoding goes on.
+        guarded: whether `max_invocations` and `min_gap` also bind what `inject` puts in.
+    """
+
+    samples: bool
+    injects: bool
+    forms: tuple[Kind, ...]
+    guarded: bool
+
+    def start(self) -> None:
+        """Called at the start of every decode, so that a policy object can be used again."""
+
+    def inject(self, place: Place) -> Kind | None:
+        """The kind to put in before `place` samples, or None. Asked again after each memory until it says None."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The model invokes memory when it samples an invocation token (the default)."""
+
+    samples: bool = True
+    injects: bool = False
+    forms: tuple[Kind, ...] = KINDS
+    guarded: bool = True
+
+    def start(self) -> None:
+        """Nothing to lay out."""
+
+    def inject(self, place: Place) -> Kind | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Only(Learned):
+    """As `Learned`, but only one kind forms memory; the other kind's token forms nothing (note to Tab. 9)."""
+
+    kind: Kind = "short"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forms", (self.kind,))
+
+
+@dataclass(frozen=True)
+class Off(Learned):
+    """No memory at all: the base's own words, token for token."""
+
+    samples: bool = False
+    forms: tuple[Kind, ...] = ()
+
+
+@dataclass
+class Random:
+    """Puts invocations in by chance, kinds drawn evenly (Tab. 3); the model samples none itself.
+
+    Every row draws from its own generator, so a row's invocations do not depend on its neighbours. On a row without
+    an image a drawn short-term invocation is left out.
+
+    Args:
+        rate: chance of an invocation at each place, 0 to 1.
+        where: `"delimiter"` (the answer's start and after each phrase) or `"anywhere"` (before every token).
+        seed: of the draws.
+        kinds: kinds to draw from.
+    """
+
+    rate: float
+    where: Literal["delimiter", "anywhere"] = "delimiter"
+    seed: int = 0
+    kinds: tuple[Kind, ...] = KINDS
+    samples: bool = field(default=False, init=False)
+    injects: bool = field(default=True, init=False)
+    forms: tuple[Kind, ...] = field(default=KINDS, init=False)
+    guarded: bool = field(default=True, init=False)
+    _generators: dict[int, random.Random] = field(default_factory=dict, init=False, repr=False)
+    _asked: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"Random(rate=...) must lie between 0 and 1, got {self.rate!r}")
+        if self.where not in ("delimiter", "anywhere"):
+            raise ValueError(f"Random(where=...) must be 'delimiter' or 'anywhere', got {self.where!r}")
+
+    def start(self) -> None:
+        """Forgets all draws."""
+        self._generators.clear()
+        self._asked.clear()
+
+    def inject(self, place: Place) -> Kind | None:
+        row = place.index
+        if self._asked.get(row) == place.sampled or (self.where == "delimiter" and not place.at_delimiter):
+            return None  # one draw a place
+        self._asked[row] = place.sampled
+        generator = self._generators.setdefault(row, random.Random(f"{self.seed}-{row}"))
+        if generator.random() >= self.rate:
+            return None
+        kind = generator.choice(self.kinds)
+        return kind if place.sighted or kind != "short" else None
+
+
+@dataclass
+class Forced:
+    """Puts invocations in by a schedule of `(row, step, kind)`; the model samples none itself.
+
+    Before a row samples token number `step` (0-based, sampled tokens only), the invocation is put in. Several at one
+    step follow each other in the order given.
+
+    Args:
+        schedule: the triples. A short-term one for a row without an image is refused when decoding starts.
+    """
+
+    schedule: Iterable[tuple[int, int, Kind]]
+    samples: bool = field(default=False, init=False)
+    injects: bool = field(default=True, init=False)
+    forms: tuple[Kind, ...] = field(default=KINDS, init=False)
+    guarded: bool = field(default=False, init=False)
+    _pending: dict[tuple[int, int], list[Kind]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.schedule = [tuple(entry) for entry in self.schedule]
+        for entry in self.schedule:
+            if len(entry) != 3 or not all(isinstance(n, int) and n >= 0 for n in entry[:2]) or entry[2] not in KINDS:
+                raise ValueError(f"Forced takes (row, step, 'short' or 'long') with row and step >= 0, got {entry!r}")
+
+    def start(self) -> None:
+        """Lays the schedule out anew."""
+        self._pending.clear()
+        for row, step, kind in self.schedule:
+            self._pending.setdefault((row, step), []).append(kind)
+
+    def inject(self, place: Place) -> Kind | None:
+        kinds = self._pending.get((place.index, place.sampled))
+        return kinds.pop(0) if kinds else None
+
+    def swapped(self) -> Forced:
+        """The same schedule with kinds exchanged, the counterfactual of stage II."""
+        other = {"short": "long", "long": "short"}
+        return Forced([(row, step, other[kind]) for row, step, kind in self.schedule])
+
+
+NAMES = {"learned": Learned(), "off": Off(), "short": Only(kind="short"), "long": Only(kind="long")}
+
+
+def policy_of(invocation: str | Policy) -> Policy:
+    """The policy that `generate(invocation=...)` means: a name or an object of this module.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if isinstance(invocation, str):
+        if invocation not in NAMES:
+            raise ValueError(f"unknown invocation {invocation!r}; there are {', '.join(NAMES)}, Random and Forced")
+        return NAMES[invocation]
+    if not hasattr(invocation, "inject"):
+        raise ValueError(f"invocation must be a name or a policy of vismem.invocation, got {invocation!r}")
+    return invocation

@@ -1,0 +1,52 @@
+"""What happened while decoding: invocations, and the output that `generate` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from vismem.config import Kind
+
+
+@dataclass
+class Invocation:
+    """One invocation in an answer.
+
+    Args:
+        kind: `"short"` or `"long"`.
+        position: index of the invocation token among the row's new tokens.
+        length: memory vectors inserted; 0 where the policy let this kind form nothing.
+        forced: True where a policy put it in, False where the model sampled it.
+        memory: the vectors themselves [length, d]; not part of comparisons or of `to_dict`.
+    """
+
+    kind: Kind
+    position: int
+    length: int
+    forced: bool
+    memory: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        return {"kind": self.kind, "position": self.position, "length": self.length, "forced": self.forced}
+
+
+@dataclass
+class VisMemOutput(ModelOutput):
+    """What `VisMem.generate(..., return_dict_in_generate=True)` returns.
+
+    Args:
+        sequences: LongTensor [batch, prompt + new]; invocation and end ids are in it, memory slots are not.
+        scores: with `output_scores`, for each new position the processed scores [batch, vocabulary] that its token
+            was drawn from. A token that was put in, not sampled, has 0 for itself and -inf elsewhere: it was certain.
+        logits: with `output_logits`, the same before processors and before any token was forbidden.
+        invocations: for each row its invocations, in order.
+    """
+
+    sequences: torch.LongTensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    invocations: list[list[Invocation]] | None = None

@@ -1,0 +1,82 @@
+"""LoRA (by peft) on a frozen module, in place only inside `with adapter.on():`.
+
+peft wraps the target layers once; the wrappers are then taken out again and kept aside. Outside the context the base
+is, module for module, the one the user gave, so no adapter can be left on while the policy reads or writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+class QueryValueUp(nn.Linear):
+    """LoRA's up-projection for a fused query-key-value layer: it adapts queries and values and gives keys zero.
+
+    Maps [..., r] to [..., 3 * d] with a weight of [2 * d, r].
+    """
+
+    def __init__(self, rank: int, fused: int, **factory) -> None:
+        super().__init__(rank, fused // 3 * 2, bias=False, **factory)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, value = super().forward(x).chunk(2, dim=-1)
+        return torch.cat([query, torch.zeros_like(query), value], dim=-1)
+
+
+class Adapter(nn.Module):
+    """LoRA weights for some linear layers of `module`; as a module of its own it holds the LoRA weights only.
+
+    Args:
+        module: the frozen module whose layers are adapted.
+        targets: names of the linear layers, as peft's `target_modules`.
+        r, alpha, dropout: LoRA's rank, scale and dropout.
+        fused_qkv: whether the targets are fused query-key-value layers of which the key third stays as it is.
+
+    Raises:
+        ValueError: if no layer of `module` has one of the names.
+    """
+
+    def __init__(
+        self, module: nn.Module, targets: tuple[str, ...], r: int, alpha: int, dropout: float, fused_qkv: bool = False
+    ) -> None:
+        super().__init__()
+        trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        had_config = hasattr(module, "peft_config")
+        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
+        inject_adapter_in_model(config, module, adapter_name="memory")
+        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+        self._sites: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self.layers = nn.ModuleDict()
+        for name, layer in layers.items():
+            parent_name, _, attribute = name.rpartition(".")
+            parent = module.get_submodule(parent_name)
+            plain = layer.get_base_layer()
+            setattr(parent, attribute, plain)
+            self._sites.append((parent, attribute, plain, layer))
+            down, weight = layer.lora_A["memory"], layer.lora_B["memory"].weight
+            if fused_qkv:
+                layer.lora_B["memory"] = QueryValueUp(r, weight.shape[0], device=weight.device, dtype=weight.dtype)
+            parts = {"down": down, "up": layer.lora_B["memory"], "dropout": layer.lora_dropout["memory"]}
+            self.layers[name.replace(".", "/")] = nn.ModuleDict(parts)
+        if not had_config and hasattr(module, "peft_config"):
+            del module.peft_config
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Adapts the module while the context lasts, and restores it however the context ends."""
+        for parent, attribute, _plain, layer in self._sites:
+            setattr(parent, attribute, layer)
+        try:
+            yield
+        finally:
+            for parent, attribute, plain, _layer in self._sites:
+                setattr(parent, attribute, plain)

@@ -1,0 +1,102 @@
+"""The query builder (Eq. 5, 9-11): what the model has in mind, turned into K memory queries.
+
+A small pre-norm transformer encoder over `[H ; Q_init]`. H are visual states and hidden states of the current text
+segment; they carry their own positions, so none are learned and there is no length limit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+VISUAL, TEXT, QUERY = range(3)  # rows of the type embedding
+
+
+class Block(nn.Module):
+    """A pre-norm transformer encoder layer: attention, then a GELU MLP of four times the width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x: [n, t, width]; mask: bool [n, 1, t, t], True where a row may look at a column."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class QueryBuilder(nn.Module):
+    """`Q = B([v_1..v_y ; h_1..h_z ; Q_init])[-K:]`, one builder for both kinds of memory.
+
+    Args:
+        hidden_size: d of the base.
+        query_length: K.
+        layers, heads, width: of the encoder; `width` is inner, with one linear in and one out.
+        output_scale: RMS that the queries start with; the RMS of the base's embedding table, so that the language
+            model reads them as it reads words.
+    """
+
+    def __init__(
+        self, hidden_size: int, query_length: int, layers: int, heads: int, width: int, output_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(hidden_size)  # visual states and hidden states can differ fifty-fold in norm
+        self.project_in = nn.Linear(hidden_size, width)
+        self.types = nn.Parameter(torch.randn(3, width) * 0.02)
+        self.query_init = nn.Parameter(torch.randn(query_length, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm_out = nn.LayerNorm(width)
+        self.project_out = nn.Linear(width, hidden_size)
+        nn.init.normal_(self.project_out.weight, std=output_scale * width**-0.5)
+        nn.init.zeros_(self.project_out.bias)
+
+    def encode(self, visual: list[Tensor], states: list[Tensor]) -> Tensor:
+        """The encoder's last layer for n invocations: [n, s + K, width], H first (padded to s), then the queries.
+
+        Args:
+            visual: for each invocation its row's visual states [y, d]; y may be 0.
+            states: for each invocation the hidden states [z, d] that produced the segment's tokens.
+        """
+        weight = self.project_in.weight
+        rows = [torch.cat([v, h]).to(weight) for v, h in zip(visual, states, strict=True)]
+        text = [torch.arange(len(row), device=weight.device) >= len(v) for row, v in zip(rows, visual, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows], device=weight.device)
+        kinds = pad_sequence([t.long() for t in text], batch_first=True)  # [n, s], VISUAL or TEXT
+        held = self.project_in(self.norm_in(pad_sequence(rows, batch_first=True))) + self.types[kinds]
+        queries = (self.query_init + self.types[QUERY]).expand(len(rows), -1, -1)
+        x = torch.cat([held, queries], dim=1)
+        mask = builder_mask(lengths, held.shape[1], queries.shape[1])
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+    def forward(self, visual: list[Tensor], states: list[Tensor]) -> Tensor:
+        """Memory queries [n, K, d]; arguments as for `encode`."""
+        queries = self.encode(visual, states)[:, -self.query_init.shape[0] :]
+        return self.project_out(self.norm_out(queries))
+
+
+def builder_mask(lengths: Tensor, held: int, queries: int) -> Tensor:
+    """Who may look at whom in `[H ; Q_init]`: H at H; queries at H and at each other; H never at the queries.
+
+    Eq. 11 as printed puts the queries first; this follows Eq. 5, which puts them last.
+
+    Args:
+        lengths: int [n], how many of the `held` positions of each row are real.
+        held, queries: padded length of H, and K.
+
+    Returns:
+        bool [n, 1, held + K, held + K], True where the row may look at the column.
+    """
+    position = torch.arange(held + queries, device=lengths.device)
+    real = (position < lengths[:, None]) | (position >= held)  # [n, t]
+    is_query = position >= held
+    return (real[:, None, :] & (is_query[:, None] | ~is_query[None, :]))[:, None]

@@ -1,0 +1,156 @@
+"""The short-term former (Eq. 6): the base's vision encoder with its own adapter looks at the image again.
+
+Patches go through the adapted tower once per image (`encode`); their keys and values serve every later look, which
+runs only the query and the memory positions. Patches never see these, so caching is exact.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vismem.backbones import Backbone, Image, Patches
+from vismem.config import VisMemConfig
+from vismem.memory.adapter import Adapter
+
+
+class ShortTermFormer(nn.Module):
+    """`M = P(F([X, Q, M_init])[-N_s*m*m:])`, X the patches of all the row's images, P the base's projector.
+
+    With `memory_init="pooled"` the memory positions start as a coarse grid of pooled patches, plus a learned offset
+    and a learned mixture of the queries, both zero at first: untrained, a coarse second look at the image.
+    """
+
+    def __init__(self, backbone: Backbone, config: VisMemConfig) -> None:
+        super().__init__()
+        self.backbone, self.pooled = backbone, config.memory_init == "pooled"
+        positions = config.short_length * backbone.merge**2  # the projector merges m x m of them into one vector
+        self.query_in = nn.Linear(backbone.hidden_size, backbone.vision_size)
+        start = torch.zeros(positions, backbone.vision_size)
+        self.memory_init = nn.Parameter(start if self.pooled else 0.02 * torch.randn_like(start))
+        if self.pooled:
+            self.query_mix = nn.Parameter(torch.zeros(positions, config.query_length))
+        self.adapter = Adapter(
+            backbone.tower,
+            backbone.tower_targets,
+            config.lora_r,
+            config.lora_alpha,
+            config.lora_dropout,
+            backbone.fused_qkv,
+        )
+
+    def encode(self, images: list[Image]) -> list[Patches]:
+        """Every image's patch keys and values, through the adapted tower; once per image."""
+        with self.adapter.on():
+            return self.backbone.encode(images)
+
+    def start(self, patches: list[Patches]) -> tuple[Tensor, Tensor]:
+        """M_init for one row before the query's part: vectors [N_s*m*m, d_vision] and coordinates [N_s*m*m, 2]."""
+        if not self.pooled:
+            return self.memory_init, self.memory_init.new_zeros(len(self.memory_init), 2)
+        side = self.backbone.merge
+        shares = share(len(self.memory_init) // side**2, [image.tokens for image in patches])
+        pools = [pool(image.embedded, n, side) for image, n in zip(patches, shares, strict=True) if n]
+        vectors, coordinates = (torch.cat(part) for part in zip(*pools, strict=True))
+        return vectors.to(self.memory_init) + self.memory_init, coordinates
+
+    def forward(self, query: Tensor, patches: list[list[Patches]]) -> Tensor:
+        """Short-term memory for n invocations.
+
+        Args:
+            query: Q [n, K, d].
+            patches: for each invocation the encoded images of its row, in order; at least one.
+
+        Returns:
+            [n, N_s, d], at the scale of the base's visual tokens.
+        """
+        backbone = self.backbone
+        seen = self.query_in(query.to(self.query_in.weight))  # [n, K, d_vision]
+        starts, coordinates = (torch.stack(part) for part in zip(*map(self.start, patches), strict=True))
+        if self.pooled:
+            starts = starts + self.query_mix @ seen
+        hidden = torch.cat([seen, starts], dim=1)  # [n, K + N_s*m*m, d_vision]
+        # The query has no place in the image: coordinates (0, 0) leave it unrotated.
+        rotary = backbone.rotary_at(F.pad(coordinates, (0, 0, seen.shape[1], 0)))
+
+        rows = [torch.cat([image.keys_values for image in row], dim=3) for row in patches]
+        lengths = torch.tensor([row.shape[3] for row in rows], device=hidden.device)
+        longest = int(lengths.max())
+        mask = None
+        if len(set(lengths.tolist())) > 1:
+            position = torch.arange(longest + hidden.shape[1], device=hidden.device)
+            mask = ((position < lengths[:, None]) | (position >= longest))[:, None, None]  # [n, 1, 1, patches + t]
+        with self.adapter.on():
+            for depth, block in enumerate(backbone.blocks):
+                layer = torch.stack([F.pad(row[depth], (0, 0, 0, longest - row.shape[3])) for row in rows])
+                q, k, v = backbone.qkv(block, hidden, rotary)
+                keys = torch.cat([layer[:, 0].to(k), k], dim=2)
+                values = torch.cat([layer[:, 1].to(v), v], dim=2)
+                attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+                hidden = backbone.finish(block, hidden, attended)
+            return backbone.project(hidden[:, seen.shape[1] :]).to(query.dtype)
+
+
+def share(total: int, weights: list[int]) -> list[int]:
+    """Deals `total` vectors out to images in proportion to `weights`, at least one each where `total` allows.
+
+    Where it does not, images at even spaces get one each.
+
+    Example:
+        >>> share(8, [16, 48])
+        [2, 6]
+    """
+    count = len(weights)
+    if count >= total:
+        chosen = {round(i * (count - 1) / max(total - 1, 1)) for i in range(total)}
+        return [int(i in chosen) for i in range(count)]
+    shares = [1] * count
+    for _ in range(total - count):  # each next vector to the image with the most visual tokens per vector
+        shares[max(range(count), key=lambda i: weights[i] / (shares[i] + 1))] += 1
+    return shares
+
+
+def coarse_grid(total: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns with rows * columns = total whose shape is nearest to that of `grid`."""
+    wanted = math.log(grid[0] / grid[1])
+    shapes = [(rows, total // rows) for rows in range(1, total + 1) if total % rows == 0]
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] / shape[1]) - wanted))
+
+
+def averaging(source: int, target: int, device: torch.device) -> Tensor:
+    """[target, source] weights that average a line of `source` cells into `target` even parts, or repeat them."""
+    edges = torch.arange(target + 1, device=device) * source / target
+    cells = torch.arange(source, device=device)
+    if target <= source:
+        inside = (cells >= edges[:-1, None].floor()) & (cells < edges[1:, None].ceil())
+    else:
+        inside = cells == ((edges[:-1] + edges[1:]) / 2).floor()[:, None]
+    return inside / inside.sum(1, keepdim=True)
+
+
+def pool(embedded: Tensor, total: int, side: int) -> tuple[Tensor, Tensor]:
+    """A coarse second look: `total` blocks of side x side cells over an image, in block order.
+
+    Args:
+        embedded: [height, width, d_vision] patch embeddings.
+        total: memory vectors for this image.
+        side: m of the projector.
+
+    Returns:
+        Vectors [total * m * m, d_vision] and the centres [total * m * m, 2] of their regions, in patches.
+    """
+    height, width, _ = embedded.shape
+    rows, columns = coarse_grid(total, (height, width))
+    down = averaging(height, rows * side, embedded.device)
+    across = averaging(width, columns * side, embedded.device)
+    cells = torch.einsum("ah,bw,hwd->abd", down.to(embedded), across.to(embedded), embedded)
+    middle = [weights @ torch.arange(weights.shape[1], device=weights.device).float() for weights in (down, across)]
+    centres = torch.stack(torch.meshgrid(*middle, indexing="ij"), dim=-1)
+
+    def blocks(grid: Tensor) -> Tensor:
+        return grid.reshape(rows, side, columns, side, -1).transpose(1, 2).reshape(total * side**2, -1)
+
+    return blocks(cells), blocks(centres)

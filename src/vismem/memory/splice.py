@@ -1,0 +1,88 @@
+"""Where memories stand in a finished sequence, and how a batch is read with them in place: index arithmetic only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vismem.config import Kind
+
+
+@dataclass(frozen=True)
+class Place:
+    """One invocation in `input_ids`: its kind, the index of its token, and where its segment starts."""
+
+    kind: Kind
+    index: int
+    segment: int
+
+
+def find_invocations(
+    input_ids: Tensor, starts: list[int], invocation_ids: dict[Kind, int], end_ids: dict[Kind, int]
+) -> list[list[Place]]:
+    """The invocations of each row of `input_ids` [B, L]: an invocation token at or after the row's start, and its end."""
+    kind_of = {index: kind for kind, index in invocation_ids.items()}
+    rows = []
+    for row, segment in zip(input_ids.tolist(), starts, strict=True):
+        found = []
+        for index in range(segment, len(row) - 1):
+            kind = kind_of.get(row[index])
+            if kind is not None and row[index + 1] == end_ids[kind]:
+                found.append(Place(kind, index, segment))
+                segment = index + 2
+        rows.append(found)
+    return rows
+
+
+class Splice:
+    """The map from a batch [B, L] to the same batch with memories after their invocation tokens [B, E].
+
+    Args:
+        places: for each row its invocations.
+        memories: for each row and invocation the vectors [N, d], or None where nothing is inserted.
+        length: L.
+    """
+
+    def __init__(self, places: list[list[Place]], memories: list[list[Tensor | None]], length: int) -> None:
+        self.memories = [m for row in memories for m in row if m is not None]
+        rows = []
+        for found, formed in zip(places, memories, strict=True):
+            size = {p.index: len(m) for p, m in zip(found, formed, strict=True) if m is not None}
+            row = []  # (index of the token at or before, how far it moved, whether it is a slot)
+            moved = 0
+            for index in range(length):
+                row.append((index, moved, 0))
+                row += [(index, moved + 1 + slot, 1) for slot in range(size.get(index, 0))]
+                moved += size.get(index, 0)
+            rows.append(row)
+        widest = max(len(row) for row in rows)
+        self.real = torch.tensor([[1] * len(row) + [0] * (widest - len(row)) for row in rows])
+        table = torch.tensor([row + [(0, 0, 0)] * (widest - len(row)) for row in rows])  # [B, E, 3]
+        self.source, self.moved, self.slot = table[..., 0], table[..., 1], table[..., 2].bool()
+        own = (self.real == 1) & ~self.slot
+        self.kept = own.nonzero()[:, 1].view(len(rows), length)
+
+    def embeddings(self, embeds: Tensor) -> Tensor:
+        """[B, L, d] to [B, E, d], with the memories in their slots."""
+        index = self.source.to(embeds.device)[..., None].expand(-1, -1, embeds.shape[-1])
+        spread = embeds.gather(1, index)
+        if not self.memories:
+            return spread
+        return spread.masked_scatter(self.slot.to(embeds.device)[..., None], torch.cat(self.memories).to(embeds))
+
+    def mask(self, attention_mask: Tensor) -> Tensor:
+        """[B, L] to [B, E]: slots are real, padding that the longest row causes is not."""
+        device = attention_mask.device
+        spread = attention_mask.gather(1, self.source.to(device))
+        return spread.masked_fill(self.slot.to(device), 1) * self.real.to(attention_mask)
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """[..., B, L] to [..., B, E]: slots count on from their invocation token, and all that follows moves on."""
+        index = self.source.to(positions.device).expand(*positions.shape[:-1], -1)
+        return positions.gather(-1, index) + self.moved.to(positions)
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """[B, E, d] back to [B, L, d]: the states at the tokens."""
+        return hidden.gather(1, self.kept.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -1,0 +1,398 @@
+"""`VisMem`: a base model with latent vision memory. Equip, generate, forward, save, load.
+
+Holds the pieces together and keeps the base as it was: everything trainable is in `memory` and `tokens`. How memory
+is formed is in `memory/`, how an answer is written in `decoding/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers.utils import ModelOutput, PushToHubMixin
+
+from vismem import checkpoint
+from vismem.backbones import Image, Patches, backbone_of
+from vismem.config import KINDS, Kind, VisMemConfig
+from vismem.decoding.engine import Decoder
+from vismem.decoding.invocation import Policy, policy_of
+from vismem.decoding.trace import VisMemOutput
+from vismem.memory import Memory, Observation
+from vismem.memory.splice import Place, Splice, find_invocations
+from vismem.tokens import MemoryTokens, add_memory_tokens, delimiter_ids, single_token_id
+
+
+@dataclass
+class VisMemForwardOutput(ModelOutput):
+    """What `VisMem.forward` returns.
+
+    Args:
+        loss: mean cross-entropy over `labels`, where given.
+        logits: [B, L, vocabulary], aligned with `input_ids`: slots are read but not listed.
+        memories: for each row its memory vectors [N, d], in order of invocation.
+        states: for each row and invocation the observed states [z, d] that the query was built from.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    memories: list[list[Tensor]] | None = None
+    states: list[list[Tensor]] | None = None
+
+
+class VisMem(nn.Module, PushToHubMixin):
+    """A vision-language model with short-term and long-term latent memory.
+
+    Equipping adds four special tokens to `processor.tokenizer`, freezes the base and builds the memory beside it, in
+    the base's dtype and on its device. The base's modules and weights stay as they are: `model.base` is the model
+    you gave.
+
+    Args:
+        base: a model of a supported family, as `AutoModelForImageTextToText.from_pretrained` gives it.
+        processor: its processor.
+        config: lengths and widths; the paper's by default.
+
+    Raises:
+        ValueError: if no backbone supports the family, or no delimiter is a single token.
+
+    Example:
+        >>> model = vismem.VisMem(base, processor, vismem.VisMemConfig())
+        >>> out = model.generate(**inputs, max_new_tokens=256, return_dict_in_generate=True)
+        >>> out.invocations
+    """
+
+    def __init__(self, base: nn.Module, processor: Any, config: VisMemConfig | None = None) -> None:
+        super().__init__()
+        self.memory_config = config or VisMemConfig()
+        self.base, self.processor = base.eval().requires_grad_(False), processor
+        self.backbone = backbone_of(base)
+        tokenizer = processor.tokenizer
+        delimiter = single_token_id(tokenizer, self.memory_config.delimiters)
+        invocation_ids, end_ids = add_memory_tokens(tokenizer)
+        self.memory = Memory(self.backbone, self.memory_config)
+        self.tokens = MemoryTokens(
+            self.backbone.embeddings,
+            self.backbone.head,
+            invocation_ids,
+            end_ids,
+            delimiter,
+            self.memory_config.token_noise,
+        )
+
+    # The parts that transformers' own tools ask a model for.
+
+    @property
+    def config(self) -> Any:
+        """The base's config; the memory's is `memory_config`."""
+        return self.base.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base's generation defaults."""
+        return self.base.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base's first parameter lies."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's dtype, which the memory follows."""
+        return self.base.dtype
+
+    @property
+    def name_or_path(self) -> str:
+        """The base's name, as checkpoints record it."""
+        return self.base.name_or_path
+
+    def can_generate(self) -> bool:
+        """True; asked by `transformers.pipeline`."""
+        return True
+
+    def train(self, mode: bool = True) -> VisMem:
+        """Sets the memory's training mode; the frozen base always stays in evaluation mode."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def parameters_of(self, part: str) -> list[nn.Parameter]:
+        """Trainable parameters of one part: `"builder"`, `"short"`, `"long"` (stage I) or `"tokens"` (stage II)."""
+        parts = {"builder": self.memory.builder, "short": self.memory.short, "long": self.memory.long}
+        parts["tokens"] = self.tokens
+        if part not in parts:
+            raise ValueError(f"unknown part {part!r}; there are {', '.join(parts)}")
+        return list(parts[part].parameters())
+
+    @cached_property
+    def delimiters(self) -> frozenset[int]:
+        """Ids of the tokens that end a phrase, by `memory_config.delimiters`."""
+        return delimiter_ids(self.processor.tokenizer, self.memory_config.delimiters)
+
+    # Writing.
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        invocation: str | Policy = "learned",
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> VisMemOutput | Tensor:
+        """Writes answers with memory; takes what the base's own `generate` takes.
+
+        Args:
+            inputs: prompt ids [B, L]; or pass `input_ids` with the rest of the processor's output.
+            invocation: `"learned"`, `"off"`, `"short"`, `"long"`, or a policy of `vismem.invocation`.
+            generator, seed: source of the sampling's chance; without either, torch's global one.
+            streamer: as in transformers; invocation and end tokens pass through it too.
+            **kwargs: the processor's tensors, a `generation_config`, and generation keywords. `max_new_tokens`
+                counts sampled tokens: end tokens, memory slots and forced invocations are free.
+
+        Returns:
+            LongTensor [B * num_return_sequences, prompt + new], or a `VisMemOutput` with
+            `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError: for beam search, assisted decoding, attention outputs, a filled cache, an unknown policy, or
+                images that do not fit the prompt.
+        """
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError("assisted decoding is not supported with memory; leave assistant_model out")
+        if isinstance(kwargs.get("custom_generate"), str):
+            raise ValueError("custom_generate is not supported with memory: memory is itself a decoding method")
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("generate needs input_ids: pass the processor's output, model.generate(**inputs)")
+        if seed is not None:
+            generator = torch.Generator(device=self.device).manual_seed(seed)
+        policy = policy_of(invocation)
+
+        def setting(name: str) -> Any:
+            places = (kwargs.get("generation_config"), self.generation_config)
+            return (
+                kwargs[name]
+                if kwargs.get(name) is not None
+                else next((value for place in places if (value := getattr(place, name, None)) is not None), None)
+            )
+
+        # transformers loses these two on the way to a custom decoding method, so they are taken along by hand.
+        copies = setting("num_return_sequences") or 1
+        kwargs["num_return_sequences"] = 1
+        stop_strings, tokenizer = setting("stop_strings"), kwargs.pop("tokenizer", self.processor.tokenizer)
+        if stop_strings:
+            kwargs["stop_strings"] = []
+            criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+            kwargs["stopping_criteria"] = criteria + [StopStringCriteria(tokenizer, stop_strings)]
+        vision = {name: kwargs[name] for name in self.backbone.image_inputs if kwargs.get(name) is not None}
+        places = input_ids == self.backbone.image_token_id
+        images = self.backbone.rows_of_images(places, self.backbone.images(**vision))
+        decoder = Decoder(
+            self.backbone,
+            self.tokens,
+            self.memory,
+            self.memory_config,
+            lambda: self.delimiters,
+            policy,
+            images,
+            copies,
+            streamer,
+            generator,
+        )
+
+        def decode(base, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            return decoder(base, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+
+        return self.base.generate(inputs, custom_generate=decode, streamer=streamer, **kwargs)
+
+    # Training.
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt_length: int | Tensor | None = None,
+        states: list[list[Tensor]] | None = None,
+        forms: tuple[Kind, ...] = KINDS,
+        logits_to_keep: int = 0,
+        **inputs: Tensor,
+    ) -> VisMemForwardOutput:
+        """The training forward: reads answers with their memories in place, all in one pass.
+
+        Every invocation token after the prompt that is followed by its end token forms its memory. The states that
+        a query is built from are an observation, without gradient (as in Eq. 14): pass them as recorded (`states`)
+        or have them recomputed here, one extra forward without gradient for each invocation of the fullest row.
+
+        Args:
+            input_ids: [B, L], prompts and answers; invocation and end ids are in it, slots are not.
+            attention_mask: [B, L], 0 at padding, left or right.
+            labels: [B, L], -100 where no loss is due; end tokens never count, as they are never sampled.
+            prompt_length: where each row's answer starts, padding counted; by default its first label.
+            states: for each row and invocation, observed states [z, d].
+            forms: kinds that form a memory; the tokens of another kind are read as they are.
+            logits_to_keep: return logits of that many last positions only; 0 for all.
+            **inputs: the processor's image tensors (and `mm_token_type_ids` where the family has them).
+
+        Returns:
+            A `VisMemForwardOutput`; gradients reach the builder, the formers and the four tokens' rows.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        starts = self._answer_starts(input_ids, labels, prompt_length)
+        vision = {name: inputs[name] for name in self.backbone.image_inputs if inputs.get(name) is not None}
+        seen = self.backbone.images(**vision)
+        shown = input_ids == self.backbone.image_token_id
+        answer = torch.arange(input_ids.shape[1]) >= torch.tensor(starts)[:, None]
+        written = shown & answer.to(shown.device)
+        if shown.sum() == sum(image.tokens for image in seen):
+            written = torch.zeros_like(shown)  # images in later turns too
+        images = self.backbone.rows_of_images(shown & ~written, seen)
+        with torch.no_grad():
+            features = self.base.get_image_features(**vision, return_dict=True) if vision else None
+        visual = self.backbone.visual_states(shown & ~written, features)
+        places = find_invocations(input_ids, starts, self.tokens.invocation_ids, self.tokens.end_ids)
+        positions = self._positions(input_ids, attention_mask, inputs)
+        embeds = self.tokens.embed(input_ids)
+        if written.any():
+            # The base finds image places by their embedding; an image token that an answer wrote is only a word.
+            embeds = torch.where(written[..., None], embeds * (1 + 2 * torch.finfo(embeds.dtype).eps), embeds)
+        patches = self._encode(places, images) if "short" in forms else {}
+
+        def observation(row: int, place: Place, states: Tensor) -> Observation:
+            segment = embeds[row, place.segment : place.index + 1]
+            return Observation(visual[row], states.detach(), segment.detach(), patches.get(row, []))
+
+        def form(states: list[list[Tensor]]) -> list[list[Tensor | None]]:
+            """Memories for as many invocations of each row as there are states, one batch for each kind."""
+            formed: list[list[Tensor | None]] = [[None] * len(row) for row in places]
+            for kind in forms:
+                wanted = [(r, i) for r, row in enumerate(states) for i in range(len(row)) if places[r][i].kind == kind]
+                if wanted:
+                    memories = self.memory.form(kind, [observation(r, places[r][i], states[r][i]) for r, i in wanted])
+                    for (r, i), memory in zip(wanted, memories, strict=True):
+                        formed[r][i] = memory
+            return formed
+
+        def read(memories: list[list[Tensor | None]]) -> Tensor:
+            splice = Splice(places, memories, input_ids.shape[1])
+            outputs = self.base.model(
+                inputs_embeds=splice.embeddings(embeds),
+                attention_mask=splice.mask(attention_mask),
+                position_ids=splice.positions(positions),
+                mm_encoder_outputs={"image": features} if features is not None else None,
+                use_cache=False,
+            )
+            return splice.gather(outputs.last_hidden_state)
+
+        if states is None:
+            states = [[] for _ in places]
+            with torch.no_grad():
+                for turn in range(max((len(row) for row in places), default=0)):
+                    hidden = read(form(states))  # with the first `turn` memories of each row in place
+                    for row, found in enumerate(places):
+                        if turn < len(found):  # the state at position t produced token t + 1
+                            states[row].append(hidden[row, found[turn].segment - 1 : found[turn].index])
+        memories = form(states)
+        hidden = read(memories)
+        if logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.tokens.extend(self.backbone.head(hidden), hidden)
+        loss = None
+        if labels is not None:
+            ends = torch.tensor(list(self.tokens.end_ids.values()), device=labels.device)
+            labels = labels.masked_fill(torch.isin(labels, ends), -100)[:, -logits.shape[1] :]
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return VisMemForwardOutput(loss=loss, logits=logits, memories=memories, states=states)
+
+    def _answer_starts(self, input_ids: Tensor, labels: Tensor | None, prompt_length: int | Tensor | None) -> list[int]:
+        """Where each row's answer starts."""
+        if prompt_length is not None:
+            return torch.as_tensor(prompt_length).expand(len(input_ids)).tolist()
+        if labels is None:
+            if self.tokens.present(input_ids):
+                raise ValueError("forward needs labels or prompt_length to tell where the answers start")
+            return [input_ids.shape[1]] * len(input_ids)
+        return [int((row != -100).int().argmax()) if (row != -100).any() else len(row) for row in labels]
+
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """Position ids as the base's own generate prepares them: [B, L], or [axes, B, L] with M-RoPE."""
+        missing = {
+            name: input_ids.shape[1] - t.shape[1] for name, t in inputs.items() if name.endswith("token_type_ids")
+        }
+        answers = {name: F.pad(inputs[name], (0, count)) for name, count in missing.items()}  # an answer is text
+        return self.base._prepare_position_ids_for_generation(
+            input_ids, {**inputs, **answers, "input_ids": input_ids, "attention_mask": attention_mask}
+        )
+
+    def _encode(self, places: list[list[Place]], images: list[list[Image]]) -> dict[int, list[Patches]]:
+        """Images of the rows that look at them, through the short former's adapter, in one batch."""
+        rows = [row for row, found in enumerate(places) if any(place.kind == "short" for place in found)]
+        for row in rows:
+            if not images[row]:
+                raise ValueError(f"row {row} invokes short-term memory but has no image")
+        encoded = iter(self.memory.short.encode([image for row in rows for image in images[row]]))
+        return {row: [next(encoded) for _ in images[row]] for row in rows}
+
+    # Saving and loading.
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes `vismem_config.json`, `vismem.safetensors` and a model card; the base is named, not copied.
+
+        Args:
+            save_directory: folder, made if it is not there.
+            push_to_hub: also upload it (`repo_id=`, `private=`, `token=` ... as in transformers).
+        """
+        checkpoint.save(self, Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        base: nn.Module | None = None,
+        processor: Any = None,
+        revision: str | None = None,
+        token: str | None = None,
+        **base_kwargs: Any,
+    ) -> VisMem:
+        """Loads a memory, and its base by the recorded name unless `base` is given.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository on the hub.
+            base, processor: use these instead of loading the recorded ones.
+            revision, token: for a hub repository of the memory.
+            **base_kwargs: for loading the base: `dtype`, `device_map`, `trust_remote_code`, ...
+
+        Raises:
+            ValueError: if the files are damaged, or were made for another base; names both.
+            OSError: if the memory or its base cannot be found.
+        """
+        folder = checkpoint.locate(pretrained_model_name_or_path, revision, token)
+        record = checkpoint.read_record(folder)
+        name = record.base_name if base is None else base.name_or_path
+        if base is None:
+            base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
+        if processor is None:
+            trust = {k: v for k, v in base_kwargs.items() if k == "trust_remote_code"}
+            processor = AutoProcessor.from_pretrained(name, **trust)
+        checkpoint.check_base(record, base, folder)
+        model = cls(base, processor, record.config)
+        checkpoint.load_weights(model, folder, record)
+        return model.eval()
+
+    def extra_repr(self) -> str:
+        return f"base={self.name_or_path!r}, {self.memory_config}"
+
+
+__all__ = ["Kind", "Place", "VisMem", "VisMemForwardOutput"]

@@ -1,0 +1,131 @@
+"""The four memory tokens: their names, ids, input and output rows, and which of them may be sampled (Eq. 3-4).
+
+The rows live here, beside the base's matrices and never in them, so that one base serves many memories. What
+happens when a token is met is the decoder's business (`decoding/engine.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vismem.config import KINDS, Kind
+
+INVOCATION_TOKENS: dict[str, str] = {"short": "<ms_I>", "long": "<ml_I>"}
+END_TOKENS: dict[str, str] = {"short": "<ms_E>", "long": "<ml_E>"}
+
+
+def add_memory_tokens(tokenizer) -> tuple[dict[str, int], dict[str, int]]:
+    """Adds the four tokens to `tokenizer` (a no-op where it has them) and returns their ids by kind.
+
+    Returns:
+        Two dictionaries from kind to id: the invocation tokens' and the end tokens'.
+    """
+    order = [table[kind] for kind in KINDS for table in (INVOCATION_TOKENS, END_TOKENS)]
+    tokenizer.add_special_tokens({"extra_special_tokens": order}, replace_extra_special_tokens=False)
+    ids = dict(zip(order, tokenizer.convert_tokens_to_ids(order), strict=True))
+    return {kind: ids[INVOCATION_TOKENS[kind]] for kind in KINDS}, {kind: ids[END_TOKENS[kind]] for kind in KINDS}
+
+
+def single_token_id(tokenizer, strings: tuple[str, ...]) -> int:
+    """The id of the first string that `tokenizer` writes as one token."""
+    for text in strings:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+            return ids[0]
+    raise ValueError(f"none of the delimiters {strings} is a single token of this tokenizer; set config.delimiters")
+
+
+def delimiter_ids(tokenizer, strings: tuple[str, ...]) -> frozenset[int]:
+    """All ids whose text, spaces apart, is one of the delimiter strings (so '.', ' .' and '.\\n' for '.')."""
+    wanted = {text.strip(" ") for text in strings}
+    bare = {text.strip() for text in strings} - {""}
+    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if text.strip(" ") in wanted or text.strip() in bare)
+
+
+class MemoryTokens(nn.Module):
+    """Rows of the four memory tokens, as trainable parameters beside a base's embedding table and output head.
+
+    Invocation and end rows are separate parameters because stage II trains them at different rates. Each starts as a
+    delimiter's row plus noise of `noise` times its RMS; where the output head is tied to the embedding table the
+    output rows are the input rows.
+
+    Args:
+        table: the base's input embedding, `weight` [vocab, d].
+        head: the base's output head, `weight` [vocab, d].
+        invocation_ids, end_ids: id of each kind's token.
+        delimiter: id of the token whose rows are copied.
+        noise: relative size of the noise.
+    """
+
+    def __init__(
+        self,
+        table: nn.Embedding,
+        head: nn.Module,
+        invocation_ids: dict[str, int],
+        end_ids: dict[str, int],
+        delimiter: int,
+        noise: float,
+    ) -> None:
+        super().__init__()
+        self.invocation_ids, self.end_ids = invocation_ids, end_ids
+        self.kind_of: dict[int, Kind] = {index: kind for kind, index in invocation_ids.items()}
+        self._ids = [*(invocation_ids[kind] for kind in KINDS), *(end_ids[kind] for kind in KINDS)]
+        self._base = {"table": table, "head": head}  # a dict, so that the base is not registered a second time
+
+        def start(weight: Tensor) -> nn.Parameter:
+            row = weight[delimiter].detach().float()
+            scale = noise * row.pow(2).mean().sqrt()
+            return nn.Parameter((row + scale * torch.randn(2, row.numel(), device=row.device)).to(weight.dtype))
+
+        self.invocation, self.end = start(table.weight), start(table.weight)
+        self.tied = head.weight is table.weight or head.weight.data_ptr() == table.weight.data_ptr()
+        if not self.tied:
+            self.invocation_output, self.end_output = start(head.weight), start(head.weight)
+
+    @property
+    def base_vocabulary(self) -> int:
+        """Width of the base's own logits."""
+        return self._base["head"].weight.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits with the four tokens in them."""
+        return max(self.base_vocabulary, max(self._ids) + 1)
+
+    def present(self, input_ids: Tensor) -> bool:
+        """Whether any of the four ids occurs in `input_ids`."""
+        return bool(torch.isin(input_ids, torch.tensor(self._ids, device=input_ids.device)).any())
+
+    def row(self, kind: Kind, which: str) -> Tensor:
+        """The input row [d] of a kind's `"invocation"` or `"end"` token."""
+        return getattr(self, which)[KINDS.index(kind)]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Input embeddings [..., d] of ids [...]: the base's table, with the four rows laid over it."""
+        rows = torch.cat([self.invocation, self.end])
+        ids = torch.tensor(self._ids, device=input_ids.device)
+        hits = input_ids.unsqueeze(-1) == ids  # [..., 4]
+        known = self._base["table"](input_ids.masked_fill(hits.any(-1), 0))
+        if not hits.any():
+            return known
+        return torch.where(hits.any(-1, keepdim=True), rows[hits.int().argmax(-1)].to(known.dtype), known)
+
+    def extend(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """Base logits [..., base_vocabulary] from `hidden` [..., d], widened to [..., vocabulary] with the four."""
+        rows = torch.cat([self.invocation, self.end] if self.tied else [self.invocation_output, self.end_output])
+        wide = nn.functional.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=float("-inf"))
+        index = torch.tensor(self._ids, device=logits.device)
+        return wide.index_copy(-1, index, (hidden.to(rows.dtype) @ rows.T).to(logits.dtype))
+
+    def forbid(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        """Sets to -inf what may not be sampled: both end tokens always, each invocation token where not `allowed`.
+
+        Args:
+            logits: [..., vocabulary].
+            allowed: bool [..., 2], in the order of `KINDS`.
+        """
+        index = torch.tensor(self._ids, device=logits.device)
+        open_ = torch.cat([allowed, torch.zeros_like(allowed)], dim=-1)  # [..., 4]
+        return logits.index_copy(-1, index, logits[..., index].masked_fill(~open_, float("-inf")))
