@@ -180,9 +180,7 @@ def test_a_description_before_the_question_keeps_its_answer_to_itself():
     for task in ("colour", "digit", "sum", "label", "item"):
         conversation = sample_conversation(Random(2), task=task, after_description=True)
         assert conversation.turns[-2].question.task.startswith("describe")
-        assert conversation.turns[-2].question.task == (
-            "describe_prices" if task == "colour" else "describe_tags"
-        )
+        assert conversation.turns[-2].question.task == ("describe_prices" if task == "colour" else "describe_tags")
 
 
 def test_bad_requests_say_what_is_wrong():

@@ -1,9 +1,35 @@
 """VisMem: short-term and long-term latent vision memory for any vision-language model (arXiv 2511.11007)."""
 
-from vismem.config import VisMemConfig
-from vismem.decoding import invocation
-from vismem.decoding.trace import Invocation, VisMemOutput
-from vismem.model import VisMem
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vismem.config import VisMemConfig
+    from vismem.decoding import invocation
+    from vismem.decoding.trace import Invocation, VisMemOutput
+    from vismem.model import VisMem
 
 __version__ = "0.1.0"
 __all__ = ["Invocation", "VisMem", "VisMemConfig", "VisMemOutput", "invocation"]
+
+# Imported when first asked for, so that `vismem --help` does not wait for torch.
+_HOMES = {
+    "Invocation": "vismem.decoding.trace",
+    "VisMem": "vismem.model",
+    "VisMemConfig": "vismem.config",
+    "VisMemOutput": "vismem.decoding.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "invocation":
+        return import_module("vismem.decoding.invocation")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'vismem' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -35,7 +35,7 @@ class VisMemForwardOutput(ModelOutput):
 
     Args:
         loss: mean cross-entropy over `labels`, where given.
-        logits: [B, L, vocabulary], aligned with `input_ids`: slots are read but not listed.
+        logits: [B, L, vocabulary], aligned with `input_ids`: slots are read but not listed. End tokens are -inf.
         memories: for each row its memory vectors [N, d], in order of invocation.
         states: for each row and invocation the observed states [z, d] that the query was built from.
     """
@@ -191,8 +191,8 @@ class VisMem(nn.Module, PushToHubMixin):
         stop_strings, tokenizer = setting("stop_strings"), kwargs.pop("tokenizer", self.processor.tokenizer)
         if stop_strings:
             kwargs["stop_strings"] = []
-            criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
-            kwargs["stopping_criteria"] = criteria + [StopStringCriteria(tokenizer, stop_strings)]
+            stop, criteria = StopStringCriteria(tokenizer, stop_strings), kwargs.get("stopping_criteria") or []
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
         vision = {name: kwargs[name] for name in self.backbone.image_inputs if kwargs.get(name) is not None}
         places = input_ids == self.backbone.image_token_id
         images = self.backbone.rows_of_images(places, self.backbone.images(**vision))
@@ -307,6 +307,7 @@ class VisMem(nn.Module, PushToHubMixin):
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.tokens.extend(self.backbone.head(hidden), hidden)
+        logits = self.tokens.forbid(logits, torch.ones(2, dtype=torch.bool, device=logits.device))
         loss = None
         if labels is not None:
             ends = torch.tensor(list(self.tokens.end_ids.values()), device=labels.device)

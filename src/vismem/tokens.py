@@ -124,8 +124,8 @@ class MemoryTokens(nn.Module):
 
         Args:
             logits: [..., vocabulary].
-            allowed: bool [..., 2], in the order of `KINDS`.
+            allowed: bool [..., 2] or [2], in the order of `KINDS`.
         """
         index = torch.tensor(self._ids, device=logits.device)
-        open_ = torch.cat([allowed, torch.zeros_like(allowed)], dim=-1)  # [..., 4]
+        open_ = torch.cat([allowed, torch.zeros_like(allowed)], dim=-1)  # [..., 4] or [4]
         return logits.index_copy(-1, index, logits[..., index].masked_fill(~open_, float("-inf")))

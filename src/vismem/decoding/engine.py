@@ -236,7 +236,7 @@ class Decoder:
         if len(lengths) == 1:
             scores = self.processors(self.ids[:, : lengths.pop()], logits)
         else:  # each row is processed at its own length, as if it were alone
-            scores = torch.empty_like(logits)
+            scores = logits.clone()
             for length in lengths:
                 index = [row.index for row in rows if self.start + len(row.tokens) == length]
                 scores[index] = self.processors(self.ids[:, :length], logits.clone())[index]

@@ -147,13 +147,14 @@ class Forced:
 
     schedule: Iterable[tuple[int, int, Kind]]
     samples: bool = field(default=False, init=False)
-    injects: bool = field(default=True, init=False)
+    injects: bool = field(default=True, init=False)  # False for an empty schedule, which is the base alone
     forms: tuple[Kind, ...] = field(default=KINDS, init=False)
     guarded: bool = field(default=False, init=False)
     _pending: dict[tuple[int, int], list[Kind]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.schedule = [tuple(entry) for entry in self.schedule]
+        self.injects = bool(self.schedule)
         for entry in self.schedule:
             if len(entry) != 3 or not all(isinstance(n, int) and n >= 0 for n in entry[:2]) or entry[2] not in KINDS:
                 raise ValueError(f"Forced takes (row, step, 'short' or 'long') with row and step >= 0, got {entry!r}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import torch
 from torch import Tensor, nn
 
 from vismem.backbones import Backbone, Patches

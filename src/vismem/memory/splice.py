@@ -22,7 +22,7 @@ class Place:
 def find_invocations(
     input_ids: Tensor, starts: list[int], invocation_ids: dict[Kind, int], end_ids: dict[Kind, int]
 ) -> list[list[Place]]:
-    """The invocations of each row of `input_ids` [B, L]: an invocation token at or after the row's start, and its end."""
+    """Invocations in `input_ids` [B, L], row by row: an invocation token at or after `starts`, and its end token."""
     kind_of = {index: kind for kind, index in invocation_ids.items()}
     rows = []
     for row, segment in zip(input_ids.tolist(), starts, strict=True):

@@ -1,0 +1,119 @@
+"""The command line: finds the command, runs it, and turns what goes wrong into one line and an exit code.
+
+Exit codes: 0 done; 1 failed - what was named cannot be used (a broken, unreadable or too large image, a damaged or
+unknown checkpoint, a device that is not here); 2 misuse - the command line itself is wrong (an unknown command or
+option, a value out of range, an empty question, an image path that is not a file); 130 interrupted with Ctrl-C; 141
+the reader of the output went away. Errors are one line on stderr, `vismem: error: ...`; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+from vismem import __version__
+from vismem.commands import COMMANDS
+from vismem.commands.parsing import Misuse, Parser, one_line, say
+
+FAILED, MISUSE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+
+
+def overview() -> Parser:
+    """The parser of `vismem` itself, which knows the commands' names only."""
+    lines = [f"  {name:<8}{summary}" for name, summary in COMMANDS.items()]
+    parser = Parser(
+        "vismem",
+        "Short-term and long-term latent vision memory for vision-language models.",
+        "\n".join(["commands:", *lines, "", "`vismem COMMAND --help` says more. Example:"]),
+        'vismem ask shelf.png "Which price is lowest?"',
+        usage="vismem COMMAND ... | --help | --version",
+    )
+    parser.add_argument("--version", action="version", version=f"vismem {__version__}")
+    return parser
+
+
+def dispatch(arguments: list[str], debug: list[bool]) -> int:
+    """Parses, and runs the command; notes in `debug` that the user asked for tracebacks."""
+    if not arguments or arguments[0].startswith("-"):
+        overview().parse_args(arguments)
+        raise Misuse("no command given (see `vismem --help`)")
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise Misuse(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
+    command = import_module(f"vismem.commands.{name}")
+    options = command.parser().parse_intermixed_args(rest) if name != "bench" else command.parser().parse_args(rest)
+    if options.debug:
+        debug.append(True)
+    else:
+        warnings.simplefilter("ignore")
+    return command.run(options) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; the entry point of `vismem`.
+
+    Args:
+        argv: the arguments after the program's name; those of the process by default.
+
+    Example:
+        >>> main(["--version"])
+        vismem 0.1.0
+        0
+    """
+    arguments, debug = list(sys.argv[1:] if argv is None else argv), []
+    with contextlib.suppress(AttributeError):  # a character that the terminal cannot show is no reason to stop
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        with warnings.catch_warnings():
+            code = dispatch(arguments, debug)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # argparse's --help and --version, and benchmarks
+        if isinstance(stop.code, str):
+            return report(stop.code, FAILED)
+        return flushed(stop.code or 0)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return flushed(INTERRUPTED)
+    except BrokenPipeError:
+        silence_stdout()
+        return PIPE_CLOSED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return flushed(report(one_line(error), MISUSE if isinstance(error, Misuse) else FAILED))
+
+
+def report(message: str, code: int) -> int:
+    """Says what went wrong on stderr, and passes the exit code on."""
+    say(f"error: {message}")
+    return code
+
+
+def flushed(code: int) -> int:
+    """Flushes stdout, whose reader may be gone by now, and passes the exit code on."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence_stdout()
+        return PIPE_CLOSED
+    except OSError:
+        silence_stdout()
+    return code
+
+
+def silence_stdout() -> None:
+    """Points stdout at nothing, so that Python's own flush at exit does not complain a second time."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
