@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -288,7 +289,7 @@ def test_cached_patches_give_the_same_memory(family):
         engine.Decoder.observe = observe
     assert len(encoded) > 2 * sizes
     assert torch.equal(cached.sequences, fresh.sequences)
-    for ours, theirs in zip(sum(cached.invocations, []), sum(fresh.invocations, []), strict=True):
+    for ours, theirs in zip(chain(*cached.invocations), chain(*fresh.invocations), strict=True):
         assert torch.allclose(ours.memory, theirs.memory, atol=1e-5)
 
 
@@ -340,7 +341,7 @@ def test_answers_are_well_formed(family, invocation):
         assert starts == [i.position for i in invocations]
         assert ends == [i + 1 for i in starts]
         assert len(starts) <= 5
-        assert all(second - first >= 4 for first, second in zip(starts, starts[1:], strict=False))
+        assert all(second - first >= 4 for first, second in pairwise(starts))
         for found in invocations:
             assert row[found.position] == tokens.invocation_ids[found.kind]
             assert row[found.position + 1] == tokens.end_ids[found.kind]

@@ -46,7 +46,7 @@ def dispatch(arguments: list[str], debug: list[bool]) -> int:
     if name not in COMMANDS:
         raise Misuse(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
     command = import_module(f"vismem.commands.{name}")
-    options = command.parser().parse_intermixed_args(rest) if name != "bench" else command.parser().parse_args(rest)
+    options = command.parse(rest)
     if options.debug:
         debug.append(True)
     else:

@@ -6,6 +6,7 @@ is formed is in `memory/`, how an answer is written in `decoding/`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -190,7 +191,9 @@ class VisMem(nn.Module, PushToHubMixin):
         kwargs["num_return_sequences"] = 1
         stop_strings, tokenizer = setting("stop_strings"), kwargs.pop("tokenizer", self.processor.tokenizer)
         if stop_strings:
-            kwargs["stop_strings"] = []
+            kwargs["generation_config"] = copy.deepcopy(kwargs.get("generation_config") or self.generation_config)
+            kwargs["generation_config"].stop_strings = None
+            kwargs.pop("stop_strings", None)
             stop, criteria = StopStringCriteria(tokenizer, stop_strings), kwargs.get("stopping_criteria") or []
             kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
         vision = {name: kwargs[name] for name in self.backbone.image_inputs if kwargs.get(name) is not None}
