@@ -117,7 +117,7 @@ class MemoryTokens(nn.Module):
         rows = torch.cat([self.invocation, self.end] if self.tied else [self.invocation_output, self.end_output])
         wide = nn.functional.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=float("-inf"))
         index = torch.tensor(self._ids, device=logits.device)
-        return wide.index_copy(-1, index, (hidden.to(rows.dtype) @ rows.T).to(logits.dtype))
+        return wide.index_copy(-1, index, (hidden @ rows.to(hidden).T).to(logits))
 
     def forbid(self, logits: Tensor, allowed: Tensor) -> Tensor:
         """Sets to -inf what may not be sampled: both end tokens always, each invocation token where not `allowed`.

@@ -66,7 +66,7 @@ class QueryBuilder(nn.Module):
             states: for each invocation the hidden states [z, d] that produced the segment's tokens.
         """
         weight = self.project_in.weight
-        rows = [torch.cat([v, h]).to(weight) for v, h in zip(visual, states, strict=True)]
+        rows = [torch.cat([v.to(weight), h.to(weight)]) for v, h in zip(visual, states, strict=True)]
         text = [torch.arange(len(row), device=weight.device) >= len(v) for row, v in zip(rows, visual, strict=True)]
         lengths = torch.tensor([len(row) for row in rows], device=weight.device)
         kinds = pad_sequence([t.long() for t in text], batch_first=True)  # [n, s], VISUAL or TEXT

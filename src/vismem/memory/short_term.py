@@ -55,7 +55,7 @@ class ShortTermFormer(nn.Module):
         shares = share(len(self.memory_init) // side**2, [image.tokens for image in patches])
         pools = [pool(image.embedded, n, side) for image, n in zip(patches, shares, strict=True) if n]
         vectors, coordinates = (torch.cat(part) for part in zip(*pools, strict=True))
-        return vectors.to(self.memory_init) + self.memory_init, coordinates
+        return vectors + self.memory_init.to(vectors), coordinates
 
     def forward(self, query: Tensor, patches: list[list[Patches]]) -> Tensor:
         """Short-term memory for n invocations.
@@ -68,15 +68,16 @@ class ShortTermFormer(nn.Module):
             [n, N_s, d], at the scale of the base's visual tokens.
         """
         backbone = self.backbone
-        seen = self.query_in(query.to(self.query_in.weight))  # [n, K, d_vision]
+        place = patches[0][0].keys_values.device  # the tower's, which a device map may have put elsewhere
+        seen = self.query_in(query.to(self.query_in.weight)).to(place)  # [n, K, d_vision]
         starts, coordinates = (torch.stack(part) for part in zip(*map(self.start, patches), strict=True))
         if self.pooled:
-            starts = starts + self.query_mix @ seen
-        hidden = torch.cat([seen, starts], dim=1)  # [n, K + N_s*m*m, d_vision]
+            starts = starts + self.query_mix.to(place) @ seen
+        hidden = torch.cat([seen, starts.to(seen)], dim=1)  # [n, K + N_s*m*m, d_vision]
         # The query has no place in the image: coordinates (0, 0) leave it unrotated.
         rotary = backbone.rotary_at(F.pad(coordinates, (0, 0, seen.shape[1], 0)))
 
-        rows = [torch.cat([image.keys_values for image in row], dim=3) for row in patches]
+        rows = [torch.cat([i.keys_values for i in row], dim=3) if row[1:] else row[0].keys_values for row in patches]
         lengths = torch.tensor([row.shape[3] for row in rows], device=hidden.device)
         longest = int(lengths.max())
         mask = None
@@ -91,7 +92,7 @@ class ShortTermFormer(nn.Module):
                 values = torch.cat([layer[:, 1].to(v), v], dim=2)
                 attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
                 hidden = backbone.finish(block, hidden, attended)
-            return backbone.project(hidden[:, seen.shape[1] :]).to(query.dtype)
+            return backbone.project(hidden[:, seen.shape[1] :]).to(query)
 
 
 def share(total: int, weights: list[int]) -> list[int]:
