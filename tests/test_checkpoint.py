@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import vismem
-from vismem.checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from vismem.checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, digest, read_record
 from vismem.config import VisMemConfig
 
 
@@ -79,10 +79,28 @@ def test_damaged_records_are_noticed(saved, change):
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
+def test_any_damaged_byte_in_the_record_is_noticed(saved):
+    """Also one that leaves good JSON with good values, such as another LoRA scale."""
+    _, folder = saved
+    whole = (folder / CONFIG_FILE).read_bytes()
+    expected = read_record(folder)
+    for place in range(0, len(whole), 3):
+        content = bytearray(whole)
+        content[place] ^= 1
+        (folder / CONFIG_FILE).write_bytes(content)
+        try:
+            assert read_record(folder) == expected  # white space may change
+            assert chr(whole[place]).isspace()
+        except ValueError:
+            pass
+
+
 def test_a_changed_length_does_not_fit_the_weights(saved):
     _, folder = saved
     record = json.loads((folder / CONFIG_FILE).read_text())
     record["config"]["short_length"] = 8
+    del record["record_sha256"]
+    record["record_sha256"] = digest(record)
     (folder / CONFIG_FILE).write_text(json.dumps(record))
     with pytest.raises(ValueError, match="does not match"):
         load(folder)

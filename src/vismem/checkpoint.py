@@ -21,9 +21,11 @@ from torch import nn
 
 from vismem.backbones import backbone_of
 from vismem.config import VisMemConfig
+from vismem.pocket import BASE_PATH
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "vismem_config.json", "vismem.safetensors", "README.md"
 FORMAT = 1
+POCKET = "pocket"  # the base that comes with the package
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,17 @@ def facts_of(base: nn.Module) -> BaseFacts:
     return BaseFacts(backbone.model_type, backbone.hidden_size, backbone.vision_size, rows)
 
 
+def recorded_name(base: nn.Module) -> str:
+    """The name by which a checkpoint remembers its base; the pocket model's is the same on every machine."""
+    name = base.name_or_path
+    return POCKET if name and Path(name).expanduser().resolve() == BASE_PATH.resolve() else name
+
+
+def base_location(name: str) -> str:
+    """Where the base of that recorded name is to be loaded from."""
+    return str(BASE_PATH) if name == POCKET else name
+
+
 def token_ids(model) -> dict[str, int]:
     """Id of each of the model's four tokens, by `"short_invocation"`, `"short_end"`, ..."""
     tables = {"invocation": model.tokens.invocation_ids, "end": model.tokens.end_ids}
@@ -82,14 +95,20 @@ def save(model, folder: Path) -> None:
     record = {
         "format": FORMAT,
         "config": model.memory_config.to_dict(),
-        "base_name": model.name_or_path,
+        "base_name": recorded_name(model.base),
         "base": asdict(facts_of(model.base)),
         "token_ids": token_ids(model),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
+    record["record_sha256"] = digest(record)
     _write(folder / WEIGHTS_FILE, weights)
     _write(folder / CONFIG_FILE, (json.dumps(record, indent=2) + "\n").encode())
     _write(folder / CARD_FILE, model_card(model).encode())
+
+
+def digest(record: dict[str, Any]) -> str:
+    """The checksum of a record's values, whatever their order or layout in the file."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -131,6 +150,8 @@ def read_record(folder: Path) -> Record:
         values: dict[str, Any] = json.loads(path.read_bytes().decode())
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']} is not {FORMAT}, the one this version reads")
+        if values.pop("record_sha256") != digest(values):
+            raise ValueError("its checksum does not fit; change settings on the model and save it again")
         return Record(
             VisMemConfig.from_dict(values["config"]),
             str(values["base_name"]),
@@ -182,10 +203,10 @@ def load_weights(model, folder: Path, record: Record) -> None:
 def model_card(model) -> str:
     """The README.md of a checkpoint, with the front matter that the hub reads."""
     config, facts = model.memory_config, facts_of(model.base)
-    name = model.name_or_path or facts.model_type
+    name = recorded_name(model.base) or facts.model_type
     trained = sum(tensor.numel() for tensor in trained_state(model).values())
     total = sum(parameter.numel() for parameter in model.base.parameters())
-    base_line = "" if Path(name).is_absolute() or not name else f"base_model: {name}\n"
+    base_line = f"base_model: {name}\n" if name.count("/") == 1 else ""  # only a hub repository can be linked
     return f"""---
 library_name: vismem
 pipeline_tag: image-text-to-text

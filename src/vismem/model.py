@@ -384,12 +384,12 @@ class VisMem(nn.Module, PushToHubMixin):
         """
         folder = checkpoint.locate(pretrained_model_name_or_path, revision, token)
         record = checkpoint.read_record(folder)
-        name = record.base_name if base is None else base.name_or_path
+        name = checkpoint.base_location(record.base_name) if base is None else base.name_or_path
         if base is None:
             base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
         if processor is None:
-            trust = {k: v for k, v in base_kwargs.items() if k == "trust_remote_code"}
-            processor = AutoProcessor.from_pretrained(name, **trust)
+            shared = ("trust_remote_code", "local_files_only", "cache_dir", "token")
+            processor = AutoProcessor.from_pretrained(name, **{k: v for k, v in base_kwargs.items() if k in shared})
         checkpoint.check_base(record, base, folder)
         model = cls(base, processor, record.config)
         checkpoint.load_weights(model, folder, record)

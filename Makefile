@@ -1,0 +1,57 @@
+# Set-up, demo and checks. Needs make and Python 3.10 or newer; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# What `make demo` asks; both can be given on the command line.
+IMAGE ?= examples/shelf.png
+QUESTION ?= What colour is the tag at row 2, column 3?
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format docs clean distclean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY)  ## make .venv and install the pinned dependencies
+	@:
+
+demo test: export OMP_WAIT_POLICY = PASSIVE
+demo test: export HF_HUB_OFFLINE = 1
+demo: export QUESTION := $(QUESTION)
+
+demo: $(READY)  ## ask the pocket model about a picture (IMAGE=..., QUESTION=...)
+	@$(BIN)/vismem ask "$(IMAGE)" "$$QUESTION"
+
+test: $(READY)  ## run the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: $(READY)  ## check style, change nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(READY)  ## mend style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: $(READY)  ## draw the pictures in docs/images again
+	@$(BIN)/python docs/draw_mechanism.py
+
+clean:  ## remove caches and build products
+	@rm -rf build dist .pytest_cache .ruff_cache
+	@find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## remove .venv as well
+	@rm -rf $(VENV)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "vismem needs Python 3.10 or newer as '$(PYTHON)'; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "'$(PYTHON) -m venv' failed; Debian and Ubuntu keep it in the package python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV) (the first time this downloads a few gigabytes and takes some minutes) ..." >&2
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,13 @@
+"""The commands of `vismem`, one file each: `parse(arguments)` reads what a command takes, `run(options)` does it.
+
+torch and transformers are imported inside `run`, so that help and misuse are answered at once.
+"""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "ask": "answer a question about images, and show where memory was invoked",
+    "info": "what a base and its memory are made of",
+    "pocket": "make, sample and evaluate the small model that comes with the package",
+    "bench": "measure speed (needs a source checkout)",
+}

@@ -1,0 +1,143 @@
+"""Arguments and errors: what every command shares, without torch.
+
+`Misuse` is an error in the command line itself, `Failure` one in what it names; `vismem.cli` gives each its exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+from vismem.config import KINDS
+from vismem.decoding.invocation import NAMES, Forced, Policy, Random
+
+MOST_TOKENS = 1_000_000
+INVOCATIONS = "learned, off, short, long, random:RATE[@anywhere], or a schedule such as short@0,long@12"
+
+
+class Misuse(Exception):
+    """The command line is wrong: exit code 2."""
+
+
+class Failure(Exception):
+    """The command line is right, and what it names cannot be used: exit code 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `Misuse`, and whose help ends with an example.
+
+    Args:
+        prog: the words that lead to the command.
+        description, details: help before and after the options.
+        example: a command line that works.
+    """
+
+    def __init__(self, prog: str, description: str, details: str, example: str, **kwargs) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"{details}\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def error(self, message: str) -> None:
+        raise Misuse(f"{message} (see `{self.prog} --help`)")
+
+
+def command_parser(prog: str, description: str, example: str, **kwargs) -> Parser:
+    """A command's parser, with the options that all commands have."""
+    parser = Parser(prog, description, "example:", example, **kwargs)
+    add_debug(parser)
+    return parser
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show warnings and, after an error, the traceback")
+
+
+def say(message: str) -> None:
+    """One line on stderr, after what stdout has so far."""
+    if sys.stderr is not None:
+        print(f"vismem: {message}", file=sys.stderr, flush=True)
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """An exception as one line; its type is named where the message was not written for a user."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= limit else f"{text[:limit]}..."
+    if isinstance(error, (Misuse, Failure, ValueError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)" if text else f"{type(error).__name__} (see --debug)"
+
+
+# Types of options: argparse turns their ArgumentTypeError into a Misuse that names the option.
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number in a range."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            rule = f"from {low} to {high}" if high < 2**31 else f"of {low} or more"
+            raise argparse.ArgumentTypeError(f"must be a whole number {rule}, got {text!r}")
+        return value
+
+    return read
+
+
+def temperature(text: str) -> float:
+    """The type of `--temperature`: a finite number, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of 0 or more, got {text!r}")
+    return value
+
+
+def invocation(text: str) -> str:
+    """The type of `--invocation`: checked here, made into a policy by `policy` once the seed is known."""
+    policy(text, 0)
+    return text
+
+
+def policy(text: str, seed: int) -> str | Policy:
+    """The invocation policy that a string means.
+
+    Args:
+        text: a name, `random:RATE` (at delimiters), `random:RATE@anywhere`, or a schedule `kind@step,kind@step`.
+        seed: of a random policy's draws.
+
+    Returns:
+        What `VisMem.generate(invocation=...)` takes.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none of these.
+
+    Example:
+        >>> policy("short@0,long@12", seed=0).schedule
+        [(0, 0, 'short'), (0, 12, 'long')]
+    """
+    if text in NAMES:
+        return text
+    try:
+        if text.startswith("random:"):
+            rate, _, where = text.removeprefix("random:").partition("@")
+            return Random(float(rate), where or "delimiter", seed)  # NaN lies in no range either
+        entries = [entry.strip().split("@") for entry in text.split(",")]
+        if all(len(e) == 2 and e[0] in KINDS and e[1].isascii() and e[1].isdigit() for e in entries):
+            return Forced([(0, int(step), kind) for kind, step in entries])
+    except ValueError as error:
+        if text.startswith("random:") and "Random(" in str(error):
+            rule = "a rate from 0 to 1, and delimiter or anywhere after the @"
+            raise argparse.ArgumentTypeError(f"{text!r} is no random policy: give {rule}") from error
+    raise argparse.ArgumentTypeError(f"unknown policy {text!r}; there are {INVOCATIONS}")
