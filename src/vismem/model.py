@@ -26,7 +26,7 @@ from vismem.decoding.engine import Decoder
 from vismem.decoding.invocation import Policy, policy_of
 from vismem.decoding.trace import VisMemOutput
 from vismem.memory import Memory, Observation
-from vismem.memory.splice import Place, Splice, find_invocations
+from vismem.memory.splice import Place, Reader, Splice, find_invocations
 from vismem.tokens import MemoryTokens, add_memory_tokens, delimiter_ids, single_token_id
 
 
@@ -235,6 +235,7 @@ class VisMem(nn.Module, PushToHubMixin):
         Every invocation token after the prompt that is followed by its end token forms its memory. The states that
         a query is built from are an observation, without gradient (as in Eq. 14): pass them as recorded (`states`)
         or have them recomputed here, one extra forward without gradient for each invocation of the fullest row.
+        What stands before the first invocation is read once, without gradient, and kept as a cache.
 
         Args:
             input_ids: [B, L], prompts and answers; invocation and end ids are in it, slots are not.
@@ -286,16 +287,14 @@ class VisMem(nn.Module, PushToHubMixin):
                         formed[r][i] = memory
             return formed
 
+        reader = Reader(self.base, embeds, attention_mask, positions, features)
+        # What stands before the first invocation of all rows depends on nothing that is trained here.
+        first = min((place.index for row in places for place in row), default=0)
+        if not (shown & ~written)[:, first:].any():
+            reader.read_prefix(first)
+
         def read(memories: list[list[Tensor | None]]) -> Tensor:
-            splice = Splice(places, memories, input_ids.shape[1])
-            outputs = self.base.model(
-                inputs_embeds=splice.embeddings(embeds),
-                attention_mask=splice.mask(attention_mask),
-                position_ids=splice.positions(positions),
-                mm_encoder_outputs={"image": features} if features is not None else None,
-                use_cache=False,
-            )
-            return splice.gather(outputs.last_hidden_state)
+            return reader(Splice(places, memories, input_ids.shape[1]))
 
         if states is None:
             states = [[] for _ in places]

@@ -1,4 +1,4 @@
-"""`vismem pocket build|sample|evaluate`: the small model that comes with the package, made and measured.
+"""`vismem pocket build|evaluate|warmup|measure|sample`: the small model that comes with the package, made and measured.
 
 Every step is a function of `vismem.pocket`; here are its options. To add one, give it a parser in `parser` and a
 function in `STEPS`.
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from vismem.commands.parsing import Failure, Parser, add_debug, whole
-from vismem.pocket import BASE_PATH
+from vismem.pocket import BASE_PATH, MEMORY_PATH
 
 EXTRA = ("sklearn", "easy_vqa", "matplotlib", "tqdm")  # modules of the extra `pocket`
 MANY = 10_000_000
@@ -46,7 +46,18 @@ def parser() -> Parser:
     building.add_argument("--language-steps", type=whole(1, MANY), metavar="N", help="default: the recipe's")
     building.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: PyTorch's choice)")
 
-    # The memory's training, `warmup`, belongs here: its parser now, its function in STEPS below.
+    warming = step(
+        "warmup",
+        "Trains the pocket's memory with supervision, and two controls; an interrupted run goes on where it stopped",
+        "vismem pocket warmup --out my-memory",
+    )
+    warming.add_argument("--out", type=Path, default=MEMORY_PATH, metavar="FOLDER", help="default: in the package")
+    warming.add_argument("--base", type=Path, default=BASE_PATH, metavar="FOLDER", help="default: the pocket's own")
+    warming.add_argument("--work", type=Path, metavar="FOLDER", help="for checkpoints (default: OUT-work)")
+    warming.add_argument("--fresh", action="store_true", help="start anew, whatever the work folder holds")
+    warming.add_argument("--steps", type=whole(1, MANY), metavar="N", help="default: the recipe's")
+    warming.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="default: 0")
+    warming.add_argument("--only", default="", metavar="NAME", help="memory, soft or lora (default: all three)")
 
     sampling = step(
         "sample",
@@ -74,6 +85,22 @@ def parser() -> Parser:
     )
     measuring.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="default: 0")
     measuring.add_argument("--only", default="", metavar="TEXT", help="only cells with this in their name")
+
+    comparing = step(
+        "measure",
+        "Measures a memory beside its bounds and controls: late questions, and promotions whose rule is withheld",
+        "vismem pocket measure --n 50 --out results/pocket_memory.json",
+    )
+    comparing.add_argument("--base", type=Path, default=BASE_PATH, metavar="FOLDER", help="default: the pocket's own")
+    comparing.add_argument(
+        "--checkpoint", type=Path, default=MEMORY_PATH, metavar="FOLDER", help="default: the pocket's own"
+    )
+    comparing.add_argument("--work", type=Path, metavar="FOLDER", help="of the warm-up (default: CHECKPOINT-work)")
+    comparing.add_argument(
+        "--out", type=Path, default=Path("results/pocket_memory.json"), metavar="FILE", help="default: %(default)s"
+    )
+    comparing.add_argument("--n", type=whole(2, MANY), default=50, metavar="N", help="questions per cell (default: 50)")
+    comparing.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="default: 0")
     return found
 
 
@@ -120,4 +147,25 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"wrote {options.out}")
 
 
-STEPS = {"build": build, "sample": sample, "evaluate": evaluate, "eval": evaluate}
+def warmup(options: argparse.Namespace) -> None:
+    from vismem.pocket.warmup import warmup
+
+    warmup(options.out, options.base, options.work, options.steps, options.seed, not options.fresh, options.only)
+    print(f"wrote {options.out}")
+
+
+def measure(options: argparse.Namespace) -> None:
+    from vismem.pocket.measure import measure
+
+    measure(options.base, options.checkpoint, options.work, options.out, n=options.n, seed=options.seed)
+    print(f"wrote {options.out}")
+
+
+STEPS = {
+    "build": build,
+    "evaluate": evaluate,
+    "eval": evaluate,
+    "warmup": warmup,
+    "measure": measure,
+    "sample": sample,
+}

@@ -1,11 +1,14 @@
-"""Where memories stand in a finished sequence, and how a batch is read with them in place: index arithmetic only."""
+"""Where memories stand in a finished sequence, and how the base reads a batch with them in place."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from vismem.config import Kind
 
@@ -86,3 +89,53 @@ class Splice:
     def gather(self, hidden: Tensor) -> Tensor:
         """[B, E, d] back to [B, L, d]: the states at the tokens."""
         return hidden.gather(1, self.kept.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+class Reader:
+    """Reads one batch through the base, again and again with other memories in it.
+
+    Args:
+        base: the base model.
+        embeds: input embeddings [B, L, d], image places not yet filled.
+        mask: attention mask [B, L].
+        positions: position ids [..., B, L].
+        features: the images' features as the base's `get_image_features` gave them, or None.
+    """
+
+    def __init__(self, base: nn.Module, embeds: Tensor, mask: Tensor, positions: Tensor, features: Any | None) -> None:
+        self.base, self.embeds, self.mask, self.positions = base, embeds, mask, positions
+        self.images = None if features is None else {"image": features}
+        self.cache: DynamicCache | None = None
+        self.prefix = embeds[:, :0]
+
+    @torch.no_grad()
+    def read_prefix(self, length: int) -> None:
+        """Reads the first `length` tokens once, without gradient; every later reading goes on from there.
+
+        No memory may stand among them, and all image places must.
+        """
+        if length < 1 or getattr(self.base, "is_gradient_checkpointing", False):
+            return
+        self.cache = DynamicCache(config=self.base.config.get_text_config())
+        self.prefix = self.base.model(
+            inputs_embeds=self.embeds[:, :length],
+            attention_mask=self.mask[:, :length],
+            position_ids=self.positions[..., :length],
+            mm_encoder_outputs=self.images,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        self.images = None
+
+    def __call__(self, splice: Splice) -> Tensor:
+        """Last-layer states [B, L, d] at the tokens, with the splice's memories in place."""
+        done = self.prefix.shape[1]
+        outputs = self.base.model(
+            inputs_embeds=splice.embeddings(self.embeds)[:, done:],
+            attention_mask=splice.mask(self.mask),
+            position_ids=splice.positions(self.positions)[..., done:],
+            mm_encoder_outputs=self.images,
+            past_key_values=copy.deepcopy(self.cache),
+            use_cache=self.cache is not None,
+        )
+        return splice.gather(torch.cat([self.prefix, outputs.last_hidden_state], dim=1))
