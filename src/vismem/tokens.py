@@ -80,7 +80,7 @@ class MemoryTokens(nn.Module):
             return nn.Parameter((row + scale * torch.randn(2, row.numel(), device=row.device)).to(weight.dtype))
 
         self.invocation, self.end = start(table.weight), start(table.weight)
-        self.tied = head.weight is table.weight or head.weight.data_ptr() == table.weight.data_ptr()
+        self.tied = head.weight is table.weight
         if not self.tied:
             self.invocation_output, self.end_output = start(head.weight), start(head.weight)
 

@@ -114,8 +114,8 @@ class Reader:
 
         No memory may stand among them, and all image places must.
         """
-        if length < 1 or getattr(self.base, "is_gradient_checkpointing", False):
-            return
+        if length < 1 or any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
+            return  # checkpointed layers take no cache
         self.cache = DynamicCache(config=self.base.config.get_text_config())
         self.prefix = self.base.model(
             inputs_embeds=self.embeds[:, :length],
