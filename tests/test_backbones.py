@@ -43,7 +43,7 @@ def test_patches_are_the_towers_own(family, size):
         patches = model.backbone.encode(images)[0]
         native = native_keys_and_values(model, inputs)
     for depth, values in enumerate(native):
-        ours = patches.keys_values[depth, 1].transpose(0, 1).flatten(1)
+        ours = patches.keys_values[depth][1].transpose(0, 1).flatten(1)
         if len(values) > len(ours):  # the native tower also runs the processor's padding
             side = round(len(values) ** 0.5)
             values = values.view(side, side, -1)[: images[0].grid[0], : images[0].grid[1]].flatten(0, 1)

@@ -38,12 +38,12 @@ class Patches:
 
     Args:
         embedded: patch embeddings on their grid, after a learned position embedding: [height, width, d_vision].
-        keys_values: of every block, rotated where the tower rotates: [blocks, 2, heads, patches, head_dim].
+        keys_values: for each block [2, heads, patches, head_dim], rotated where the tower rotates.
         tokens: visual tokens that the image takes in the prompt.
     """
 
     embedded: Tensor
-    keys_values: Tensor
+    keys_values: list[Tensor]
     tokens: int
 
 
@@ -154,10 +154,9 @@ class Backbone:
                 kept.append(torch.stack([key, value], dim=1))  # [n, 2, heads, patches, head_dim]
                 if depth + 1 < len(self.blocks):
                     hidden = self.finish(block, hidden, self.attend_patches(depth, grid, query, key, value))
-            keys_values = torch.stack(kept, dim=1)
             raster = self.to_raster(start, grid)
             for place, index in enumerate(members):
-                found[index] = Patches(raster[place], keys_values[place], images[index].tokens)
+                found[index] = Patches(raster[place], [layer[place] for layer in kept], images[index].tokens)
         return found  # type: ignore[return-value]
 
     # What a family writes.

@@ -50,7 +50,9 @@ class Qwen25VLBackbone(Backbone):
         return [Image(p, g, g[0] * g[1] // self.merge**2) for p, g in zip(pieces, grids, strict=True)]
 
     def embed_patches(self, images: list[Image]) -> Tensor:
-        embedded = torch.stack([self.tower.patch_embed(image.pixels) for image in images])
+        # The convolution's stride is its kernel, so it is a plain product.
+        weight = self.tower.patch_embed.proj.weight.flatten(1)
+        embedded = F.linear(torch.stack([image.pixels for image in images]).to(weight), weight)
         return self._to_windows(embedded, images[0].grid)
 
     def _windows(self, grid: tuple[int, int]) -> tuple[Tensor, list[int]]:
@@ -86,6 +88,11 @@ class Qwen25VLBackbone(Backbone):
         if depth in self.tower.fullatt_block_indexes:
             return F.scaled_dot_product_attention(query, key, value)
         _, lengths = self._windows(grid)
+        if len(set(lengths)) == 1:  # windows of one size go through together
+            shape = (-1, lengths[0])
+            apart = (states.unflatten(2, shape).transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+            attended = F.scaled_dot_product_attention(*apart)
+            return attended.unflatten(0, (len(query), -1)).transpose(1, 2).flatten(2, 3)
         windows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
         return torch.cat([F.scaled_dot_product_attention(*window) for window in windows], dim=2)
 

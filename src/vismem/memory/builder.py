@@ -24,10 +24,20 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x: [n, t, width]; mask: bool [n, 1, t, t], True where a row may look at a column."""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+    def forward(self, x: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
+        """x: [n, t, width]; mask: bool [n, 1, t, t], True where a row may look at a column.
+
+        With `last`, only that many last positions look and come out: [n, last, width].
+        """
+        seen = self.norm1(x)
+        if last is None:
+            query, key, value = self.qkv(seen).chunk(3, dim=-1)
+        else:
+            x, mask, width = x[:, -last:], mask[:, :, -last:], x.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query = F.linear(seen[:, -last:], weight[:width], bias[:width])
+            key, value = F.linear(seen, weight[width:], bias[width:]).chunk(2, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
@@ -58,12 +68,13 @@ class QueryBuilder(nn.Module):
         nn.init.normal_(self.project_out.weight, std=output_scale * width**-0.5)
         nn.init.zeros_(self.project_out.bias)
 
-    def encode(self, visual: list[Tensor], states: list[Tensor]) -> Tensor:
+    def encode(self, visual: list[Tensor], states: list[Tensor], queries_only: bool = False) -> Tensor:
         """The encoder's last layer for n invocations: [n, s + K, width], H first (padded to s), then the queries.
 
         Args:
             visual: for each invocation its row's visual states [y, d]; y may be 0.
             states: for each invocation the hidden states [z, d] that produced the segment's tokens.
+            queries_only: give only the queries [n, K, width], and spare the last layer all else.
         """
         weight = self.project_in.weight
         rows = [torch.cat([v.to(weight), h.to(weight)]) for v, h in zip(visual, states, strict=True)]
@@ -74,13 +85,13 @@ class QueryBuilder(nn.Module):
         queries = (self.query_init + self.types[QUERY]).expand(len(rows), -1, -1)
         x = torch.cat([held, queries], dim=1)
         mask = builder_mask(lengths, held.shape[1], queries.shape[1])
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, mask)
-        return x
+        return self.blocks[-1](x, mask, queries.shape[1] if queries_only else None)
 
     def forward(self, visual: list[Tensor], states: list[Tensor]) -> Tensor:
         """Memory queries [n, K, d]; arguments as for `encode`."""
-        queries = self.encode(visual, states)[:, -self.query_init.shape[0] :]
+        queries = self.encode(visual, states, queries_only=True)
         return self.project_out(self.norm_out(queries))
 
 

@@ -68,7 +68,7 @@ class ShortTermFormer(nn.Module):
             [n, N_s, d], at the scale of the base's visual tokens.
         """
         backbone = self.backbone
-        place = patches[0][0].keys_values.device  # the tower's, which a device map may have put elsewhere
+        place = patches[0][0].keys_values[0].device  # the tower's, which a device map may have put elsewhere
         seen = self.query_in(query.to(self.query_in.weight)).to(place)  # [n, K, d_vision]
         starts, coordinates = (torch.stack(part) for part in zip(*map(self.start, patches), strict=True))
         if self.pooled:
@@ -77,19 +77,23 @@ class ShortTermFormer(nn.Module):
         # The query has no place in the image: coordinates (0, 0) leave it unrotated.
         rotary = backbone.rotary_at(F.pad(coordinates, (0, 0, seen.shape[1], 0)))
 
-        rows = [torch.cat([i.keys_values for i in row], dim=3) if row[1:] else row[0].keys_values for row in patches]
-        lengths = torch.tensor([row.shape[3] for row in rows], device=hidden.device)
-        longest = int(lengths.max())
-        mask = None
-        if len(set(lengths.tolist())) > 1:
+        lengths = [sum(image.keys_values[0].shape[2] for image in row) for row in patches]
+        longest, mask = max(lengths), None
+        if min(lengths) < longest:
             position = torch.arange(longest + hidden.shape[1], device=hidden.device)
-            mask = ((position < lengths[:, None]) | (position >= longest))[:, None, None]  # [n, 1, 1, patches + t]
+            real = torch.tensor(lengths, device=hidden.device)[:, None]
+            mask = ((position < real) | (position >= longest))[:, None, None]  # [n, 1, 1, patches + t]
         with self.adapter.on():
             for depth, block in enumerate(backbone.blocks):
-                layer = torch.stack([F.pad(row[depth], (0, 0, 0, longest - row.shape[3])) for row in rows])
                 q, k, v = backbone.qkv(block, hidden, rotary)
-                keys = torch.cat([layer[:, 0].to(k), k], dim=2)
-                values = torch.cat([layer[:, 1].to(v), v], dim=2)
+                own = torch.stack([k, v], dim=1)  # [n, 2, heads, t, head_dim]
+                layers = []
+                for row, length, mine in zip(patches, lengths, own, strict=True):  # copies each patch once
+                    parts = [image.keys_values[depth].to(mine) for image in row]
+                    if length < longest:
+                        parts.append(mine.new_zeros(*mine.shape[:2], longest - length, mine.shape[3]))
+                    layers.append(torch.cat([*parts, mine], dim=2))
+                keys, values = (torch.stack(layers) if layers[1:] else layers[0][None]).unbind(1)
                 attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
                 hidden = backbone.finish(block, hidden, attended)
             return backbone.project(hidden[:, seen.shape[1] :]).to(query)
