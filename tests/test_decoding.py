@@ -312,6 +312,8 @@ def test_works_in_a_pipeline(model):
 
 
 def test_public_names():
+    assert all(hasattr(vismem, name) for name in vismem.__all__)
+    assert vismem.invocation.Random is Random and vismem.invocation.Forced is Forced
     assert {"VisMem", "VisMemConfig", "Invocation", "invocation"} <= set(vismem.__all__)
     found = vismem.Invocation(kind="short", position=3, length=8, forced=False)
     assert found.to_dict() == {"kind": "short", "position": 3, "length": 8, "forced": False}

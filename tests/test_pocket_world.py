@@ -51,6 +51,7 @@ def test_train_and_test_handwriting_are_disjoint_and_labelled_right():
     train, test = digit_indices("train"), digit_indices("test")
     assert not {i for ids in train.values() for i in ids} & {i for ids in test.values() for i in ids}
     values = load_handwriting()[1]
+    assert sum(map(len, train.values())) + sum(map(len, test.values())) == len(values)
     for split in ("train", "test"):
         scene = sample_scene(Random(0), split)
         for r in range(SIDE):
@@ -59,6 +60,14 @@ def test_train_and_test_handwriting_are_disjoint_and_labelled_right():
                 assert values[scene.digits[r][c]] == scene.prices[r][c]
     with pytest.raises(ValueError, match="split"):
         digit_indices("validation")
+
+
+def test_tidy_shelves_are_alike_in_rows_or_columns_and_others_are_not():
+    def alike(scene):
+        return all(len(set(row)) == 1 for row in scene.colours) or len(set(scene.colours)) == 1
+
+    assert all(alike(sample_scene(Random(seed), tidy=1.0)) for seed in range(20))
+    assert not any(alike(sample_scene(Random(seed))) for seed in range(20))
 
 
 def test_every_cell_is_drawn_in_its_own_block():
@@ -87,9 +96,13 @@ def test_answers_follow_from_the_scene(task):
             known = {"colour": scene.colours, "shape": scene.shapes, "digit": scene.prices}
             wanted = " ".join(str(known[k][r][c]) for k in ((task,) if task in known else known))
             assert conversation.answer == wanted
-            assert any(name in words for name in (str(r + 1), ("one", "two", "three", "four")[r])) or "row" in words
+            named = (str(r + 1), ("one", "two", "three", "four")[r], ("first", "second", "third", "fourth")[r])
+            assert any(name in words for name in named)
         elif task in ("row", "column"):
             assert conversation.answer.split() == [str(scene.prices[r][c]) for r, c in cells]
+        elif task in ("colours", "shapes"):
+            grid = scene.colours if task == "colours" else scene.shapes
+            assert conversation.answer.split() == [grid[r][c] for r, c in cells]
         elif task == "sum":
             assert int(conversation.answer) == sum(scene.prices[r][c] for r, c in cells)
         elif task == "label":
@@ -177,10 +190,12 @@ def test_conversations_have_the_asked_shape(distance, again):
 
 
 def test_a_description_before_the_question_keeps_its_answer_to_itself():
-    for task in ("colour", "digit", "sum", "label", "item"):
+    for task in ("colour", "shapes", "digit", "sum", "label"):
         conversation = sample_conversation(Random(2), task=task, after_description=True)
         assert conversation.turns[-2].question.task.startswith("describe")
-        assert conversation.turns[-2].question.task == ("describe_prices" if task == "colour" else "describe_tags")
+        assert conversation.turns[-2].question.task == (
+            "describe_prices" if task in ("colour", "shapes") else "describe_tags"
+        )
 
 
 def test_bad_requests_say_what_is_wrong():
@@ -214,7 +229,11 @@ def test_training_ids_are_those_of_the_chat_template(processor, task, distance, 
 
     conversation = sample_conversation(Random(7), task=task, distance=distance, shown_again=again)
     inputs = processor.apply_chat_template(
-        conversation.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        conversation.messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     encoder = Encoder(processor.tokenizer)
     ids = encoder.encode(conversation, limit=10_000).ids
@@ -222,6 +241,43 @@ def test_training_ids_are_those_of_the_chat_template(processor, task, distance, 
     assert inputs["input_ids"][0].tolist() + reply + [processor.tokenizer.eos_token_id] == ids
     ours = normalise(np.stack(conversation.pictures))
     assert np.allclose(inputs["pixel_values"][0, : len(ours)], ours, atol=1e-5)
+
+
+def test_packed_questions_do_not_see_each_other():
+    """A question packed with others gets the logits that it gets alone after the same image."""
+    import torch
+
+    from vismem.pocket.architecture import WINDOW, build_model
+    from vismem.pocket.batches import Batch, Encoder
+    from vismem.pocket.build import visual_tokens
+    from vismem.pocket.packing import collate_rows, pack
+    from vismem.pocket.tokenizer import corpus, train_tokenizer
+
+    tokenizer = train_tokenizer(corpus(200))
+    torch.manual_seed(0)
+    model = build_model(tokenizer).eval()
+    model.set_attn_implementation("eager")
+
+    @torch.no_grad()
+    def logits(batch):
+        embeddings = model.get_input_embeddings()(batch.ids)
+        slots = (batch.ids == model.config.image_token_id)[..., None].expand_as(embeddings)
+        embeddings = embeddings.masked_scatter(slots, visual_tokens(model, batch.pixels)[batch.shown])
+        text = model.model.text_model(inputs_embeds=embeddings, attention_mask=batch.mask, position_ids=batch.positions)
+        return model.lm_head(text.last_hidden_state)
+
+    rows = [pack(Random(seed), Encoder(tokenizer), early=False) for seed in range(3)]
+    packed = collate_rows(rows, tokenizer.pad_token_id, WINDOW)
+    together = logits(packed)
+    first = 0
+    for number, row in enumerate(rows):
+        pictures = len(row.pictures)
+        for block in (1, max(row.blocks)):
+            places = [i for i, b in enumerate(row.blocks) if b in (0, block)]
+            pixels = packed.pixels[first : first + pictures]
+            alone = Batch(torch.tensor([row.ids])[:, places], None, pixels, torch.arange(pictures), None)
+            assert torch.allclose(together[number, places], logits(alone)[0], atol=1e-4)
+        first += pictures
 
 
 @needs_base
@@ -232,7 +288,10 @@ def test_any_picture_goes_through(base):
     model, processor = base
     sizes = [((300, 200), "teal"), ((1, 1), "white"), ((64, 64), "black"), ((64, 64), (127, 127, 127))]
     for size, colour in sizes:
-        content = [{"type": "image", "image": Image.new("RGB", size, colour)}, {"type": "text", "text": "Hello"}]
+        content = [
+            {"type": "image", "image": Image.new("RGB", size, colour)},
+            {"type": "text", "text": "Hello"},
+        ]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,

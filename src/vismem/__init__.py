@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vismem import invocation
     from vismem.config import VisMemConfig
-    from vismem.decoding import invocation
     from vismem.decoding.trace import Invocation, VisMemOutput
     from vismem.model import VisMem
 
@@ -25,7 +25,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "invocation":
-        return import_module("vismem.decoding.invocation")
+        return import_module("vismem.invocation")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'vismem' has no attribute {name!r}")
