@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# What `make demo` asks; both can be given on the command line.
+# What `make demo` asks, and where memory is put in; all can be given on the command line.
 IMAGE ?= examples/shelf.png
-QUESTION ?= What colour is the tag at row 2, column 3?
+QUESTION ?= Describe the shelf.
+INVOCATION ?= short@21,short@42,short@63
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format docs clean distclean
@@ -23,8 +24,12 @@ demo test: export OMP_WAIT_POLICY = PASSIVE
 demo test: export HF_HUB_OFFLINE = 1
 demo: export QUESTION := $(QUESTION)
 
-demo: $(READY)  ## ask the pocket model about a picture (IMAGE=..., QUESTION=...)
-	@$(BIN)/vismem ask "$(IMAGE)" "$$QUESTION"
+demo: $(READY)  ## ask the pocket model about a picture (IMAGE=..., QUESTION=..., INVOCATION=...)
+	@echo "$$QUESTION  ($(IMAGE))"
+	@echo; echo "Without memory:"
+	@$(BIN)/vismem ask "$(IMAGE)" "$$QUESTION" --invocation off
+	@echo; echo "With a second look after each row:"
+	@$(BIN)/vismem ask "$(IMAGE)" "$$QUESTION" --invocation "$(INVOCATION)"
 
 test: $(READY)  ## run the whole test suite
 	@$(BIN)/python -m pytest

@@ -580,16 +580,36 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     dtype = getattr(torch, args.dtype)
+    results: list[Result] = []
     try:
-        results = list(measure(args.cases, args.rounds, args.device, dtype))
+        for result in measure(args.cases, args.rounds, args.device, dtype):
+            results.append(result)
+            if args.json is not None:
+                write(args.json, report(results, args.device, dtype, args.rounds))
     except RuntimeError as error:
         print(f"vismem bench decode: {error}", file=sys.stderr)
         return 1
     print(table(results))
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report(results, args.device, dtype, args.rounds), indent=1) + "\n")
     return 0
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Writes the report, whole or not at all; rows that other runs on this machine left in the file stay."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        earlier = json.loads(path.read_text())
+        if earlier.get("machine") == found["machine"]:
+            measured = {name_of(row) for row in found["rows"]}
+            found["rows"] += [row for row in earlier["rows"] if name_of(row) not in measured]
+            found["budgets"] += [entry for entry in earlier["budgets"] if entry["row"] not in measured]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A row's name in the table, as `--only` takes it."""
+    return str(Case(row["model"], row["visual_tokens"], row["batch"]))
 
 
 if __name__ == "__main__":

@@ -150,8 +150,10 @@ def evaluate(options: argparse.Namespace) -> None:
 def warmup(options: argparse.Namespace) -> None:
     from vismem.pocket.warmup import warmup
 
-    warmup(options.out, options.base, options.work, options.steps, options.seed, not options.fresh, options.only)
-    print(f"wrote {options.out}")
+    for folder in warmup(
+        options.out, options.base, options.work, options.steps, options.seed, not options.fresh, options.only
+    ):
+        print(f"wrote {folder}")
 
 
 def measure(options: argparse.Namespace) -> None:

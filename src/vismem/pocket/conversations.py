@@ -1,0 +1,267 @@
+"""Conversations about shelves: several turns, images before or after the question, shown once or again.
+
+`sample_conversation` gives one target question at a chosen distance from its image (evaluation, memory training);
+`sample_training_conversation` the base's own mixture. Both return a `Conversation`, whose `messages` are in the
+chat format of transformers. Turning one into token ids is the matter of `batches.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from vismem.pocket import drills, easyvqa
+from vismem.pocket.tasks import (
+    PAIR_TASKS,
+    SINGLE_TASKS,
+    TASKS,
+    Question,
+    compare,
+    describe,
+    difference,
+    promotion,
+)
+from vismem.pocket.world import SIDE, Scene, change_one_price, render_array, sample_scene
+
+FILLER_TASKS = ("colour", "shape", "digit", "label", "item", "row", "sum")
+# What a description may say before a late question without giving its answer away.
+DESCRIPTION_BEFORE = {"colour": "prices", "shape": "prices", "colours": "prices", "shapes": "prices"}
+DESCRIPTION_BEFORE["describe_tags"] = "prices"
+
+TIDY = 0.3  # of the training shelves, see `sample_scene`
+TRAINING_WEIGHTS = {
+    "colour": 1.2,
+    "shape": 1.2,
+    "digit": 1.2,
+    "label": 0.8,
+    "item": 1.0,
+    "row": 0.6,
+    "column": 0.8,
+    "colours": 0.8,
+    "shapes": 0.8,
+    "sum": 1.6,
+    "basket": 0.9,
+    "promotion": 3.0,
+}
+EARLY_WEIGHTS = {
+    "row": 3.0,
+    "column": 1.5,
+    "colour": 1.0,
+    "shape": 1.0,
+    "label": 1.0,
+    "item": 1.0,
+    "digit": 1.0,
+}
+
+
+@dataclass
+class Turn:
+    """One exchange. `user` holds texts and image numbers in reading order; `since` counts the turns since an
+    image was last shown (0: in this one; None: never)."""
+
+    user: list[str | int]
+    question: Question
+    since: int | None = 0
+
+
+@dataclass
+class Conversation:
+    """Turns about one or more pictures. The last turn's question is the target."""
+
+    turns: list[Turn]
+    pictures: list[np.ndarray]  # each uint8 [64, 64, 3]; `Turn.user` refers to them by index
+    scenes: list[Scene | None] = field(default_factory=list)  # beside `pictures`; None for easy-VQA
+    distance: int = 0
+
+    @property
+    def task(self) -> str:
+        return self.turns[-1].question.task
+
+    @property
+    def answer_text(self) -> str:
+        """The reference reply to the last turn, with its steps."""
+        return self.turns[-1].question.reply
+
+    @property
+    def answer(self) -> str:
+        """The result alone, what `tasks.score` compares with."""
+        return self.turns[-1].question.answer
+
+    @property
+    def scene(self) -> Scene | None:
+        """The scene that was shown last."""
+        return self.scenes[self._order[-1]] if self._order else None
+
+    @property
+    def _order(self) -> list[int]:
+        return [part for turn in self.turns for part in turn.user if isinstance(part, int)]
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The pictures in the order in which `messages` shows them (a picture shown twice is here twice)."""
+        return [Image.fromarray(self.pictures[index]) for index in self._order]
+
+    @property
+    def messages(self) -> list[dict]:
+        """Chat messages that end with the last turn's user message."""
+        images = iter(self.images)
+        messages = []
+        for number, turn in enumerate(self.turns):
+            content = [
+                {"type": "image", "image": next(images)} if isinstance(part, int) else {"type": "text", "text": part}
+                for part in turn.user
+            ]
+            messages.append({"role": "user", "content": content})
+            if number < len(self.turns) - 1:
+                reply = {"type": "text", "text": turn.question.reply}
+                messages.append({"role": "assistant", "content": [reply]})
+        return messages
+
+
+def _arrange(rng: Random, text: str, images: list[int]) -> list[str | int]:
+    """The image before the question (mostly) or after it."""
+    return [*images, text] if rng.random() < 0.65 else [text, *images]
+
+
+def ask(scene: Scene, rng: Random, task: str, rule: str = "stated") -> Question:
+    """A question of a single-image task."""
+    if task == "promotion":
+        return promotion(scene, rng, rule)
+    if task.startswith("describe"):
+        return describe(scene, rng, task.split("_")[1] if "_" in task else None)
+    if task not in SINGLE_TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    return SINGLE_TASKS[task](scene, rng)
+
+
+def _ask_pair(task: str, rng: Random, split: str) -> tuple[list[Scene], Question]:
+    first = sample_scene(rng, split)
+    if task == "compare":
+        second = sample_scene(rng, split)
+        return [first, second], compare(first, second, rng)
+    second = change_one_price(first, rng.randrange(SIDE), rng.randrange(SIDE), rng, split)
+    return [first, second], difference(first, second, rng)
+
+
+def sample_conversation(
+    rng: Random,
+    split: str = "train",
+    task: str | None = None,
+    distance: int = 0,
+    shown_again: bool = False,
+    rule: str = "stated",
+    after_description: bool = False,
+) -> Conversation:
+    """A conversation whose last turn asks `task`.
+
+    Args:
+        rng: all randomness comes from here.
+        split: whose handwriting, "train" or "test".
+        task: one of `tasks.TASKS`; None draws one.
+        distance: turns between the image and the question; 0 shows it in the question's own turn.
+        shown_again: show the image (or the pair) in the last turn too.
+        rule: for promotions, see `tasks.promotion`.
+        after_description: the turn before the last is a description of the whole shelf that does not contain the
+            answer (of an item's answer: its price); `distance` is then at least 1.
+    """
+    if distance < 0:
+        raise ValueError(f"distance must be 0 or more, not {distance}")
+    task = task or rng.choice(TASKS)
+    distance = max(distance, 1) if after_description else distance
+    if task in PAIR_TASKS:
+        scenes, target = _ask_pair(task, rng, split)
+    else:
+        scenes = [sample_scene(rng, split)]
+        target = ask(scenes[0], rng, task, rule)
+    shown = list(range(len(scenes)))
+    turns = []
+    for since in range(distance):
+        if after_description and since == distance - 1:
+            question = describe(scenes[0], rng, DESCRIPTION_BEFORE.get(task, "tags"))
+        else:
+            question = _filler(scenes[0], rng, target)
+        user = _arrange(rng, question.text, shown) if since == 0 else [question.text]
+        turns.append(Turn(user, question, since))
+    user = _arrange(rng, target.text, shown) if shown_again or distance == 0 else [target.text]
+    turns.append(Turn(user, target, 0 if shown_again else distance))
+    return Conversation(turns, [render_array(scene) for scene in scenes], scenes, distance)
+
+
+def _filler(scene: Scene, rng: Random, target: Question) -> Question:
+    """A question that does not give the target's answer away."""
+    while True:
+        question = ask(scene, rng, rng.choice(FILLER_TASKS))
+        same_label = question.task == "label" and target.task in ("label", "promotion")
+        if not question.cells & target.cells and not same_label:
+            return question
+        if len(target.cells) == SIDE * SIDE and question.task == "label":
+            return question
+
+
+def sample_training_conversation(rng: Random, early: bool = False) -> Conversation:
+    """One conversation of the base's training mixture; `early` leans on reading tasks."""
+    kind = rng.choices(
+        ("shelf", "pair", "describe", "easy_vqa", "drill"),
+        (0.66, 0.08, 0.10, 0.11, 0.05) if not early else (0.62, 0.04, 0.22, 0.10, 0.02),
+    )[0]
+    if kind == "easy_vqa":
+        return _easy_vqa(rng)
+    if kind == "drill":
+        questions = [drills.sample(rng) for _ in range(rng.randrange(2, 6))]
+        return Conversation([Turn([question.text], question, None) for question in questions], [], [])
+    if kind == "pair":
+        return _pair(rng)
+    return _shelf(rng, early, described=kind == "describe")
+
+
+def _pair(rng: Random) -> Conversation:
+    """Comparisons of two shelves, one or two in a row, now and then asked after the images have gone."""
+    turns, scenes = [], []
+    for number in range(rng.randrange(1, 3)):
+        task = rng.choice(tuple(PAIR_TASKS))
+        if number and task == "compare" and rng.random() < 0.3:
+            question = compare(scenes[-2], scenes[-1], rng)
+            turns.append(Turn([question.text], question, 1))
+            continue
+        pair, question = _ask_pair(task, rng, "train")
+        scenes += pair
+        turns.append(Turn(_arrange(rng, question.text, [len(scenes) - 2, len(scenes) - 1]), question, 0))
+    return Conversation(turns, [render_array(scene) for scene in scenes], scenes)
+
+
+def _shelf(rng: Random, early: bool, described: bool) -> Conversation:
+    weights = EARLY_WEIGHTS if early else TRAINING_WEIGHTS
+    tasks = rng.choices(tuple(weights), tuple(weights.values()), k=rng.randrange(2, 9))
+    again = 1.0 if early else rng.choice((0.0, 0.3, 0.6, 0.9, 0.9))
+    if described:
+        tasks = ["describe", *tasks[: rng.randrange(0, 4)]]
+    turns, scenes = [], [sample_scene(rng, tidy=TIDY)]
+    if rng.random() < 0.15:
+        greeting = drills.greeting(rng)
+        turns.append(Turn([greeting.text], greeting, None))
+    since = 0
+    for number, task in enumerate(tasks):
+        show = number == 0 or rng.random() < again
+        if show and number and rng.random() < 0.15:  # another shelf: the latest one counts
+            scenes.append(sample_scene(rng, tidy=TIDY))
+        since = 0 if show else since + 1
+        # Unstated rules are drawn at random, label by label: they teach the form of the reply and no mapping.
+        question = ask(scenes[-1], rng, task, "unstated" if rng.random() < 0.07 else "stated")
+        user = _arrange(rng, question.text, [len(scenes) - 1]) if show else [question.text]
+        turns.append(Turn(user, question, since))
+    return Conversation(turns, [render_array(scene) for scene in scenes], scenes)
+
+
+def _easy_vqa(rng: Random) -> Conversation:
+    picture, pairs = easyvqa.sample_image(rng, "train")
+    turns, since, again = [], 0, rng.choice((0.2, 0.8))
+    for number, (text, answer) in enumerate(rng.sample(pairs, min(len(pairs), rng.randrange(2, 7)))):
+        show = number == 0 or rng.random() < again
+        since = 0 if show else since + 1
+        question = Question("easy_vqa", text, f"{answer.capitalize()}.", answer)
+        turns.append(Turn(_arrange(rng, text, [0]) if show else [text], question, since))
+    return Conversation(turns, [picture], [None])

@@ -1,0 +1,58 @@
+"""easy-VQA: coloured shapes on 64x64 pictures with short questions, from the package of that name.
+
+Its train split joins the base's training, its test split is one of the base's scores.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+
+def _package():
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ValueError("easy-VQA needs its package: pip install 'vismem[pocket]'") from error
+    return easy_vqa
+
+
+@lru_cache(maxsize=2)
+def questions(split: str) -> dict[int, list[tuple[str, str]]]:
+    """For each image number of a split, its (question, answer) pairs."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    package = _package()
+    read = package.get_train_questions if split == "train" else package.get_test_questions
+    by_image = defaultdict(list)
+    for text, answer, image in zip(*read(), strict=True):
+        by_image[image].append((text, answer))
+    return dict(by_image)
+
+
+@lru_cache(maxsize=2)
+def _paths(split: str) -> dict[int, str]:
+    package = _package()
+    return package.get_train_image_paths() if split == "train" else package.get_test_image_paths()
+
+
+@lru_cache(maxsize=8192)
+def picture(split: str, image: int) -> np.ndarray:
+    """An image of a split: uint8 [64, 64, 3]."""
+    return np.asarray(Image.open(_paths(split)[image]).convert("RGB"))
+
+
+def sample_image(rng: Random, split: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """A random image of a split with all its (question, answer) pairs."""
+    by_image = questions(split)
+    image = rng.choice(sorted_images(split))
+    return picture(split, image), by_image[image]
+
+
+@lru_cache(maxsize=2)
+def sorted_images(split: str) -> tuple[int, ...]:
+    return tuple(sorted(questions(split)))

@@ -1,0 +1,215 @@
+"""`vismem pocket eval`: how well the base answers, task by task, by distance from the image.
+
+Three ways to ask late: the image was shown once; it is shown again with the question; it stands again at the start of
+the reply, bare between two full stops - where a short memory will stand. Greedy decoding by transformers' own
+`generate`; test-split handwriting; 95 % Wilson intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+from vismem.pocket import BASE_PATH, easyvqa, load_base
+from vismem.pocket.batches import Encoder, normalise
+from vismem.pocket.conversations import Conversation, Turn, sample_conversation
+from vismem.pocket.tasks import TASKS, Question, score
+from vismem.pocket.tokenizer import IMAGE_TOKENS
+from vismem.pocket.world import PROMOTION_RULES, RULES, sample_scene
+
+DISTANCE_TASKS = ("colour", "shape", "digit", "label", "row", "sum", "promotion")
+DISTANCES = {"once": (1, 2, 3, 4, 5, 6, 7, 8), "again": (1, 2, 4, 6, 8), "inside": (1, 2, 4, 6, 8)}
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of `right` successes in `n`."""
+    z, share = 1.96, right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return round(max(middle - half, 0.0), 4), round(min(middle + half, 1.0), 4)
+
+
+class Answerer:
+    """Greedy replies to the last turns of conversations, in batches."""
+
+    def __init__(self, model, tokenizer, batch_size: int = 100):
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.encoder = Encoder(tokenizer)
+
+    def prompt(self, conversation: Conversation, inside: bool = False) -> tuple[list[int], list[int]]:
+        """The ids up to where the reply starts, and the numbers of the pictures shown; `inside` opens the reply with
+        the latest picture between two full stops."""
+        encoder = self.encoder
+        encoded = encoder.encode(conversation, limit=1_000_000)
+        ids = encoded.ids[: -len(encoder.text(conversation.answer_text)) - 1]
+        shown = encoded.shown
+        if inside:
+            stop = encoder.delimiters[0]
+            ids = [*ids, stop, *[encoder.image] * IMAGE_TOKENS, stop]
+            shown = [*shown, shown[-1]]
+        return ids, shown
+
+    @torch.inference_mode()
+    def __call__(self, conversations: list[Conversation], inside: bool = False) -> list[str]:
+        replies = [""] * len(conversations)
+        prompts = [self.prompt(conversation, inside) for conversation in conversations]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            longest = max(len(prompts[i][0]) for i in rows)
+            most = max(len(prompts[i][1]) for i in rows)
+            ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+            pixels = torch.zeros(len(rows), most, 3, 64, 64)
+            for row, i in enumerate(rows):
+                prompt, shown = prompts[i]
+                ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+                mask[row, longest - len(prompt) :] = 1
+                if shown:
+                    pixels[row, : len(shown)] = normalise(np.stack([conversations[i].pictures[s] for s in shown]))
+            length = max(len(self.encoder.text(conversations[i].answer_text)) for i in rows) + 4
+            images = {"pixel_values": pixels.to(self.model.dtype)} if most else {}
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False, **images
+            )
+            texts = self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+            for i, text in zip(rows, texts, strict=True):
+                replies[i] = text
+        return replies
+
+    def measure(self, conversations: list[Conversation], inside: bool = False) -> dict:
+        """Accuracy with its interval, n, and the mean number of tokens from the first image's end to the reply."""
+        replies = self(conversations, inside)
+        right = sum(score(c.task, reply, c.answer) for c, reply in zip(conversations, replies, strict=True))
+        low, high = wilson(right, len(replies))
+        ages = []
+        for conversation in conversations:
+            ids = self.prompt(conversation)[0]
+            if self.encoder.image in ids:
+                first_run = conversation.turns[0].user
+                runs = sum(isinstance(part, int) for part in first_run)
+                places = [i for i, token in enumerate(ids) if token == self.encoder.image]
+                ages.append(len(ids) - places[runs * IMAGE_TOKENS - 1])
+        age = round(sum(ages) / len(ages), 1) if ages else None
+        return {
+            "accuracy": round(right / len(replies), 4),
+            "low": low,
+            "high": high,
+            "n": len(replies),
+            "tokens": age,
+        }
+
+
+def cells() -> dict[str, tuple[Callable[[Random], Conversation], bool]]:
+    """Everything that is measured: name -> (how to sample one conversation, image inside the reply or not)."""
+    out = {}
+
+    def add(name: str, inside: bool = False, **options):
+        out[name] = (lambda rng: sample_conversation(rng, "test", **options), inside)
+
+    for task in TASKS:
+        add(f"in_view/{task}", task=task)
+    for task in DISTANCE_TASKS:
+        for shown, distances in DISTANCES.items():
+            again = {"shown_again": shown == "again", "inside": shown == "inside"}
+            for distance in distances:
+                add(f"distance/{task}/{shown}/{distance}", task=task, distance=distance, **again)
+            add(f"after_description/{task}/{shown}", task=task, after_description=True, **again)
+    for rule in ("stated-truth", "hidden-truth"):
+        add(f"promotion/{rule}", task="promotion", rule=rule)
+    return out
+
+
+def promotion_chance(seed: int, scenes: int = 500) -> float:
+    """How often a random rule gives a row the price that its label's own rule gives."""
+    rng, hits, trials = Random(seed), 0, 0
+    for _ in range(scenes):
+        scene = sample_scene(rng, "test")
+        for name, prices in zip(scene.labels, scene.prices, strict=True):
+            wanted = sum(PROMOTION_RULES[name].apply(list(prices)))
+            hits += sum(sum(rule.apply(list(prices))) == wanted for rule in RULES)
+            trials += len(RULES)
+    return round(hits / trials, 4)
+
+
+def _easy_vqa(n: int, seed: int) -> list[Conversation]:
+    rng = Random(f"{seed}-easy-vqa")
+    everything = [(i, pair) for i in easyvqa.sorted_images("test") for pair in easyvqa.questions("test")[i]]
+    chosen = rng.sample(everything, min(n, len(everything)))
+    return [
+        Conversation(
+            [Turn([0, text], Question("easy_vqa", text, f"{answer.capitalize()}.", answer), 0)],
+            [easyvqa.picture("test", image)],
+            [None],
+        )
+        for image, (text, answer) in chosen
+    ]
+
+
+def evaluate(
+    base_path: str | Path = BASE_PATH,
+    out_json: str | Path | None = "results/pocket_base.json",
+    plot: str | Path | None = "docs/images/pocket_base.png",
+    n: int = 200,
+    seed: int = 0,
+    only: str = "",
+) -> dict:
+    """Measure a base and write the numbers and their plot.
+
+    Args:
+        base_path: the base's folder.
+        out_json, plot: where the results go; None writes none.
+        n: conversations per cell (the easy-VQA test split gets 1000 questions, or n if that is more).
+        seed: the sample of conversations.
+        only: measure only cells whose name contains this.
+    """
+    if n < 1:
+        raise ValueError(f"n must be 1 or more, not {n}")
+    from tqdm import tqdm
+
+    model, processor = load_base(path=base_path)
+    answerer = Answerer(model, processor.tokenizer)
+    measured = {}
+    chosen = {name: cell for name, cell in cells().items() if only in name}
+    for name, (sample, inside) in tqdm(chosen.items(), desc="pocket eval"):
+        conversations = [sample(Random(f"{seed}-{name}-{i}")) for i in range(n)]
+        measured[name] = answerer.measure(conversations, inside)
+    if only in "easy_vqa":
+        measured["easy_vqa"] = answerer.measure(_easy_vqa(max(n, 1000) if n >= 100 else n, seed))
+    results = {
+        "command": f"vismem pocket eval --n {n} --seed {seed}",
+        "what": "accuracy of the pocket base, greedy, test-split handwriting; low/high: 95 % Wilson interval; "
+        "tokens: mean distance from the image's end to the reply",
+        "seed": seed,
+        "n": n,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sliding_window": model.config.text_config.sliding_window,
+        "promotion_chance": promotion_chance(seed),
+        **_nest(measured),
+    }
+    if out_json:
+        Path(out_json).parent.mkdir(parents=True, exist_ok=True)
+        Path(out_json).write_text(json.dumps(results, indent=1) + "\n")
+    if plot and not only:
+        from vismem.pocket.plot import draw
+
+        draw(results, Path(plot))
+    return results
+
+
+def _nest(measured: dict[str, dict]) -> dict:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    out: dict = {}
+    for name, value in measured.items():
+        *folders, leaf = name.split("/")
+        place = out
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = value
+    return out

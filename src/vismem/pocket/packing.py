@@ -1,0 +1,107 @@
+"""Many questions about one image in one row: each sees the image and itself, none sees another.
+
+The base learns to read images from these rows - they hold some three times as many replies per token as
+conversations do - and learns to keep images apart, to lose them and to be shown them again from conversations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import torch
+
+from vismem.pocket import drills, easyvqa
+from vismem.pocket.batches import Batch, Encoder, cell_labels, stack_pictures
+from vismem.pocket.conversations import EARLY_WEIGHTS, TIDY, TRAINING_WEIGHTS, ask
+from vismem.pocket.tasks import Question, compare, difference
+from vismem.pocket.world import SIDE, Scene, change_one_price, render_array, sample_scene
+
+DRILLS = 0.2  # of the rows: sums and promotions on prices in words, cheap practice for the replies' steps
+
+
+@dataclass
+class Row:
+    """One packed row. Block 0 is the shared image, blocks 1.. the questions; `positions` start anew in each."""
+
+    pictures: list[np.ndarray]
+    scenes: list[Scene | None]
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+
+
+def _content(rng: Random, early: bool):
+    """Pictures, their scenes, and a source of questions about them."""
+    kind = rng.random()
+    if kind < DRILLS and not early:
+        return [], [], lambda: drills.sample(rng)
+    kind = rng.random()
+    if kind < 0.1:
+        picture, pairs = easyvqa.sample_image(rng, "train")
+
+        def draw():
+            text, answer = rng.choice(pairs)
+            return Question("easy_vqa", text, f"{answer.capitalize()}.", answer)
+
+        return [picture], [None], draw
+    first = sample_scene(rng, tidy=TIDY)
+    if kind < 0.2 and not early:
+        changed = rng.random() < 0.5
+        if changed:
+            second = change_one_price(first, rng.randrange(SIDE), rng.randrange(SIDE), rng, "train")
+        else:
+            second = sample_scene(rng)
+        pictures = [render_array(first), render_array(second)]
+        return pictures, [first, second], lambda: (difference if changed else compare)(first, second, rng)
+    weights = {**(EARLY_WEIGHTS if early else TRAINING_WEIGHTS), "describe": 0.5}
+    tasks, shares = tuple(weights), tuple(weights.values())
+
+    def draw():
+        return ask(first, rng, rng.choices(tasks, shares)[0], "unstated" if rng.random() < 0.07 else "stated")
+
+    return [render_array(first)], [first], draw
+
+
+def pack(rng: Random, encoder: Encoder, early: bool, length: int = 256) -> Row:
+    """One row of about `length` tokens."""
+    pictures, scenes, draw = _content(rng, early)
+    row = Row(pictures, scenes)
+    row.ids = [encoder.user] + encoder.image_block() * len(pictures)
+    prefix = len(row.ids)
+    row.weights, row.blocks, row.positions = [0.0] * prefix, [0] * prefix, list(range(prefix))
+    block = 0
+    while len(row.ids) < length - 12 and (len(pictures) < 2 or block < 6):
+        question, block = draw(), block + 1
+        asked = [*encoder.text(question.text), encoder.end, encoder.assistant]
+        said = [*encoder.text(question.reply), encoder.end]
+        row.ids += asked + said
+        row.weights += [0.0] * len(asked) + [1.0] * len(said)
+        row.blocks += [block] * (len(asked) + len(said))
+        row.positions += range(prefix, prefix + len(asked) + len(said))
+    return row
+
+
+def collate_rows(rows: list[Row], pad: int, window: int) -> Batch:
+    """Packed rows as a batch with an additive mask [B, 1, L, L] that keeps blocks apart and holds the window."""
+    length = max(len(row.ids) for row in rows)
+    ids, weights = torch.full((len(rows), length), pad), torch.zeros(len(rows), length)
+    blocks = torch.full((len(rows), length), -1)
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    pictures, cells, shown = [], [], []
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n], weights[i, :n] = torch.tensor(row.ids), torch.tensor(row.weights)
+        blocks[i, :n], positions[i, :n] = torch.tensor(row.blocks), torch.tensor(row.positions)
+        shown += range(len(pictures), len(pictures) + len(row.pictures))
+        pictures += row.pictures
+        cells += [cell_labels(scene) for scene in row.scenes]
+    order = torch.arange(length)
+    same = (blocks[:, :, None] == blocks[:, None, :]) | (blocks[:, None, :] == 0)
+    near = positions[:, :, None] - positions[:, None, :] < window
+    allowed = same & near & (order[:, None] >= order[None, :])
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -1e9)[:, None]
+    pixels, cells = stack_pictures(pictures, cells)
+    return Batch(ids, weights, pixels, torch.tensor(shown, dtype=torch.long), cells, mask, positions)

@@ -1,0 +1,42 @@
+"""`vismem pocket sample`: example pictures of the pocket world, and questions about them with their answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+
+from vismem.pocket.conversations import sample_conversation
+from vismem.pocket.tasks import TASKS
+
+
+def sample(out: Path, n: int = 12, seed: int = 0, enlarge: int = 1) -> None:
+    """Write `n` examples: pictures `0003_0.png` (64x64, times `enlarge`) and one line each in `samples.jsonl`.
+
+    A line has `images` (file names), `question`, `reply` (the reference, with its steps), `answer` and `task`.
+    """
+    if n < 1 or enlarge < 1:
+        raise ValueError(f"n and enlarge must be 1 or more, not {n} and {enlarge}")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(n):
+        conversation = sample_conversation(Random(f"{seed}-{number}"), "test", task=TASKS[number % len(TASKS)])
+        names = []
+        for place, image in enumerate(conversation.images):
+            names.append(f"{number:04d}_{place}.png")
+            side = image.width * enlarge
+            image.resize((side, side), Image.NEAREST).save(out / names[-1])
+        question = conversation.turns[-1].question
+        lines.append(
+            {
+                "images": names,
+                "question": question.text,
+                "reply": question.reply,
+                "answer": question.answer,
+                "task": question.task,
+            }
+        )
+    (out / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,361 @@
+"""What can be asked about a scene: question wordings, answers that reason step by step, and their scoring.
+
+Every answer ends in its result; where steps come first, the result follows the last "So". `score` compares what
+a completion says there with the reference, so one function serves training rewards and evaluation.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from random import Random
+
+from vismem.pocket.world import PROMOTION_RULES, RULES, SIDE, Rule, Scene
+
+NUMBER_WORDS = ("one", "two", "three", "four")
+ORDINALS = ("first", "second", "third", "fourth")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one or two scenes.
+
+    `text` is what the user says, `reply` the reference reply with its steps, `answer` the result alone. `cells`
+    names the (row, column) places that the reply reveals: filler turns keep clear of them.
+    """
+
+    task: str
+    text: str
+    reply: str
+    answer: str
+    cells: frozenset[tuple[int, int]] = frozenset()
+    rule: str = ""
+
+
+def _line(rng: Random, kind: str, index: int) -> str:
+    """A row or column in words: "row 2", "row two" or "the second row"."""
+    return rng.choice(
+        (
+            f"{kind} {index + 1}",
+            f"{kind} {index + 1}",
+            f"{kind} {NUMBER_WORDS[index]}",
+            f"the {ORDINALS[index]} {kind}",
+        )
+    )
+
+
+def _place(rng: Random, row: int, column: int) -> str:
+    return rng.choice(
+        (
+            f"row {row + 1}, column {column + 1}",
+            f"row {row + 1} column {column + 1}",
+            f"row {NUMBER_WORDS[row]}, column {NUMBER_WORDS[column]}",
+            f"column {column + 1} of row {row + 1}",
+            f"the {ORDINALS[row]} row, {ORDINALS[column]} column",
+        )
+    )
+
+
+def _cell(rng: Random) -> tuple[int, int]:
+    return rng.randrange(SIDE), rng.randrange(SIDE)
+
+
+def _row_cells(row: int) -> frozenset[tuple[int, int]]:
+    return frozenset((row, column) for column in range(SIDE))
+
+
+def spaced(prices: list[int] | tuple[int, ...]) -> str:
+    return " ".join(str(price) for price in prices)
+
+
+def running_sum(prices: list[int]) -> str:
+    """The steps of a sum and its result: [4, 7, 0, 2] -> "11, 11, 13. So 13."."""
+    totals = [sum(prices[: i + 1]) for i in range(1, len(prices))]
+    return ", ".join(map(str, totals)) + f". So {totals[-1]}."
+
+
+def colour(scene: Scene, rng: Random) -> Question:
+    row, column = _cell(rng)
+    where = _place(rng, row, column)
+    text = rng.choice(
+        (
+            f"What colour is the tag at {where}?",
+            f"Colour of the tag at {where}?",
+            f"Look at {where}. Which colour is the tag?",
+            f"Tell me the tag colour at {where}.",
+        )
+    )
+    value = scene.colours[row][column]
+    return Question("colour", text, f"{value.capitalize()}.", value, frozenset({(row, column)}))
+
+
+def shape(scene: Scene, rng: Random) -> Question:
+    row, column = _cell(rng)
+    where = _place(rng, row, column)
+    text = rng.choice(
+        (
+            f"What shape is the tag at {where}?",
+            f"Shape of the tag at {where}?",
+            f"Which shape has the tag at {where}?",
+            f"Tell me the tag shape at {where}.",
+        )
+    )
+    value = scene.shapes[row][column]
+    return Question("shape", text, f"{value.capitalize()}.", value, frozenset({(row, column)}))
+
+
+def digit(scene: Scene, rng: Random) -> Question:
+    row, column = _cell(rng)
+    where = _place(rng, row, column)
+    text = rng.choice(
+        (
+            f"What is the price at {where}?",
+            f"Price at {where}?",
+            f"How much is the item at {where}?",
+            f"Please read the price at {where}.",
+        )
+    )
+    value = str(scene.prices[row][column])
+    return Question("digit", text, f"{value}.", value, frozenset({(row, column)}))
+
+
+def label(scene: Scene, rng: Random) -> Question:
+    row = rng.randrange(SIDE)
+    where = _line(rng, "row", row)
+    text = rng.choice((f"Which label has {where}?", f"What label is under {where}?", f"Name the label of {where}."))
+    value = scene.labels[row]
+    return Question("label", text, f"{value.capitalize()}.", value)
+
+
+def item(scene: Scene, rng: Random) -> Question:
+    row, column = _cell(rng)
+    where = _place(rng, row, column)
+    text = rng.choice((f"What is at {where}?", f"Describe the item at {where}.", f"Which item is at {where}?"))
+    value = f"{scene.colours[row][column]} {scene.shapes[row][column]} {scene.prices[row][column]}"
+    return Question("item", text, f"{value.capitalize()}.", value, frozenset({(row, column)}))
+
+
+def row(scene: Scene, rng: Random) -> Question:
+    index = rng.randrange(SIDE)
+    where = _line(rng, "row", index)
+    text = rng.choice(
+        (
+            f"Read {where}.",
+            f"Read the prices of {where}.",
+            f"Which prices are in {where}?",
+            f"Prices in {where}?",
+        )
+    )
+    value = spaced(scene.prices[index])
+    return Question("row", text, f"{value}.", value, _row_cells(index))
+
+
+def column(scene: Scene, rng: Random) -> Question:
+    index = rng.randrange(SIDE)
+    where = _line(rng, "column", index)
+    text = rng.choice(
+        (
+            f"Read {where}.",
+            f"Read the prices of {where}.",
+            f"Which prices are in {where}?",
+            f"Prices in {where}?",
+        )
+    )
+    value = spaced([scene.prices[r][index] for r in range(SIDE)])
+    return Question("column", text, f"{value}.", value, frozenset((r, index) for r in range(SIDE)))
+
+
+def _row_of(task: str, grid: tuple[tuple[str, ...], ...], what: str, rng: Random) -> Question:
+    index = rng.randrange(SIDE)
+    where = _line(rng, "row", index)
+    text = rng.choice(
+        (f"Read the {what} of {where}.", f"Which {what} are in {where}?", f"{what.capitalize()} in {where}?")
+    )
+    value = " ".join(grid[index])
+    return Question(task, text, f"{value.capitalize()}.", value, _row_cells(index))
+
+
+def colours(scene: Scene, rng: Random) -> Question:
+    return _row_of("colours", scene.colours, "colours", rng)
+
+
+def shapes(scene: Scene, rng: Random) -> Question:
+    return _row_of("shapes", scene.shapes, "shapes", rng)
+
+
+def total(scene: Scene, rng: Random) -> Question:
+    index = rng.randrange(SIDE)
+    where = _line(rng, "row", index)
+    text = rng.choice(
+        (
+            f"What is the sum of {where}?",
+            f"Add the prices of {where}.",
+            f"What do the items in {where} cost together?",
+            f"Sum of {where}?",
+        )
+    )
+    prices = list(scene.prices[index])
+    return Question("sum", text, f"{spaced(prices)}. {running_sum(prices)}", str(sum(prices)), _row_cells(index))
+
+
+def basket(scene: Scene, rng: Random) -> Question:
+    first, second = _cell(rng), _cell(rng)
+    one, two = f"row {first[0] + 1} column {first[1] + 1}", f"row {second[0] + 1} column {second[1] + 1}"
+    text = rng.choice(
+        (
+            f"I buy {one} and {two}. What do I pay?",
+            f"What is {one} plus {two}?",
+            f"Add {one} and {two}.",
+        )
+    )
+    prices = [scene.prices[first[0]][first[1]], scene.prices[second[0]][second[1]]]
+    reply = f"{prices[0]} and {prices[1]}. So {sum(prices)}."
+    return Question("basket", text, reply, str(sum(prices)), frozenset({first, second}))
+
+
+RULE_WORDINGS = (
+    "{label} label: {rule}.",
+    "The {label} label means {rule}.",
+    "{label} means {rule}.",
+    "Rows with the {label} label: {rule}.",
+    "Promotion today, {label}: {rule}.",
+)
+
+
+def state_rule(label_name: str, rule: Rule, rng: Random) -> str:
+    """A sentence that says in words what a label means."""
+    text = rng.choice(RULE_WORDINGS).format(label=label_name, rule=rule.words)
+    return text[0].upper() + text[1:]
+
+
+def promotion_reply(label_name: str, rule: Rule, prices: list[int]) -> str:
+    paid = rule.apply(prices)
+    return f"{label_name.capitalize()}: {rule.words}. {spaced(prices)}, pay {spaced(paid)}. {running_sum(paid)}"
+
+
+def promotion(scene: Scene, rng: Random, rule: str = "stated") -> Question:
+    """The price of a row under its label's promotion.
+
+    `rule`: "stated" draws a rule at random and says it in the question; "unstated" draws one at random and
+    keeps silent, so that no mapping can be learned from it; "hidden-truth" keeps silent and answers by
+    `PROMOTION_RULES`; "stated-truth" says the rule of `PROMOTION_RULES`, the upper bound for long-term memory.
+    """
+    if rule not in ("stated", "unstated", "hidden-truth", "stated-truth"):
+        raise ValueError(f"rule must be stated, unstated, hidden-truth or stated-truth, not {rule!r}")
+    index = rng.randrange(SIDE)
+    name, prices = scene.labels[index], list(scene.prices[index])
+    applied = PROMOTION_RULES[name] if rule.endswith("truth") else rng.choice(RULES)
+    where = _line(rng, "row", index)
+    text = rng.choice(
+        (
+            f"What does {where} cost with its promotion?",
+            f"Price of {where} with its label?",
+            f"What do I pay for {where}, {name} label?",
+            f"{where[0].upper() + where[1:]} has the {name} label. What do I pay?",
+        )
+    )
+    if rule.startswith("stated"):
+        facts = [state_rule(name, applied, rng)]
+        if rule == "stated" and rng.random() < 0.3:  # a second label's rule: the reply must pick its own
+            other = rng.choice([other for other in scene.labels if other != name])
+            facts.insert(rng.randrange(2), state_rule(other, rng.choice(RULES), rng))
+        said = " ".join(facts)
+        text = f"{said} {text}" if rng.random() < 0.7 else f"{text} {said}"
+    reply = promotion_reply(name, applied, prices)
+    return Question("promotion", text, reply, str(sum(applied.apply(prices))), _row_cells(index), rule)
+
+
+def describe(scene: Scene, rng: Random, style: str | None = None) -> Question:
+    """The whole shelf, row by row: its prices, its tags, or everything with labels."""
+    style = style or rng.choice(("prices", "tags", "tags", "full"))
+    lines = []
+    for r in range(SIDE):
+        if style == "prices":
+            words = " " + spaced(scene.prices[r])
+        elif style == "tags":
+            words = " " + ", ".join(f"{scene.colours[r][c]} {scene.shapes[r][c]}" for c in range(SIDE))
+        else:
+            words = f" {scene.labels[r]}, " + ", ".join(
+                f"{scene.colours[r][c]} {scene.shapes[r][c]} {scene.prices[r][c]}" for c in range(SIDE)
+            )
+        lines.append(f"Row {r + 1}:{words}.")
+    text = {
+        "prices": ("Read all prices.", "List all prices of the shelf.", "Which prices are on the shelf?"),
+        "tags": ("Describe all tags.", "List the tags of the shelf.", "Which tags are on the shelf?"),
+        "full": ("Describe the shelf.", "Describe everything on the shelf.", "Tell me all about this shelf."),
+    }[style]
+    reply = " ".join(lines)
+    everywhere = frozenset((r, c) for r in range(SIDE) for c in range(SIDE))
+    return Question(f"describe_{style}", rng.choice(text), reply, reply.rstrip("."), everywhere)
+
+
+def compare(first: Scene, second: Scene, rng: Random) -> Question:
+    """Two shelves, one place: on which is it dearer?"""
+    r, c = _cell(rng)
+    where = _place(rng, r, c)
+    one, two = first.prices[r][c], second.prices[r][c]
+    text = rng.choice(
+        (
+            f"Which shelf is dearer at {where}?",
+            f"Compare {where}. Which one costs more?",
+            f"Where is {where} dearer?",
+        )
+    )
+    result = "the first" if one > two else "the second" if two > one else "same"
+    return Question("compare", text, f"{one} and {two}. So {result}.", result, frozenset({(r, c)}))
+
+
+def difference(first: Scene, second: Scene, rng: Random) -> Question:
+    """Two photographs of one shelf, one price changed in a named row: which column?
+
+    The row is the one that differs; two equal shelves answer "none".
+    """
+    changed = [(r, c) for r in range(SIDE) for c in range(SIDE) if first.prices[r][c] != second.prices[r][c]]
+    r, c = changed[0] if changed else (rng.randrange(SIDE), None)
+    where = _line(rng, "row", r)
+    text = rng.choice(
+        (f"What changed in {where}?", f"Which column changed in {where}?", f"Find the change in {where}.")
+    )
+    result = "none" if c is None else f"column {c + 1}"
+    reply = f"{spaced(first.prices[r])}, then {spaced(second.prices[r])}. So {result}."
+    return Question("difference", text, reply, result, _row_cells(r))
+
+
+SINGLE_TASKS = {
+    "colour": colour,
+    "shape": shape,
+    "digit": digit,
+    "label": label,
+    "item": item,
+    "row": row,
+    "column": column,
+    "colours": colours,
+    "shapes": shapes,
+    "sum": total,
+    "basket": basket,
+}
+PAIR_TASKS = {"compare": compare, "difference": difference}
+TASKS = (*SINGLE_TASKS, "promotion", *PAIR_TASKS, "describe_prices", "describe_tags", "describe_full")
+
+
+def final_result(completion: str) -> str:
+    """The result that a completion states: what follows its last "So", or all of it; lower case, no full stop."""
+    text = re.sub(r"<[^>]*>", " ", completion)
+    text = re.split(r"\bso\b", text, flags=re.IGNORECASE)[-1]
+    return " ".join(text.lower().split()).strip(" .,:")
+
+
+def score(task: str, completion: str, answer: str) -> float:
+    """How right a completion is: 1.0 or 0.0; for descriptions the share of rows that are right."""
+    if not task.startswith("describe"):
+        return float(final_result(completion) == final_result(answer))
+    said, wanted = _rows(completion), _rows(answer)
+    return sum(said.get(number) == text for number, text in wanted.items()) / max(len(wanted), 1)
+
+
+def _rows(text: str) -> dict[str, str]:
+    """A description's rows: {"1": "4 7 0 2", ...}; the first mention of a row counts."""
+    rows: dict[str, str] = {}
+    for number, words in re.findall(r"row (\d): ?([^.:]*)\.?", " ".join(text.lower().split())):
+        rows.setdefault(number, words.strip())
+    return rows
