@@ -246,15 +246,15 @@ class Run:
         return self.ticks[step + SEGMENT] - self.ticks[step]
 
 
-def timed(generate: Callable[..., Tensor], inputs: dict[str, Tensor], tokens: int, **kwargs: Any) -> Run:
-    """Runs `generate` greedily for exactly `tokens` tokens with a clock among its processors."""
+def timed(generate: Callable[..., Tensor], inputs: dict[str, Tensor], tokens: int, end: int, **kwargs: Any) -> Run:
+    """Runs `generate` greedily for exactly `tokens` tokens, `end` never among them, with a clock in its processors."""
     clock = Clock(inputs["input_ids"].device)
     gc.collect()
     clock.tick()
     sequences = generate(
         **inputs,
         max_new_tokens=tokens,
-        min_new_tokens=tokens,
+        suppress_tokens=[end],
         do_sample=False,
         logits_processor=LogitsProcessorList([clock]),
         **kwargs,
@@ -301,7 +301,8 @@ def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], turn: int = 0) ->
         runs["scattered"] = (model.generate, {"invocation": Forced(plans["scattered"])})
     names = list(runs)
     names = names[turn % len(names) :] + names[: turn % len(names)]
-    done = {name: timed(runs[name][0], inputs, tokens, **runs[name][1]) for name in names}
+    end = model.base.generation_config.eos_token_id
+    done = {name: timed(runs[name][0], inputs, tokens, end, **runs[name][1]) for name in names}
     for name in ("off", "on", "none"):
         if not torch.equal(done[name].sequences, done["base"].sequences):
             raise RuntimeError(f"{name!r} wrote other tokens than the base; the times cannot be compared")

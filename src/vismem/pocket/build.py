@@ -241,7 +241,7 @@ def keep_freed_memory() -> None:
 def build(
     out: Path = BASE_PATH,
     resume: bool = True,
-    work: Path = Path("pocket-build"),
+    work: Path | None = None,
     vision_steps: int | None = None,
     language_steps: int | None = None,
     threads: int | None = None,
@@ -251,7 +251,7 @@ def build(
     Args:
         out: the finished base, an ordinary Hugging Face folder.
         resume: go on where an earlier build in `work` stopped.
-        work: the folder of checkpoints.
+        work: the folder of checkpoints; None: beside `out`, "-work" after its name.
         vision_steps, language_steps: other lengths than the recipe's.
         threads: CPU threads; None leaves PyTorch's choice.
     """
@@ -263,7 +263,8 @@ def build(
         torch.set_num_threads(threads)
     easyvqa.questions("train")  # a missing package is an error now, not in ten minutes
     keep_freed_memory()
-    builder = Builder(Path(work), recipe, resume)
+    out = Path(out)
+    builder = Builder(Path(work) if work else out.with_name(out.name + "-work"), recipe, resume)
     builder.run()
-    builder.export(Path(out))
+    builder.export(out)
     log.info("wrote %s", out)

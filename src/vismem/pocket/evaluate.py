@@ -1,4 +1,4 @@
-"""`vismem pocket eval`: how well the base answers, task by task, by distance from the image.
+"""`vismem pocket evaluate`: how well the base answers, task by task, by distance from the image.
 
 Three ways to ask late: the image was shown once; it is shown again with the question; it stands again at the start of
 the reply, bare between two full stops - where a short memory will stand. Greedy decoding by transformers' own
@@ -183,7 +183,7 @@ def evaluate(
     if only in "easy_vqa":
         measured["easy_vqa"] = answerer.measure(_easy_vqa(max(n, 1000) if n >= 100 else n, seed))
     results = {
-        "command": f"vismem pocket eval --n {n} --seed {seed}",
+        "command": f"vismem pocket evaluate --n {n} --seed {seed}",
         "what": "accuracy of the pocket base, greedy, test-split handwriting; low/high: 95 % Wilson interval; "
         "tokens: mean distance from the image's end to the reply",
         "seed": seed,

@@ -208,9 +208,12 @@ def measure(
                 "cells": cell_results,
             }
             write(results, out_json)
+    late, rules = results["late_questions"], results["withheld_rules"]
     results["recovered"] = {
-        "late_questions": recovered(found_of(results, "late_questions"), "image_shown_again"),
-        "withheld_rules": recovered(found_of(results, "withheld_rules"), "rule_stated"),
+        "late_questions": recovered(pooled(late), "image_shown_again"),
+        # One turn after the image, most of it is still within the base's window.
+        "late_questions_after_two_turns_or_more": recovered(pooled(late, without="/1"), "image_shown_again"),
+        "withheld_rules": recovered(pooled(rules), "rule_stated"),
     }
     write(results, out_json)
     return results
@@ -237,9 +240,13 @@ def write(results: dict, out_json: str | Path | None) -> None:
         partial.replace(path)
 
 
-def found_of(results: dict, suite: str) -> dict[str, float]:
-    """Accuracy by condition."""
-    return {name: entry["accuracy"] for name, entry in results[suite].items()}
+def pooled(suite: dict, without: str = "never") -> dict[str, float]:
+    """Accuracy by condition over its cells, but for those whose name ends with `without`."""
+    accuracy = {}
+    for name, entry in suite.items():
+        cells = [cell for cell_name, cell in entry["cells"].items() if not cell_name.endswith(without)]
+        accuracy[name] = sum(cell["accuracy"] * cell["n"] for cell in cells) / sum(cell["n"] for cell in cells)
+    return accuracy
 
 
 def recovered(accuracy: dict[str, float], bound: str) -> dict[str, float]:

@@ -22,10 +22,12 @@ def draw(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 4, figsize=(15, 7), constrained_layout=True)
+    figure, axes = pyplot.subplots(2, 4, figsize=(15, 7.4), layout="constrained")
     for axis, (task, by_shown) in zip(axes.flat, results["distance"].items(), strict=False):
         for shown, by_distance in by_shown.items():
-            points = {0: results["in_view"][task], **{int(d): cell for d, cell in by_distance.items()}}
+            points = {int(d): cell for d, cell in by_distance.items()}
+            if shown == "once":
+                points[0] = results["in_view"][task]
             distances = sorted(points)
             name, colour, marker = STYLES[shown]
             axis.plot(
@@ -44,13 +46,14 @@ def draw(results: dict, path: Path) -> None:
                 alpha=0.15,
                 linewidth=0,
             )
-        axis.set(title=TITLES.get(task, task), ylim=(0, 1.02), xticks=distances)
+        axis.set(title=TITLES.get(task, task), ylim=(0, 1.02), xticks=range(9))
         axis.grid(alpha=0.3)
-    for axis in axes[1]:
+    for axis in axes[1, :3]:
         axis.set_xlabel("turns since the image was first shown")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy")
-    axes.flat[0].legend(loc="lower left", fontsize=8)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     _bars(axes.flat[7], results)
     figure.suptitle(
         f"The pocket VLM loses its image: {results['parameters'] / 1e6:.1f} M parameters, sliding window of "
@@ -78,5 +81,5 @@ def _bars(axis, results: dict) -> None:
     place = names.index("promotion, not stated")
     chance = results["promotion_chance"]
     axis.plot([chance, chance], [place - 0.45, place + 0.45], color="#c0392b", linewidth=2)
-    axis.set(title="image in view (red: chance)", xlim=(0, 1.02))
+    axis.set(title="image in view (red: chance)", xlim=(0, 1.02), xlabel="accuracy")
     axis.grid(axis="x", alpha=0.3)
