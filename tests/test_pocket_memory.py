@@ -78,7 +78,7 @@ def test_training_moves_its_learner_only_and_resumes(name, tmp_path):
 
 def test_controls_change_the_memory_and_are_undone(model):
     asked = measuring.questions("x", 2, 0, task="digit", distance=2)
-    inputs = measuring.prompt_batch(asked, Encoder(model.processor.tokenizer))
+    inputs = measuring.prompts_of(asked, Encoder(model.processor.tokenizer))
     policy = vismem.invocation.Forced([(0, 0, "short"), (1, 0, "short")])
 
     def memories():

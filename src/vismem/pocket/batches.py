@@ -168,3 +168,18 @@ def stack_pictures(pictures: list[np.ndarray], cells: list[np.ndarray]) -> tuple
     if not pictures:
         return torch.zeros(0, 3, 64, 64), torch.zeros(0, SIDE * SIDE, len(CELL_SIZES), dtype=torch.long)
     return normalise(np.stack(pictures)), torch.from_numpy(np.stack(cells))
+
+
+def prompt_batch(prompts: list[list[int]], pictures: list[list[np.ndarray]], pad: int, dtype: torch.dtype) -> dict:
+    """Prompts as the processor would batch them: `input_ids`, `attention_mask` [B, P] padded on the left, and where any
+    row has a picture `pixel_values` [B, most, 3, 64, 64], zero where a row has fewer."""
+    longest, most = max(map(len, prompts)), max(map(len, pictures))
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    pixels = torch.zeros(len(prompts), most, 3, 64, 64)
+    for row, (prompt, shown) in enumerate(zip(prompts, pictures, strict=True)):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+        if shown:
+            pixels[row, : len(shown)] = normalise(np.stack(shown))
+    return {"input_ids": ids, "attention_mask": mask, **({"pixel_values": pixels.to(dtype)} if most else {})}

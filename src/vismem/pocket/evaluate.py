@@ -13,11 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import torch
 
 from vismem.pocket import BASE_PATH, easyvqa, load_base
-from vismem.pocket.batches import Encoder, normalise
+from vismem.pocket.batches import Encoder, prompt_batch
 from vismem.pocket.conversations import Conversation, Turn, sample_conversation
 from vismem.pocket.tasks import TASKS, Question, score
 from vismem.pocket.tokenizer import IMAGE_TOKENS
@@ -62,22 +61,12 @@ class Answerer:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            longest = max(len(prompts[i][0]) for i in rows)
-            most = max(len(prompts[i][1]) for i in rows)
-            ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            pixels = torch.zeros(len(rows), most, 3, 64, 64)
-            for row, i in enumerate(rows):
-                prompt, shown = prompts[i]
-                ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-                mask[row, longest - len(prompt) :] = 1
-                if shown:
-                    pixels[row, : len(shown)] = normalise(np.stack([conversations[i].pictures[s] for s in shown]))
+            pictures = [[conversations[i].pictures[number] for number in prompts[i][1]] for i in rows]
+            ids = [prompts[i][0] for i in rows]
+            inputs = prompt_batch(ids, pictures, self.tokenizer.pad_token_id, self.model.dtype)
+            longest = inputs["input_ids"].shape[1]
             length = max(len(self.encoder.text(conversations[i].answer_text)) for i in rows) + 4
-            images = {"pixel_values": pixels.to(self.model.dtype)} if most else {}
-            out = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=length, do_sample=False, **images
-            )
+            out = self.model.generate(**inputs, max_new_tokens=length, do_sample=False)
             texts = self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 replies[i] = text

@@ -25,7 +25,7 @@ from vismem.pocket.batches import Encoder
 from vismem.pocket.conversations import Conversation, sample_conversation
 from vismem.pocket.evaluate import wilson
 from vismem.pocket.tasks import score
-from vismem.pocket.warmup import formed_by, fresh_model, learner, prompt_batch
+from vismem.pocket.warmup import formed_by, fresh_model, learner, prompts_of
 
 LATE_TASKS = ("colour", "digit", "row", "sum")
 DISTANCES = (1, 2, 4, 6, 8)
@@ -111,7 +111,7 @@ def answers(model: VisMem, conversations: list[Conversation], invoke: tuple[str,
     replies = []
     for start in range(0, len(conversations), batch_size):
         part = conversations[start : start + batch_size]
-        inputs = prompt_batch(part, encoder)
+        inputs = prompts_of(part, encoder)
         policy = Forced([(row, 0, kind) for row in range(len(part)) for kind in invoke])
         longest = max(len(encoder.text(conversation.answer_text)) for conversation in part) + 4
         out = model.generate(**inputs, invocation=policy, max_new_tokens=longest, do_sample=False)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +23,7 @@ from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.memory.adapter import Adapter
 from vismem.model import VisMem
 from vismem.pocket import BASE_PATH, MEMORY_PATH, load_base
-from vismem.pocket.batches import Encoder, normalise
+from vismem.pocket.batches import Encoder, prompt_batch
 from vismem.pocket.conversations import Conversation, sample_conversation
 
 LATE_TASKS = ("colour", "shape", "digit", "label", "item", "row", "column", "sum", "basket")
@@ -80,29 +79,19 @@ def sample_example(rng: Random, recipe: WarmupRecipe, encoder: Encoder) -> Examp
     return Example(sample_conversation(rng, task=rng.choice(LATE_TASKS), **options), [(0, "short")])
 
 
-def prompt_batch(conversations: list[Conversation], encoder: Encoder, dtype: torch.dtype = torch.float32) -> dict:
-    """Left-padded prompts up to where the reply starts: input_ids, attention_mask [B, P], pixel_values."""
-    prompts, shown = [], []
+def prompts_of(conversations: list[Conversation], encoder: Encoder, dtype: torch.dtype = torch.float32) -> dict:
+    """The conversations' prompts up to where the reply starts, as `prompt_batch` gives them."""
+    prompts, pictures = [], []
     for conversation in conversations:
         encoded = encoder.encode(conversation, limit=1_000_000)
         prompts.append(encoded.ids[: -len(encoder.text(conversation.answer_text)) - 1])
-        shown.append([conversation.pictures[index] for index in encoded.shown])
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), encoder.tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    pixels = torch.zeros(len(prompts), max(map(len, shown)), 3, 64, 64)
-    for row, pictures in enumerate(shown):
-        if pictures:
-            pixels[row, : len(pictures)] = normalise(np.stack(pictures))
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels.to(dtype)}
+        pictures.append([conversation.pictures[index] for index in encoded.shown])
+    return prompt_batch(prompts, pictures, encoder.tokenizer.pad_token_id, dtype)
 
 
 def training_batch(model: VisMem, examples: list[Example], encoder: Encoder, invoke: bool = True) -> dict:
     """Prompts with their reference answers, invocations in place, as `VisMem.forward` takes them."""
-    prompts = prompt_batch([example.conversation for example in examples], encoder)
+    prompts = prompts_of([example.conversation for example in examples], encoder)
     tokens, answers, labels = model.tokens, [], []
     for example in examples:
         words = [*encoder.text(example.conversation.answer_text), encoder.end]
