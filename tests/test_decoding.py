@@ -317,3 +317,15 @@ def test_public_names():
     assert {"VisMem", "VisMemConfig", "Invocation", "invocation"} <= set(vismem.__all__)
     found = vismem.Invocation(kind="short", position=3, length=8, forced=False)
     assert found.to_dict() == {"kind": "short", "position": 3, "length": 8, "forced": False}
+
+
+def test_a_schedule_draws_as_the_base_until_it_is_put_in(model):
+    """Sampling with a schedule draws from the base's own width, so the same seed gives the same tokens before it."""
+    batch = tiny.mixed_batch(model.processor)
+    settings = {"max_new_tokens": 12, "do_sample": True, "eos_token_id": None}
+    torch.manual_seed(3)
+    expected = model.base.generate(**batch, **settings)
+    torch.manual_seed(3)
+    found = model.generate(**batch, invocation=Forced([(row, 10, "long") for row in range(3)]), **settings)
+    until = batch["input_ids"].shape[1] + 10
+    assert torch.equal(found[:, :until], expected[:, :until])
