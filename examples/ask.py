@@ -22,7 +22,9 @@ inputs = processor.apply_chat_template(
     return_dict=True,
     return_tensors="pt",
 )
-out = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True)
+# The shipped memory has not learned when to invoke, so a schedule says: before the first word.
+look = vismem.invocation.Forced([(0, 0, "short")])
+out = model.generate(**inputs, invocation=look, max_new_tokens=64, return_dict_in_generate=True)
 
 answer = out.sequences[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))

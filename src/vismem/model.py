@@ -398,4 +398,4 @@ class VisMem(nn.Module, PushToHubMixin):
         return f"base={self.name_or_path!r}, {self.memory_config}"
 
 
-__all__ = ["Kind", "Place", "VisMem", "VisMemForwardOutput"]
+__all__ = ["VisMem", "VisMemForwardOutput"]
