@@ -1,0 +1,101 @@
+"""One image of a row, from a path, bytes, a data URI or a picture, as an upright RGB picture that is fully decoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+MOST_PIXELS = 89_478_485  # Pillow's own line between a large photograph and a decompression bomb
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message says which and why."""
+
+
+def open_image(value: Any, folder: Path) -> Image.Image:
+    """The picture behind one entry of `images`.
+
+    Args:
+        value: a path (relative to `folder`, or absolute), a `data:image/...;base64,` URI, bytes, a PIL image, or a
+            dictionary with "bytes" or "path", as `datasets.Image` gives.
+        folder: what relative paths start from.
+
+    Raises:
+        BadImage: if there is no such file, or it is no whole image, or it has more than `MOST_PIXELS` pixels.
+    """
+    if isinstance(value, Image.Image):
+        return _upright(value, "image")
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return _decode(value["bytes"], f"image {value.get('path') or 'in bytes'}")
+        value = value.get("path")
+    if isinstance(value, (bytes, bytearray)):
+        return _decode(bytes(value), "image in bytes")
+    if isinstance(value, str) and value.startswith("data:"):
+        return _decode(_from_uri(value), "image in a data URI")
+    if isinstance(value, (str, Path)) and str(value):
+        return _from_path(str(value), folder)
+    raise BadImage(
+        f"an image must be a path, bytes, a data URI, a picture or a dictionary of these, not {_short(value)}"
+    )
+
+
+def _from_uri(uri: str) -> bytes:
+    head, mark, body = uri.partition(";base64,")
+    if not mark:
+        raise BadImage(f"the data URI {_short(head)} is not base64")
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadImage(f"the data URI is not valid base64: {error}") from error
+
+
+def _from_path(name: str, folder: Path) -> Image.Image:
+    if name.startswith(("http://", "https://")):
+        raise BadImage(f"image {name} is a web address, which is not fetched; download it and give its path")
+    path = folder / name.removeprefix("file://")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadImage(f"no such image: {path}") from error
+    except (OSError, ValueError) as error:
+        raise BadImage(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from error
+    return _decode(content, f"image {path}")
+
+
+def _decode(content: bytes, name: str) -> Image.Image:
+    if not content:
+        raise BadImage(f"{name} is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_upright` draws the line
+            with Image.open(BytesIO(content)) as image:
+                return _upright(image, name)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(f"{name} is not an image, or of a format that Pillow does not know") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"{name} has more than {MOST_PIXELS:,} pixels, the limit; make it smaller first") from error
+    except Exception as error:  # Pillow's decoders raise many kinds, from OSError to struct.error
+        raise BadImage(f"{name} is broken: {error or type(error).__name__}") from error
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MOST_PIXELS:
+        raise BadImage(f"{name} has more than {MOST_PIXELS:,} pixels, the limit; make it smaller first")
+    try:
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:
+        raise BadImage(f"{name} is broken: {error or type(error).__name__}") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,237 @@
+"""Rewards as a user names them, called together: weights, sums, and errors that say which function and which row."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vismem.training.rewards.builtin import BUILT_IN
+from vismem.training.rewards.errors import RewardError, RowFailure
+from vismem.training.rewards.imports import import_function
+
+_SEARCH_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """What a batch earned.
+
+    Args:
+        total: weighted sums, float [n].
+        parts: each function's own rewards, unweighted, float [n, k]; nan where it gave None.
+        names: the k functions' names.
+    """
+
+    total: Tensor
+    parts: Tensor
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward function with its name and weight."""
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+
+
+class Rewards:
+    """Reward functions, called together on a batch.
+
+    Example:
+        >>> rewards = load_rewards(["exact", {"name": "format", "pattern": "boxed", "weight": 0.5}])
+        >>> rewards(["1 + 1?"], ["\\\\boxed{2}"], {"answer": ["2"], "id": ["a"]}).total
+        tensor([1.5000])
+    """
+
+    def __init__(self, rewards: Sequence[Reward]) -> None:
+        self.rewards = list(rewards)
+
+    @property
+    def names(self) -> list[str]:
+        return [reward.name for reward in self.rewards]
+
+    @property
+    def weights(self) -> list[float]:
+        return [reward.weight for reward in self.rewards]
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]) -> RewardResult:
+        """Scores n completions.
+
+        Args:
+            prompts: n prompts, messages or text.
+            completions: n completions, each a list with the assistant's message, or text, without special tokens.
+            columns: lists of n values, given to the functions by name; `id` names rows in errors. Other values,
+                such as `trainer_state`, are handed on as they are.
+
+        Raises:
+            RewardError: if a function raises, or gives a wrong number of rewards or something else than finite
+                numbers and None, or if no function gave a row a reward.
+            ValueError: if the lists differ in length.
+        """
+        count = len(completions)
+        for name, values in {"prompts": prompts, **columns}.items():
+            if isinstance(values, (list, tuple)) and len(values) != count:
+                raise ValueError(f"{name} has {len(values)} values for {count} completions")
+        ids = columns.get("id") or list(range(count))
+        parts = torch.full((count, len(self.rewards)), math.nan)
+        for k, reward in enumerate(self.rewards):
+            if count:
+                values = _checked(reward.name, _call(reward, prompts, completions, columns, ids), ids)
+                parts[:, k] = torch.tensor(values, dtype=parts.dtype)
+        nothing = parts.isnan().all(dim=1).nonzero().flatten().tolist()
+        if nothing:
+            raise RewardError(
+                f"no reward for row {ids[nothing[0]]}: {', '.join(self.names)} all gave None, so none of them applies "
+                "to its answer; add one that does, or take such rows out"
+            )
+        total = (parts.nan_to_num(0.0) * torch.tensor(self.weights)).sum(dim=1)
+        return RewardResult(total, parts, self.names)
+
+
+def _call(
+    reward: Reward, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any], ids: Sequence[Any]
+) -> Any:
+    given = _accepted(reward.function, {**columns, "prompts": prompts, "completions": completions})
+    try:
+        return reward.function(**given)
+    except Exception as error:
+        row, cause = _failing_row(reward, len(completions), given, error)
+        where = f"row {ids[row]}" if row is not None else f"one of the rows {', '.join(map(str, ids[:8]))}"
+        raise RewardError(f"the reward {reward.name!r} failed at {where}: {type(cause).__name__}: {cause}") from cause
+
+
+def _failing_row(
+    reward: Reward, count: int, given: Mapping[str, Any], error: Exception
+) -> tuple[int | None, BaseException]:
+    """Which row it was, and the error; functions that do not say are called again, row by row, for some seconds."""
+    if isinstance(error, RowFailure):
+        return error.row, error.__cause__ or error
+    if count == 1:
+        return 0, error
+    end = time.monotonic() + _SEARCH_SECONDS
+    for row in range(count):
+        alone = {name: [value[row]] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
+        try:
+            reward.function(**alone)
+        except Exception as again:
+            if type(again) is type(error):
+                return row, error
+        if time.monotonic() > end:
+            break
+    return None, error
+
+
+def _accepted(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """What a function takes of prompts, completions and columns: all of it, unless it has no **kwargs."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return dict(columns)
+    bound = set(getattr(function, "keywords", None) or ())  # options from the specification go before columns
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return {name: value for name, value in columns.items() if name not in bound}
+    return {name: value for name, value in columns.items() if name in parameters and name not in bound}
+
+
+def _checked(name: str, values: Any, ids: Sequence[Any]) -> list[float]:
+    """Rewards as floats, nan for None."""
+    if hasattr(values, "tolist"):  # tensors and arrays
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise RewardError(f"the reward {name!r} must give a list of {len(ids)} numbers, not {type(values).__name__}")
+    if len(values) != len(ids):
+        raise RewardError(
+            f"the reward {name!r} gave {len(values)} rewards for {len(ids)} completions (row {ids[0]} on)"
+        )
+    found = []
+    for row, value in zip(ids, values, strict=True):
+        if value is None:
+            found.append(math.nan)
+            continue
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise RewardError(f"the reward {name!r} gave {value!r} for row {row}; it must be a finite number or None")
+        found.append(float(value))
+    return found
+
+
+def load_rewards(spec: Any) -> Rewards:
+    """Rewards from their names.
+
+    Args:
+        spec: one or a list of: a built-in name; an import path ("package.module:function" or
+            "path/to/file.py:function"); a function; a dictionary with "name" or "path", "weight" (1.0) and the
+            function's options. With both, "name" is what the path's function is called in logs.
+
+    Raises:
+        ValueError: if a name, a path, a weight or an option is wrong; the message says what there is.
+
+    Example:
+        >>> load_rewards(["choice", {"name": "numeric", "relative": 0.05, "weight": 0.5}]).names
+        ['choice', 'numeric']
+    """
+    if isinstance(spec, (str, Mapping)) or callable(spec):
+        spec = [spec]
+    if not isinstance(spec, (list, tuple)) or not spec:
+        raise ValueError("rewards must be a non-empty list of names, import paths, dictionaries or functions")
+    rewards: list[Reward] = []
+    for one in spec:
+        reward = _load(one)
+        taken = {other.name for other in rewards}
+        name, again = reward.name, 2
+        while name in taken:
+            name, again = f"{reward.name}_{again}", again + 1
+        rewards.append(Reward(name, reward.function, reward.weight))
+    return Rewards(rewards)
+
+
+def _load(one: Any) -> Reward:
+    if isinstance(one, Mapping):
+        options = dict(one)
+        weight = options.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"a reward's weight must be a finite number, got {weight!r}")
+        path, name = options.pop("path", None), options.pop("name", None)
+        if path is not None:
+            function = import_function(path)
+            return Reward(name or _name(function), partial(function, **options) if options else function, float(weight))
+        if callable(name):
+            return Reward(_name(name), partial(name, **options) if options else name, float(weight))
+        if not isinstance(name, str):
+            raise ValueError(
+                f"a reward's dictionary needs 'name' or 'path', got {', '.join(map(str, one)) or 'nothing'}"
+            )
+        if ":" in name:
+            return _load({**options, "path": name, "weight": weight})
+        return Reward(name, _built_in(name, options), float(weight))
+    if isinstance(one, str):
+        return _load({"path": one} if ":" in one else {"name": one})
+    if callable(one):
+        return Reward(_name(one), one)
+    raise ValueError(f"a reward must be a name, an import path, a dictionary or a function, got {one!r}")
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _built_in(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+    if name not in BUILT_IN:
+        raise ValueError(f"no reward {name!r}; there are {', '.join(BUILT_IN)}, and import paths 'module:function'")
+    known = list(inspect.signature(BUILT_IN[name]).parameters)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"the reward {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    return BUILT_IN[name](**options)

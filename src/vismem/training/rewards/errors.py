@@ -1,0 +1,19 @@
+"""The errors of rewards."""
+
+from __future__ import annotations
+
+
+class RewardError(RuntimeError):
+    """A reward function that failed or gave something else than rewards; names the function and the row."""
+
+
+class JudgeError(RuntimeError):
+    """A judge that gave no usable score."""
+
+
+class RowFailure(Exception):
+    """Says at which row of a batch a reward failed; its cause is the original error."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row}")
+        self.row = row

@@ -1,0 +1,50 @@
+"""Functions by import path: "package.module:function", or "path/to/file.py:function"."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """The function behind "package.module:function" or "path/to/file.py:function".
+
+    Raises:
+        ValueError: if there is no such module, file or function, or it fails to import.
+    """
+    place, mark, name = str(path).rpartition(":")
+    if not mark or not place or not name:
+        raise ValueError(f"an import path must read 'module:function' or 'file.py:function', got {path!r}")
+    try:
+        found: Any = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # whatever the module raises
+        raise ValueError(f"cannot import {place}: {type(error).__name__}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{place} has no {name!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{path} is not a function")
+    return found
+
+
+def _from_file(path: Path) -> Any:
+    path = path.expanduser().resolve()
+    name = f"vismem_rewards_{path.stem}_{abs(hash(str(path))):x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
