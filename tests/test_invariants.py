@@ -280,9 +280,9 @@ def test_cached_patches_give_the_same_memory(family):
     engine = sys.modules["vismem.decoding.engine"]
     observe = engine.Decoder.observe
 
-    def forgetful(self, row, kind):
+    def forgetful(self, row, kind, states):
         row.sight.patches = None
-        return observe(self, row, kind)
+        return observe(self, row, kind, states)
 
     engine.Decoder.observe = forgetful
     try:

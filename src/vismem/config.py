@@ -116,5 +116,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "paper-table4": {"short_length": 4, "long_length": 8},
     # The pocket base shows an image as 16 visual tokens and has never read a coarser view of one.
-    "pocket": {"short_length": 16, "long_length": 16, "builder_width": 128, "lora_r": 8, "lora_alpha": 16},
+    "pocket": {
+        "short_length": 16,
+        "long_length": 16,
+        "builder_width": 128,
+        "lora_r": 8,
+        "lora_alpha": 16,
+        # Its replies say where they look before a colon, and what they see after it.
+        "delimiters": (":", "."),
+        "min_gap": 1,
+    },
 }

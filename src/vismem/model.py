@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput, PushToHubMixin
@@ -30,6 +31,9 @@ from vismem.memory.splice import Place, Reader, Splice, find_invocations
 from vismem.tokens import MemoryTokens, add_memory_tokens, delimiter_ids, single_token_id
 
 
+LOGITS_HELD = 2**26  # float32 numbers of logits that `log_probs` are computed from at a time
+
+
 @dataclass
 class VisMemForwardOutput(ModelOutput):
     """What `VisMem.forward` returns.
@@ -39,12 +43,14 @@ class VisMemForwardOutput(ModelOutput):
         logits: [B, L, vocabulary], aligned with `input_ids`: slots are read but not listed. End tokens are -inf.
         memories: for each row its memory vectors [N, d], in order of invocation.
         states: for each row and invocation the observed states [z, d] that the query was built from.
+        log_probs: with `sampled`, float32 [B, L]: of the sampled tokens, and 0 elsewhere.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     memories: list[list[Tensor]] | None = None
     states: list[list[Tensor]] | None = None
+    log_probs: Tensor | None = None
 
 
 class VisMem(nn.Module, PushToHubMixin):
@@ -145,7 +151,8 @@ class VisMem(nn.Module, PushToHubMixin):
         *,
         invocation: str | Policy = "learned",
         generator: torch.Generator | None = None,
-        seed: int | None = None,
+        seed: int | list[int] | None = None,
+        record: bool = False,
         streamer: Any = None,
         **kwargs: Any,
     ) -> VisMemOutput | Tensor:
@@ -154,7 +161,9 @@ class VisMem(nn.Module, PushToHubMixin):
         Args:
             inputs: prompt ids [B, L]; or pass `input_ids` with the rest of the processor's output.
             invocation: `"learned"`, `"off"`, `"short"`, `"long"`, or a policy of `vismem.invocation`.
-            generator, seed: source of the sampling's chance; without either, torch's global one.
+            generator, seed: source of the sampling's chance; without either, torch's global one. A list of seeds,
+                one for each output row, makes every row's words independent of its neighbours.
+            record: return what training needs of each row too, as `rollout` (with `return_dict_in_generate=True`).
             streamer: as in transformers; invocation and end tokens pass through it too.
             **kwargs: the processor's tensors, a `generation_config`, and generation keywords. `max_new_tokens`
                 counts sampled tokens: end tokens, memory slots and forced invocations are free.
@@ -174,7 +183,7 @@ class VisMem(nn.Module, PushToHubMixin):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate needs input_ids: pass the processor's output, model.generate(**inputs)")
-        if seed is not None:
+        if isinstance(seed, int):
             generator = torch.Generator(device=self.device).manual_seed(seed)
         policy = policy_of(invocation)
 
@@ -209,7 +218,8 @@ class VisMem(nn.Module, PushToHubMixin):
             images,
             copies,
             streamer,
-            generator,
+            list(seed) if isinstance(seed, (list, tuple)) else generator,
+            record,
         )
 
         def decode(base, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -225,9 +235,14 @@ class VisMem(nn.Module, PushToHubMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         prompt_length: int | Tensor | None = None,
+        copies: int = 1,
         states: list[list[Tensor]] | None = None,
+        memories: list[list[Tensor | None]] | None = None,
         forms: tuple[Kind, ...] = KINDS,
         logits_to_keep: int = 0,
+        sampled: Tensor | None = None,
+        allowed: Tensor | None = None,
+        temperature: float = 1.0,
         **inputs: Tensor,
     ) -> VisMemForwardOutput:
         """The training forward: reads answers with their memories in place, all in one pass.
@@ -235,16 +250,24 @@ class VisMem(nn.Module, PushToHubMixin):
         Every invocation token after the prompt that is followed by its end token forms its memory. The states that
         a query is built from are an observation, without gradient (as in Eq. 14): pass them as recorded (`states`)
         or have them recomputed here, one extra forward without gradient for each invocation of the fullest row.
-        What stands before the first invocation is read once, without gradient, and kept as a cache.
+        What stands before the first invocation is read once, without gradient, and kept as a cache; so is a prompt
+        that several rows share (`copies`).
 
         Args:
             input_ids: [B, L], prompts and answers; invocation and end ids are in it, slots are not.
             attention_mask: [B, L], 0 at padding, left or right.
             labels: [B, L], -100 where no loss is due; end tokens never count, as they are never sampled.
             prompt_length: where each row's answer starts, padding counted; by default its first label.
+            copies: that many consecutive rows share their prompt; the image tensors are then given once for each
+                prompt, and `prompt_length` as one number.
             states: for each row and invocation, observed states [z, d].
+            memories: for each row and invocation its vectors [N, d], or None where nothing was inserted: nothing is
+                formed then, and no gradient reaches builder and formers.
             forms: kinds that form a memory; the tokens of another kind are read as they are.
             logits_to_keep: return logits of that many last positions only; 0 for all.
+            sampled: bool [B, L]. With it `log_probs` of just these tokens are returned, and no logits.
+            allowed: bool [B, L, 2] with `sampled`: kinds that might have been invoked at each token; all by default.
+            temperature: of the distribution that `log_probs` are taken under.
             **inputs: the processor's image tensors (and `mm_token_type_ids` where the family has them).
 
         Returns:
@@ -253,28 +276,30 @@ class VisMem(nn.Module, PushToHubMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         starts = self._answer_starts(input_ids, labels, prompt_length)
+        prompts = slice(None, None, copies)  # the first row of each prompt
         vision = {name: inputs[name] for name in self.backbone.image_inputs if inputs.get(name) is not None}
         seen = self.backbone.images(**vision)
         shown = input_ids == self.backbone.image_token_id
         answer = torch.arange(input_ids.shape[1]) >= torch.tensor(starts)[:, None]
         written = shown & answer.to(shown.device)
-        if shown.sum() == sum(image.tokens for image in seen):
+        if copies == 1 and shown.sum() == sum(image.tokens for image in seen):
             written = torch.zeros_like(shown)  # images in later turns too
-        images = self.backbone.rows_of_images(shown & ~written, seen)
+        place = (shown & ~written)[prompts]
+        images = self.backbone.rows_of_images(place, seen)
         with torch.no_grad():
             features = self.base.get_image_features(**vision, return_dict=True) if vision else None
-        visual = self.backbone.visual_states(shown & ~written, features)
+        visual = self.backbone.visual_states(place, features)
         places = find_invocations(input_ids, starts, self.tokens.invocation_ids, self.tokens.end_ids)
-        positions = self._positions(input_ids, attention_mask, inputs)
+        positions = self._positions(input_ids, attention_mask, inputs, copies, starts[0])
         embeds = self.tokens.embed(input_ids)
         if written.any():
             # The base finds image places by their embedding; an image token that an answer wrote is only a word.
             embeds = torch.where(written[..., None], embeds * (1 + 2 * torch.finfo(embeds.dtype).eps), embeds)
-        patches = self._encode(places, images) if "short" in forms else {}
+        patches = self._encode(places, images, copies) if "short" in forms and memories is None else {}
 
         def observation(row: int, place: Place, states: Tensor) -> Observation:
             segment = embeds[row, place.segment : place.index + 1]
-            return Observation(visual[row], states.detach(), segment.detach(), patches.get(row, []))
+            return Observation(visual[row // copies], states.detach(), segment.detach(), patches.get(row // copies, []))
 
         def form(states: list[list[Tensor]]) -> list[list[Tensor | None]]:
             """Memories for as many invocations of each row as there are states, one batch for each kind."""
@@ -287,16 +312,18 @@ class VisMem(nn.Module, PushToHubMixin):
                         formed[r][i] = memory
             return formed
 
-        reader = Reader(self.base, embeds, attention_mask, positions, features)
+        reader = Reader(
+            self.base, embeds.to(self.dtype), attention_mask, positions, features, copies, self.checkpointing
+        )
         # What stands before the first invocation of all rows depends on nothing that is trained here.
-        first = min((place.index for row in places for place in row), default=0)
-        if not (shown & ~written)[:, first:].any():
+        first = starts[0] if copies > 1 else min((place.index for row in places for place in row), default=0)
+        if copies > 1 or not (shown & ~written)[:, first:].any():
             reader.read_prefix(first)
 
         def read(memories: list[list[Tensor | None]]) -> Tensor:
             return reader(Splice(places, memories, input_ids.shape[1]))
 
-        if states is None:
+        if states is None and memories is None:
             states = [[] for _ in places]
             with torch.no_grad():
                 for turn in range(max((len(row) for row in places), default=0)):
@@ -304,8 +331,12 @@ class VisMem(nn.Module, PushToHubMixin):
                     for row, found in enumerate(places):
                         if turn < len(found):  # the state at position t produced token t + 1
                             states[row].append(hidden[row, found[turn].segment - 1 : found[turn].index])
-        memories = form(states)
+        if memories is None:
+            memories = form(states)
         hidden = read(memories)
+        if sampled is not None:
+            log_probs = self._log_probs(hidden, input_ids, sampled, allowed, temperature)
+            return VisMemForwardOutput(log_probs=log_probs, memories=memories, states=states)
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.tokens.extend(self.backbone.head(hidden), hidden)
@@ -317,6 +348,42 @@ class VisMem(nn.Module, PushToHubMixin):
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return VisMemForwardOutput(loss=loss, logits=logits, memories=memories, states=states)
 
+    def _log_probs(
+        self, hidden: Tensor, input_ids: Tensor, sampled: Tensor, allowed: Tensor | None, temperature: float
+    ) -> Tensor:
+        """Float32 [B, L]: log-probabilities of the `sampled` tokens given all before them, 0 elsewhere.
+
+        A few thousand tokens at a time, each block's logits computed again in the backward pass, so that the
+        vocabulary's width is never held for whole trajectories.
+        """
+        wanted = sampled[:, 1:].nonzero()
+        rows, before = wanted[:, 0], wanted[:, 1]
+        states, tokens = hidden[rows, before], input_ids[rows, before + 1]
+        open_ = torch.ones_like(tokens)[:, None].bool().expand(-1, 2) if allowed is None else allowed[rows, before + 1]
+
+        def block(states: Tensor, tokens: Tensor, open_: Tensor) -> Tensor:
+            logits = self.tokens.forbid(self.tokens.extend(self.backbone.head(states), states), open_).float()
+            logits = logits / temperature
+            return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+
+        size = max(1, LOGITS_HELD // self.tokens.vocabulary)
+        blocks = zip(states.split(size), tokens.split(size), open_.split(size), strict=True)
+        if torch.is_grad_enabled() and len(tokens) > size:
+            parts = [recompute(block, *each, use_reentrant=False) for each in blocks]
+        else:
+            parts = [block(*each) for each in blocks]
+        flat = torch.cat(parts) if len(tokens) else states.new_zeros(0, dtype=torch.float32)
+        return torch.zeros(input_ids.shape, device=flat.device).index_put((rows, before + 1), flat)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether training recomputes activations in its backward pass."""
+        return self.memory.short.checkpointing
+
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """Trades time for memory in training: the base's layers and the short former's tower keep no activations."""
+        self.memory.short.checkpointing = enable
+
     def _answer_starts(self, input_ids: Tensor, labels: Tensor | None, prompt_length: int | Tensor | None) -> list[int]:
         """Where each row's answer starts."""
         if prompt_length is not None:
@@ -327,8 +394,15 @@ class VisMem(nn.Module, PushToHubMixin):
             return [input_ids.shape[1]] * len(input_ids)
         return [int((row != -100).int().argmax()) if (row != -100).any() else len(row) for row in labels]
 
-    def _positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def _positions(
+        self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Tensor], copies: int = 1, start: int = 0
+    ) -> Tensor:
         """Position ids as the base's own generate prepares them: [B, L], or [axes, B, L] with M-RoPE."""
+        if copies > 1:  # every row's answer is text, and counts on from where its prompt ends
+            first = slice(None, None, copies)
+            shared = self._positions(input_ids[first, :start], attention_mask[first, :start], inputs)
+            steps = torch.arange(1, input_ids.shape[1] - start + 1, device=shared.device)
+            return torch.cat([shared, shared[..., -1:] + steps], dim=-1).repeat_interleave(copies, -2)
         missing = {
             name: input_ids.shape[1] - t.shape[1] for name, t in inputs.items() if name.endswith("token_type_ids")
         }
@@ -337,14 +411,15 @@ class VisMem(nn.Module, PushToHubMixin):
             input_ids, {**inputs, **answers, "input_ids": input_ids, "attention_mask": attention_mask}
         )
 
-    def _encode(self, places: list[list[Place]], images: list[list[Image]]) -> dict[int, list[Patches]]:
-        """Images of the rows that look at them, through the short former's adapter, in one batch."""
-        rows = [row for row, found in enumerate(places) if any(place.kind == "short" for place in found)]
-        for row in rows:
-            if not images[row]:
+    def _encode(self, places: list[list[Place]], images: list[list[Image]], copies: int) -> dict[int, list[Patches]]:
+        """Images of the prompts whose rows look at them, through the short former's adapter, in one batch."""
+        looking = [row for row, found in enumerate(places) if any(place.kind == "short" for place in found)]
+        for row in looking:
+            if not images[row // copies]:
                 raise ValueError(f"row {row} invokes short-term memory but has no image")
-        encoded = iter(self.memory.short.encode([image for row in rows for image in images[row]]))
-        return {row: [next(encoded) for _ in images[row]] for row in rows}
+        prompts = sorted({row // copies for row in looking})
+        encoded = iter(self.memory.short.encode([image for prompt in prompts for image in images[prompt]]))
+        return {prompt: [next(encoded) for _ in images[prompt]] for prompt in prompts}
 
     # Saving and loading.
 

@@ -7,6 +7,7 @@ on, is decided in `vismem.memory`. To add a family, write the file and one line 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,10 +138,11 @@ class Backbone:
             raise mismatch(sum(counts), sum(image.tokens for image in images))
         return rows
 
-    def encode(self, images: list[Image]) -> list[Patches]:
+    def encode(self, images: list[Image], run: Callable[..., Any] = lambda block, *args: block(*args)) -> list[Patches]:
         """Runs images through the tower's blocks and keeps every block's keys and values.
 
-        Images of one grid go through together. The caller decides whether an adapter is on.
+        Images of one grid go through together. The caller decides whether an adapter is on, and by `run(block, *args)`
+        how each block is run, for example with its activations recomputed in the backward pass.
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
@@ -149,15 +151,22 @@ class Backbone:
         for grid, members in groups.items():
             start = self.embed_patches([images[i] for i in members])  # [n, patches, d_vision]
             rotary, hidden, kept = self.patch_rotary(grid), start, []
-            for depth, block in enumerate(self.blocks):
-                query, key, value = self.qkv(block, hidden, rotary)
-                kept.append(torch.stack([key, value], dim=1))  # [n, 2, heads, patches, head_dim]
-                if depth + 1 < len(self.blocks):
-                    hidden = self.finish(block, hidden, self.attend_patches(depth, grid, query, key, value))
+            for depth in range(len(self.blocks)):
+                keys_values, hidden = run(self.read_block, depth, grid, rotary, hidden)
+                kept.append(keys_values)
             raster = self.to_raster(start, grid)
             for place, index in enumerate(members):
                 found[index] = Patches(raster[place], [layer[place] for layer in kept], images[index].tokens)
         return found  # type: ignore[return-value]
+
+    def read_block(self, depth: int, grid: tuple[int, int], rotary: Rotary, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Block `depth` on patches [n, patches, d_vision]: its keys and values [n, 2, heads, patches, head_dim], and
+        the patches after it (as they were, after the last block: nothing reads on)."""
+        block = self.blocks[depth]
+        query, key, value = self.qkv(block, hidden, rotary)
+        if depth + 1 < len(self.blocks):
+            hidden = self.finish(block, hidden, self.attend_patches(depth, grid, query, key, value))
+        return torch.stack([key, value], dim=1), hidden
 
     # What a family writes.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 COMMANDS = {
     "ask": "answer a question about images, and show where memory was invoked",
     "info": "what a base and its memory are made of",
+    "train": "train a memory: warm-up, stage I, stage II",
     "pocket": "make, sample and evaluate the small model that comes with the package",
     "bench": "measure speed (needs a source checkout)",
 }

@@ -18,8 +18,9 @@ from transformers.generation import GenerationMode, MaxLengthCriteria
 
 from vismem.backbones import Image, Patches
 from vismem.config import KINDS, Kind, VisMemConfig
-from vismem.decoding.invocation import Policy
-from vismem.decoding.trace import Invocation, VisMemOutput
+from vismem.decoding.chance import RowDraws
+from vismem.decoding.invocation import Opening, Policy
+from vismem.decoding.trace import Invocation, Rollout, VisMemOutput
 from vismem.memory import Memory, Observation
 from vismem.tokens import MemoryTokens
 
@@ -46,6 +47,9 @@ class Row:
         steps: for each token of the current segment, the forward whose hidden state produced it.
         segment: where in `tokens` the current segment starts.
         sampled, gap: tokens sampled in all, and since the last invocation.
+        chosen: for each new token whether it was sampled (True) or put in.
+        open: for each new token which kinds the row might have invoked instead, in the order of `KINDS`.
+        log_probs: for each new token the log-probability that it was drawn with; 0 where it was put in.
     """
 
     index: int
@@ -61,6 +65,9 @@ class Row:
     done: bool = False
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+    open: list[list[bool]] = field(default_factory=list)
+    log_probs: list[Tensor | None] = field(default_factory=list)
 
     @property
     def sighted(self) -> bool:
@@ -85,7 +92,9 @@ class Decoder:
         policy: who decides on invocations.
         images: each prompt's images.
         copies: answers per prompt (`num_return_sequences`); the prompt is read once and its cache expanded.
-        streamer, generator: as in transformers' `generate`.
+        streamer: as in transformers' `generate`.
+        chance: where sampling draws from: a generator, one seed for each row, or None for torch's global generator.
+        record: keep what training needs of a rollout - see `VisMemOutput` - and the observed states.
     """
 
     def __init__(
@@ -99,11 +108,12 @@ class Decoder:
         images: list[list[Image]],
         copies: int = 1,
         streamer=None,
-        generator: torch.Generator | None = None,
+        chance: torch.Generator | list[int] | None = None,
+        record: bool = False,
     ) -> None:
         self.backbone, self.tokens, self.memory, self.config = backbone, tokens, memory, config
         self.delimiters, self.policy, self.images = delimiters, policy, images
-        self.copies, self.streamer, self.generator = copies, streamer, generator
+        self.copies, self.streamer, self.chance, self.recording = copies, streamer, chance, record
         self.hidden: list[Tensor] = []  # the state [B, d] that each sampling step drew from
 
     def __call__(
@@ -124,8 +134,12 @@ class Decoder:
         self.keep = generation_config.return_dict_in_generate
         self.policy.start()
 
-        hidden = self.prefill(base, input_ids, model_kwargs)
+        openings = getattr(self.policy, "openings", ())
+        hidden = self.prefill(base, input_ids, model_kwargs, [o.prompt for o in openings])
         self.check_schedule()
+        if openings:
+            self.resume(openings)
+            hidden = self.feed(base)
         while True:
             self.step(hidden)
             if all(row.done for row in self.rows):
@@ -137,8 +151,11 @@ class Decoder:
 
     # Reading the prompt and feeding the queues.
 
-    def prefill(self, base, input_ids: Tensor, kwargs: dict) -> Tensor:
-        """Reads the prompts once, makes the rows, and returns the last state [B, d] of each."""
+    def prefill(self, base, input_ids: Tensor, kwargs: dict, sources: list[int]) -> Tensor:
+        """Reads the prompts once, makes the rows, and returns the last state [B, d] of each.
+
+        `sources` names each row's prompt; without it every prompt has `copies` rows.
+        """
         features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         inputs = base.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         inputs.pop("logits_to_keep", None)
@@ -150,17 +167,20 @@ class Decoder:
         visual = self.backbone.visual_states(input_ids == self.backbone.image_token_id, features)
         hidden = base.model(**inputs).last_hidden_state[:, -1]
 
-        self.cache, self.mask, copies = inputs["past_key_values"], inputs.get("attention_mask"), self.copies
+        self.cache, self.mask = inputs["past_key_values"], inputs.get("attention_mask")
+        sources = sources or [prompt for prompt in range(len(input_ids)) for _ in range(self.copies)]
         self.position = inputs["position_ids"][..., -1:] if inputs.get("position_ids") is not None else None
         if self.position is None:
             self.position = torch.full((len(input_ids), 1), input_ids.shape[1] - 1, device=input_ids.device)
         sights = [Sight(v, i) for v, i in zip(visual, self.images, strict=True)]
-        if copies > 1:
-            self.cache.batch_repeat_interleave(copies)
-            input_ids, hidden = input_ids.repeat_interleave(copies, 0), hidden.repeat_interleave(copies, 0)
-            self.position = self.position.repeat_interleave(copies, -2)
-            self.mask = None if self.mask is None else self.mask.repeat_interleave(copies, 0)
-        self.rows = [Row(i, sights[i // copies], self.delimiters) for i in range(len(input_ids))]
+        if sources != list(range(len(input_ids))):
+            index = torch.tensor(sources, device=input_ids.device)
+            self.cache.batch_select_indices(index)
+            input_ids, hidden = input_ids[index], hidden[index]
+            self.position = self.position.index_select(-2, index)
+            self.mask = None if self.mask is None else self.mask[index]
+        self.rows = [Row(i, sights[prompt], self.delimiters) for i, prompt in enumerate(sources)]
+        self.draws = RowDraws(self.chance, len(sources), input_ids.device) if isinstance(self.chance, list) else None
         pad = self.settings._pad_token_tensor
         self.pad = 0 if pad is None else int(pad.flatten()[0])
         self.ids, self.start = input_ids, input_ids.shape[1]  # [B, prompt + new], left-aligned new tokens
@@ -191,6 +211,25 @@ class Decoder:
             use_cache=True,
         )
         return outputs.last_hidden_state[:, -1]
+
+    def resume(self, openings: list[Opening]) -> None:
+        """Lets every row start with words already written and an invocation after them, all waiting in its queue."""
+        for row, opening in zip(self.rows, openings, strict=True):
+            for token in opening.tokens:
+                self.append(row, token)
+            row.sampled = len(opening.tokens)
+        for kind in KINDS:
+            rows = [(row, opening) for row, opening in zip(self.rows, openings, strict=True) if opening.kind == kind]
+            for row, _ in rows:
+                self.append(row, self.tokens.invocation_ids[kind])
+                self.open(row, kind, forced=False)
+                row.sampled += 1
+            if rows:
+                self.remember(kind, [row for row, _ in rows], [opening.states for _, opening in rows])
+            for row, opening in rows:
+                if opening.tokens:
+                    words = torch.tensor(opening.tokens, device=self.ids.device)
+                    row.queue = torch.cat([self.tokens.embed(words), row.queue])
 
     # One step: put in, sample, form.
 
@@ -225,9 +264,10 @@ class Decoder:
         if learned:
             raw = self.tokens.extend(raw, hidden)
         raw = raw.to(dtype=torch.float32, device=self.ids.device, copy=True)
-        logits = raw
+        logits, allowed = raw, [[False, False]] * len(self.rows)
         if learned:
-            logits = self.tokens.forbid(raw, self.allowed(rows))
+            allowed = self.allowed(rows)
+            logits = self.tokens.forbid(raw, torch.tensor(allowed, device=raw.device))
         elif self.policy.injects:
             # Processors look tokens up by id, so the width must hold ours; drawn from is the base's width alone.
             wide = torch.nn.functional.pad(raw, (0, self.tokens.vocabulary - raw.shape[-1]), value=float("-inf"))
@@ -241,11 +281,15 @@ class Decoder:
                 index = [row.index for row in rows if self.start + len(row.tokens) == length]
                 scores[index] = self.processors(self.ids[:, :length], logits.clone())[index]
         drawn = scores if learned else scores[:, : raw.shape[-1]]
-        if self.settings.do_sample:
-            probabilities = torch.softmax(drawn, dim=-1)
-            self.next = torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
-        else:
+        if not self.settings.do_sample:
             self.next = drawn.argmax(-1)
+        elif self.draws is not None:
+            self.next = self.draws.sample(torch.softmax(drawn, dim=-1), [row.index for row in rows])
+        else:
+            self.next = torch.multinomial(torch.softmax(drawn, dim=-1), 1, generator=self.chance).squeeze(1)
+        log_probs = None
+        if self.recording:
+            log_probs = drawn.gather(1, self.next[:, None]).squeeze(1) - drawn.logsumexp(-1)
         values = self.next.tolist()
         invoking = []
         for row in rows:
@@ -254,8 +298,11 @@ class Decoder:
             row.gap += 1
             if self.keep:
                 self.record(row, raw[row.index], scores[row.index])
-            self.append(row, token)
             kind = self.tokens.kind_of.get(token) if learned else None
+            if kind is not None and getattr(self.policy, "swaps", False):
+                kind = KINDS[1 - KINDS.index(kind)]
+                token = self.tokens.invocation_ids[kind]
+            self.append(row, token, None if log_probs is None else log_probs[row.index], allowed[row.index])
             if kind is not None:
                 self.open(row, kind, forced=False)
                 invoking.append((row, kind))
@@ -263,16 +310,21 @@ class Decoder:
         self.stop(rows, {row.index for row, _ in invoking}, scores)
         return invoking
 
-    def allowed(self, rows: list[Row]) -> Tensor:
-        """Bool [B, 2]: which kinds' invocation tokens each row may sample, under the guards."""
+    def allowed(self, rows: list[Row]) -> list[list[bool]]:
+        """B pairs: which kinds' invocation tokens each row may sample, under the guards."""
         table = [[False, False] for _ in self.rows]
         for row in rows:
             if row.may_invoke(self.config, self.budget):
                 table[row.index] = [row.sighted, True]
-        return torch.tensor(table, device=self.ids.device)
+        return table
 
-    def append(self, row: Row, token: int) -> None:
-        """Writes a token into the row's answer and into `ids`, where the next length is the widest so far."""
+    def append(
+        self, row: Row, token: int, log_prob: Tensor | None = None, allowed: tuple[bool, bool] = (False, False)
+    ) -> None:
+        """Writes a token into the row's answer and into `ids`, where the next length is the widest so far.
+
+        `log_prob` and `allowed` are what a sampled token was drawn with; one that was put in has none.
+        """
         place = self.start + len(row.tokens)
         if place >= self.ids.shape[1]:
             grown = self.ids.new_full((len(self.ids), max(place + 1 - self.ids.shape[1], 64)), self.pad)
@@ -280,6 +332,10 @@ class Decoder:
         self.ids[row.index, place] = token
         row.tokens.append(token)
         row.steps.append(len(self.hidden) - 1)
+        if self.recording:
+            row.chosen.append(log_prob is not None)
+            row.open.append(list(allowed))
+            row.log_probs.append(log_prob)
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
 
@@ -303,11 +359,19 @@ class Decoder:
                 if row.done:
                     self.next[row.index] = self.pad
 
-    def remember(self, kind: Kind, rows: list[Row]) -> None:
-        """Forms one memory for each row and queues `[invocation, memory, end]`; the end token joins the answer."""
+    def remember(self, kind: Kind, rows: list[Row], states: list[Tensor] | None = None) -> None:
+        """Forms one memory for each row and queues `[invocation, memory, end]`; the end token joins the answer.
+
+        `states` are the rows' observed states where they are known from another decode.
+        """
         formed: Tensor | list[None] = [None] * len(rows)
         if kind in self.policy.forms:
-            formed = self.memory.form(kind, [self.observe(row, kind) for row in rows])
+            given = states or [None] * len(rows)
+            seen = [self.observe(row, kind, state) for row, state in zip(rows, given, strict=True)]
+            formed = self.memory.form(kind, seen)
+            if self.recording:
+                for row, observation in zip(rows, seen, strict=True):
+                    row.invocations[-1].states = observation.states
         first, last = self.tokens.row(kind, "invocation")[None], self.tokens.row(kind, "end")[None]
         for row, memory in zip(rows, formed, strict=True):
             slots = [] if memory is None else [memory.to(first)]
@@ -319,11 +383,12 @@ class Decoder:
                 self.record(row, None, None, certain=self.tokens.end_ids[kind])
             row.segment, row.steps = len(row.tokens), []
 
-    def observe(self, row: Row, kind: Kind) -> Observation:
+    def observe(self, row: Row, kind: Kind, states: Tensor | None) -> Observation:
         """What the row has in mind: its visual states, and the segment that the invocation token ends."""
         if kind == "short" and row.sight.patches is None:
             row.sight.patches = self.memory.short.encode(row.sight.images)
-        states = torch.stack([self.hidden[step][row.index] for step in row.steps])
+        if states is None:
+            states = torch.stack([self.hidden[step][row.index] for step in row.steps])
         segment = self.tokens.embed(torch.tensor(row.tokens[row.segment :], device=self.ids.device))
         return Observation(row.sight.visual, states, segment, row.sight.patches or [])
 
@@ -376,6 +441,18 @@ class Decoder:
             scores=columns("scores"),
             logits=columns("logits"),
             invocations=[row.invocations for row in self.rows],
+            rollout=[self.recorded(row) for row in self.rows] if self.recording else None,
+        )
+
+    def recorded(self, row: Row) -> Rollout:
+        """What training needs of a row."""
+        none = torch.zeros((), device=self.ids.device)
+        return Rollout(
+            tokens=torch.tensor(row.tokens),
+            sampled=torch.tensor(row.chosen),
+            allowed=torch.tensor(row.open),
+            log_probs=torch.stack([none if value is None else value for value in row.log_probs]).float().cpu(),
+            invocations=row.invocations,
         )
 
 

@@ -7,7 +7,7 @@ invocation tokens (`samples`), and should one be put in before this row's next t
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -96,13 +96,13 @@ class Random:
     Args:
         rate: chance of an invocation at each place, 0 to 1.
         where: `"delimiter"` (the answer's start and after each phrase) or `"anywhere"` (before every token).
-        seed: of the draws.
+        seed: of the draws, or one seed for each output row.
         kinds: kinds to draw from.
     """
 
     rate: float
     where: Literal["delimiter", "anywhere"] = "delimiter"
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     kinds: tuple[Kind, ...] = KINDS
     samples: bool = field(default=False, init=False)
     injects: bool = field(default=True, init=False)
@@ -127,7 +127,10 @@ class Random:
         if self._asked.get(row) == place.sampled or (self.where == "delimiter" and not place.at_delimiter):
             return None  # one draw a place
         self._asked[row] = place.sampled
-        generator = self._generators.setdefault(row, random.Random(f"{self.seed}-{row}"))
+        if row not in self._generators:
+            own = f"{self.seed}-{row}" if isinstance(self.seed, int) else self.seed[row]
+            self._generators[row] = random.Random(own)
+        generator = self._generators[row]
         if generator.random() >= self.rate:
             return None
         kind = generator.choice(self.kinds)
@@ -173,6 +176,35 @@ class Forced:
         """The same schedule with kinds exchanged, the counterfactual of stage II."""
         other = {"short": "long", "long": "short"}
         return Forced([(row, step, other[kind]) for row, step, kind in self.schedule])
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a row of a counterfactual starts.
+
+    Args:
+        prompt: index of its prompt in the batch.
+        tokens: the words written before the invocation.
+        kind: of the invocation that follows them.
+        states: the observed states [z, d] of that invocation, from the rollout that it is taken from.
+    """
+
+    prompt: int
+    tokens: tuple[int, ...]
+    kind: Kind
+    states: object
+
+
+@dataclass(frozen=True)
+class Counterfactual(Learned):
+    """Answers up to their first invocation, kinds swapped from there on (tau_rev of Eq. 15).
+
+    Every row starts with its opening, whose words are read and not decoded again; where the model then samples one
+    kind's invocation token, the other kind is invoked.
+    """
+
+    openings: tuple[Opening, ...] = ()
+    swaps: bool = True
 
 
 NAMES = {"learned": Learned(), "off": Off(), "short": Only(kind="short"), "long": Only(kind="long")}

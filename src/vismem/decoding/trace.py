@@ -21,6 +21,7 @@ class Invocation:
         length: memory vectors inserted; 0 where the policy let this kind form nothing.
         forced: True where a policy put it in, False where the model sampled it.
         memory: the vectors themselves [length, d]; not part of comparisons or of `to_dict`.
+        states: with `record=True`, the observed states [z, d] that the query was built from (H without the image).
     """
 
     kind: Kind
@@ -28,10 +29,30 @@ class Invocation:
     length: int
     forced: bool
     memory: Tensor | None = field(default=None, repr=False, compare=False)
+    states: Tensor | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict:
         """Plain values for JSON."""
         return {"kind": self.kind, "position": self.position, "length": self.length, "forced": self.forced}
+
+
+@dataclass
+class Rollout:
+    """One answer as training needs it: what was sampled, what was put in, and with which chances.
+
+    Args:
+        tokens: the answer's ids [T], invocation and end ids among them.
+        sampled: bool [T], False for tokens that were put in.
+        allowed: bool [T, 2], which kinds the row might have invoked at each token, in the order of `config.KINDS`.
+        log_probs: float32 [T], of the sampled tokens under the distribution they were drawn from; 0 elsewhere.
+        invocations: the answer's invocations, with their memories and observed states.
+    """
+
+    tokens: Tensor
+    sampled: Tensor
+    allowed: Tensor
+    log_probs: Tensor
+    invocations: list[Invocation]
 
 
 @dataclass
@@ -44,9 +65,11 @@ class VisMemOutput(ModelOutput):
             was drawn from. A token that was put in, not sampled, has 0 for itself and -inf elsewhere: it was certain.
         logits: with `output_logits`, the same before processors and before any token was forbidden.
         invocations: for each row its invocations, in order.
+        rollout: with `record=True`, for each row a `Rollout`.
     """
 
     sequences: torch.LongTensor | None = None
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
     invocations: list[list[Invocation]] | None = None
+    rollout: list[Rollout] | None = None

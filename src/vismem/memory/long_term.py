@@ -48,7 +48,7 @@ class LongTermFormer(nn.Module):
         position = torch.arange(longest, device=query.device) - padding[:, None]
         with self.adapter.on():
             hidden = self.backbone.language_model(
-                inputs_embeds=inputs,
+                inputs_embeds=inputs.to(self.backbone.embeddings.weight.dtype),
                 attention_mask=(position >= 0).long() if bool(padding.any()) else None,
                 position_ids=position.clamp(min=0),
                 use_cache=False,

@@ -7,10 +7,13 @@ runs only the query and the memory positions. Patches never see these, so cachin
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vismem.backbones import Backbone, Image, Patches
 from vismem.config import VisMemConfig
@@ -28,6 +31,7 @@ class ShortTermFormer(nn.Module):
         super().__init__()
         self.backbone, self.pooled = backbone, config.memory_init == "pooled"
         positions = config.short_length * backbone.merge**2  # the projector merges m x m of them into one vector
+        self.checkpointing = False
         self.query_in = nn.Linear(backbone.hidden_size, backbone.vision_size)
         start = torch.zeros(positions, backbone.vision_size)
         self.memory_init = nn.Parameter(start if self.pooled else 0.02 * torch.randn_like(start))
@@ -45,7 +49,11 @@ class ShortTermFormer(nn.Module):
     def encode(self, images: list[Image]) -> list[Patches]:
         """Every image's patch keys and values, through the adapted tower; once per image."""
         with self.adapter.on():
-            return self.backbone.encode(images)
+            if not (self.checkpointing and torch.is_grad_enabled()):
+                return self.backbone.encode(images)
+            # The backward pass recomputes a block long after this context has ended, so the adapter goes on again.
+            again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.adapter.on()))
+            return self.backbone.encode(images, again)
 
     def start(self, patches: list[Patches]) -> tuple[Tensor, Tensor]:
         """M_init for one row before the query's part: vectors [N_s*m*m, d_vision] and coordinates [N_s*m*m, 2]."""
@@ -73,7 +81,9 @@ class ShortTermFormer(nn.Module):
         starts, coordinates = (torch.stack(part) for part in zip(*map(self.start, patches), strict=True))
         if self.pooled:
             starts = starts + self.query_mix.to(place) @ seen
-        hidden = torch.cat([seen, starts.to(seen)], dim=1)  # [n, K + N_s*m*m, d_vision]
+        # What is trained may be kept in a wider dtype than the frozen tower.
+        dtype = patches[0][0].embedded.dtype
+        hidden = torch.cat([seen.to(dtype), starts.to(dtype)], dim=1)  # [n, K + N_s*m*m, d_vision]
         # The query has no place in the image: coordinates (0, 0) leave it unrotated.
         rotary = backbone.rotary_at(F.pad(coordinates, (0, 0, seen.shape[1], 0)))
 

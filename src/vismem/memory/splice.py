@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vismem.config import Kind
 
@@ -100,11 +104,23 @@ class Reader:
         mask: attention mask [B, L].
         positions: position ids [..., B, L].
         features: the images' features as the base's `get_image_features` gave them, or None.
+        copies: that many consecutive rows share their prompt, and `features` are those of the first of each.
+        checkpointing: compute the base's layers again in the backward pass instead of keeping their activations.
     """
 
-    def __init__(self, base: nn.Module, embeds: Tensor, mask: Tensor, positions: Tensor, features: Any | None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        embeds: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        features: Any | None,
+        copies: int = 1,
+        checkpointing: bool = False,
+    ) -> None:
         self.base, self.embeds, self.mask, self.positions = base, embeds, mask, positions
         self.images = None if features is None else {"image": features}
+        self.copies, self.checkpointing = copies, checkpointing
         self.cache: DynamicCache | None = None
         self.prefix = embeds[:, :0]
 
@@ -112,30 +128,62 @@ class Reader:
     def read_prefix(self, length: int) -> None:
         """Reads the first `length` tokens once, without gradient; every later reading goes on from there.
 
-        No memory may stand among them, and all image places must.
+        No memory may stand among them, and all image places must. Rows that share their prompt are read once, so
+        with `copies` the tokens must be those of the prompt alone.
         """
-        if length < 1 or any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
-            return  # checkpointed layers take no cache
-        self.cache = DynamicCache(config=self.base.config.get_text_config())
-        self.prefix = self.base.model(
-            inputs_embeds=self.embeds[:, :length],
-            attention_mask=self.mask[:, :length],
-            position_ids=self.positions[..., :length],
+        if length < 1:
+            return
+        cache = DynamicCache(config=self.base.config.get_text_config())
+        first = slice(None, None, self.copies)
+        prefix = self.base.model(
+            inputs_embeds=self.embeds[first, :length],
+            attention_mask=self.mask[first, :length],
+            position_ids=self.positions[..., first, :length],
             mm_encoder_outputs=self.images,
-            past_key_values=self.cache,
+            past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        self.images = None
+        if self.copies > 1:
+            cache.batch_repeat_interleave(self.copies)
+            prefix = prefix.repeat_interleave(self.copies, 0)
+        for layer in cache.layers:
+            layer.update = partial(join, layer)
+        self.cache, self.prefix, self.images = cache, prefix, None
 
     def __call__(self, splice: Splice) -> Tensor:
         """Last-layer states [B, L, d] at the tokens, with the splice's memories in place."""
         done = self.prefix.shape[1]
-        outputs = self.base.model(
-            inputs_embeds=splice.embeddings(self.embeds)[:, done:],
-            attention_mask=splice.mask(self.mask),
-            position_ids=splice.positions(self.positions)[..., done:],
-            mm_encoder_outputs=self.images,
-            past_key_values=copy.deepcopy(self.cache),
-            use_cache=self.cache is not None,
-        )
+        with recomputed(self.base) if self.checkpointing and torch.is_grad_enabled() else nullcontext():
+            outputs = self.base.model(
+                inputs_embeds=splice.embeddings(self.embeds)[:, done:],
+                attention_mask=splice.mask(self.mask),
+                position_ids=splice.positions(self.positions)[..., done:],
+                mm_encoder_outputs=self.images,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+            )
         return splice.gather(torch.cat([self.prefix, outputs.last_hidden_state], dim=1))
+
+
+def join(layer: Any, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+    """A cache layer's `update` that leaves the layer as it is, so that one prefix serves many readings."""
+    return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
+
+
+@contextmanager
+def recomputed(base: nn.Module) -> Iterator[None]:
+    """Lets the base's layers recompute their activations in the backward pass while everything stays in evaluation.
+
+    transformers asks for training mode; it is set on the layers themselves and on nothing within them. They may keep
+    their cache, which is only read here.
+    """
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    states = [(layer.training, layer.gradient_checkpointing, layer._can_checkpoint_with_cache) for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = layer.gradient_checkpointing = layer._can_checkpoint_with_cache = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            layer.training, layer.gradient_checkpointing, layer._can_checkpoint_with_cache = state

@@ -1,0 +1,1 @@
+"""Training: rewards, rollouts and the trainer."""

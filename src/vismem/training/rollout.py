@@ -1,0 +1,112 @@
+"""Rollouts: trajectories with memory, answers without it, and stage II's counterfactuals - all without gradient.
+
+What is written depends on the row's own seed and on nothing beside it, so the same prompts give the same trajectories
+in any batch and on any number of processes. Scoring them is the trainer's matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from vismem.config import KINDS
+from vismem.decoding.invocation import Counterfactual, Opening, Policy
+from vismem.decoding.trace import Rollout
+from vismem.model import VisMem
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed that depends on all of `parts` and on nothing else."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def sampling(model: VisMem, max_new_tokens: int, temperature: float | None) -> GenerationConfig:
+    """Plain sampling at a temperature, or greedy decoding with None; nothing else of the base's defaults applies."""
+    defaults = model.generation_config
+    chance = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": 1.0}
+    )
+    return GenerationConfig(
+        **chance,
+        top_k=None if model.generation_config.top_k is None and not temperature else 0,
+        top_p=1.0,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=defaults.eos_token_id,
+        pad_token_id=defaults.pad_token_id
+        if defaults.pad_token_id is not None
+        else model.processor.tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+    )
+
+
+def write(
+    model: VisMem,
+    inputs: dict[str, torch.Tensor],
+    policy: str | Policy,
+    settings: GenerationConfig,
+    seeds: list[int] | None = None,
+    copies: int = 1,
+) -> list[Rollout]:
+    """`copies` answers to every prompt in one batched decode; each prompt is read once and its cache expanded.
+
+    Args:
+        inputs: the processor's output for B prompts.
+        policy: of invocation.
+        settings: as `sampling` makes them.
+        seeds: one for each of the B * copies rows; None for greedy decoding.
+
+    Returns:
+        B * copies rollouts, those of a prompt one after another, padding removed.
+    """
+    out = model.generate(
+        **inputs,
+        generation_config=settings,
+        invocation=policy,
+        num_return_sequences=copies,
+        seed=seeds,
+        record=True,
+    )
+    return out.rollout
+
+
+def counterfactuals(
+    model: VisMem,
+    inputs: dict[str, torch.Tensor],
+    rollouts: list[Rollout],
+    copies: int,
+    sighted: list[bool],
+    settings: GenerationConfig,
+    seeds: list[int],
+) -> dict[int, Rollout]:
+    """tau_rev (Eq. 15): every rollout that invoked, kinds swapped from its first invocation on, and decoded anew there.
+
+    Rows that did not invoke, and rows without an image (which have one kind only), have none.
+
+    Args:
+        sighted: for each prompt whether it has an image.
+        seeds: one for each of the rollouts.
+
+    Returns:
+        From a rollout's index to its counterfactual.
+    """
+    openings, wanted = [], []
+    for index, rollout in enumerate(rollouts):
+        if not rollout.invocations or not sighted[index // copies]:
+            continue
+        first = rollout.invocations[0]
+        other = KINDS[1 - KINDS.index(first.kind)]
+        words = tuple(rollout.tokens[: first.position].tolist())
+        openings.append(Opening(index // copies, words, other, first.states))
+        wanted.append(index)
+    if not wanted:
+        return {}
+    policy = Counterfactual(openings=tuple(openings))
+    found = write(model, inputs, policy, settings, [seeds[index] for index in wanted])
+    return dict(zip(wanted, found, strict=True))

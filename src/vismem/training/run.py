@@ -1,0 +1,119 @@
+"""A stage from its settings to its saved memory: loads base, memory and data, trains, and can be gone on with.
+
+`vismem train` is a thin skin over `train`. Each stage has a folder of its own with checkpoints, logs, sample
+completions and, at the end, `memory/`, which is what the next stage and `VisMem.from_pretrained` take.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.trainer_utils import set_seed
+
+from vismem.config import VisMemConfig
+from vismem.data import load_dataset_rows
+from vismem.model import VisMem
+from vismem.training.arguments import STAGES, MemoryTrainingArguments, arguments_for
+from vismem.training.trainer import MemoryTrainer, last_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Path:
+    """Runs one stage, or with `"all"` those three after each other, each starting from the one before.
+
+    Args:
+        stage: one of `STAGES` or `"all"`.
+        layers: settings as `load_settings` gives them.
+        resume: go on from the newest checkpoints; stages that are done are not run again.
+
+    Returns:
+        The folder of the last stage's memory.
+
+    Raises:
+        ValueError: for unusable settings, or if the output folder holds another run and `resume` is not given.
+    """
+    if stage != "all":
+        args = arguments_for(stage, layers)
+        return run_stage(args, resume)
+    output = arguments_for("stage1", layers).output_dir
+    memory = None
+    for name in STAGES:
+        fixed = {"output_dir": str(Path(output) / name)}
+        if memory is not None:
+            fixed["checkpoint"] = str(memory)
+        memory = run_stage(arguments_for(name, layers, **fixed), resume)
+    return memory
+
+
+def run_stage(args: MemoryTrainingArguments, resume: bool) -> Path:
+    """Trains one stage and returns the folder of its memory."""
+    folder = Path(args.output_dir)
+    memory, done = folder / "memory", folder / "done.json"
+    if done.is_file() and resume:
+        log.info("%s is done already; its memory is in %s", args.stage, memory)
+        return memory
+    checkpoint = last_checkpoint(folder)
+    if not resume and (checkpoint or done.is_file()):
+        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another output_dir")
+    set_seed(args.seed)  # a new memory's first weights
+    model = load_model(args)
+    trainer = MemoryTrainer(model, args, load_rows(args))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_memory(memory)
+    if args.should_save:
+        record = {"stage": args.stage, "steps": trainer.state.global_step, "base": args.base}
+        done.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return memory
+
+
+def load_model(args: MemoryTrainingArguments) -> VisMem:
+    """The base with the memory that the stage starts from."""
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    if args.checkpoint:
+        given = {} if not args.base else dict(zip(("base", "processor"), load_base(args.base, options), strict=True))
+        return VisMem.from_pretrained(args.checkpoint, **given, **({} if given else options))
+    if not args.base:
+        raise ValueError("no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of a memory that names its own")
+    base, processor = load_base(args.base, options)
+    config: VisMemConfig = args.memory_config()
+    return VisMem(base, processor, config)
+
+
+def load_base(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A base and its processor by name; `"pocket"` is the packaged one."""
+    if name == "pocket":
+        from vismem.pocket import BASE_PATH
+
+        name = str(BASE_PATH)
+    try:
+        base = AutoModelForImageTextToText.from_pretrained(name, **options)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=options["trust_remote_code"])
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"base {name!r} cannot be loaded: {first}") from error
+    return base, processor
+
+
+def load_rows(args: MemoryTrainingArguments) -> Any:
+    """The rows that the stage reads."""
+    if not args.data:
+        raise ValueError("no data: set data=FILE.jsonl, a folder or a hub name")
+    if args.data == "pocket":
+        from vismem.pocket.practice import PocketRows
+
+        return PocketRows(args.stage, args.seed if args.data_seed is None else args.data_seed, args.max_rows)
+    return load_dataset_rows(
+        args.data,
+        split=args.split,
+        strict=args.strict,
+        max_bad_rows=args.max_bad_rows,
+        streaming=args.streaming,
+        limit=args.max_rows,
+    )

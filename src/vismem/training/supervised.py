@@ -1,0 +1,102 @@
+"""The warm-up's examples: reference replies with invocations put in, as a batch for the training forward.
+
+A reply may name its invocations itself, by the tokens `<ms_I>` and `<ml_I>` in its text; where it names none they are
+put in by chance, after a delimiter, in place of one, or anywhere.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vismem.config import KINDS
+from vismem.model import VisMem
+from vismem.training.arguments import MemoryTrainingArguments
+
+
+def with_invocations(
+    words: list[int], model: VisMem, args: MemoryTrainingArguments, places: str, sighted: bool, rng: Random
+) -> tuple[list[int], list[bool]]:
+    """A reply's ids with invocations and end tokens in it, and which of them are words to learn from.
+
+    Args:
+        words: the reply's ids, its closing token included.
+        places: `"delimiter"` or `"anywhere"`.
+        sighted: whether there is an image; short-term memory needs one.
+        rng: of the places and kinds.
+    """
+    tokens, config = model.tokens, model.memory_config
+    ids: list[int] = []
+    learned: list[bool] = []
+    kinds = [kind for kind in KINDS if sighted or kind != "short"]
+    named = any(word in tokens.kind_of for word in words)
+    made, gap = 0, config.min_gap
+
+    def invoke(kind: str) -> None:
+        ids.extend((tokens.invocation_ids[kind], tokens.end_ids[kind]))
+        learned.extend((False, False))
+
+    for index, word in enumerate(words):
+        if word in tokens.kind_of:
+            if tokens.kind_of[word] in kinds:
+                invoke(tokens.kind_of[word])
+            continue
+        at_delimiter = not index or words[index - 1] in model.delimiters
+        rate = args.injection_rate if places == "delimiter" else args.anywhere_rate
+        free = not named and made < config.max_invocations and gap >= config.min_gap
+        if free and (at_delimiter or places == "anywhere") and rng.random() < rate:
+            if index and at_delimiter and rng.random() < args.replace_rate:
+                ids.pop(), learned.pop()
+            invoke(rng.choice(kinds))
+            made, gap = made + 1, 0
+        ids.append(word)
+        learned.append(True)
+        gap += 1
+    return ids, learned
+
+
+def supervised_batch(
+    model: VisMem,
+    prompts: dict[str, Tensor],
+    replies: list[str],
+    sighted: list[bool],
+    rngs: list[Random],
+    places: str,
+    args: MemoryTrainingArguments,
+) -> dict[str, Any]:
+    """Prompts and reference replies as arguments of `VisMem.forward`, whose log-probabilities are to be raised.
+
+    Args:
+        prompts: the processor's output for B prompts, padded on the left.
+        replies: their reference replies.
+        sighted: whether each prompt has an image.
+        rngs: one for each row.
+    """
+    tokenizer = model.processor.tokenizer
+    end = model.generation_config.eos_token_id
+    end = end[0] if isinstance(end, (list, tuple)) else end
+    device, start = prompts["input_ids"].device, prompts["input_ids"].shape[1]
+    answers, learned = [], []
+    for reply, sees, rng in zip(replies, sighted, rngs, strict=True):
+        words = tokenizer.encode(reply, add_special_tokens=False)[: args.max_new_tokens - 1]
+        ids, kept = with_invocations([*words, *([] if end is None else [end])], model, args, places, sees, rng)
+        answers.append(torch.tensor(ids))
+        learned.append(torch.tensor(kept))
+    tokens = pad_sequence(answers, True, tokenizer.pad_token_id or 0).to(device)
+    real = pad_sequence([torch.ones_like(answer) for answer in answers], True).to(device)
+    sampled = pad_sequence(learned, True, False).to(device)
+    before = torch.zeros(len(tokens), start, dtype=torch.bool, device=device)
+    sampled = torch.cat([before, sampled], 1)
+    rest = {name: value for name, value in prompts.items() if name not in ("input_ids", "attention_mask")}
+    return {
+        "input_ids": torch.cat([prompts["input_ids"], tokens], 1),
+        "attention_mask": torch.cat([prompts["attention_mask"], real], 1),
+        "prompt_length": start,
+        "sampled": sampled,
+        "allowed": sampled[..., None].expand(-1, -1, 2) & False,
+        **rest,
+    }
