@@ -543,6 +543,7 @@ def test_pocket_steps_call_their_functions(run_whole, monkeypatch):
                 "vision_steps": 2,
                 "language_steps": None,
                 "threads": None,
+                "start": None,
             },
         ),
         ("evaluate", (base, Path("z.json"), None), {"n": 5, "seed": 0, "only": ""}),

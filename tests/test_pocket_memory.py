@@ -1,26 +1,32 @@
-"""The pocket's memory: its practice examples, its training's resumption, its controls, and the shipped checkpoint."""
+"""The pocket's memory: its practice rows, how it is measured, and the shipped checkpoint."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
 import vismem
+from vismem.data import prompt_inputs
 from vismem.pocket import BASE_PATH, MEMORY_PATH
 from vismem.pocket import measure as measuring
 from vismem.pocket.batches import Encoder
+from vismem.pocket.conversations import sample_conversation
+from vismem.pocket.practice import MIXTURES, PocketRows, annotated, disturb
 from vismem.pocket.tasks import score
-from vismem.pocket.warmup import WarmupRecipe, fresh_model, sample_example, train, training_batch, warmup
+from vismem.pocket.world import PROMOTION_RULES, load_handwriting, render_array, sample_scene
 
-RECIPE = WarmupRecipe(steps=2, batch=3)
+MARK = re.compile(r"<m[sl]_I>")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return fresh_model()
+    return measuring.load(BASE_PATH, None)
 
 
 @pytest.fixture(scope="module")
@@ -28,57 +34,52 @@ def shipped():
     return vismem.VisMem.from_pretrained(MEMORY_PATH)
 
 
-def examples(model, count=40):
-    encoder, rng = Encoder(model.processor.tokenizer), Random(3)
-    return encoder, [sample_example(rng, RECIPE, encoder) for _ in range(count)]
+@pytest.mark.parametrize("stage", sorted(MIXTURES))
+def test_rows_are_the_same_for_a_seed_and_fit_the_processor(stage, model):
+    rows = [PocketRows(stage, 3)[i] for i in range(4)]
+    again = [PocketRows(stage, 3)[i] for i in (3, 0)]
+    assert [r.completion for r in again] == [rows[3].completion, rows[0].completion]
+    assert PocketRows(stage, 4)[0].prompt != rows[0].prompt
+    inputs = prompt_inputs(model.processor, rows)
+    assert len(inputs["input_ids"]) == 4 and inputs["pixel_values"].shape[0] == 4
+    assert all(score(r.columns["task"], MARK.sub("", r.completion), r.answer) == 1 for r in rows)
 
 
-def test_practice_covers_both_kinds_and_places(model):
-    _, found = examples(model, 200)
-    plans = [tuple(kind for _, kind in example.plan) for example in found]
-    assert {("short",), ("long",), ("short", "long")} <= set(plans)
-    assert any(place > 0 for example in found for place, _ in example.plan)
+def test_rows_are_of_training_handwriting_and_all_kinds():
+    rows = [PocketRows("warmup", 0)[i] for i in range(200)]
+    tasks = Counter(row.columns["task"].partition("_")[0] for row in rows)
+    assert tasks["promotion"] > 50 and tasks["describe"] > 4 and tasks["row"] > 3
+    late = [row for row in rows if row.columns["distance"] > 0]
+    assert len(late) > 80 and all("<ms_I>" in row.completion for row in late)
+    assert len(load_handwriting()[0]) > 1700
 
 
-def test_training_batch_puts_pairs_in_without_a_loss(model):
-    encoder, found = examples(model, 12)
-    batch = training_batch(model, found, encoder)
-    tokens, start = model.tokens, batch["prompt_length"]
-    for row, example in enumerate(found):
-        ids, labels = batch["input_ids"][row, start:].tolist(), batch["labels"][row, start:].tolist()
-        wanted = [tokens.invocation_ids[kind] for _, kind in example.plan]
-        assert [t for t in ids if t in tokens.kind_of] == wanted
-        assert all(label == -100 for t, label in zip(ids, labels, strict=True) if t in tokens.kind_of)
-        words = [label for label in labels if label != -100]
-        expected = [*encoder.text(example.conversation.answer_text), encoder.end]
-        if example.replaces:
-            expected = [t for i, t in enumerate(expected) if i + 1 not in {place for place, _ in example.plan}]
-        assert words == expected
-    plain = training_batch(model, found, encoder, invoke=False)
-    assert not model.tokens.present(plain["input_ids"])
+def test_replies_name_a_look_at_the_first_colon_and_a_recall_after_the_label():
+    for index in range(30):
+        rng = Random(index)
+        conversation = sample_conversation(rng, task="promotion", distance=3, rule="hidden-truth")
+        marked = annotated(conversation, rng)
+        label = next(name for name in PROMOTION_RULES if name in conversation.answer_text)
+        assert re.match(rf"Row \d:?<ms_I> {label}:?<ml_I> {PROMOTION_RULES[label].words}\.", marked), marked
+        assert marked.count("_I>") == 2
+        stated = sample_conversation(rng, task="promotion", rule="stated")
+        assert "<ml_I>" not in annotated(stated, rng)
 
 
-@pytest.mark.parametrize("name", ["memory", "soft", "lora"])
-def test_training_moves_its_learner_only_and_resumes(name, tmp_path):
-    model = fresh_model()
-    base = {n: p.clone() for n, p in model.base.named_parameters()}
-    memory = {n: p.clone() for n, p in model.memory.named_parameters()}
-    module = train(model, name, RECIPE, tmp_path)
-    assert all(torch.equal(p, base[n]) for n, p in model.base.named_parameters())
-    moved = any(not torch.equal(p, memory[n]) for n, p in model.memory.named_parameters())
-    assert moved == (name == "memory")
-    state = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-    assert state["step"] == 2 and len(state["losses"]) == 2
-    again = fresh_model()
-    resumed = train(again, name, WarmupRecipe(steps=3, batch=3), tmp_path)
-    state = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-    assert state["step"] == 3 and len(state["losses"]) == 3
-    assert resumed.state_dict().keys() == module.state_dict().keys()
+def test_disturbed_pictures_differ_and_are_the_same_for_a_seed():
+    picture = render_array(sample_scene(Random(0)))
+    for kind in measuring.STRANGE:
+        changed = disturb(picture, kind, Random(1))
+        assert changed.shape == picture.shape and changed.dtype == np.uint8
+        assert np.abs(changed.astype(int) - picture).mean() > 3
+        assert np.array_equal(changed, disturb(picture, kind, Random(1)))
+    with pytest.raises(ValueError, match="unknown disturbance"):
+        disturb(picture, "fog", Random(0))
 
 
 def test_controls_change_the_memory_and_are_undone(model):
     asked = measuring.questions("x", 2, 0, task="digit", distance=2)
-    inputs = measuring.prompts_of(asked, Encoder(model.processor.tokenizer))
+    inputs = measuring.prompts_of(asked, Encoder(model.processor.tokenizer), torch.float32)
     policy = vismem.invocation.Forced([(0, 0, "short"), (1, 0, "short")])
 
     def memories():
@@ -93,12 +94,25 @@ def test_controls_change_the_memory_and_are_undone(model):
     assert torch.equal(memories(), before)
 
 
-def test_bad_arguments_are_one_line(tmp_path):
-    for change, message in (({"steps": 0}, "steps"), ({"only": "x"}, "unknown learner")):
-        with pytest.raises(ValueError, match=message):
-            warmup(tmp_path, **change)
+def test_measures_go_on_where_they_stopped(tmp_path, monkeypatch):
+    out = tmp_path / "results.json"
+    options = {"out_json": out, "suites": ["rules"], "n": 2, "memory_path": None}
+    first = measuring.measure(conditions=["vanilla"], **options)
+    assert first["suites"]["rules"]["vanilla"]["n"] == 24
+    calls = []
+    inner = measuring.answered
+    monkeypatch.setattr(measuring, "answered", lambda *given: calls.append(given[1:3]) or inner(*given))
+    found = measuring.measure(conditions=["vanilla", "rule_stated"], **options)
+    assert len(calls) == 1
+    assert found["recovered"]["rules"]["rule_stated"] in (0.0, 1.0)
+    assert json.loads(out.read_text()) == found
+
+
+def test_bad_arguments_are_one_line():
     with pytest.raises(ValueError, match="n must be"):
         measuring.measure(n=1, out_json=None)
+    with pytest.raises(ValueError, match="unknown suite"):
+        measuring.measure(suites=["x"], out_json=None)
 
 
 def test_shipped_files_are_small_and_name_no_machine(shipped):
@@ -113,14 +127,25 @@ def test_shipped_files_are_small_and_name_no_machine(shipped):
 
 
 def test_shipped_memory_brings_back_what_has_left_the_window(shipped):
-    """Late questions on unseen handwriting: far above the base alone, and of no use when it is another image's."""
+    """Late questions on unseen handwriting, the model deciding when: far above the base alone, and of no use when it
+    is another image's."""
     asked = [q for t in ("colour", "digit") for q in measuring.questions("late", 16, 7, task=t, distance=5)]
 
-    def accuracy(invoke, change=""):
+    def accuracy(invocation, change=""):
         with measuring.changed(shipped, change):
-            replies = measuring.answers(shipped, asked, invoke, 32)
+            replies, _, _ = measuring.answers(shipped, asked, vismem.decoding.invocation.policy_of(invocation), 32)
         return sum(score(c.task, reply, c.answer) for c, reply in zip(asked, replies, strict=True)) / len(asked)
 
-    vanilla, memory, other = accuracy(()), accuracy(("short",)), accuracy(("short",), "another")
-    assert memory > vanilla + 0.35
-    assert other < vanilla + 0.2
+    vanilla, memory, other = accuracy("off"), accuracy("learned"), accuracy("learned", "another")
+    assert memory > vanilla + 0.5
+    assert other < vanilla + 0.25
+
+
+def test_shipped_memory_recalls_rules_that_the_base_never_got(shipped):
+    asked = measuring.questions("rules", 32, 7, task="promotion", rule="hidden-truth")
+
+    def accuracy(invocation):
+        replies, _, _ = measuring.answers(shipped, asked, vismem.decoding.invocation.policy_of(invocation), 32)
+        return sum(score(c.task, reply, c.answer) for c, reply in zip(asked, replies, strict=True)) / len(asked)
+
+    assert accuracy("learned") > accuracy("off") + 0.3

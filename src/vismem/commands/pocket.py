@@ -1,4 +1,4 @@
-"""`vismem pocket build|evaluate|warmup|measure|sample`: the small model that comes with the package, made and measured.
+"""`vismem pocket build|evaluate|measure|sample`: the small model that comes with the package, made and measured.
 
 Every step is a function of `vismem.pocket`; here are its options. To add one, give it a parser in `parser` and a
 function in `STEPS`.
@@ -36,28 +36,16 @@ def parser() -> Parser:
 
     building = step(
         "build",
-        "Trains the pocket base from nothing; an interrupted build goes on where it stopped",
+        "Trains the pocket base from nothing, or on from a finished one; an interrupted build goes on where it stopped",
         "vismem pocket build --out my-base --threads 4",
     )
     building.add_argument("--out", type=Path, default=BASE_PATH, metavar="FOLDER", help="default: in the package")
+    building.add_argument("--start", type=Path, metavar="FOLDER", help="a finished base to go on from (default: none)")
     building.add_argument("--work", type=Path, metavar="FOLDER", help="for checkpoints (default: OUT-work)")
     building.add_argument("--fresh", action="store_true", help="start anew, whatever the work folder holds")
     building.add_argument("--vision-steps", type=whole(1, MANY), metavar="N", help="default: the recipe's")
     building.add_argument("--language-steps", type=whole(1, MANY), metavar="N", help="default: the recipe's")
     building.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: PyTorch's choice)")
-
-    warming = step(
-        "warmup",
-        "Trains the pocket's memory with supervision, and two controls; an interrupted run goes on where it stopped",
-        "vismem pocket warmup --out my-memory",
-    )
-    warming.add_argument("--out", type=Path, default=MEMORY_PATH, metavar="FOLDER", help="default: in the package")
-    warming.add_argument("--base", type=Path, default=BASE_PATH, metavar="FOLDER", help="default: the pocket's own")
-    warming.add_argument("--work", type=Path, metavar="FOLDER", help="for checkpoints (default: OUT-work)")
-    warming.add_argument("--fresh", action="store_true", help="start anew, whatever the work folder holds")
-    warming.add_argument("--steps", type=whole(1, MANY), metavar="N", help="default: the recipe's")
-    warming.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="default: 0")
-    warming.add_argument("--only", default="", metavar="NAME", help="memory, soft or lora (default: all three)")
 
     sampling = step(
         "sample",
@@ -88,19 +76,22 @@ def parser() -> Parser:
 
     comparing = step(
         "measure",
-        "Measures a memory beside its bounds and controls: late questions, and promotions whose rule is withheld",
-        "vismem pocket measure --n 50 --out results/pocket_memory.json",
+        "Measures a memory beside its bounds and controls; an interrupted run goes on where it stopped",
+        "vismem pocket measure --n 25 --out results/pocket_memory.json",
     )
     comparing.add_argument("--base", type=Path, default=BASE_PATH, metavar="FOLDER", help="default: the pocket's own")
-    comparing.add_argument(
+    memory = comparing.add_mutually_exclusive_group()
+    memory.add_argument(
         "--checkpoint", type=Path, default=MEMORY_PATH, metavar="FOLDER", help="default: the pocket's own"
     )
-    comparing.add_argument("--work", type=Path, metavar="FOLDER", help="of the warm-up (default: CHECKPOINT-work)")
+    memory.add_argument("--untrained", action="store_true", help="measure a memory that has learned nothing")
+    comparing.add_argument("--suites", default="", metavar="NAMES", help="late,strange,in_view,rules,both")
+    comparing.add_argument("--conditions", default="", metavar="NAMES", help="such as vanilla,learned (default: all)")
     comparing.add_argument(
         "--out", type=Path, default=Path("results/pocket_memory.json"), metavar="FILE", help="default: %(default)s"
     )
-    comparing.add_argument("--n", type=whole(2, MANY), default=50, metavar="N", help="questions per cell (default: 50)")
-    comparing.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="default: 0")
+    comparing.add_argument("--n", type=whole(2, MANY), default=25, metavar="N", help="questions per cell (default: 25)")
+    comparing.add_argument("--seed", type=whole(0, 2**63 - 1), default=1, metavar="N", help="default: 1")
     return found
 
 
@@ -129,6 +120,7 @@ def build(options: argparse.Namespace) -> None:
         vision_steps=options.vision_steps,
         language_steps=options.language_steps,
         threads=options.threads,
+        start=options.start,
     )
     print(f"wrote {options.out}")
 
@@ -147,19 +139,18 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"wrote {options.out}")
 
 
-def warmup(options: argparse.Namespace) -> None:
-    from vismem.pocket.warmup import warmup
-
-    for folder in warmup(
-        options.out, options.base, options.work, options.steps, options.seed, not options.fresh, options.only
-    ):
-        print(f"wrote {folder}")
-
-
 def measure(options: argparse.Namespace) -> None:
-    from vismem.pocket.measure import measure
+    from vismem.pocket.measure import SUITES, measure
 
-    measure(options.base, options.checkpoint, options.work, options.out, n=options.n, seed=options.seed)
+    measure(
+        None if options.untrained else options.checkpoint,
+        options.base,
+        options.out,
+        suites=[name for name in options.suites.split(",") if name] or SUITES,
+        conditions=[name for name in options.conditions.split(",") if name],
+        n=options.n,
+        seed=options.seed,
+    )
     print(f"wrote {options.out}")
 
 
@@ -167,7 +158,6 @@ STEPS = {
     "build": build,
     "evaluate": evaluate,
     "eval": evaluate,
-    "warmup": warmup,
     "measure": measure,
     "sample": sample,
 }

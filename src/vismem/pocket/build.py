@@ -1,4 +1,5 @@
-"""`vismem pocket build`: makes the pocket VLM from nothing - tokenizer, vision stage, language stage, weights.
+"""`vismem pocket build`: makes the pocket VLM from nothing - tokenizer, vision stage, language stage, weights - or goes
+on from a finished one.
 
 The vision stage teaches the tower and the projector what the cells hold (heads that are thrown away); the language
 stage trains everything on conversations. Both stop and go on: `state.pt` in the work folder has all they need.
@@ -11,7 +12,7 @@ import logging
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vismem.pocket import BASE_PATH, easyvqa
+from vismem.pocket import BASE_PATH, easyvqa, load_base
 from vismem.pocket.architecture import build_model
 from vismem.pocket.batches import CELL_SIZES, Batch, cell_labels, normalise
 from vismem.pocket.mixture import training_batches
@@ -47,6 +48,19 @@ class Recipe:
     cell_weight: float = 0.5  # of the cells' loss in the language stage
     weight_decay: float = 0.02
     seed: int = 0
+
+
+# Going on from a finished base: the vision stage only fits new cell heads to a tower that stays as it is.
+GOING_ON = Recipe(
+    vision_steps=60,
+    vision_rate=1e-2,
+    language_steps=3600,
+    language_rate=8e-4,
+    early_share=0.0,
+    reading_share=0.0,
+    packed_share_later=0.5,
+    seed=1,
+)
 
 
 class CellHeads(nn.Module):
@@ -91,7 +105,7 @@ def language_loss(model, heads: CellHeads, batch: Batch, cell_weight: float) -> 
     if len(batch.pixels):
         features = visual_tokens(model, batch.pixels)
         slots = (batch.ids == model.config.image_token_id)[..., None].expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(slots, features[batch.shown].to(embeddings.dtype))
+        embeddings = embeddings.masked_scatter(slots, features.flatten(0, 1)[batch.visual].to(embeddings.dtype))
         if cell_weight and (batch.cells >= 0).any():
             extra = cell_weight * heads.loss(features, batch.cells)[0]
     places = {"attention_mask": batch.mask, "position_ids": batch.positions}
@@ -114,10 +128,10 @@ def rate_at(step: int, steps: int, peak: float, warmup: int = 100) -> float:
 class Builder:
     """The build's moving parts: model, heads, optimiser, and where it stands."""
 
-    def __init__(self, work: Path, recipe: Recipe, resume: bool):
+    def __init__(self, work: Path, recipe: Recipe, resume: bool, start: Path | None = None):
         from transformers import AutoProcessor
 
-        self.recipe, self.work = recipe, work
+        self.recipe, self.work, self.start = recipe, work, start
         self.state_file = work / "state.pt"
         work.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
@@ -125,7 +139,8 @@ class Builder:
         if resume:
             self.processor = AutoProcessor.from_pretrained(work)
         else:
-            self.processor = build_processor(corpus(seed=recipe.seed))
+            started = AutoProcessor.from_pretrained(start) if start else None
+            self.processor = started or build_processor(corpus(seed=recipe.seed))
             self.processor.save_pretrained(work)
         self.model = build_model(self.processor.tokenizer).train()
         self.model.set_attn_implementation("eager")  # the same masks; faster than sdpa's backward on CPU
@@ -139,6 +154,8 @@ class Builder:
             self.optimizer.load_state_dict(state["optimizer"])
             self.stage, self.step = state["stage"], state["step"]
             log.info("going on at %s step %d", self.stage, self.step)
+        elif start:
+            self.model.load_state_dict(load_base(path=start)[0].state_dict())
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [*self.model.parameters(), *self.heads.parameters()]
@@ -191,10 +208,11 @@ class Builder:
     def vision_step(self, step: int) -> dict[str, float]:
         rng = Random(f"{self.recipe.seed}-vision-{step}")
         scenes = [sample_scene(rng) for _ in range(self.recipe.vision_batch)]
-        pixels = normalise(np.stack([render_array(scene) for scene in scenes]))
+        pixels = normalise(np.stack([render_array(scene, varied=True) for scene in scenes]))
         cells = torch.from_numpy(np.stack([cell_labels(scene) for scene in scenes]))
         with torch.autocast("cpu", torch.bfloat16):
             features = visual_tokens(self.model, pixels)
+        features = features.detach() if self.start else features
         loss, right = self.heads.loss(features, cells)
         self.update(loss, rate_at(step, self.recipe.vision_steps, self.recipe.vision_rate))
         return {
@@ -245,8 +263,9 @@ def build(
     vision_steps: int | None = None,
     language_steps: int | None = None,
     threads: int | None = None,
+    start: Path | None = None,
 ) -> None:
-    """Train the pocket VLM from nothing and write it to `out`.
+    """Train the pocket VLM from nothing, or on from `start`, and write it to `out`.
 
     Args:
         out: the finished base, an ordinary Hugging Face folder.
@@ -254,9 +273,11 @@ def build(
         work: the folder of checkpoints; None: beside `out`, "-work" after its name.
         vision_steps, language_steps: other lengths than the recipe's.
         threads: CPU threads; None leaves PyTorch's choice.
+        start: a finished base to go on from, with the recipe `GOING_ON`.
     """
     given = {"vision_steps": vision_steps, "language_steps": language_steps}
-    recipe = Recipe(**{name: steps for name, steps in given.items() if steps is not None})
+    given = {name: steps for name, steps in given.items() if steps is not None}
+    recipe = replace(GOING_ON if start else Recipe(), **given)
     if recipe.vision_steps < 1 or recipe.language_steps < 1:
         raise ValueError(f"steps must be 1 or more, not {recipe.vision_steps} and {recipe.language_steps}")
     if threads:
@@ -264,7 +285,7 @@ def build(
     easyvqa.questions("train")  # a missing package is an error now, not in ten minutes
     keep_freed_memory()
     out = Path(out)
-    builder = Builder(Path(work) if work else out.with_name(out.name + "-work"), recipe, resume)
+    builder = Builder(Path(work) if work else out.with_name(out.name + "-work"), recipe, resume, start)
     builder.run()
     builder.export(out)
     log.info("wrote %s", out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from vismem.pocket.tasks import Question, promotion_reply, running_sum, spaced, state_rule
+from vismem.pocket.tasks import Question, promotion_reply, spaced, state_rule, sum_reply
 from vismem.pocket.world import LABEL_NAMES, RULES
 
 GREETINGS = (
@@ -24,14 +24,26 @@ def greeting(rng: Random) -> Question:
 
 
 def sample(rng: Random) -> Question:
-    """A sum of four numbers, a promotion on four prices, or a greeting."""
+    """A sum of a row in words, a promotion on one, or a greeting. The replies are those that an image would get."""
     kind = rng.random()
-    prices = [rng.randrange(10) for _ in range(4)]
+    number, prices = rng.randrange(1, 5), [rng.randrange(10) for _ in range(4)]
+    echo = f"Row {number}"
     if kind < 0.35:
-        text = rng.choice(("Add {}.", "What is the sum of {}?", "Sum of {}?")).format(spaced(prices))
-        return Question("drill", text, running_sum(prices), str(sum(prices)))
-    if kind < 0.93:
-        name, rule = rng.choice(LABEL_NAMES), rng.choice(RULES)
-        text = f"{state_rule(name, rule, rng)} {name.capitalize()} row: {spaced(prices)}. What do I pay?"
-        return Question("drill", text, promotion_reply(name, rule, prices), str(sum(rule.apply(prices))))
+        wording = rng.choice(("Add {}.", "What is the sum of {}?", "Sum of {}?"))
+        text = wording.format(f"row {number}, {spaced(prices)}")
+        return Question("drill", text, f"{echo}: {sum_reply(prices)}", str(sum(prices)), echo=echo)
+    if kind < 0.95:
+        return _promotion(rng, echo, prices)
     return greeting(rng)
+
+
+def _promotion(rng: Random, echo: str, prices: list[int]) -> Question:
+    """Its rule is stated in the question or (35 %) noted in the reply."""
+    name, rule = rng.choice(LABEL_NAMES), rng.choice(RULES)
+    text, note = f"{echo}, {name} label: {spaced(prices)}. What do I pay?", ""
+    if rng.random() < 0.35:
+        note = rule.words
+    else:
+        text = f"{state_rule(name, rule, rng)} {text}"
+    reply = f"{echo}: {promotion_reply(name, rule, prices)}"
+    return Question("drill", text, reply, str(sum(rule.apply(prices))), echo=echo, label=name, note=note)

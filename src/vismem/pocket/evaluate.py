@@ -1,8 +1,9 @@
 """`vismem pocket evaluate`: how well the base answers, task by task, by distance from the image.
 
-Three ways to ask late: the image was shown once; it is shown again with the question; it stands again at the start of
-the reply, bare between two full stops - where a short memory will stand. Greedy decoding by transformers' own
-`generate`; test-split handwriting; 95 % Wilson intervals.
+Three ways to ask late: the image was shown once; it is shown again with the question; it stands again inside the
+reply, after its echo and colon, bare and closed by another colon - where a short memory will stand. Promotions are also
+asked with the rule as a note after the label's colon, where a long memory will stand. Greedy decoding by transformers'
+own `generate`; test-split handwriting; 95 % Wilson intervals.
 """
 
 from __future__ import annotations
@@ -41,23 +42,27 @@ class Answerer:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.encoder = Encoder(tokenizer)
 
-    def prompt(self, conversation: Conversation, inside: bool = False) -> tuple[list[int], list[int]]:
-        """The ids up to where the reply starts, and the numbers of the pictures shown; `inside` opens the reply with
-        the latest picture between two full stops."""
-        encoder = self.encoder
+    def prompt(self, conversation: Conversation, opened: str = "") -> tuple[list[int], list[int]]:
+        """The ids up to where the reply goes on, and the numbers of the pictures shown.
+
+        `opened`: "" stops before the reply; "look" opens it with the echo, its colon, the latest picture and a colon;
+        "note" with the echo, the label, its colon, the note and a colon.
+        """
+        encoder, question = self.encoder, conversation.turns[-1].question
         encoded = encoder.encode(conversation, limit=1_000_000)
         ids = encoded.ids[: -len(encoder.text(conversation.answer_text)) - 1]
         shown = encoded.shown
-        if inside:
-            stop = encoder.delimiters[0]
-            ids = [*ids, stop, *[encoder.image] * IMAGE_TOKENS, stop]
+        if opened == "look":
+            ids = [*ids, *encoder.echo(question), *[encoder.image] * IMAGE_TOKENS, encoder.colon]
             shown = [*shown, shown[-1]]
+        elif opened == "note":
+            ids = [*ids, *encoder.text(f"{question.echo}: {question.label}: {question.note}:")]
         return ids, shown
 
     @torch.inference_mode()
-    def __call__(self, conversations: list[Conversation], inside: bool = False) -> list[str]:
+    def __call__(self, conversations: list[Conversation], opened: str = "") -> list[str]:
         replies = [""] * len(conversations)
-        prompts = [self.prompt(conversation, inside) for conversation in conversations]
+        prompts = [self.prompt(conversation, opened) for conversation in conversations]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -72,9 +77,9 @@ class Answerer:
                 replies[i] = text
         return replies
 
-    def measure(self, conversations: list[Conversation], inside: bool = False) -> dict:
+    def measure(self, conversations: list[Conversation], opened: str = "") -> dict:
         """Accuracy with its interval, n, and the mean number of tokens from the first image's end to the reply."""
-        replies = self(conversations, inside)
+        replies = self(conversations, opened)
         right = sum(score(c.task, reply, c.answer) for c, reply in zip(conversations, replies, strict=True))
         low, high = wilson(right, len(replies))
         ages = []
@@ -95,23 +100,23 @@ class Answerer:
         }
 
 
-def cells() -> dict[str, tuple[Callable[[Random], Conversation], bool]]:
-    """Everything that is measured: name -> (how to sample one conversation, image inside the reply or not)."""
+def cells() -> dict[str, tuple[Callable[[Random], Conversation], str]]:
+    """Everything that is measured: name -> (how to sample one conversation, what its reply is opened with)."""
     out = {}
 
-    def add(name: str, inside: bool = False, **options):
-        out[name] = (lambda rng: sample_conversation(rng, "test", **options), inside)
+    def add(name: str, opened: str = "", **options):
+        out[name] = (lambda rng: sample_conversation(rng, "test", **options), opened)
 
     for task in TASKS:
         add(f"in_view/{task}", task=task)
     for task in DISTANCE_TASKS:
         for shown, distances in DISTANCES.items():
-            again = {"shown_again": shown == "again", "inside": shown == "inside"}
+            again = {"shown_again": shown == "again", "opened": "look" if shown == "inside" else ""}
             for distance in distances:
                 add(f"distance/{task}/{shown}/{distance}", task=task, distance=distance, **again)
             add(f"after_description/{task}/{shown}", task=task, after_description=True, **again)
-    for rule in ("stated-truth", "hidden-truth"):
-        add(f"promotion/{rule}", task="promotion", rule=rule)
+    for rule, opened in {"stated-truth": "", "noted-truth": "note", "hidden-truth": ""}.items():
+        add(f"promotion/{rule}", opened, task="promotion", rule=rule)
     return out
 
 
@@ -166,9 +171,9 @@ def evaluate(
     answerer = Answerer(model, processor.tokenizer)
     measured = {}
     chosen = {name: cell for name, cell in cells().items() if only in name}
-    for name, (sample, inside) in tqdm(chosen.items(), desc="pocket eval"):
+    for name, (sample, opened) in tqdm(chosen.items(), desc="pocket eval"):
         conversations = [sample(Random(f"{seed}-{name}-{i}")) for i in range(n)]
-        measured[name] = answerer.measure(conversations, inside)
+        measured[name] = answerer.measure(conversations, opened)
     if only in "easy_vqa":
         measured["easy_vqa"] = answerer.measure(_easy_vqa(max(n, 1000) if n >= 100 else n, seed))
     results = {

@@ -1,34 +1,63 @@
-"""`vismem pocket measure`: does memory help the pocket, and is it the memory? Late questions and withheld rules.
+"""`vismem pocket measure`: what a memory does for the pocket, beside its bounds and controls.
 
-Every condition answers the same questions, greedily, on test-split handwriting. Beside memory stand its bounds
-(vanilla; the image shown again; the rule stated) and its controls: untrained memory, the memory of another image, zero
-memory, a query set to zero, soft vectors and a LoRA trained on the same examples.
+Five suites of questions, greedy, on test-split handwriting: late ones (the image has left the window), late ones on
+pictures of a kind that the base never saw, ones in view, totals whose label's rule is withheld, and such totals late,
+where both memories are needed. Every condition of a suite answers the same questions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
+from random import Random as PythonRandom
 
 import torch
 
-from vismem.decoding.invocation import Forced
+from vismem.config import KINDS, Kind, VisMemConfig
+from vismem.decoding.invocation import Policy, Random, policy_of
+from vismem.decoding.trace import Invocation
 from vismem.memory import Memory, Observation
 from vismem.model import VisMem
-from vismem.pocket import BASE_PATH, MEMORY_PATH
-from vismem.pocket.batches import Encoder
+from vismem.pocket import BASE_PATH, MEMORY_PATH, load_base
+from vismem.pocket.batches import Encoder, prompt_batch
 from vismem.pocket.conversations import Conversation, sample_conversation
 from vismem.pocket.evaluate import wilson
+from vismem.pocket.practice import disturbed
 from vismem.pocket.tasks import score
-from vismem.pocket.warmup import formed_by, fresh_model, learner, prompts_of
 
 LATE_TASKS = ("colour", "digit", "row", "sum")
-DISTANCES = (1, 2, 4, 6, 8)
+DISTANCES = (2, 4, 6, 8)
+STRANGE = ("noise", "blur", "rotation")
+RATES = (25, 50, 75, 100)
+
+
+@dataclass
+class Placed:
+    """Puts invocations in where a reply wants them: after its n-th colon, by a plan of n and kind.
+
+    With it, what memory holds is measured apart from when the model invokes it.
+    """
+
+    plan: dict[int, Kind]
+    colon: int
+    samples: bool = False
+    injects: bool = True
+    forms: tuple[Kind, ...] = KINDS
+    guarded: bool = False
+
+    def start(self) -> None:
+        self.seen: dict[int, int] = {}
+
+    def inject(self, place) -> Kind | None:
+        colons = sum(token == self.colon for token in place.tokens)
+        if not place.tokens or place.tokens[-1] != self.colon or self.seen.get(place.index) == colons:
+            return None
+        self.seen[place.index] = colons
+        return self.plan.get(colons)
 
 
 @dataclass(frozen=True)
@@ -36,41 +65,167 @@ class Condition:
     """One way of answering.
 
     Args:
-        name: in the results.
-        learner: trained state to use: `"memory"`, `"soft"`, `"lora"`, or `""` for an untrained memory.
-        change: what is done to the memory: one of `CHANGES`, or `""`.
-        invoke: kinds invoked before the first token.
-        asked: options of `sample_conversation` that this condition changes.
-        memory_init: how an untrained memory starts.
+        invocation: as `generate` takes it; `"random_25"` and the like: per cent of the delimiters; `"placed"`: where
+            the suite's plan puts them.
+        change: what is done to every memory: one of `CHANGES`, or `""`.
+        asked: options of `sample_conversation` that this condition changes: the bounds.
     """
 
-    name: str
-    learner: str = ""
+    invocation: str = "off"
     change: str = ""
-    invoke: tuple[str, ...] = ()
     asked: tuple[tuple[str, object], ...] = ()
-    memory_init: str = "pooled"
+
+    def policy(self, plan: dict[int, Kind], colon: int) -> Policy:
+        """The policy; `plan` and `colon` are what `"placed"` needs."""
+        name, _, rate = self.invocation.partition("_")
+        if name == "placed":
+            return Placed(plan, colon)
+        return Random(int(rate) / 100) if name == "random" else policy_of(self.invocation)
 
 
-def conditions(kind: str, shown: tuple[tuple[str, object], ...], shown_name: str) -> tuple[Condition, ...]:
-    """Bounds, memory and controls for one kind of memory."""
-    invoke = (kind,)
-    return (
-        Condition("vanilla"),
-        Condition(shown_name, asked=shown),
-        Condition("memory", "memory", invoke=invoke),
-        Condition("memory_untrained", invoke=invoke),
-        Condition("memory_untrained_constants", invoke=invoke, memory_init="learned"),
-        Condition("memory_of_another", "memory", "another", invoke),
-        Condition("memory_zero", "memory", "zero", invoke),
-        Condition("query_zero", "memory", "no_query", invoke),
-        Condition("soft_vectors", "soft", invoke=invoke),
-        Condition("lora_fine_tuned", "lora"),
-    )
+LEARNED, PLACED = Condition("learned"), Condition("placed")
+KINDS_ALONE = {"short_only": Condition("short"), "long_only": Condition("long")}
+BY_CHANCE = {f"random_{rate}": Condition(f"random_{rate}") for rate in RATES}
+CONTROLS = {
+    "memory_of_another_image": Condition("learned", "another"),
+    "memory_zero": Condition("learned", "zero"),
+    "query_zero": Condition("learned", "no_query"),
+}
 
 
-LATE = conditions("short", (("shown_again", True),), "image_shown_again")
-RULES = conditions("long", (("rule", "stated-truth"),), "rule_stated")
+@dataclass(frozen=True)
+class Suite:
+    """Questions by cell, and the conditions that answer them.
+
+    Args:
+        cells: from a cell's name to the options of `sample_conversation`, `disturb` among them.
+        bound: the condition that memory is held against; it needs no memory.
+        conditions: the others that need none come first.
+        share: questions per cell, relative to `n`.
+        plan: where `"placed"` puts invocations.
+    """
+
+    cells: dict[str, dict]
+    bound: tuple[str, Condition] | None
+    conditions: dict[str, Condition]
+    share: int = 1
+    plan: tuple[tuple[int, Kind], ...] = ((1, "short"),)
+
+
+SHOWN_AGAIN = ("image_shown_again", Condition(asked=(("shown_again", True),)))
+STATED = ("rule_stated", Condition(asked=(("rule", "stated-truth"),)))
+BOTH_SHOWN = ("shown_again_and_stated", Condition(asked=(("shown_again", True), ("rule", "stated-truth"))))
+SUITES = {
+    "late": Suite(
+        {f"{t}/{d}": {"task": t, "distance": d} for t in LATE_TASKS for d in DISTANCES}
+        | {f"{t}/after_description": {"task": t, "after_description": True} for t in LATE_TASKS},
+        SHOWN_AGAIN,
+        {"learned": LEARNED, "placed": PLACED, **KINDS_ALONE, **BY_CHANCE, **CONTROLS},
+    ),
+    "strange": Suite(
+        {f"{k}/{t}": {"task": t, "distance": 4, "disturb": k} for k in STRANGE for t in LATE_TASKS},
+        SHOWN_AGAIN,
+        {"learned": LEARNED, "placed": PLACED},
+        share=2,
+    ),
+    "in_view": Suite(
+        {t: {"task": t} for t in ("colour", "shape", "digit", "label", "item", "row", "column", "sum", "basket")},
+        None,
+        {"learned": LEARNED},
+        share=2,
+    ),
+    "rules": Suite(
+        {"promotion": {"task": "promotion", "rule": "hidden-truth"}},
+        STATED,
+        {"learned": LEARNED, "placed": PLACED, **KINDS_ALONE, **CONTROLS},
+        share=12,
+        plan=((2, "long"),),
+    ),
+    "both": Suite(
+        {f"promotion/{d}": {"task": "promotion", "rule": "hidden-truth", "distance": d} for d in (2, 4, 6)},
+        BOTH_SHOWN,
+        {"learned": LEARNED, "placed": PLACED, **KINDS_ALONE, **BY_CHANCE},
+        share=4,
+        plan=((1, "short"), (2, "long")),
+    ),
+}
+
+
+def questions(cell: str, count: int, seed: int, disturb: str = "", **options) -> list[Conversation]:
+    """`count` test-split conversations of one cell, the same for every condition."""
+    found = []
+    for index in range(count):
+        conversation = sample_conversation(PythonRandom(f"{seed}-{cell}-{index}"), "test", **options)
+        if disturb:
+            conversation = disturbed(conversation, disturb, PythonRandom(f"{seed}-{cell}-{index}-{disturb}"))
+        found.append(conversation)
+    return found
+
+
+def prompts_of(conversations: list[Conversation], encoder: Encoder, dtype: torch.dtype) -> dict:
+    """The conversations' prompts up to where the reply starts, as the processor would give them."""
+    prompts, pictures = [], []
+    for conversation in conversations:
+        encoded = encoder.encode(conversation, limit=1_000_000)
+        prompts.append(encoded.ids[: -len(encoder.text(conversation.answer_text)) - 1])
+        pictures.append([conversation.pictures[index] for index in encoded.shown])
+    return prompt_batch(prompts, pictures, encoder.tokenizer.pad_token_id, dtype)
+
+
+@torch.inference_mode()
+def answers(
+    model: VisMem, conversations: list[Conversation], policy: Policy, batch_size: int
+) -> tuple[list[str], list[list[Invocation]], int]:
+    """Greedy replies, their invocations, and how many delimiters (places for an invocation) they have in all."""
+    tokenizer, replies, invocations, delimiters = model.processor.tokenizer, [], [], 0
+    encoder = Encoder(tokenizer)
+    for start in range(0, len(conversations), batch_size):
+        part = conversations[start : start + batch_size]
+        inputs = prompts_of(part, encoder, model.dtype)
+        longest = max(len(encoder.text(conversation.answer_text)) for conversation in part) + 4
+        out = model.generate(
+            **inputs, invocation=policy, max_new_tokens=longest, do_sample=False, return_dict_in_generate=True
+        )
+        new = out.sequences[:, inputs["input_ids"].shape[1] :]
+        replies += tokenizer.batch_decode(new, skip_special_tokens=True)
+        invocations += out.invocations
+        delimiters += sum(int(token) in model.delimiters for token in new.flatten().tolist())
+    sampled = sum(not invocation.forced for row in invocations for invocation in row)
+    return replies, invocations, delimiters + sampled
+
+
+def answered(model: VisMem, suite: str, condition: Condition, n: int, seed: int, batch_size: int) -> dict:
+    """One condition's accuracy over a suite, by cell and in all, and how often it invoked which memory."""
+    cells, right, total = {}, 0.0, 0
+    kinds, places = {"short": 0, "long": 0}, 0
+    plan, colon = dict(SUITES[suite].plan), model.processor.tokenizer.encode("1:", add_special_tokens=False)[-1]
+    with changed(model, condition.change):
+        for name, options in SUITES[suite].cells.items():
+            count = n * SUITES[suite].share
+            asked = questions(f"{suite}-{name}", count, seed, **{**options, **dict(condition.asked)})
+            policy = condition.policy(plan, colon)
+            replies, invocations, delimiters = answers(model, asked, policy, batch_size)
+            hits = sum(score(c.task, reply, c.answer) for c, reply in zip(asked, replies, strict=True))
+            cells[name] = round(hits / count, 4)
+            right, total, places = right + hits, total + count, places + delimiters
+            for kind in kinds:
+                kinds[kind] += sum(invocation.kind == kind for row in invocations for invocation in row)
+    low, high = wilson(right, total)
+    found = {"accuracy": round(right / total, 4), "low": low, "high": high, "n": total, "cells": cells}
+    if condition.invocation != "off":
+        found["invocations_per_answer"] = {kind: round(count / total, 3) for kind, count in kinds.items()}
+        found["invocations_per_delimiter"] = round(sum(kinds.values()) / max(places, 1), 3)
+    return found
+
+
+@contextmanager
+def formed_by(model: VisMem, form: Callable) -> Iterator[None]:
+    """Replaces `model.memory.form` by `form(kind, observations)` while the context lasts."""
+    model.memory.form = form
+    try:
+        yield
+    finally:
+        del model.memory.form
 
 
 @contextmanager
@@ -79,11 +234,9 @@ def changed(model: VisMem, change: str) -> Iterator[None]:
     memory, builder = model.memory, model.memory.builder
 
     def another(kind: str, seen: list[Observation]) -> torch.Tensor:
-        """Each row gets what was formed for its neighbour, of another image and another question."""
-        return Memory.form(memory, kind, seen).roll(1, 0)
-
-    def another_image(kind: str, seen: list[Observation]) -> torch.Tensor:
-        """Each row's own question, looking at its neighbour's image."""
+        """Each row's own question, looking at its neighbour's image; of long memory, what its neighbour recalled."""
+        if kind == "long":
+            return Memory.form(memory, kind, seen).roll(1, 0)
         rolled = [replace(o, visual=p.visual, patches=p.patches) for o, p in zip(seen, seen[-1:] + seen, strict=False)]
         return Memory.form(memory, kind, rolled)
 
@@ -96,125 +249,68 @@ def changed(model: VisMem, change: str) -> Iterator[None]:
             yield
         finally:
             handle.remove()
-    elif change:
-        by_kind: Callable = {"another": lambda kind, seen: (another_image if kind == "short" else another)(kind, seen)}
-        with formed_by(model, {"zero": zero, **by_kind}[change]):
-            yield
     else:
-        yield
+        with formed_by(model, {"another": another, "zero": zero}[change]) if change else nullcontext():
+            yield
 
 
-@torch.inference_mode()
-def answers(model: VisMem, conversations: list[Conversation], invoke: tuple[str, ...], batch_size: int) -> list[str]:
-    """Greedy replies, with the kinds of `invoke` put in before the first token."""
-    encoder = Encoder(model.processor.tokenizer)
-    replies = []
-    for start in range(0, len(conversations), batch_size):
-        part = conversations[start : start + batch_size]
-        inputs = prompts_of(part, encoder)
-        policy = Forced([(row, 0, kind) for row in range(len(part)) for kind in invoke])
-        longest = max(len(encoder.text(conversation.answer_text)) for conversation in part) + 4
-        out = model.generate(**inputs, invocation=policy, max_new_tokens=longest, do_sample=False)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        replies += model.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return replies
-
-
-def questions(name: str, count: int, seed: int, **options) -> list[Conversation]:
-    """`count` test-split conversations of one cell, the same for every condition."""
-    return [sample_conversation(Random(f"{seed}-{name}-{i}"), "test", **options) for i in range(count)]
-
-
-def late_cells() -> dict[str, dict]:
-    """Late questions: every task at every distance, and right after a full description."""
-    cells = {f"{t}/{d}": {"task": t, "distance": d} for t in LATE_TASKS for d in DISTANCES}
-    return cells | {f"{t}/after_description": {"task": t, "after_description": True} for t in LATE_TASKS}
-
-
-def rule_cells() -> dict[str, dict]:
-    """Promotion prices with the image in view and the rule withheld."""
-    return {"promotion/0": {"task": "promotion", "rule": "hidden-truth"}}
+def load(base_path: str | Path, memory_path: str | Path | None, **config) -> VisMem:
+    """The pocket base with a trained memory, or with an untrained one that is always the same."""
+    base, processor = load_base(path=base_path)
+    if memory_path is not None:
+        return VisMem.from_pretrained(memory_path, base=base, processor=processor)
+    torch.manual_seed(0)
+    return VisMem(base, processor, VisMemConfig.preset("pocket", **config)).eval()
 
 
 def measure(
+    memory_path: str | Path | None = MEMORY_PATH,
     base_path: str | Path = BASE_PATH,
-    memory_path: str | Path = MEMORY_PATH,
-    work: str | Path | None = None,
     out_json: str | Path | None = "results/pocket_memory.json",
-    n: int = 50,
-    seed: int = 0,
+    suites: Iterable[str] = tuple(SUITES),
+    conditions: Iterable[str] = (),
+    n: int = 25,
+    seed: int = 1,
     batch_size: int = 50,
 ) -> dict:
-    """Measures the shipped memory beside its bounds and controls; writes as it goes, and goes on where it stopped.
+    """Measures one memory; writes as it goes, and goes on where it stopped.
 
     Args:
-        base_path, memory_path: the pocket base and its memory.
-        work: the warm-up's work folder, for the trained controls; None: `memory_path` with "-work" after its name.
-            Conditions whose state is not there are left out and named in the result.
-        out_json: where the results go; conditions that an earlier run of the same n and seed left there are kept.
-            None writes none.
-        n: questions per cell (eight times as many for the one cell of promotions).
-        seed, batch_size: of the sample, and of decoding.
+        memory_path: the memory's folder; None for an untrained one.
+        base_path: the pocket base.
+        out_json: where the results go; what an earlier run with the same n, seed and weights left there is kept.
+        suites: names of `SUITES`.
+        conditions: only these conditions; all by default.
+        n: questions per cell of the suites with share 1.
+        seed: of the questions.
+        batch_size: of decoding.
+
+    Returns:
+        The results: for each suite and condition its accuracy, with its 95 % Wilson interval, and its invocations.
     """
     from tqdm import tqdm
 
     if n < 2:
         raise ValueError(f"n must be 2 or more, not {n}")
-    work = Path(work) if work else Path(memory_path).with_name(Path(memory_path).name + "-work")
-    weights = [Path(base_path) / "model.safetensors", Path(memory_path) / "vismem.safetensors"]
-    results = begin(f"vismem pocket measure --n {n} --seed {seed}", weights, out_json)
-    suites = (("late_questions", LATE, late_cells(), n), ("withheld_rules", RULES, rule_cells(), 8 * n))
-    progress = tqdm(total=sum(len(kinds) * len(cells) for _, kinds, cells, _ in suites), desc="pocket measure")
-    for suite, kinds, cells, count in suites:
-        found = results.setdefault(suite, {})
-        for condition in kinds:
-            if condition.name in found:
-                progress.update(len(cells))
-                continue
-            model = fresh_model(base_path, memory_init=condition.memory_init)
-            if condition.learner == "memory":
-                model = VisMem.from_pretrained(memory_path, base=model.base, processor=model.processor)
-            module, context = learner(model, condition.learner or "memory")
-            if condition.learner in ("soft", "lora"):
-                state = work / f"{condition.learner}.pt"
-                if not state.is_file():
-                    results["left_out"].append(f"{suite}/{condition.name}: no {state.name} of a warm-up")
-                    progress.update(len(cells))
-                    continue
-                module.load_state_dict(torch.load(state, weights_only=True)["module"])
-            module.eval()
-            cell_results, right, total = {}, 0.0, 0
-            with context, changed(model, condition.change):
-                for name, options in cells.items():
-                    asked = questions(f"{suite}-{name}", count, seed, **{**options, **dict(condition.asked)})
-                    replies = answers(model, asked, condition.invoke, batch_size)
-                    hits = sum(score(c.task, reply, c.answer) for c, reply in zip(asked, replies, strict=True))
-                    low, high = wilson(hits, count)
-                    cell_results[name] = {
-                        "accuracy": round(hits / count, 4),
-                        "low": low,
-                        "high": high,
-                        "n": count,
-                    }
-                    right, total = right + hits, total + count
-                    progress.update()
-            low, high = wilson(right, total)
-            found[condition.name] = {
-                "accuracy": round(right / total, 4),
-                "low": low,
-                "high": high,
-                "n": total,
-                "trained_parameters": sum(p.numel() for p in module.parameters()) if condition.learner else 0,
-                "cells": cell_results,
-            }
+    suites, conditions = tuple(suites), tuple(conditions)
+    for name in suites:
+        if name not in SUITES:
+            raise ValueError(f"unknown suite {name!r}; there are {', '.join(SUITES)}")
+    files = [Path(base_path) / "model.safetensors"]
+    files += [Path(memory_path) / "vismem.safetensors"] if memory_path is not None else []
+    results = begin(f"vismem pocket measure --n {n} --seed {seed}", files, out_json)
+    todo = []
+    for name in suites:
+        suite = SUITES[name]
+        everything = {"vanilla": Condition(), **dict([suite.bound] if suite.bound else []), **suite.conditions}
+        todo += [(name, c, everything[c]) for c in everything if not conditions or c in conditions]
+    model = load(base_path, memory_path)
+    for suite, name, condition in tqdm(todo, desc="pocket measure", mininterval=5):
+        found = results["suites"].setdefault(suite, {})
+        if name not in found:
+            found[name] = answered(model, suite, condition, n, seed, batch_size)
             write(results, out_json)
-    late, rules = results["late_questions"], results["withheld_rules"]
-    results["recovered"] = {
-        "late_questions": recovered(pooled(late), "image_shown_again"),
-        # One turn after the image, most of it is still within the base's window.
-        "late_questions_after_two_turns_or_more": recovered(pooled(late, without="/1"), "image_shown_again"),
-        "withheld_rules": recovered(pooled(rules), "rule_stated"),
-    }
+    results["recovered"] = {suite: recovered(suite, results["suites"][suite]) for suite in results["suites"]}
     write(results, out_json)
     return results
 
@@ -225,9 +321,9 @@ def begin(command: str, weights: list[Path], out_json: str | Path | None) -> dic
     if out_json and Path(out_json).is_file():
         earlier = json.loads(Path(out_json).read_text())
         if earlier.get("command") == command and earlier.get("weights") == digests:
-            return {**earlier, "left_out": []}
-    what = "accuracy, greedy, test-split handwriting; low/high: 95 % Wilson interval; memory is put in before the reply"
-    return {"command": command, "what": what, "weights": digests, "left_out": []}
+            return earlier
+    what = "accuracy, greedy, test-split handwriting; low/high: 95 % Wilson interval"
+    return {"command": command, "what": what, "weights": digests, "suites": {}}
 
 
 def write(results: dict, out_json: str | Path | None) -> None:
@@ -240,16 +336,11 @@ def write(results: dict, out_json: str | Path | None) -> None:
         partial.replace(path)
 
 
-def pooled(suite: dict, without: str = "never") -> dict[str, float]:
-    """Accuracy by condition over its cells, but for those whose name ends with `without`."""
-    accuracy = {}
-    for name, entry in suite.items():
-        cells = [cell for cell_name, cell in entry["cells"].items() if not cell_name.endswith(without)]
-        accuracy[name] = sum(cell["accuracy"] * cell["n"] for cell in cells) / sum(cell["n"] for cell in cells)
-    return accuracy
-
-
-def recovered(accuracy: dict[str, float], bound: str) -> dict[str, float]:
-    """For every condition the share of the distance from vanilla to the bound that it covers."""
-    floor, distance = accuracy["vanilla"], accuracy[bound] - accuracy["vanilla"]
-    return {name: round((value - floor) / distance, 3) if distance else 0.0 for name, value in accuracy.items()}
+def recovered(name: str, suite: dict) -> dict[str, float]:
+    """For every condition the share of the distance from vanilla to the suite's bound that it covers."""
+    bound = SUITES[name].bound
+    if bound is None or "vanilla" not in suite or bound[0] not in suite:
+        return {}
+    floor = suite["vanilla"]["accuracy"]
+    distance = suite[bound[0]]["accuracy"] - floor
+    return {c: round((v["accuracy"] - floor) / distance, 3) if distance else 0.0 for c, v in suite.items()}

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from vismem.pocket import drills, easyvqa
-from vismem.pocket.batches import Batch, Encoder, cell_labels, stack_pictures
-from vismem.pocket.conversations import EARLY_WEIGHTS, TIDY, TRAINING_WEIGHTS, ask
+from vismem.pocket.batches import Batch, Encoded, Encoder, cell_labels, stack_pictures
+from vismem.pocket.conversations import EARLY_WEIGHTS, TIDY, TRAINING_WEIGHTS, ask, training_rule
 from vismem.pocket.tasks import Question, compare, difference
 from vismem.pocket.world import SIDE, Scene, change_one_price, render_array, sample_scene
 
-DRILLS = 0.2  # of the rows: sums and promotions on prices in words, cheap practice for the replies' steps
+DRILLS = 0.4  # of the rows: sums and promotions on prices in words, cheap practice for the replies' steps
 
 
 @dataclass
@@ -27,8 +27,7 @@ class Row:
 
     pictures: list[np.ndarray]
     scenes: list[Scene | None]
-    ids: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    encoded: Encoded = field(default_factory=Encoded)
     blocks: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
 
@@ -48,54 +47,57 @@ def _content(rng: Random, early: bool):
 
         return [picture], [None], draw
     first = sample_scene(rng, tidy=TIDY)
-    if kind < 0.2 and not early:
-        changed = rng.random() < 0.5
+    if kind < 0.17 and not early:
+        changed = rng.random() < 0.25
         if changed:
             second = change_one_price(first, rng.randrange(SIDE), rng.randrange(SIDE), rng, "train")
         else:
             second = sample_scene(rng)
-        pictures = [render_array(first), render_array(second)]
+        pictures = [render_array(scene, varied=True) for scene in (first, second)]
         return pictures, [first, second], lambda: (difference if changed else compare)(first, second, rng)
     weights = {**(EARLY_WEIGHTS if early else TRAINING_WEIGHTS), "describe": 0.5}
     tasks, shares = tuple(weights), tuple(weights.values())
 
     def draw():
-        return ask(first, rng, rng.choices(tasks, shares)[0], "unstated" if rng.random() < 0.07 else "stated")
+        return ask(first, rng, rng.choices(tasks, shares)[0], training_rule(rng))
 
-    return [render_array(first)], [first], draw
+    return [render_array(first, varied=True)], [first], draw
 
 
 def pack(rng: Random, encoder: Encoder, early: bool, length: int = 256) -> Row:
     """One row of about `length` tokens."""
     pictures, scenes, draw = _content(rng, early)
     row = Row(pictures, scenes)
-    row.ids = [encoder.user] + encoder.image_block() * len(pictures)
-    prefix = len(row.ids)
-    row.weights, row.blocks, row.positions = [0.0] * prefix, [0] * prefix, list(range(prefix))
+    out = row.encoded
+    out.add([encoder.user] + encoder.image_block() * len(pictures))
+    for picture in range(len(pictures)):
+        out.show(picture)
+    prefix = len(out.ids)
+    row.blocks, row.positions = [0] * prefix, list(range(prefix))
+    again = 0 if len(pictures) == 1 else None
     block = 0
-    while len(row.ids) < length - 12 and (len(pictures) < 2 or block < 6):
-        question, block = draw(), block + 1
-        asked = [*encoder.text(question.text), encoder.end, encoder.assistant]
-        said = [*encoder.text(question.reply), encoder.end]
-        row.ids += asked + said
-        row.weights += [0.0] * len(asked) + [1.0] * len(said)
-        row.blocks += [block] * (len(asked) + len(said))
-        row.positions += range(prefix, prefix + len(asked) + len(said))
+    while len(out.ids) < length - 12 and (len(pictures) < 2 or block < 6):
+        question, block, start = draw(), block + 1, len(out.ids)
+        out.add([*encoder.text(question.text), encoder.end, encoder.assistant])
+        encoder.add_reply(out, question, again=again, rng=rng)
+        added = len(out.ids) - start
+        row.blocks += [block] * added
+        row.positions += range(prefix, prefix + added)
     return row
 
 
 def collate_rows(rows: list[Row], pad: int, window: int) -> Batch:
     """Packed rows as a batch with an additive mask [B, 1, L, L] that keeps blocks apart and holds the window."""
-    length = max(len(row.ids) for row in rows)
+    length = max(len(row.blocks) for row in rows)
     ids, weights = torch.full((len(rows), length), pad), torch.zeros(len(rows), length)
     blocks = torch.full((len(rows), length), -1)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
-    pictures, cells, shown = [], [], []
+    pictures, cells, visual = [], [], []
     for i, row in enumerate(rows):
-        n = len(row.ids)
-        ids[i, :n], weights[i, :n] = torch.tensor(row.ids), torch.tensor(row.weights)
+        n = len(row.blocks)
+        ids[i, :n], weights[i, :n] = torch.tensor(row.encoded.ids), torch.tensor(row.encoded.weights)
         blocks[i, :n], positions[i, :n] = torch.tensor(row.blocks), torch.tensor(row.positions)
-        shown += range(len(pictures), len(pictures) + len(row.pictures))
+        visual += row.encoded.visual(len(pictures))
         pictures += row.pictures
         cells += [cell_labels(scene) for scene in row.scenes]
     order = torch.arange(length)
@@ -104,4 +106,4 @@ def collate_rows(rows: list[Row], pad: int, window: int) -> Batch:
     allowed = same & near & (order[:, None] >= order[None, :])
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, -1e9)[:, None]
     pixels, cells = stack_pictures(pictures, cells)
-    return Batch(ids, weights, pixels, torch.tensor(shown, dtype=torch.long), cells, mask, positions)
+    return Batch(ids, weights, pixels, torch.tensor(visual, dtype=torch.long), cells, mask, positions)

@@ -69,6 +69,7 @@ def _bars(axis, results: dict) -> None:
     """The other scores: tasks in view, promotions by what is known, easy-VQA."""
     rows = {name.replace("_", " "): cell for name, cell in results["in_view"].items() if name not in TITLES}
     rows["promotion, rule stated"] = results["promotion"]["stated-truth"]
+    rows["promotion, rule noted"] = results["promotion"]["noted-truth"]
     rows["promotion, not stated"] = results["promotion"]["hidden-truth"]
     rows["easy-VQA test"] = results["easy_vqa"]
     names = list(rows)[::-1]

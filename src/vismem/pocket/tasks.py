@@ -1,7 +1,8 @@
 """What can be asked about a scene: question wordings, answers that reason step by step, and their scoring.
 
-Every answer ends in its result; where steps come first, the result follows the last "So". `score` compares what
-a completion says there with the reference, so one function serves training rewards and evaluation.
+A reply begins with an echo of the place it is about, always in one wording, and a colon: "Row 2 column 3: red."
+It ends in its result; where steps come first, the result follows the last "So". `score` compares what a completion
+says there with the reference, so one function serves training rewards and evaluation.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ class Question:
     """One question about one or two scenes.
 
     `text` is what the user says, `reply` the reference reply with its steps, `answer` the result alone. `cells`
-    names the (row, column) places that the reply reveals: filler turns keep clear of them.
+    names the (row, column) places that the reply needs and reveals: filler turns keep clear of them. `echo` is the
+    place that the reply begins with, before its first colon. `note`: what the reply has to recall, if neither the
+    picture nor the question says it (a promotion's rule); it belongs after the label, the reply's second colon.
     """
 
     task: str
@@ -30,6 +33,22 @@ class Question:
     answer: str
     cells: frozenset[tuple[int, int]] = frozenset()
     rule: str = ""
+    echo: str = ""
+    label: str = ""
+    note: str = ""
+
+
+def _reply(task: str, text: str, echo: str, said: str, answer: str, cells, **more: str) -> Question:
+    """A question whose reply is an echo of the place, a colon and `said`."""
+    return Question(task, text, f"{echo}: {said}", answer, frozenset(cells), echo=echo, **more)
+
+
+def _line_echo(index: int, kind: str = "Row") -> str:
+    return f"{kind} {index + 1}"
+
+
+def _cell_echo(row: int, column: int) -> str:
+    return f"Row {row + 1} column {column + 1}"
 
 
 def _line(rng: Random, kind: str, index: int) -> str:
@@ -74,6 +93,11 @@ def running_sum(prices: list[int]) -> str:
     return ", ".join(map(str, totals)) + f". So {totals[-1]}."
 
 
+def sum_reply(prices: list[int]) -> str:
+    """[4, 7, 0, 2] -> "4 7 0 2. 11, 11, 13. So 13."."""
+    return f"{spaced(prices)}. {running_sum(prices)}"
+
+
 def colour(scene: Scene, rng: Random) -> Question:
     row, column = _cell(rng)
     where = _place(rng, row, column)
@@ -86,7 +110,7 @@ def colour(scene: Scene, rng: Random) -> Question:
         )
     )
     value = scene.colours[row][column]
-    return Question("colour", text, f"{value.capitalize()}.", value, frozenset({(row, column)}))
+    return _reply("colour", text, _cell_echo(row, column), f"{value}.", value, {(row, column)})
 
 
 def shape(scene: Scene, rng: Random) -> Question:
@@ -101,7 +125,7 @@ def shape(scene: Scene, rng: Random) -> Question:
         )
     )
     value = scene.shapes[row][column]
-    return Question("shape", text, f"{value.capitalize()}.", value, frozenset({(row, column)}))
+    return _reply("shape", text, _cell_echo(row, column), f"{value}.", value, {(row, column)})
 
 
 def digit(scene: Scene, rng: Random) -> Question:
@@ -116,7 +140,7 @@ def digit(scene: Scene, rng: Random) -> Question:
         )
     )
     value = str(scene.prices[row][column])
-    return Question("digit", text, f"{value}.", value, frozenset({(row, column)}))
+    return _reply("digit", text, _cell_echo(row, column), f"{value}.", value, {(row, column)})
 
 
 def label(scene: Scene, rng: Random) -> Question:
@@ -124,7 +148,7 @@ def label(scene: Scene, rng: Random) -> Question:
     where = _line(rng, "row", row)
     text = rng.choice((f"Which label has {where}?", f"What label is under {where}?", f"Name the label of {where}."))
     value = scene.labels[row]
-    return Question("label", text, f"{value.capitalize()}.", value)
+    return _reply("label", text, _line_echo(row), f"{value}.", value, _row_cells(row))
 
 
 def item(scene: Scene, rng: Random) -> Question:
@@ -132,7 +156,7 @@ def item(scene: Scene, rng: Random) -> Question:
     where = _place(rng, row, column)
     text = rng.choice((f"What is at {where}?", f"Describe the item at {where}.", f"Which item is at {where}?"))
     value = f"{scene.colours[row][column]} {scene.shapes[row][column]} {scene.prices[row][column]}"
-    return Question("item", text, f"{value.capitalize()}.", value, frozenset({(row, column)}))
+    return _reply("item", text, _cell_echo(row, column), f"{value}.", value, {(row, column)})
 
 
 def row(scene: Scene, rng: Random) -> Question:
@@ -147,7 +171,7 @@ def row(scene: Scene, rng: Random) -> Question:
         )
     )
     value = spaced(scene.prices[index])
-    return Question("row", text, f"{value}.", value, _row_cells(index))
+    return _reply("row", text, _line_echo(index), f"{value}.", value, _row_cells(index))
 
 
 def column(scene: Scene, rng: Random) -> Question:
@@ -162,7 +186,8 @@ def column(scene: Scene, rng: Random) -> Question:
         )
     )
     value = spaced([scene.prices[r][index] for r in range(SIDE)])
-    return Question("column", text, f"{value}.", value, frozenset((r, index) for r in range(SIDE)))
+    cells = {(r, index) for r in range(SIDE)}
+    return _reply("column", text, _line_echo(index, "Column"), f"{value}.", value, cells)
 
 
 def _row_of(task: str, grid: tuple[tuple[str, ...], ...], what: str, rng: Random) -> Question:
@@ -172,7 +197,7 @@ def _row_of(task: str, grid: tuple[tuple[str, ...], ...], what: str, rng: Random
         (f"Read the {what} of {where}.", f"Which {what} are in {where}?", f"{what.capitalize()} in {where}?")
     )
     value = " ".join(grid[index])
-    return Question(task, text, f"{value.capitalize()}.", value, _row_cells(index))
+    return _reply(task, text, _line_echo(index), f"{value}.", value, _row_cells(index))
 
 
 def colours(scene: Scene, rng: Random) -> Question:
@@ -195,7 +220,7 @@ def total(scene: Scene, rng: Random) -> Question:
         )
     )
     prices = list(scene.prices[index])
-    return Question("sum", text, f"{spaced(prices)}. {running_sum(prices)}", str(sum(prices)), _row_cells(index))
+    return _reply("sum", text, _line_echo(index), sum_reply(prices), str(sum(prices)), _row_cells(index))
 
 
 def basket(scene: Scene, rng: Random) -> Question:
@@ -209,8 +234,8 @@ def basket(scene: Scene, rng: Random) -> Question:
         )
     )
     prices = [scene.prices[first[0]][first[1]], scene.prices[second[0]][second[1]]]
-    reply = f"{prices[0]} and {prices[1]}. So {sum(prices)}."
-    return Question("basket", text, reply, str(sum(prices)), frozenset({first, second}))
+    echo, said = f"{one.capitalize()} and {two}", f"{prices[0]} and {prices[1]}. So {sum(prices)}."
+    return _reply("basket", text, echo, said, str(sum(prices)), {first, second})
 
 
 RULE_WORDINGS = (
@@ -229,19 +254,24 @@ def state_rule(label_name: str, rule: Rule, rng: Random) -> str:
 
 
 def promotion_reply(label_name: str, rule: Rule, prices: list[int]) -> str:
+    """What follows the echo of the row: "striped: first free. 4 7 0 2, pay 0 7 0 2. 7, 7, 9. So 9."."""
     paid = rule.apply(prices)
-    return f"{label_name.capitalize()}: {rule.words}. {spaced(prices)}, pay {spaced(paid)}. {running_sum(paid)}"
+    return f"{label_name}: {rule.words}. {spaced(prices)}, pay {spaced(paid)}. {running_sum(paid)}"
+
+
+PROMOTION_KINDS = ("stated", "noted", "unstated", "stated-truth", "noted-truth", "hidden-truth")
 
 
 def promotion(scene: Scene, rng: Random, rule: str = "stated") -> Question:
     """The price of a row under its label's promotion.
 
-    `rule`: "stated" draws a rule at random and says it in the question; "unstated" draws one at random and
-    keeps silent, so that no mapping can be learned from it; "hidden-truth" keeps silent and answers by
-    `PROMOTION_RULES`; "stated-truth" says the rule of `PROMOTION_RULES`, the upper bound for long-term memory.
+    `rule`: "stated" draws a rule at random and says it in the question; "noted" draws one at random and leaves it to
+    a note inside the reply (`Question.note`), where a long-term memory will stand; "unstated" draws one at random
+    and keeps silent, so that no mapping can be learned from it. The same by `PROMOTION_RULES`, for evaluation and
+    memory: "stated-truth", "noted-truth", "hidden-truth" (says nothing).
     """
-    if rule not in ("stated", "unstated", "hidden-truth", "stated-truth"):
-        raise ValueError(f"rule must be stated, unstated, hidden-truth or stated-truth, not {rule!r}")
+    if rule not in PROMOTION_KINDS:
+        raise ValueError(f"rule must be one of {', '.join(PROMOTION_KINDS)}, not {rule!r}")
     index = rng.randrange(SIDE)
     name, prices = scene.labels[index], list(scene.prices[index])
     applied = PROMOTION_RULES[name] if rule.endswith("truth") else rng.choice(RULES)
@@ -261,8 +291,10 @@ def promotion(scene: Scene, rng: Random, rule: str = "stated") -> Question:
             facts.insert(rng.randrange(2), state_rule(other, rng.choice(RULES), rng))
         said = " ".join(facts)
         text = f"{said} {text}" if rng.random() < 0.7 else f"{text} {said}"
-    reply = promotion_reply(name, applied, prices)
-    return Question("promotion", text, reply, str(sum(applied.apply(prices))), _row_cells(index), rule)
+    note = applied.words if rule.startswith("noted") else ""
+    said, answer = promotion_reply(name, applied, prices), str(sum(applied.apply(prices)))
+    more = {"rule": rule, "label": name, "note": note}
+    return _reply("promotion", text, _line_echo(index), said, answer, _row_cells(index), **more)
 
 
 def describe(scene: Scene, rng: Random, style: str | None = None) -> Question:
@@ -302,7 +334,7 @@ def compare(first: Scene, second: Scene, rng: Random) -> Question:
         )
     )
     result = "the first" if one > two else "the second" if two > one else "same"
-    return Question("compare", text, f"{one} and {two}. So {result}.", result, frozenset({(r, c)}))
+    return _reply("compare", text, _cell_echo(r, c), f"{one} and {two}. So {result}.", result, {(r, c)})
 
 
 def difference(first: Scene, second: Scene, rng: Random) -> Question:
@@ -317,8 +349,8 @@ def difference(first: Scene, second: Scene, rng: Random) -> Question:
         (f"What changed in {where}?", f"Which column changed in {where}?", f"Find the change in {where}.")
     )
     result = "none" if c is None else f"column {c + 1}"
-    reply = f"{spaced(first.prices[r])}, then {spaced(second.prices[r])}. So {result}."
-    return Question("difference", text, reply, result, _row_cells(r))
+    said = f"{spaced(first.prices[r])}, then {spaced(second.prices[r])}. So {result}."
+    return _reply("difference", text, _line_echo(r), said, result, _row_cells(r))
 
 
 SINGLE_TASKS = {
@@ -338,11 +370,20 @@ PAIR_TASKS = {"compare": compare, "difference": difference}
 TASKS = (*SINGLE_TASKS, "promotion", *PAIR_TASKS, "describe_prices", "describe_tags", "describe_full")
 
 
+_ECHO = re.compile(r"(row \d( column \d)?|column \d)( and row \d column \d)?[ .,:]*")
+
+
 def final_result(completion: str) -> str:
-    """The result that a completion states: what follows its last "So", or all of it; lower case, no full stop."""
-    text = re.sub(r"<[^>]*>", " ", completion)
-    text = re.split(r"\bso\b", text, flags=re.IGNORECASE)[-1]
-    return " ".join(text.lower().split()).strip(" .,:")
+    """The result that a completion states, in lower case and without a full stop.
+
+    That is what follows its last "So"; where there is none, all but the echo it may begin with. An invocation may
+    have taken the place of the echo's colon.
+    """
+    text = " ".join(re.sub(r"<[^>]*>", " ", completion).lower().split())
+    *steps, result = re.split(r"\bso\b", text)
+    result = result.strip(" .,:")
+    echo = None if steps else _ECHO.match(result)
+    return result[echo.end() :] or result if echo else result
 
 
 def score(task: str, completion: str, answer: str) -> float:
@@ -356,6 +397,7 @@ def score(task: str, completion: str, answer: str) -> float:
 def _rows(text: str) -> dict[str, str]:
     """A description's rows: {"1": "4 7 0 2", ...}; the first mention of a row counts."""
     rows: dict[str, str] = {}
-    for number, words in re.findall(r"row (\d): ?([^.:]*)\.?", " ".join(text.lower().split())):
+    text = " ".join(re.sub(r"<[^>]*>", " ", text).lower().split())
+    for number, words in re.findall(r"row (\d)[ .,:]*(.*?)(?=\.|row \d|$)", text):
         rows.setdefault(number, words.strip())
     return rows

@@ -183,6 +183,19 @@ def _ink(index: int, turn: int, size: int) -> np.ndarray:
     return np.asarray(picture, dtype=np.float32) / 255
 
 
+def _varied_ink(index: int, turn: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """The same digit as another hand might write it: stretched, slanted, a little off its place, thicker or thinner."""
+    wide, high = rng.uniform(0.85, 1.2, 2)
+    slant, right, down = rng.uniform(-0.25, 0.25), *rng.uniform(-2, 2, 2)
+    picture = Image.fromarray((load_handwriting()[0][index] * 255).astype(np.uint8)).resize((32, 32), Image.BICUBIC)
+    # from the new picture's pixels to the old one's, about the middle
+    across = (wide, slant, 16 - 16 * (wide + slant) + right)
+    along = (0.0, high, 16 - 16 * high + down)
+    picture = picture.transform((32, 32), Image.AFFINE, (*across, *along), Image.BILINEAR)
+    picture = picture.rotate(turn, resample=Image.BILINEAR).resize((size, size), Image.BOX)
+    return (np.asarray(picture, dtype=np.float32) / 255) ** rng.uniform(0.75, 1.3)
+
+
 @lru_cache(maxsize=8)
 def _edge(label: str) -> np.ndarray:
     """The shelf's front edge in a label's design: [3, 64, 3]."""
@@ -202,9 +215,13 @@ def _shape_mask(shape: str) -> np.ndarray:
     return np.array([[pixel == "1" for pixel in line] for line in SHAPES[shape]])
 
 
-def render_array(scene: Scene, noise: float = 5.0) -> np.ndarray:
-    """Draw a scene: uint8 array [64, 64, 3]. The same scene gives the same picture, pixel for pixel."""
+def render_array(scene: Scene, noise: float = 5.0, varied: bool = False) -> np.ndarray:
+    """Draw a scene: uint8 array [64, 64, 3]. The same scene gives the same picture, pixel for pixel.
+
+    `varied` writes each digit in a hand of its own, made from the given one: more handwriting for the base to train on.
+    """
     rng = np.random.default_rng(scene.seed)
+    hand = np.random.default_rng((scene.seed, 1))
     light = rng.uniform(0.94, 1.04)
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     canvas[:] = (244, 236, 222)
@@ -214,7 +231,8 @@ def render_array(scene: Scene, noise: float = 5.0) -> np.ndarray:
         top = row * CELL
         for column in range(SIDE):
             left, (dy, ty) = column * CELL, jitter[row, column]
-            ink = _ink(scene.digits[row][column], int(turns[row, column]), 11)[..., None]
+            digit = (scene.digits[row][column], int(turns[row, column]), 11)
+            ink = (_varied_ink(*digit, hand) if varied else _ink(*digit))[..., None]
             block = canvas[top + dy : top + dy + 11, left + 5 : left + 16]
             block *= 1 - ink
             block += ink * np.float32((28, 32, 60))

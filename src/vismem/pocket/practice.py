@@ -1,0 +1,135 @@
+"""The pocket world as training rows: what `vismem train ... data=pocket` reads.
+
+Late questions, questions in view, descriptions, and totals whose label's rule is withheld - alone and late, where both
+memories are needed. A share of the pictures is noisy, blurred or turned, as the base has never seen one. Row i of a
+seed is always the same; the warm-up's replies name their invocations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from random import Random
+
+import numpy as np
+from PIL import Image, ImageFilter
+from torch.utils.data import Dataset
+
+from vismem.data import Row
+from vismem.pocket.conversations import Conversation, sample_conversation
+from vismem.tokens import INVOCATION_TOKENS
+
+LATE_TASKS = ("colour", "shape", "digit", "label", "item", "row", "column", "sum", "basket")
+ROWS = 1_000_000  # more than any run reads
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of the rows; the rest are late questions."""
+
+    rules: float = 0.3  # a rule withheld, the image in view
+    late_rules: float = 0.12  # a rule withheld, the image out of view
+    described: float = 0.06  # descriptions, in which the image fades
+    in_view: float = 0.07
+    strange: float = 0.35  # of the pictures of rows without a rule: noisy, blurred or turned
+
+
+MIXTURES = {
+    # A short memory starts as a second look and needs little; what a label means is learned from nothing.
+    "warmup": Mixture(rules=0.75, late_rules=0.08, described=0.02, in_view=0.03, strange=0.5),
+    "stage1": Mixture(described=0.0, in_view=0.0),
+    "stage2": Mixture(late_rules=0.2, described=0.0, in_view=0.2, strange=0.2),
+}
+
+
+def disturb(picture: np.ndarray, kind: str, rng: Random) -> np.ndarray:
+    """A picture [64, 64, 3] from a domain that the base never saw: `"noise"`, `"blur"` or `"rotation"`."""
+    if kind == "noise":
+        noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 60, picture.shape)
+        return np.clip(picture + noise, 0, 255).astype(np.uint8)
+    image = Image.fromarray(picture)
+    if kind == "blur":
+        return np.asarray(image.filter(ImageFilter.GaussianBlur(1.0)))
+    if kind == "rotation":
+        angle = rng.choice((-1, 1)) * rng.uniform(6, 10)
+        return np.asarray(image.rotate(angle, resample=Image.BILINEAR, fillcolor=(128, 128, 128)))
+    raise ValueError(f"unknown disturbance {kind!r}; there are noise, blur and rotation")
+
+
+def disturbed(conversation: Conversation, kind: str, rng: Random) -> Conversation:
+    """The conversation about disturbed pictures."""
+    return replace(conversation, pictures=[disturb(picture, kind, rng) for picture in conversation.pictures])
+
+
+def practice(rng: Random, mixture: Mixture) -> Conversation:
+    """Draws one conversation of a mixture."""
+    kind = rng.random()
+    for name in ("rules", "late_rules", "described", "in_view"):
+        share = getattr(mixture, name)
+        if kind < share:
+            break
+        kind -= share
+    else:
+        name = "late"
+    if name.endswith("rules"):
+        distance = rng.randrange(2, 6) if name == "late_rules" else 0
+        found = sample_conversation(rng, task="promotion", distance=distance, rule="hidden-truth")
+    elif name == "described":
+        found = sample_conversation(rng, task=f"describe_{rng.choice(('prices', 'tags', 'full'))}")
+    elif name == "in_view":
+        found = sample_conversation(rng, task=rng.choice(LATE_TASKS))
+    else:
+        options = {"distance": rng.randrange(2, 9)} if rng.random() < 0.8 else {"after_description": True}
+        found = sample_conversation(rng, task=rng.choice(LATE_TASKS), **options)
+    if not name.endswith("rules") and rng.random() < mixture.strange:
+        found = disturbed(found, rng.choice(("noise", "blur", "rotation")), rng)
+    return found
+
+
+def annotated(conversation: Conversation, rng: Random) -> str:
+    """The reference reply with invocations named in it: a look where content begins, a recall after a label's name.
+
+    A reply says "Row 2: ..." or "Row 2: striped: ..."; its first colon is where the picture is wanted, and in a
+    promotion the second one is where the rule is. Half of them stand in place of the colon, half after it.
+    """
+    parts = conversation.answer_text.split(":")
+    in_place = rng.random() < 0.5
+    colon = "" if in_place else ":"
+    short, long = INVOCATION_TOKENS["short"], INVOCATION_TOKENS["long"]
+    withheld = conversation.task == "promotion" and conversation.turns[-1].question.rule.startswith("hidden")
+    marks = [":"] * (len(parts) - 1)
+    if conversation.task.startswith("describe"):
+        for index in rng.sample(range(len(marks)), rng.randrange(1, len(marks) + 1)):
+            marks[index] = f"{colon}{short}"
+    elif marks:
+        look = conversation.distance > 0 or rng.random() < 0.25
+        marks[0] = f"{colon}{short}" if look else ":"
+        if withheld and len(marks) > 1:
+            marks[1] = f"{colon}{long}"
+    return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
+
+
+class PocketRows(Dataset):
+    """Rows of the pocket world for one stage: map-style, endless for all purposes, the same for a seed.
+
+    Args:
+        stage: `"warmup"`, `"stage1"` or `"stage2"`.
+        seed: of all rows.
+        length: how many there are.
+    """
+
+    def __init__(self, stage: str, seed: int = 0, length: int | None = None) -> None:
+        self.stage, self.seed, self.length = stage, seed, length or ROWS
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Row:
+        rng = Random(f"{self.seed}-{self.stage}-{index}")
+        conversation = practice(rng, MIXTURES[self.stage])
+        messages = [
+            {**message, "content": [{k: v for k, v in part.items() if k != "image"} for part in message["content"]]}
+            for message in conversation.messages
+        ]
+        completion = annotated(conversation, rng) if self.stage == "warmup" else conversation.answer_text
+        columns = {"task": conversation.task, "distance": conversation.distance}
+        return Row(f"pocket[{index}]", messages, conversation.images, conversation.answer, completion, columns)
