@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from vismem.decoding.invocation import Forced
-from vismem.memory.splice import Reader, Splice, find_invocations
+from vismem.memory.splice import Reader, Splice, find_invocations, of_like_length
 
 SCHEDULE = Forced([(0, 2, "short"), (0, 7, "long"), (1, 5, "long"), (2, 3, "short")])
 
@@ -97,6 +97,12 @@ def test_find_invocations():
     assert [(p.kind, p.index, p.segment) for p in found[0]] == [("short", 3, 2), ("long", 6, 5)]
     # The pair before the answer is text; an invocation without its end is a word.
     assert [(p.kind, p.index, p.segment) for p in found[1]] == [("long", 5, 1), ("short", 7, 7)]
+
+
+def test_batches_of_like_length():
+    assert of_like_length([3, 40, 5, 4, 38]) == [[0, 3, 2], [4, 1]]
+    assert of_like_length([30, 40, 35]) == [[0, 2, 1]]  # little to spare
+    assert of_like_length([0, 0]) == [[0, 1]] and of_like_length([7]) == [[0]] and of_like_length([]) == []
 
 
 def test_splice_arithmetic():

@@ -27,9 +27,8 @@ from vismem.decoding.engine import Decoder
 from vismem.decoding.invocation import Policy, policy_of
 from vismem.decoding.trace import VisMemOutput
 from vismem.memory import Memory, Observation
-from vismem.memory.splice import Place, Reader, Splice, find_invocations
+from vismem.memory.splice import Place, Reader, Splice, find_invocations, of_like_length
 from vismem.tokens import MemoryTokens, add_memory_tokens, delimiter_ids, single_token_id
-
 
 LOGITS_HELD = 2**26  # float32 numbers of logits that `log_probs` are computed from at a time
 
@@ -197,7 +196,10 @@ class VisMem(nn.Module, PushToHubMixin):
 
         # transformers loses these two on the way to a custom decoding method, so they are taken along by hand.
         copies = setting("num_return_sequences") or 1
-        kwargs["num_return_sequences"] = 1
+        kwargs.pop("num_return_sequences", None)
+        if copies > 1:
+            kwargs["generation_config"] = copy.deepcopy(kwargs.get("generation_config") or self.generation_config)
+            kwargs["generation_config"].num_return_sequences = 1
         stop_strings, tokenizer = setting("stop_strings"), kwargs.pop("tokenizer", self.processor.tokenizer)
         if stop_strings:
             kwargs["generation_config"] = copy.deepcopy(kwargs.get("generation_config") or self.generation_config)
@@ -302,13 +304,15 @@ class VisMem(nn.Module, PushToHubMixin):
             return Observation(visual[row // copies], states.detach(), segment.detach(), patches.get(row // copies, []))
 
         def form(states: list[list[Tensor]]) -> list[list[Tensor | None]]:
-            """Memories for as many invocations of each row as there are states, one batch for each kind."""
+            """Memories for as many invocations of each row as there are states, one batch or two for each kind."""
             formed: list[list[Tensor | None]] = [[None] * len(row) for row in places]
             for kind in forms:
                 wanted = [(r, i) for r, row in enumerate(states) for i in range(len(row)) if places[r][i].kind == kind]
-                if wanted:
-                    memories = self.memory.form(kind, [observation(r, places[r][i], states[r][i]) for r, i in wanted])
-                    for (r, i), memory in zip(wanted, memories, strict=True):
+                lengths = [len(states[r][i]) if kind == "long" else 0 for r, i in wanted]  # a short look has no text
+                for batch in of_like_length(lengths):
+                    part = [wanted[index] for index in batch]
+                    memories = self.memory.form(kind, [observation(r, places[r][i], states[r][i]) for r, i in part])
+                    for (r, i), memory in zip(part, memories, strict=True):
                         formed[r][i] = memory
             return formed
 
@@ -442,6 +446,7 @@ class VisMem(nn.Module, PushToHubMixin):
         processor: Any = None,
         revision: str | None = None,
         token: str | None = None,
+        memory_dtype: torch.dtype | None = None,
         **base_kwargs: Any,
     ) -> VisMem:
         """Loads a memory, and its base by the recorded name unless `base` is given.
@@ -450,6 +455,7 @@ class VisMem(nn.Module, PushToHubMixin):
             pretrained_model_name_or_path: a folder, or a repository on the hub.
             base, processor: use these instead of loading the recorded ones.
             revision, token: for a hub repository of the memory.
+            memory_dtype: of the memory and the four tokens' rows; by default the base's.
             **base_kwargs: for loading the base: `dtype`, `device_map`, `trust_remote_code`, ...
 
         Raises:
@@ -466,6 +472,9 @@ class VisMem(nn.Module, PushToHubMixin):
             processor = AutoProcessor.from_pretrained(name, **{k: v for k, v in base_kwargs.items() if k in shared})
         checkpoint.check_base(record, base, folder)
         model = cls(base, processor, record.config)
+        if memory_dtype is not None:
+            model.memory.to(memory_dtype)
+            model.tokens.to(memory_dtype)
         checkpoint.load_weights(model, folder, record)
         return model.eval()
 

@@ -43,6 +43,24 @@ def find_invocations(
     return rows
 
 
+def of_like_length(lengths: list[int]) -> list[list[int]]:
+    """Indices of `lengths` as one batch, or as the two that spare most padding where that is a quarter or more.
+
+    Example:
+        >>> of_like_length([3, 40, 5, 4, 38])
+        [[0, 3, 2], [4, 1]]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    if not order:
+        return []
+    longest = lengths[order[-1]]
+    spared = [cut * (longest - lengths[order[cut - 1]]) for cut in range(1, len(order))]
+    if not spared or max(spared) * 4 < longest * len(order) or longest == 0:
+        return [order]
+    cut = spared.index(max(spared)) + 1
+    return [order[:cut], order[cut:]]
+
+
 class Splice:
     """The map from a batch [B, L] to the same batch with memories after their invocation tokens [B, E].
 

@@ -139,7 +139,8 @@ SUITES = {
         STATED,
         {"learned": LEARNED, "placed": PLACED, **KINDS_ALONE, **CONTROLS},
         share=12,
-        plan=((2, "long"),),
+        # A recalled rule takes the room in the window that the picture had, so a look belongs to it.
+        plan=((1, "short"), (2, "long")),
     ),
     "both": Suite(
         {f"promotion/{d}": {"task": "promotion", "rule": "hidden-truth", "distance": d} for d in (2, 4, 6)},

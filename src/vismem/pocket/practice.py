@@ -38,6 +38,8 @@ MIXTURES = {
     "warmup": Mixture(rules=0.75, late_rules=0.08, described=0.02, in_view=0.03, strange=0.5),
     "stage1": Mixture(described=0.0, in_view=0.0),
     "stage2": Mixture(late_rules=0.2, described=0.0, in_view=0.2, strange=0.2),
+    # For short memory alone: `data=pocket:late`.
+    "late": Mixture(rules=0.0, late_rules=0.0, described=0.0, in_view=0.0, strange=0.0),
 }
 
 
@@ -115,17 +117,23 @@ class PocketRows(Dataset):
         stage: `"warmup"`, `"stage1"` or `"stage2"`.
         seed: of all rows.
         length: how many there are.
+        mixture: one of `MIXTURES`; by default the stage's own.
+
+    Raises:
+        ValueError: if the mixture is unknown.
     """
 
-    def __init__(self, stage: str, seed: int = 0, length: int | None = None) -> None:
-        self.stage, self.seed, self.length = stage, seed, length or ROWS
+    def __init__(self, stage: str, seed: int = 0, length: int | None = None, mixture: str = "") -> None:
+        self.stage, self.seed, self.length, self.mixture = stage, seed, length or ROWS, mixture or stage
+        if self.mixture not in MIXTURES:
+            raise ValueError(f"unknown pocket mixture {mixture!r}; there are {', '.join(MIXTURES)}")
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Row:
         rng = Random(f"{self.seed}-{self.stage}-{index}")
-        conversation = practice(rng, MIXTURES[self.stage])
+        conversation = practice(rng, MIXTURES[self.mixture])
         messages = [
             {**message, "content": [{k: v for k, v in part.items() if k != "image"} for part in message["content"]]}
             for message in conversation.messages

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from vismem.config import VisMemConfig
@@ -32,7 +34,8 @@ class MemoryTrainingArguments(TrainingArguments):
         attn_implementation: the base's attention, as transformers names it; None for its own choice.
         checkpoint: memory to start from; without one it starts untrained.
         memory: fields of `VisMemConfig` for a new memory, or a preset's name.
-        data: JSONL file, folder or hub name (`docs/data.md`); `"pocket"` is the pocket world.
+        data: JSONL file, folder or hub name (`docs/data.md`); `"pocket"` is the pocket world (`"pocket:late"`: its
+            late questions alone).
         split, streaming, strict, max_bad_rows, max_rows: how the data is read.
         rewards: reward functions: names, import paths, or mappings with `weight` and options (`docs/rewards.md`).
         group_size: G, trajectories per prompt.
@@ -112,6 +115,7 @@ class MemoryTrainingArguments(TrainingArguments):
         super().__post_init__()
         one_of = {
             "stage": STAGES,
+            "dtype": ("auto", "float32", "bfloat16", "float16"),
             "reference": ("start", "no_memory"),
             "baseline": ("greedy", "sample", "off"),
             "injection_places": ("delimiter", "anywhere", "delimiter-then-anywhere"),
@@ -133,6 +137,7 @@ class MemoryTrainingArguments(TrainingArguments):
             raise ValueError("inner_iterations > 1 needs data that can be read again; set streaming=false")
         if self.inner_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.inner_iterations:
             raise ValueError(f"save_steps must be a multiple of inner_iterations ({self.inner_iterations})")
+        self.memory_config()
         if self.streaming and self.max_steps <= 0:
             raise ValueError("streaming data has no length: set max_steps")
 
@@ -141,10 +146,17 @@ class MemoryTrainingArguments(TrainingArguments):
             raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
     def memory_config(self) -> VisMemConfig:
-        """The configuration of a new memory."""
-        if isinstance(self.memory, str):
-            return VisMemConfig.preset(self.memory)
-        values = dict(self.memory or {})
+        """The configuration of a new memory.
+
+        Raises:
+            ValueError: if the preset or a field is unknown, or a value is out of range.
+        """
+        values = {"preset": self.memory} if isinstance(self.memory, str) else dict(self.memory or {})
+        known = [f.name for f in dataclasses.fields(VisMemConfig)]
+        for name in values:
+            if name not in (*known, "preset"):
+                near = difflib.get_close_matches(name, known, 1)
+                raise ValueError(f"unknown setting memory.{name}" + (f"; did you mean {near[0]}?" if near else ""))
         return VisMemConfig.preset(values.pop("preset", "paper"), **values)
 
 
@@ -189,19 +201,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "save_steps": 25,
         "save_total_limit": 2,
         "injection_rate": 0.5,
-        "warmup": {"per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 0.05, "max_steps": 150},
+        "warmup": {"per_device_train_batch_size": 16, "learning_rate": 5e-3, "warmup_steps": 0.05, "max_steps": 320},
         "stage1": {
-            "per_device_train_batch_size": 8,
-            "learning_rate": 3e-4,
+            "per_device_train_batch_size": 6,
+            "learning_rate": 5e-4,
             "warmup_steps": 0.1,
-            "max_steps": 50,
+            "max_steps": 25,
             "injection_places": "delimiter",
         },
         "stage2": {
-            "per_device_train_batch_size": 8,
-            "learning_rate": 2e-3,
+            "per_device_train_batch_size": 6,
+            "learning_rate": 3e-3,
             "warmup_steps": 0.05,
-            "max_steps": 80,
+            "max_steps": 45,
             "kl_coef": 0.030,
             "target_kl": 0.05,
         },
@@ -243,8 +255,12 @@ def load_settings(path: str | Path | None, overrides: list[str]) -> list[dict[st
 
 
 def as_number(value: Any) -> Any:
-    """YAML takes 5e-5 for a text; people mean a number."""
-    if isinstance(value, str):
+    """YAML takes 5e-5 for a text; people mean a number, also inside lists and mappings."""
+    if isinstance(value, dict):
+        return {name: as_number(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [as_number(inner) for inner in value]
+    if isinstance(value, str) and value:
         try:
             return float(value) if any(c in "eE" for c in value) and value[0] in "0123456789.+-" else value
         except ValueError:
@@ -277,11 +293,16 @@ def arguments_for(stage: str, layers: list[dict[str, Any]], **fixed: Any) -> Mem
     preset = next((layer["preset"] for layer in reversed(layers) if "preset" in layer), "paper")
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {
+        "report_to": "tensorboard" if find_spec("tensorboard") else "none",
+        "use_cpu": not torch.accelerator.is_available(),
+    }
     for layer in (PRESETS[preset], *layers):
         general = {name: value for name, value in layer.items() if name not in (*STAGES, "preset")}
         for source in (general, layer.get(stage) or {}):
             merged = {name: as_number(value) for name, value in source.items()}
+            if isinstance(merged.get("memory"), str):
+                merged["memory"] = {"preset": merged["memory"]}
             if isinstance(merged.get("memory"), dict) and isinstance(values.get("memory"), dict):
                 merged["memory"] = {**values["memory"], **merged["memory"]}
             values.update(merged)

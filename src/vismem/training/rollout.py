@@ -6,6 +6,7 @@ in any batch and on any number of processes. Scoring them is the trainer's matte
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
@@ -65,11 +66,12 @@ def write(
     Returns:
         B * copies rollouts, those of a prompt one after another, padding removed.
     """
+    settings = copy.deepcopy(settings)
+    settings.num_return_sequences = copies
     out = model.generate(
         **inputs,
         generation_config=settings,
         invocation=policy,
-        num_return_sequences=copies,
         seed=seeds,
         record=True,
     )

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import set_seed
 
@@ -18,7 +19,8 @@ from vismem.config import VisMemConfig
 from vismem.data import load_dataset_rows
 from vismem.model import VisMem
 from vismem.training.arguments import STAGES, MemoryTrainingArguments, arguments_for
-from vismem.training.trainer import MemoryTrainer, last_checkpoint
+from vismem.training.checkpoints import last_checkpoint
+from vismem.training.trainer import MemoryTrainer
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Pat
     output = arguments_for("stage1", layers).output_dir
     memory = None
     for name in STAGES:
+        if arguments_for(name, layers, output_dir=output).max_steps == 0:
+            log.info("%s is left out (max_steps=0)", name)
+            continue
         fixed = {"output_dir": str(Path(output) / name)}
         if memory is not None:
             fixed["checkpoint"] = str(memory)
@@ -54,18 +59,24 @@ def run_stage(args: MemoryTrainingArguments, resume: bool) -> Path:
     """Trains one stage and returns the folder of its memory."""
     folder = Path(args.output_dir)
     memory, done = folder / "memory", folder / "done.json"
+    checkpoint = last_checkpoint(folder)
+    for record in (done, *([Path(checkpoint) / "training_args.json"] if checkpoint else [])):
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["stage"] != args.stage:
+            raise ValueError(f"{folder} holds a run of another stage; choose another output_dir for {args.stage}")
     if done.is_file() and resume:
         log.info("%s is done already; its memory is in %s", args.stage, memory)
         return memory
-    checkpoint = last_checkpoint(folder)
     if not resume and (checkpoint or done.is_file()):
         raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another output_dir")
+    log.info("%s: %s", args.stage, folder)
     set_seed(args.seed)  # a new memory's first weights
     model = load_model(args)
     trainer = MemoryTrainer(model, args, load_rows(args))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_memory(memory)
     if args.should_save:
+        history = {"stage": args.stage, "seed": args.seed, "log": trainer.state.log_history}
+        (folder / "log.json").write_text(json.dumps(history, indent=0) + "\n", encoding="utf-8")
         record = {"stage": args.stage, "steps": trainer.state.global_step, "base": args.base}
         done.write_text(json.dumps(record) + "\n", encoding="utf-8")
     return memory
@@ -78,7 +89,8 @@ def load_model(args: MemoryTrainingArguments) -> VisMem:
         options["attn_implementation"] = args.attn_implementation
     if args.checkpoint:
         given = {} if not args.base else dict(zip(("base", "processor"), load_base(args.base, options), strict=True))
-        return VisMem.from_pretrained(args.checkpoint, **given, **({} if given else options))
+        options = {} if given else options
+        return VisMem.from_pretrained(args.checkpoint, memory_dtype=torch.float32, **given, **options)
     if not args.base:
         raise ValueError("no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of a memory that names its own")
     base, processor = load_base(args.base, options)
@@ -105,10 +117,11 @@ def load_rows(args: MemoryTrainingArguments) -> Any:
     """The rows that the stage reads."""
     if not args.data:
         raise ValueError("no data: set data=FILE.jsonl, a folder or a hub name")
-    if args.data == "pocket":
+    if args.data.partition(":")[0] == "pocket":
         from vismem.pocket.practice import PocketRows
 
-        return PocketRows(args.stage, args.seed if args.data_seed is None else args.data_seed, args.max_rows)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return PocketRows(args.stage, seed, args.max_rows, args.data.partition(":")[2])
     return load_dataset_rows(
         args.data,
         split=args.split,

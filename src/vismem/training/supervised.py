@@ -40,6 +40,7 @@ def with_invocations(
         ids.extend((tokens.invocation_ids[kind], tokens.end_ids[kind]))
         learned.extend((False, False))
 
+    words = [word for word in words if word not in tokens.end_ids.values()]  # they follow from the invocations
     for index, word in enumerate(words):
         if word in tokens.kind_of:
             if tokens.kind_of[word] in kinds:
@@ -82,8 +83,9 @@ def supervised_batch(
     device, start = prompts["input_ids"].device, prompts["input_ids"].shape[1]
     answers, learned = [], []
     for reply, sees, rng in zip(replies, sighted, rngs, strict=True):
-        words = tokenizer.encode(reply, add_special_tokens=False)[: args.max_new_tokens - 1]
-        ids, kept = with_invocations([*words, *([] if end is None else [end])], model, args, places, sees, rng)
+        words = tokenizer.encode(reply, add_special_tokens=False)
+        words = [*words, *([] if end is None else [end])][: args.max_new_tokens]  # a reply that is cut does not end
+        ids, kept = with_invocations(words, model, args, places, sees, rng)
         answers.append(torch.tensor(ids))
         learned.append(torch.tensor(kept))
     tokens = pad_sequence(answers, True, tokenizer.pad_token_id or 0).to(device)

@@ -1,0 +1,172 @@
+"""Experience: what the RL stages learn from - trajectories of a batch of prompts, scored and compared (Eq. 7-8, 12).
+
+Everything here is without gradient. Decoding is in `rollout.py`, the rewards in `rewards/`; what an update makes of
+an experience is the trainer's matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vismem.data import Row, prompt_inputs, reward_columns
+from vismem.decoding.invocation import Policy, Random
+from vismem.decoding.trace import Rollout
+from vismem.model import VisMem
+from vismem.training import grpo
+from vismem.training.arguments import MemoryTrainingArguments
+from vismem.training.figures import Figures, Samples
+from vismem.training.rewards import Rewards
+from vismem.training.rollout import counterfactuals, sampling, seed_of, write
+
+
+@dataclass
+class Experience:
+    """One batch of prompts and what was made of them.
+
+    Args:
+        rows: the prompts, B.
+        prompts: the processor's output for them.
+        rollouts: B * G, those of a prompt one after another.
+        advantages: float [B * G].
+        trained: bool [B], False for prompts that there is nothing to learn from.
+        old, reference: log-probabilities of each micro-batch, filled in at its first update.
+    """
+
+    rows: list[Row]
+    prompts: dict[str, Tensor]
+    rollouts: list[Rollout]
+    advantages: Tensor
+    trained: list[bool]
+    old: dict[int, Tensor] = field(default_factory=dict)
+    reference: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Collector:
+    """Makes experiences of prompts.
+
+    Args:
+        model: the policy and its memory.
+        args: of the stage.
+        rewards: what scores the answers.
+        figures: where the figures go.
+        samples: where sample completions go; None on all processes but the first.
+    """
+
+    def __init__(
+        self,
+        model: VisMem,
+        args: MemoryTrainingArguments,
+        rewards: Rewards,
+        figures: Figures,
+        samples: Samples | None,
+    ) -> None:
+        self.model, self.args, self.rewards, self.figures, self.samples = model, args, rewards, figures, samples
+        self.baselines: dict[str, float] = {}
+
+    @torch.no_grad()
+    def collect(self, rows: list[Row], step: int, places: str, state: Any = None) -> Experience:
+        """Writes and scores G trajectories for each prompt, and compares them within their group.
+
+        Args:
+            rows: the prompts.
+            step: number of the update; with the row's id it makes the seeds.
+            places: where stage I puts invocations in: `"delimiter"` or `"anywhere"`.
+            state: the Trainer's state, handed on to the rewards.
+        """
+        args, group, figures = self.args, self.args.group_size, self.figures
+        prompts = inputs_of(self.model, rows)
+        seeds = [seed_of(args.seed, step, row.id, copy) for row in rows for copy in range(group)]
+        settings = sampling(self.model, args.max_new_tokens, args.temperature)
+        with figures.timed("rollout"):
+            rollouts = write(self.model, prompts, self.policy(places, seeds), settings, seeds, group)
+        scores = self.score(rows, rollouts, state, noted=True)
+        base = self.baseline(rows, prompts, state)
+        returns = gained = scores - base.repeat_interleave(group)
+        if args.stage == "stage2":
+            with figures.timed("counterfactual"):
+                sighted, others = [bool(row.images) for row in rows], [seed + 1 for seed in seeds]
+                turned = counterfactuals(self.model, prompts, rollouts, group, sighted, settings, others)
+            swapped = scores.clone()
+            if turned:
+                swapped[list(turned)] = self.score([rows[i // group] for i in turned], list(turned.values()), state)
+            invoked = torch.tensor([bool(rollout.invocations) for rollout in rollouts])
+            wrong_kind = grpo.type_penalty(scores, swapped, invoked)
+            harmful = grpo.negative_penalty(scores, invoked, group)
+            returns = gained - args.penalty_coef * (wrong_kind + harmful)
+            figures.note("penalties/type", wrong_kind)
+            figures.note("penalties/negative", harmful)
+        advantages, spread = grpo.group_advantages(returns, group)
+        best, groups = sum(self.rewards.weights), scores.view(-1, group)
+        solved = (spread == 0) & (groups[:, 0] >= best - 1e-6) & (base >= best - 1e-6)
+        for name, values in {
+            "reward": scores,
+            "reward_std": groups.std(1),
+            "baseline": base,
+            "improvement": gained,
+            "return_std": spread,
+            "advantage_std": advantages.view(-1, group).std(1),
+            "frac_reward_zero_std": (spread == 0).float(),
+            "frac_solved": solved.float(),
+        }.items():
+            figures.note(name, values)
+        figures.describe(rollouts, self.model.delimiters)
+        count = min(args.log_completions, len(rows))
+        if self.samples is not None and count and step % max(int(args.logging_steps), 1) == 0:
+            decode, first = self.model.processor.tokenizer.decode, range(0, count * group, group)
+            texts = [decode(rollouts[i].tokens, skip_special_tokens=False) for i in first]
+            rewards, bases = scores[::group][:count].tolist(), base[:count].tolist()
+            self.samples.keep(step, rows[:count], texts, rewards, bases)
+        trained = [not (args.skip_solved and done) for done in solved.tolist()]
+        return Experience(rows, prompts, rollouts, advantages, trained)
+
+    def policy(self, places: str, seeds: list[int]) -> str | Policy:
+        """Who invokes memory in this stage's rollouts: chance in stage I, the model in stage II."""
+        if self.args.stage == "stage2":
+            return "learned"
+        rate = self.args.injection_rate if places == "delimiter" else self.args.anywhere_rate
+        return Random(rate, places, seed=seeds)
+
+    def score(self, rows: list[Row], rollouts: list[Rollout], state: Any, noted: bool = False) -> Tensor:
+        """S of every answer, float [n]; `rows` are the prompts, each for as many answers as come to it.
+
+        With `noted`, every reward's own mean is kept among the figures.
+        """
+        tokenizer = self.model.processor.tokenizer
+        rows = [row for row in rows for _ in range(len(rollouts) // len(rows))]
+        texts = [tokenizer.decode(rollout.tokens, skip_special_tokens=True) for rollout in rollouts]
+        ids = [rollout.tokens.tolist() for rollout in rollouts]
+        columns = {**reward_columns(rows), "completion_ids": ids, "trainer_state": state}
+        replies = [[{"role": "assistant", "content": text}] for text in texts]
+        with self.figures.timed("reward"):
+            result = self.rewards([row.prompt for row in rows], replies, columns)
+        for name, part in zip(result.names, result.parts.unbind(1), strict=True):
+            if noted:
+                self.figures.note(f"rewards/{name}", part[~part.isnan()])
+        return result.total.float()
+
+    def baseline(self, rows: list[Row], prompts: dict[str, Tensor], state: Any) -> Tensor:
+        """S(tau_base), float [B]: the answer without memory. The base never changes, so each prompt has it once."""
+        args = self.args
+        if args.baseline == "off":
+            return torch.zeros(len(rows))
+        missing = [row for row in rows if row.id not in self.baselines]
+        if missing:
+            with self.figures.timed("baseline"):
+                sampled = args.baseline == "sample"
+                settings = sampling(self.model, args.max_new_tokens, args.temperature if sampled else None)
+                seeds = [seed_of(args.seed, "baseline", row.id) for row in missing] if sampled else None
+                inputs = prompts if len(missing) == len(rows) else inputs_of(self.model, missing)
+                rollouts = write(self.model, inputs, "off", settings, seeds)
+            scores = self.score(missing, rollouts, state)
+            self.baselines.update(zip((row.id for row in missing), scores.tolist(), strict=True))
+        return torch.tensor([self.baselines[row.id] for row in rows])
+
+
+def inputs_of(model: VisMem, rows: list[Row]) -> dict[str, Tensor]:
+    """The processor's output for these prompts, on the base's device and in its dtype."""
+    found = prompt_inputs(model.processor, rows)
+    return {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in found.items()}

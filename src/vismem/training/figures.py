@@ -1,0 +1,104 @@
+"""What a run tells about itself: figures averaged between two logs, times of phases, sample completions."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from vismem.config import KINDS
+from vismem.data import Row
+from vismem.decoding.trace import Rollout
+
+BINS = 5  # of the histogram of where in an answer memory is invoked
+
+
+class Figures:
+    """Figures by name, collected until they are logged.
+
+    Attributes:
+        phase: what the update is doing, for errors.
+        spent: seconds in all phases since it was last set to 0.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = defaultdict(list)
+        self.phase, self.spent = "", 0.0
+
+    def add(self, name: str, value: float) -> None:
+        """Keeps one value."""
+        self.values[name].append(float(value))
+
+    def note(self, name: str, values: Tensor) -> None:
+        """Keeps the mean of some values; nothing, where there are none."""
+        if len(values):
+            self.add(name, values.float().mean())
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Notes how long a phase of the update takes."""
+        self.phase, start = phase, time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.add(f"time/{phase}", time.perf_counter() - start)
+        self.spent += time.perf_counter() - start
+
+    def describe(self, rollouts: list[Rollout], delimiters: Container[int]) -> None:
+        """How long the answers are, and how often, where and with which kind they invoke memory."""
+        self.note("completions/mean_length", torch.tensor([int(rollout.sampled.sum()) for rollout in rollouts]))
+        invocations = [rollout.invocations for rollout in rollouts]
+        self.note("invocations/rate", torch.tensor([len(found) for found in invocations]))
+        self.note("invocations/answers", torch.tensor([bool(found) for found in invocations]))
+        for kind in KINDS:
+            self.note(
+                f"invocations/{kind}", torch.tensor([sum(i.kind == kind for i in found) for found in invocations])
+            )
+        # The answer's start and every delimiter are places for one; one that was sampled took a delimiter's place.
+        places = len(rollouts) + sum(token in delimiters for r in rollouts for token in r.tokens.tolist())
+        sampled = sum(not i.forced for found in invocations for i in found)
+        self.add("invocations/per_delimiter", sum(map(len, invocations)) / (places + sampled))
+        parts = [int(BINS * i.position / max(len(r.tokens), 1)) for r in rollouts for i in r.invocations]
+        for part in range(BINS):
+            self.add(f"invocations/position_{part}", parts.count(part) / max(len(parts), 1))
+
+    def means(self, processes: int) -> dict[str, float]:
+        """Every figure's mean over all processes; starts anew. Not every process need have every figure."""
+        own = [{name: sum(values) / len(values) for name, values in self.values.items() if values}]
+        self.values.clear()
+        everyone = gather_object(own) if processes > 1 else own
+        found = {}
+        for name in sorted({name for one in everyone for name in one}):
+            values = [one[name] for one in everyone if name in one]
+            found[name] = round(sum(values) / len(values), 6)
+        return found
+
+
+class Samples:
+    """`completions.jsonl` of a run: some completions with their memory marks, their rewards and the baseline's."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.file = Path(folder) / "completions.jsonl"
+
+    def keep(self, step: int, rows: list[Row], texts: list[str], rewards: list[float], baselines: list[float]) -> None:
+        """Appends one completion for each of `rows`."""
+        with open(self.file, "a", encoding="utf-8") as file:
+            for row, text, reward, baseline in zip(rows, texts, rewards, baselines, strict=True):
+                said = [part["text"] for part in row.prompt[-1]["content"] if part.get("type") == "text"]
+                entry = {"step": step, "id": row.id, "question": " ".join(said), "completion": text}
+                entry |= {"answer": row.answer, "reward": round(reward, 4), "baseline": round(baseline, 4)}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def forget_from(self, step: int) -> None:
+        """Drops what was written from `step` on: it comes again when a run goes on from there."""
+        if self.file.is_file():
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+            self.file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

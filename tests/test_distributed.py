@@ -1,0 +1,111 @@
+"""Training on two processes over gloo, on the CPU: the same update as on one, and a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import multi
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import vismem
+from vismem.checkpoint import WEIGHTS_FILE
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PLAN = {"rows": 6, "group_size": 2, "optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "max_new_tokens": 6}
+
+
+def launch(launcher: list[str], folder: Path, plan: dict, **environment: str) -> list[dict]:
+    """Runs `multi.py` on two processes and returns what each wrote down."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = [word.format(port=port) for word in launcher]
+    script = [str(Path(multi.__file__)), str(folder), json.dumps(plan)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    ran = subprocess.run(
+        [sys.executable, "-m", *given, *script], env={**settings, **environment}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return [json.loads((folder / f"facts_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port={port}"]
+ACCELERATE = ["accelerate.commands.launch", f"--config_file={CONFIGS / 'cpu-2.yaml'}", "--main_process_port={port}"]
+
+
+def alone(folder: Path, plan: dict) -> dict:
+    """The same run in this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        multi.main(folder, plan)
+    finally:
+        torch.set_num_threads(threads)
+    return json.loads((folder / "facts_0.json").read_text())
+
+
+def distance(one: Path, other: Path) -> float:
+    first, second = load_file(one / "memory" / WEIGHTS_FILE), load_file(other / "memory" / WEIGHTS_FILE)
+    assert first.keys() == second.keys()
+    return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize(("stage", "family"), [("stage1", "idefics3"), ("stage2", "qwen2_5_vl")])
+def test_two_processes_train_as_one(stage, family, tmp_path):
+    """Three updates of four prompts: the second fills up an epoch of six, the third begins the next."""
+    plan = {**PLAN, "stage": stage, "family": family, "max_steps": 3}
+    single = alone(tmp_path / "one", {**plan, "per_device_train_batch_size": 4})
+    both = launch(ACCELERATE, tmp_path / "two", {**plan, "per_device_train_batch_size": 2})
+    assert [facts["world"] for facts in both] == [2, 2]
+    half = 2 * PLAN["group_size"]
+    order = [(rank, index) for step in range(3) for rank in (0, 1) for index in range(step * half, (step + 1) * half)]
+    assert [both[rank]["written"][index] for rank, index in order] == single[
+        "written"
+    ]  # the same prompts, and for each the same tokens
+    for ours, theirs in zip(both[0]["history"][:3], single["history"][:3], strict=True):
+        assert ours["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert both[0]["kl_coef"] == both[1]["kl_coef"] == pytest.approx(single["kl_coef"], rel=1e-5)
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
+    alone(tmp_path / "start", {**plan, "per_device_train_batch_size": 4, "learning_rate": 0.0, "max_steps": 1})
+    assert distance(tmp_path / "one", tmp_path / "start") > 1e-3
+
+
+def test_two_processes_go_on(tmp_path):
+    """From a checkpoint in the middle of the second epoch."""
+    plan = {**PLAN, "stage": "stage1", "family": "idefics3", "per_device_train_batch_size": 2, "max_steps": 4}
+    plan |= {"optim": "adamw_torch", "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 3}
+    whole = launch(TORCHRUN, tmp_path / "whole", plan)
+    saved = tmp_path / "whole" / "run" / "checkpoint-3"
+    again = launch(TORCHRUN, tmp_path / "again", {**plan, "resume": str(saved)})
+    assert [facts["written"] for facts in again] == [facts["written"][-4:] for facts in whole]
+    assert distance(tmp_path / "whole", tmp_path / "again") == 0
+
+
+def test_sharded_training(tmp_path):
+    """FSDP2 as in `configs/fsdp2.yaml`: the same memory as one process makes, and checkpoints."""
+    plan = {**PLAN, "stage": "stage1", "family": "idefics3", "max_steps": 2, "micro_batch": 2}
+    plan |= {"save_strategy": "steps", "save_steps": 1}
+    options = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+    environment = {name.upper(): str(value).lower() for name, value in options.items()}
+    environment |= {name.upper(): value for name, value in options.items() if isinstance(value, str)}
+    environment["ACCELERATE_USE_FSDP"] = "true"
+    single = alone(tmp_path / "one", {**plan, "per_device_train_batch_size": 4})
+    both = launch(TORCHRUN, tmp_path / "two", {**plan, "per_device_train_batch_size": 2}, **environment)
+    assert min(facts["sharded"] for facts in both) > 20
+    assert both[0]["written"] and both[0]["kl_coef"] == pytest.approx(single["kl_coef"], rel=1e-5)
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
+    base, processor = multi.test_trainer.tiny.base_and_processor("idefics3")
+    assert vismem.VisMem.from_pretrained(tmp_path / "two" / "memory", base=base, processor=processor)
