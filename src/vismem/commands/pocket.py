@@ -85,6 +85,9 @@ def parser() -> Parser:
         "--checkpoint", type=Path, default=MEMORY_PATH, metavar="FOLDER", help="default: the pocket's own"
     )
     memory.add_argument("--untrained", action="store_true", help="measure a memory that has learned nothing")
+    comparing.add_argument(
+        "--short-length", type=whole(2, 32), metavar="N", help="with --untrained: short memory's vectors (default: 16)"
+    )
     comparing.add_argument("--suites", default="", metavar="NAMES", help="late,strange,in_view,rules,both")
     comparing.add_argument("--conditions", default="", metavar="NAMES", help="such as vanilla,learned (default: all)")
     comparing.add_argument(
@@ -150,6 +153,7 @@ def measure(options: argparse.Namespace) -> None:
         conditions=[name for name in options.conditions.split(",") if name],
         n=options.n,
         seed=options.seed,
+        **({"short_length": options.short_length} if options.short_length else {}),
     )
     print(f"wrote {options.out}")
 

@@ -273,6 +273,7 @@ def measure(
     n: int = 25,
     seed: int = 1,
     batch_size: int = 50,
+    **config,
 ) -> dict:
     """Measures one memory; writes as it goes, and goes on where it stopped.
 
@@ -285,6 +286,7 @@ def measure(
         n: questions per cell of the suites with share 1.
         seed: of the questions.
         batch_size: of decoding.
+        **config: fields of `VisMemConfig` for an untrained memory.
 
     Returns:
         The results: for each suite and condition its accuracy, with its 95 % Wilson interval, and its invocations.
@@ -299,13 +301,14 @@ def measure(
             raise ValueError(f"unknown suite {name!r}; there are {', '.join(SUITES)}")
     files = [Path(base_path) / "model.safetensors"]
     files += [Path(memory_path) / "vismem.safetensors"] if memory_path is not None else []
-    results = begin(f"vismem pocket measure --n {n} --seed {seed}", files, out_json)
+    changes = "".join(f" --{name.replace('_', '-')} {value}" for name, value in config.items())
+    results = begin(f"vismem pocket measure --n {n} --seed {seed}{changes}", files, out_json)
     todo = []
     for name in suites:
         suite = SUITES[name]
         everything = {"vanilla": Condition(), **dict([suite.bound] if suite.bound else []), **suite.conditions}
         todo += [(name, c, everything[c]) for c in everything if not conditions or c in conditions]
-    model = load(base_path, memory_path)
+    model = load(base_path, memory_path, **config)
     for suite, name, condition in tqdm(todo, desc="pocket measure", mininterval=5):
         found = results["suites"].setdefault(suite, {})
         if name not in found:

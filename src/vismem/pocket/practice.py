@@ -37,9 +37,11 @@ MIXTURES = {
     # A short memory starts as a second look and needs little; what a label means is learned from nothing.
     "warmup": Mixture(rules=0.75, late_rules=0.08, described=0.02, in_view=0.03, strange=0.5),
     "stage1": Mixture(described=0.0, in_view=0.0),
-    "stage2": Mixture(late_rules=0.2, described=0.0, in_view=0.2, strange=0.2),
-    # For short memory alone: `data=pocket:late`.
+    # Most replies want both kinds: with fewer of them, short memory took every place before long memory found its own.
+    "stage2": Mixture(rules=0.4, late_rules=0.3, described=0.0, in_view=0.1, strange=0.2),
+    # For short memory alone: `data=pocket:late`, and on pictures that the base never saw, `data=pocket:strange`.
     "late": Mixture(rules=0.0, late_rules=0.0, described=0.0, in_view=0.0, strange=0.0),
+    "strange": Mixture(rules=0.0, late_rules=0.0, described=0.0, in_view=0.0, strange=1.0),
 }
 
 

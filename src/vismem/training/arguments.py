@@ -211,9 +211,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "stage2": {
             "per_device_train_batch_size": 6,
-            "learning_rate": 3e-3,
-            "warmup_steps": 0.05,
-            "max_steps": 45,
+            "learning_rate": 2e-3,
+            "warmup_steps": 0.1,
+            "max_steps": 100,
             "kl_coef": 0.030,
             "target_kl": 0.05,
         },
