@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# What `make demo` asks, and where memory is put in; all can be given on the command line.
+# What `make demo` asks, and who invokes memory; all can be given on the command line.
 IMAGE ?= examples/shelf.png
-QUESTION ?= Describe the shelf.
-INVOCATION ?= short@21,short@42,short@63
+QUESTION ?= What does row 1 cost with its promotion?
+INVOCATION ?= learned
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format docs clean distclean
@@ -28,7 +28,7 @@ demo: $(READY)  ## ask the pocket model about a picture (IMAGE=..., QUESTION=...
 	@echo "$$QUESTION  ($(IMAGE))"
 	@echo; echo "Without memory:"
 	@$(BIN)/vismem ask "$(IMAGE)" "$$QUESTION" --invocation off
-	@echo; echo "With a second look after each row:"
+	@echo; echo "With memory, invoked when the model says so:"
 	@$(BIN)/vismem ask "$(IMAGE)" "$$QUESTION" --invocation "$(INVOCATION)"
 
 test: $(READY)  ## run the whole test suite

@@ -51,14 +51,19 @@ def stages(runs: dict[str, list[dict]]) -> str:
     """Each step's contribution: vanilla, the steps, the bound; the model decides when to invoke."""
     everything = [run for group in runs.values() for run in group]
     rows = []
+
+    def once(suite: str, condition: str) -> str:
+        """A condition without memory, which every file that has it has alike."""
+        return cell([run for run in everything if condition in run.get(suite, {})][:1], suite, condition)
+
     for suite, title in SUITES.items():
         shown = [r for r in everything if suite in r]
         for condition in ("placed", "learned"):
             if not any(condition in run[suite] for run in shown):
                 continue
             steps = [cell(runs.get(stage, []), suite, condition) for stage in STAGES]
-            bound = cell(shown[:1], suite, BOUNDS[suite]) if suite in BOUNDS else ""
-            rows.append([title, condition, cell(shown[:1], suite, "vanilla"), *steps, bound])
+            bound = once(suite, BOUNDS[suite]) if suite in BOUNDS else ""
+            rows.append([title, condition, once(suite, "vanilla"), *steps, bound])
     return table(["questions", "invocation", "vanilla", *STAGES, "bound"], rows)
 
 
@@ -72,7 +77,10 @@ def conditions(runs: list[dict], suite: str) -> str:
         places = [f["invocations_per_delimiter"] for f in found if "invocations_per_delimiter" in f]
         way = ""
         if suite in BOUNDS:
-            floor, top = (mean(run[suite][c]["accuracy"] for run in runs) for c in ("vanilla", BOUNDS[suite]))
+            bounds = [
+                [run[suite][c]["accuracy"] for run in runs if c in run[suite]] for c in ("vanilla", BOUNDS[suite])
+            ]
+            floor, top = map(mean, bounds)  # neither has a memory, so one seed says it for all
             way = f"{(mean(f['accuracy'] for f in found) - floor) / (top - floor):.2f}"
         often = [f"{mean(values):.2f}" if values else "" for values in (counts, places)]
         rows.append([name.replace("_", " "), cell(runs, suite, name), way, *often])
@@ -87,6 +95,8 @@ if __name__ == "__main__":
     for suite, title in SUITES.items():
         if any(suite in run for run in found.get("stage2", [])):
             print(f"\n### After stage II: {title}\n\n" + conditions(found["stage2"], suite))
+    chance = [[stage, cell(found.get(stage, []), "late", "random_50")] for stage in STAGES[1:]]
+    print("\n### Memories put in at random\n\n" + table(["after", "late questions, at half of the delimiters"], chance))
     lengths = {name: runs for name, runs in found.items() if name.startswith("length")}
     if lengths:
         rows = [[name.removeprefix("length"), cell(runs, "late", "placed")] for name, runs in lengths.items()]

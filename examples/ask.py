@@ -8,7 +8,7 @@ from PIL import Image
 import vismem
 from vismem.pocket import MEMORY_PATH, load_base
 
-defaults = [Path(__file__).parent / "shelf.png", "What colour is the tag at row 2, column 3?"]
+defaults = [Path(__file__).parent / "shelf.png", "What does row 2 cost with its promotion?"]
 picture, question = (sys.argv[1:] + defaults[len(sys.argv) - 1 :])[:2]
 
 base, processor = load_base()
@@ -22,9 +22,7 @@ inputs = processor.apply_chat_template(
     return_dict=True,
     return_tensors="pt",
 )
-# The shipped memory has not learned when to invoke, so a schedule says: before the first word.
-look = vismem.invocation.Forced([(0, 0, "short")])
-out = model.generate(**inputs, invocation=look, max_new_tokens=64, return_dict_in_generate=True)
+out = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True)
 
 answer = out.sequences[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))

@@ -77,7 +77,7 @@ def parser() -> Parser:
     comparing = step(
         "measure",
         "Measures a memory beside its bounds and controls; an interrupted run goes on where it stopped",
-        "vismem pocket measure --n 25 --out results/pocket_memory.json",
+        "vismem pocket measure --n 25 --out results/pocket/stage2_seed0.json",
     )
     comparing.add_argument("--base", type=Path, default=BASE_PATH, metavar="FOLDER", help="default: the pocket's own")
     memory = comparing.add_mutually_exclusive_group()
@@ -91,7 +91,11 @@ def parser() -> Parser:
     comparing.add_argument("--suites", default="", metavar="NAMES", help="late,strange,in_view,rules,both")
     comparing.add_argument("--conditions", default="", metavar="NAMES", help="such as vanilla,learned (default: all)")
     comparing.add_argument(
-        "--out", type=Path, default=Path("results/pocket_memory.json"), metavar="FILE", help="default: %(default)s"
+        "--out",
+        type=Path,
+        default=Path("results/pocket/stage2_seed0.json"),
+        metavar="FILE",
+        help="default: %(default)s",
     )
     comparing.add_argument("--n", type=whole(2, MANY), default=25, metavar="N", help="questions per cell (default: 25)")
     comparing.add_argument("--seed", type=whole(0, 2**63 - 1), default=1, metavar="N", help="default: 1")

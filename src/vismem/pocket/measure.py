@@ -267,7 +267,7 @@ def load(base_path: str | Path, memory_path: str | Path | None, **config) -> Vis
 def measure(
     memory_path: str | Path | None = MEMORY_PATH,
     base_path: str | Path = BASE_PATH,
-    out_json: str | Path | None = "results/pocket_memory.json",
+    out_json: str | Path | None = "results/pocket/stage2_seed0.json",
     suites: Iterable[str] = tuple(SUITES),
     conditions: Iterable[str] = (),
     n: int = 25,
