@@ -99,8 +99,8 @@ if __name__ == "__main__":
     print("\n### Memories put in at random\n\n" + table(["after", "late questions, at half of the delimiters"], chance))
     lengths = {name: runs for name, runs in found.items() if name.startswith("length")}
     if lengths:
-        rows = [[name.removeprefix("length"), cell(runs, "late", "placed")] for name, runs in lengths.items()]
-        print(
-            "\n### Length of short memory\n\n"
-            + table(["N_s", "late questions, placed"], sorted(rows, key=lambda r: int(r[0])))
-        )
+        rows = [
+            [*name.removeprefix("length").split("_"), cell(runs, "late", "placed")] for name, runs in lengths.items()
+        ]
+        rows.sort(key=lambda row: int(row[0]))
+        print("\n### Length of short memory\n\n" + table(["N_s", "warm-up", "late questions, placed"], rows))
