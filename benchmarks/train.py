@@ -145,7 +145,7 @@ def plain_rows(model: vismem.VisMem, inputs: dict[str, Tensor], batch: dict[str,
     """The same answers as rows of their own, with prompt, image and labels, memory tokens read as words."""
     ids, start = batch["input_ids"], batch["prompt_length"]
     marks = {value for name, value in vars(model.base.config).items() if name.endswith("_token_id") and value}
-    special = torch.tensor([*model.tokens._ids, *marks], device=ids.device)  # an image token would ask for an image
+    special = torch.tensor([*model.tokens.ids, *marks], device=ids.device)  # an image token would ask for an image
     answer = torch.arange(ids.shape[1], device=ids.device) >= start
     ids = torch.where(torch.isin(ids, special) & answer, ids[:, start - 1 : start], ids)
     labels = ids.clone()

@@ -177,7 +177,7 @@ def test_updates_train_what_they_say(train, updates, monkeypatch):
             seen[name] = moved(name)
     assert seen == {"plain": {"base"}, "lora": {"lora"}, "stage1": {"memory"}, "stage2": {"tokens"}}
     words = found.rows["input_ids"][:, found.batches["stage1"]["prompt_length"] :]
-    assert not torch.isin(words, torch.tensor([*model.tokens._ids, model.base.config.image_token_id])).any()
+    assert not torch.isin(words, torch.tensor([*model.tokens.ids, model.base.config.image_token_id])).any()
     assert words.shape[1] == train.NEW_TOKENS + 2 * train.INVOCATIONS
 
 

@@ -249,7 +249,7 @@ def test_without_memory_gives_the_log_probabilities_of_the_base(family):
     """Invocation and end tokens taken out, the words have the chances that the base alone gives them."""
     model = tempting(family)
     alone, _ = tiny.base_and_processor(family)  # a base that never met a memory
-    ids = torch.tensor(model.tokens._ids)
+    ids = torch.tensor(model.tokens.ids)
     rollouts = rollouts_of(model, "two")
     batch = replayed(model, rollouts, "memories")
     bare, order = without_memory(batch, ids)

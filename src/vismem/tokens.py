@@ -71,7 +71,7 @@ class MemoryTokens(nn.Module):
         super().__init__()
         self.invocation_ids, self.end_ids = invocation_ids, end_ids
         self.kind_of: dict[int, Kind] = {index: kind for kind, index in invocation_ids.items()}
-        self._ids = [*(invocation_ids[kind] for kind in KINDS), *(end_ids[kind] for kind in KINDS)]
+        self.ids = [*(invocation_ids[kind] for kind in KINDS), *(end_ids[kind] for kind in KINDS)]
         self._base = {"table": table, "head": head}  # a dict, so that the base is not registered a second time
 
         def start(weight: Tensor) -> nn.Parameter:
@@ -92,11 +92,11 @@ class MemoryTokens(nn.Module):
     @property
     def vocabulary(self) -> int:
         """Width of the logits with the four tokens in them."""
-        return max(self.base_vocabulary, max(self._ids) + 1)
+        return max(self.base_vocabulary, max(self.ids) + 1)
 
     def present(self, input_ids: Tensor) -> bool:
         """Whether any of the four ids occurs in `input_ids`."""
-        return bool(torch.isin(input_ids, torch.tensor(self._ids, device=input_ids.device)).any())
+        return bool(torch.isin(input_ids, torch.tensor(self.ids, device=input_ids.device)).any())
 
     def row(self, kind: Kind, which: str) -> Tensor:
         """The input row [d] of a kind's `"invocation"` or `"end"` token."""
@@ -105,7 +105,7 @@ class MemoryTokens(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Input embeddings [..., d] of ids [...]: the base's table, with the four rows laid over it."""
         rows = torch.cat([self.invocation, self.end])
-        ids = torch.tensor(self._ids, device=input_ids.device)
+        ids = torch.tensor(self.ids, device=input_ids.device)
         hits = input_ids.unsqueeze(-1) == ids  # [..., 4]
         known = self._base["table"](input_ids.masked_fill(hits.any(-1), 0))
         if not hits.any():
@@ -116,7 +116,7 @@ class MemoryTokens(nn.Module):
         """Base logits [..., base_vocabulary] from `hidden` [..., d], widened to [..., vocabulary] with the four."""
         rows = torch.cat([self.invocation, self.end] if self.tied else [self.invocation_output, self.end_output])
         wide = nn.functional.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=float("-inf"))
-        index = torch.tensor(self._ids, device=logits.device)
+        index = torch.tensor(self.ids, device=logits.device)
         return wide.index_copy(-1, index, (hidden @ rows.to(hidden).T).to(logits))
 
     def forbid(self, logits: Tensor, allowed: Tensor) -> Tensor:
@@ -126,6 +126,6 @@ class MemoryTokens(nn.Module):
             logits: [..., vocabulary].
             allowed: bool [..., 2] or [2], in the order of `KINDS`.
         """
-        index = torch.tensor(self._ids, device=logits.device)
+        index = torch.tensor(self.ids, device=logits.device)
         open_ = torch.cat([allowed, torch.zeros_like(allowed)], dim=-1)  # [..., 4] or [4]
         return logits.index_copy(-1, index, logits[..., index].masked_fill(~open_, float("-inf")))

@@ -276,7 +276,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         """Log-probabilities [n, L] under the stage's reference: its starting parameters, or the base alone."""
         model = self.learner.forward  # past what is wrapped around it, which would shard the parameters again
         if self.args.reference == "no_memory" and batch is not None:
-            tokens = torch.tensor(self.vismem.tokens._ids, device=batch["input_ids"].device)
+            tokens = torch.tensor(self.vismem.tokens.ids, device=batch["input_ids"].device)
             bare, order = without_memory(batch, tokens)
             found = torch.zeros(batch["input_ids"].shape, device=order.device)
             with whole(self.model_wrapped):
