@@ -32,7 +32,7 @@ demo: $(READY)  ## ask the pocket model about a picture (IMAGE=..., QUESTION=...
 	@$(BIN)/vismem ask "$(IMAGE)" "$$QUESTION" --invocation "$(INVOCATION)"
 
 test: $(READY)  ## run the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto
 
 lint: $(READY)  ## check style, change nothing
 	@$(BIN)/ruff check .

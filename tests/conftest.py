@@ -1,4 +1,4 @@
-"""Shared settings: no network, two threads, and the tiny models."""
+"""Shared settings: no network, one thread for each worker, and the tiny models."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pytest
 import tiny
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
-@pytest.fixture(params=list(tiny.FAMILIES))
-def family(request) -> str:
-    """Each supported family in turn."""
-    return request.param
+def pytest_generate_tests(metafunc) -> None:
+    """Gives `family` its values: every family in modules that say `EVERY_FAMILY = True`, elsewhere two unlike ones."""
+    if "family" in metafunc.fixturenames and not any(
+        "family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+    ):
+        everywhere = getattr(metafunc.module, "EVERY_FAMILY", False)
+        metafunc.parametrize("family", list(tiny.FAMILIES) if everywhere else tiny.UNLIKE)

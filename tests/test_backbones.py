@@ -10,6 +10,8 @@ from torch import nn
 from vismem.backbones import FAMILIES, backbone_of
 from vismem.memory.short_term import averaging, coarse_grid, pool, share
 
+EVERY_FAMILY = True
+
 
 def one_image(model, size=(32, 32)):
     batch = tiny.prompts(model.processor, [tiny.message("look", tiny.picture(0, size))])

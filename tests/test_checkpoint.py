@@ -110,13 +110,13 @@ def test_another_base_is_refused_naming_both(saved):
     _, folder = saved
     with pytest.raises(ValueError, match=r"idefics3 \(hidden size 48.*qwen2_5_vl \(hidden size 48"):
         load(folder, "qwen2_5_vl")
-    base, processor = tiny.idefics3(tied=True), tiny.idefics3_processor()
+    base, processor = tiny.FAMILIES["idefics3"].build(tied=True), tiny.FAMILIES["idefics3"].processor()
     base.resize_token_embeddings(400)
     with pytest.raises(ValueError, match=r"vocabulary 321.*vocabulary 400|vocabulary \d+.*vocabulary 400"):
         vismem.VisMem.from_pretrained(folder, base=base, processor=processor)
     processor.tokenizer.add_tokens(["<one more>"])
     with pytest.raises(ValueError, match="tokenizer"):
-        vismem.VisMem.from_pretrained(folder, base=tiny.idefics3(), processor=processor)
+        vismem.VisMem.from_pretrained(folder, base=tiny.FAMILIES["idefics3"].build(), processor=processor)
 
 
 def test_missing_checkpoints(tmp_path):

@@ -33,7 +33,7 @@ def house(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     model = tiny.equip("idefics3", seed=3, max_invocations=4, min_gap=2)
     model.base.save_pretrained(folder / "base")
-    tiny.idefics3_processor().save_pretrained(folder / "base")
+    tiny.FAMILIES["idefics3"].processor().save_pretrained(folder / "base")
     model.base.name_or_path = str(folder / "base")
     model.save_pretrained(folder / "memory")
     tiny.picture(0).save(folder / "a.png")
@@ -247,7 +247,7 @@ def test_an_answer_cannot_drive_the_terminal():
 def test_streamer_waits_for_whole_characters():
     import torch
 
-    tokenizer = tiny.idefics3_processor().tokenizer
+    tokenizer = tiny.FAMILIES["idefics3"].processor().tokenizer
     tokens = types.SimpleNamespace(kind_of={9001: "short"}, end_ids={"short": 9002})
     ids = tokenizer.encode("A é 漢字 b", add_special_tokens=False)
     seen, out = [], io.StringIO()

@@ -443,7 +443,7 @@ def mixed_rows() -> Rows:
 
 
 def test_prompt_inputs(family):
-    processor = tiny.FAMILIES[family][1]()
+    processor = tiny.FAMILIES[family].processor()
     rows = mixed_rows()
     processor.tokenizer.padding_side = "right"
     batch = prompt_inputs(processor, list(rows))
@@ -451,7 +451,7 @@ def test_prompt_inputs(family):
     mask = batch["attention_mask"]
     assert mask.shape == batch["input_ids"].shape and mask.shape[0] == 3
     assert bool((mask[:, 1:] >= mask[:, :-1]).all()) and mask[2, 0] == 0  # padding is on the left
-    image_id = processor.tokenizer.convert_tokens_to_ids("<image>" if family == "idefics3" else "<|image_pad|>")
+    image_id = tiny.base_and_processor(family)[0].config.image_token_id
     counts = (batch["input_ids"] == image_id).sum(1).tolist()
     assert counts[0] > 0 and counts[1] == 2 * counts[0] and counts[2] == 0
     for index, row in enumerate(rows):  # in a batch as alone
@@ -473,7 +473,7 @@ def test_prompt_inputs_run_through_the_model(family):
 
 
 def test_prompt_inputs_errors(family):
-    processor = tiny.FAMILIES[family][1]()
+    processor = tiny.FAMILIES[family].processor()
     rows = list(mixed_rows())
     with pytest.raises(ValueError, match="at least one row"):
         prompt_inputs(processor, [])

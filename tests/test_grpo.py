@@ -7,8 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from families.words import tokenizer
 
 from vismem.training import grpo
 
@@ -207,7 +207,7 @@ def trl_trainer(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder: Path = tmp_path_factory.mktemp("trl")
-    words = tiny.tokenizer([], "")
+    words = tokenizer([], "")
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": None}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **shape, **ids)).save_pretrained(folder)

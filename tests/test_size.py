@@ -34,7 +34,7 @@ SEVEN_BILLION = {
 def test_memory_of_a_seven_billion_base_is_below_one_percent():
     with torch.device("meta"):
         base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**SEVEN_BILLION))
-        model = vismem.VisMem(base, tiny.qwen_processor(), vismem.VisMemConfig())
+        model = vismem.VisMem(base, tiny.FAMILIES["qwen2_5_vl"].processor(), vismem.VisMemConfig())
     total = sum(p.numel() for p in base.parameters())
     parts = {part: sum(p.numel() for p in model.parameters_of(part)) for part in ("builder", "short", "long", "tokens")}
     assert total == 8_292_166_656
