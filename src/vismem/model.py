@@ -6,7 +6,6 @@ is formed is in `memory/`, how an answer is written in `decoding/`.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput, PushToHubMixin
 
 from vismem import checkpoint
 from vismem.backbones import Image, Patches, backbone_of
 from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.decoding.engine import Decoder
+from vismem.decoding.generation import Layout, Prepared, prepared
 from vismem.decoding.invocation import Policy, policy_of
+from vismem.decoding.rows import output
 from vismem.decoding.trace import VisMemOutput
 from vismem.memory import Memory, Observation
 from vismem.memory.splice import Place, Reader, Splice, find_invocations, of_like_length
@@ -165,7 +165,9 @@ class VisMem(nn.Module, PushToHubMixin):
             record: return what training needs of each row too, as `rollout` (with `return_dict_in_generate=True`).
             streamer: as in transformers; invocation and end tokens pass through it too.
             **kwargs: the processor's tensors, a `generation_config`, and generation keywords. `max_new_tokens`
-                counts sampled tokens: end tokens, memory slots and forced invocations are free.
+                counts sampled tokens: end tokens, memory slots and forced invocations are free. With
+                `cache_implementation="static"` keys and values lie in buffers laid out once, finished rows leave the
+                batch, and on a GPU the step is compiled (`compile_config`, `disable_compile`, as in transformers).
 
         Returns:
             LongTensor [B * num_return_sequences, prompt + new], or a `VisMemOutput` with
@@ -175,59 +177,41 @@ class VisMem(nn.Module, PushToHubMixin):
             ValueError: for beam search, assisted decoding, attention outputs, a filled cache, an unknown policy, or
                 images that do not fit the prompt.
         """
-        if kwargs.get("assistant_model") is not None:
-            raise ValueError("assisted decoding is not supported with memory; leave assistant_model out")
-        if isinstance(kwargs.get("custom_generate"), str):
-            raise ValueError("custom_generate is not supported with memory: memory is itself a decoding method")
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if input_ids is None:
-            raise ValueError("generate needs input_ids: pass the processor's output, model.generate(**inputs)")
         if isinstance(seed, int):
             generator = torch.Generator(device=self.device).manual_seed(seed)
-        policy = policy_of(invocation)
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else None
+        layout = Layout.wanted(self.base, kwargs)
 
-        def setting(name: str) -> Any:
-            places = (kwargs.get("generation_config"), self.generation_config)
-            return (
-                kwargs[name]
-                if kwargs.get(name) is not None
-                else next((value for place in places if (value := getattr(place, name, None)) is not None), None)
-            )
+        def decode(call: Prepared) -> VisMemOutput | Tensor:
+            openings = getattr(call.settings.policy, "openings", ())
+            count = len(openings) or len(call.input_ids) * call.copies
+            columns = call.input_ids.shape[1] + call.settings.budget + self._slack
+            slots = None if layout is None else layout.slots(self.base, count, columns)
+            decoder = Decoder(self.backbone, self.tokens, self.memory, self.memory_config, slots)
+            prompts = decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
+            rows = decoder.enter(prompts, call.settings, call.copies, seeds)
+            while decoder.rows:
+                decoder.step()
+            if streamer is not None:
+                streamer.end()
+            return output(rows, call.settings)
 
-        # transformers loses these two on the way to a custom decoding method, so they are taken along by hand.
-        copies = setting("num_return_sequences") or 1
-        kwargs.pop("num_return_sequences", None)
-        if copies > 1:
-            kwargs["generation_config"] = copy.deepcopy(kwargs.get("generation_config") or self.generation_config)
-            kwargs["generation_config"].num_return_sequences = 1
-        stop_strings, tokenizer = setting("stop_strings"), kwargs.pop("tokenizer", self.processor.tokenizer)
-        if stop_strings:
-            kwargs["generation_config"] = copy.deepcopy(kwargs.get("generation_config") or self.generation_config)
-            kwargs["generation_config"].stop_strings = None
-            kwargs.pop("stop_strings", None)
-            stop, criteria = StopStringCriteria(tokenizer, stop_strings), kwargs.get("stopping_criteria") or []
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
-        vision = {name: kwargs[name] for name in self.backbone.image_inputs if kwargs.get(name) is not None}
-        places = input_ids == self.backbone.image_token_id
-        images = self.backbone.rows_of_images(places, self.backbone.images(**vision))
-        decoder = Decoder(
-            self.backbone,
-            self.tokens,
-            self.memory,
-            self.memory_config,
-            lambda: self.delimiters,
-            policy,
-            images,
-            copies,
-            streamer,
-            list(seed) if isinstance(seed, (list, tuple)) else generator,
-            record,
+        return self._prepare(
+            invocation, decode, inputs, generator=generator, record=record, streamer=streamer, **kwargs
         )
 
-        def decode(base, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            return decoder(base, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+    def _prepare(self, invocation: str | Policy, decode: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Has transformers prepare a call of `generate`, and `decode` write it."""
+        policy = policy_of(invocation)
+        return prepared(
+            self.backbone, self.processor.tokenizer, lambda: self.delimiters, policy, decode, inputs, **kwargs
+        )
 
-        return self.base.generate(inputs, custom_generate=decode, streamer=streamer, **kwargs)
+    @property
+    def _slack(self) -> int:
+        """Columns that the memories of one answer take at most, where the guards bind."""
+        config = self.memory_config
+        return config.max_invocations * (max(config.short_length, config.long_length) + 1) + 1
 
     # Training.
 

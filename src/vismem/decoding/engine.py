@@ -3,159 +3,105 @@
 Each forward feeds `w = min over unfinished rows of len(queue)` positions of every row; a row whose queue ran empty
 samples its next token. An invocation puts `[invocation, m_1..m_N, end]` into its row's queue, so one row alone reads
 a memory in one forward, and in a batch some rows read memory while others write, with no padding and no holes in the
-cache. Runs inside the base's own `generate`, which prepares processors, criteria, positions and cache.
+cache. Rows may enter and leave between steps, where the cache lets them (`cache.py`).
+
+On a GPU the next forward is begun before the host has seen the token that it reads; where that token turns out to
+invoke memory, the row's last column is taken back. So the device never waits for the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMode, MaxLengthCriteria
 
-from vismem.backbones import Image, Patches
+from vismem.backbones import Backbone, Image
 from vismem.config import KINDS, Kind, VisMemConfig
-from vismem.decoding.chance import RowDraws
-from vismem.decoding.invocation import Opening, Policy
-from vismem.decoding.trace import Invocation, Rollout, VisMemOutput
+from vismem.decoding.cache import Aligned, Slots, on_device
+from vismem.decoding.chance import Draws, pick
+from vismem.decoding.invocation import Opening
+from vismem.decoding.rows import Row, Settings, Sight
+from vismem.decoding.trace import Invocation
 from vismem.memory import Memory, Observation
 from vismem.tokens import MemoryTokens
 
-
-@dataclass
-class Sight:
-    """What one prompt shows: its images, encoded for the short former when first looked at, and shared by copies."""
-
-    visual: Tensor
-    images: list[Image]
-    patches: list[Patches] | None = None
+CHUNK = 64  # tokens that the table of ids grows by
 
 
 @dataclass
-class Row:
-    """One answer in the making.
+class Prompts:
+    """Prompts that were read, each once.
 
     Args:
-        index: its row in the output.
-        sight: what its prompt shows.
-        delimiters: ids after which a phrase ends.
-        tokens: the new tokens, sampled or put in.
-        queue: vectors [n, d] still to be fed, or None where only the last sampled token is.
-        steps: for each token of the current segment, the forward whose hidden state produced it.
-        segment: where in `tokens` the current segment starts.
-        sampled, gap: tokens sampled in all, and since the last invocation.
-        chosen: for each new token whether it was sampled (True) or put in.
-        open: for each new token which kinds the row might have invoked instead, in the order of `KINDS`.
-        log_probs: for each new token the log-probability that it was drawn with; 0 where it was put in.
+        ids: [B, L].
+        cache, mask, position: what reading left; see `cache.Aligned`.
+        hidden: the last states [B, d].
+        sights: what each shows.
     """
 
-    index: int
-    sight: Sight
-    delimiters: object
-    tokens: list[int] = field(default_factory=list)
-    invocations: list[Invocation] = field(default_factory=list)
-    queue: Tensor | None = None
-    steps: list[int] = field(default_factory=list)
-    segment: int = 0
-    sampled: int = 0
-    gap: int = 0
-    done: bool = False
-    scores: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    chosen: list[bool] = field(default_factory=list)
-    open: list[list[bool]] = field(default_factory=list)
-    log_probs: list[Tensor | None] = field(default_factory=list)
+    ids: Tensor
+    cache: DynamicCache
+    mask: Tensor | None
+    position: Tensor
+    hidden: Tensor
+    sights: list[Sight]
 
-    @property
-    def sighted(self) -> bool:
-        return bool(self.sight.images)
 
-    @property
-    def at_delimiter(self) -> bool:
-        return not self.tokens or self.tokens[-1] in self.delimiters()
+@dataclass
+class Drawn:
+    """Rows that drew a token together, before the host has seen it.
 
-    def may_invoke(self, config: VisMemConfig, budget: int) -> bool:
-        """Whether the guards allow an invocation here; the last token of the budget could not make use of one."""
-        rested = not self.invocations or self.gap >= config.min_gap
-        return rested and len(self.invocations) < config.max_invocations and self.sampled + 1 < budget
+    Args:
+        rows: the rows.
+        slots: the slots that the tensors hold, or None where they hold every slot.
+        raw, scores: [n, V], before and after processors.
+        log_probs: [n] of the tokens, where rows are recorded.
+        allowed: [n], which kinds each might have invoked.
+    """
+
+    rows: list[Row]
+    slots: list[int] | None
+    raw: Tensor
+    scores: Tensor
+    log_probs: Tensor | None = None
+    allowed: list[list[bool]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        places = range(len(self.raw)) if self.slots is None else {slot: at for at, slot in enumerate(self.slots)}
+        self.places = [(row, places[row.slot]) for row in self.rows]  # each row's line in the tensors
 
 
 class Decoder:
-    """Decodes one batch; made anew for every `generate`, and handed to the base as its decoding method.
+    """Rows in the making, and the step that writes each one's next token.
 
     Args:
         backbone, tokens, memory, config: of the model that has the memory.
-        delimiters: a function that gives the delimiter ids; called only where a policy needs them.
-        policy: who decides on invocations.
-        images: each prompt's images.
-        copies: answers per prompt (`num_return_sequences`); the prompt is read once and its cache expanded.
-        streamer: as in transformers' `generate`.
-        chance: where sampling draws from: a generator, one seed for each row, or None for torch's global generator.
-        record: keep what training needs of a rollout - see `VisMemOutput` - and the observed states.
+        slots: where keys and values lie; without it the first prompts' own cache is gone on with (`Aligned`).
     """
 
     def __init__(
         self,
-        backbone,
+        backbone: Backbone,
         tokens: MemoryTokens,
         memory: Memory,
         config: VisMemConfig,
-        delimiters,
-        policy: Policy,
-        images: list[list[Image]],
-        copies: int = 1,
-        streamer=None,
-        chance: torch.Generator | list[int] | None = None,
-        record: bool = False,
+        slots: Slots | None = None,
     ) -> None:
         self.backbone, self.tokens, self.memory, self.config = backbone, tokens, memory, config
-        self.delimiters, self.policy, self.images = delimiters, policy, images
-        self.copies, self.streamer, self.chance, self.recording = copies, streamer, chance, record
-        self.hidden: list[Tensor] = []  # the state [B, d] that each sampling step drew from
+        self.cache: Aligned | Slots | None = slots
+        self.rows: list[Row] = []  # unfinished
+        # One line for each slot of the next reading:
+        self.hidden: Tensor | None = None  # [n, d], the states to sample from
+        self.next: Tensor | None = None  # [n], the tokens to read
+        self.ids: Tensor | None = None  # [n, longest], prompts and answers, each from the left
 
-    def __call__(
-        self,
-        base,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs,
-    ) -> VisMemOutput | Tensor:
-        """The decoding method in the sense of transformers' `generate(custom_generate=...)`."""
-        refuse_unsupported(generation_config, model_kwargs)
-        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        self.budget = min(limits, default=2**31) - input_ids.shape[1]
-        self.criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
-        self.processors, self.settings = logits_processor, generation_config
-        self.keep = generation_config.return_dict_in_generate
-        self.policy.start()
+    # Rows enter.
 
-        openings = getattr(self.policy, "openings", ())
-        hidden = self.prefill(base, input_ids, model_kwargs, [o.prompt for o in openings])
-        self.check_schedule()
-        if openings:
-            self.resume(openings)
-            hidden = self.feed(base)
-        while True:
-            self.step(hidden)
-            if all(row.done for row in self.rows):
-                break
-            hidden = self.feed(base)
-        if self.streamer is not None:
-            self.streamer.end()
-        return self.output()
-
-    # Reading the prompt and feeding the queues.
-
-    def prefill(self, base, input_ids: Tensor, kwargs: dict, sources: list[int]) -> Tensor:
-        """Reads the prompts once, makes the rows, and returns the last state [B, d] of each.
-
-        `sources` names each row's prompt; without it every prompt has `copies` rows.
-        """
+    def read_prompts(self, base, input_ids: Tensor, kwargs: dict, images: list[list[Image]]) -> Prompts:
+        """Reads a batch of prompts as transformers prepared it."""
         features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         inputs = base.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         inputs.pop("logits_to_keep", None)
@@ -165,305 +111,385 @@ class Decoder:
         if self.tokens.present(input_ids):  # memory tokens of earlier turns: rows that the base's table lacks
             inputs["inputs_embeds"], inputs["input_ids"] = self.tokens.embed(inputs["input_ids"]), None
         visual = self.backbone.visual_states(input_ids == self.backbone.image_token_id, features)
-        hidden = base.model(**inputs).last_hidden_state[:, -1]
+        hidden = self.backbone.read(**inputs)[:, -1]
+        position = inputs.get("position_ids")
+        if position is None:
+            position = torch.full((len(input_ids), 1), input_ids.shape[1] - 1, device=input_ids.device)
+        sights = [Sight(v, i) for v, i in zip(visual, images, strict=True)]
+        cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+        return Prompts(input_ids, cache, mask, position[..., -1:], hidden, sights)
 
-        self.cache, self.mask = inputs["past_key_values"], inputs.get("attention_mask")
-        sources = sources or [prompt for prompt in range(len(input_ids)) for _ in range(self.copies)]
-        self.position = inputs["position_ids"][..., -1:] if inputs.get("position_ids") is not None else None
-        if self.position is None:
-            self.position = torch.full((len(input_ids), 1), input_ids.shape[1] - 1, device=input_ids.device)
-        sights = [Sight(v, i) for v, i in zip(visual, self.images, strict=True)]
-        if sources != list(range(len(input_ids))):
-            index = torch.tensor(sources, device=input_ids.device)
-            self.cache.batch_select_indices(index)
-            input_ids, hidden = input_ids[index], hidden[index]
-            self.position = self.position.index_select(-2, index)
-            self.mask = None if self.mask is None else self.mask[index]
-        self.rows = [Row(i, sights[prompt], self.delimiters) for i, prompt in enumerate(sources)]
-        self.draws = RowDraws(self.chance, len(sources), input_ids.device) if isinstance(self.chance, list) else None
-        pad = self.settings._pad_token_tensor
-        self.pad = 0 if pad is None else int(pad.flatten()[0])
-        self.ids, self.start = input_ids, input_ids.shape[1]  # [B, prompt + new], left-aligned new tokens
-        self.next = input_ids.new_full((len(input_ids),), self.pad)
-        return hidden
+    def enter(self, prompts: Prompts, settings: Settings, copies: int = 1, seeds: list[int] | None = None) -> list[Row]:
+        """Makes `copies` rows of every prompt, or one for each opening of a counterfactual.
 
-    def feed(self, base) -> Tensor:
-        """Feeds w positions of every row and returns the states [B, d] after them."""
-        open_rows = [row for row in self.rows if not row.done]
-        width = min(1 if row.queue is None else len(row.queue) for row in open_rows)
-        inputs = self.backbone.embeddings(self.next)[:, None]  # [B, 1, d]
-        if any(row.queue is not None for row in open_rows):
-            inputs = inputs.repeat(1, width, 1)
-            for row in open_rows:
-                if row.queue is not None:
-                    inputs[row.index] = row.queue[:width]
-                    row.queue = row.queue[width:] if len(row.queue) > width else None
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), width)], dim=1)
-        steps = torch.arange(1, width + 1, device=self.position.device)
-        positions = self.position + steps
-        self.position = positions[..., -1:]
-        outputs = base.model(
-            inputs_embeds=inputs,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return outputs.last_hidden_state[:, -1]
+        Raises:
+            ValueError: if there are not as many seeds as rows, or the policy's schedule does not fit them.
+        """
+        settings.policy.start()
+        openings = getattr(settings.policy, "openings", ())
+        sources = [o.prompt for o in openings] or [p for p in range(len(prompts.ids)) for _ in range(copies)]
+        if seeds is not None and len(seeds) != len(sources):
+            raise ValueError(
+                f"seed has {len(seeds)} entries for {len(sources)} rows; give one seed for each output row"
+            )
+        draws = [None] * len(sources) if seeds is None else [Draws(seed) for seed in seeds]
+        rows = [
+            Row(index, index, prompts.ids[source], prompts.sights[source], settings, own)
+            for index, (source, own) in enumerate(zip(sources, draws, strict=True))
+        ]
+        check_schedule(settings.policy, rows)
+        ids, hidden, pads = prompts.ids, prompts.hidden, prompts.ids.new_full((len(rows),), settings.pad)
+        if isinstance(self.cache, Slots):
+            slots = self.cache.place(prompts.cache, prompts.mask, prompts.position, sources)
+            for row, slot in zip(rows, slots, strict=True):
+                row.slot = slot
+            width = self.cache.width
+            self.hidden = widened(self.hidden, width, slots, hidden[sources])
+            self.next = widened(self.next, width, slots, pads)
+            self.ids = widened(self.ids, width, slots, ids[sources])
+        else:
+            position, mask = prompts.position, prompts.mask
+            if sources != list(range(len(ids))):
+                index = torch.tensor(sources, device=ids.device)
+                prompts.cache.batch_select_indices(index)
+                ids, hidden, position = ids[index], hidden[index], position.index_select(-2, index)
+                mask = None if mask is None else mask[index]
+            self.cache = Aligned(prompts.cache, mask, position)
+            self.hidden, self.next, self.ids = hidden, pads, ids
+        self.rows += rows
+        if openings:
+            self.resume(rows, openings)
+        return rows
 
-    def resume(self, openings: list[Opening]) -> None:
-        """Lets every row start with words already written and an invocation after them, all waiting in its queue."""
-        for row, opening in zip(self.rows, openings, strict=True):
+    def resume(self, rows: list[Row], openings: list[Opening]) -> None:
+        """Lets rows start with words already written and an invocation after them, all waiting in their queues."""
+        for row, opening in zip(rows, openings, strict=True):
             for token in opening.tokens:
-                self.append(row, token)
+                self.put(row, token)
             row.sampled = len(opening.tokens)
         for kind in KINDS:
-            rows = [(row, opening) for row, opening in zip(self.rows, openings, strict=True) if opening.kind == kind]
-            for row, _ in rows:
-                self.append(row, self.tokens.invocation_ids[kind])
-                self.open(row, kind, forced=False)
-                row.sampled += 1
-            if rows:
-                self.remember(kind, [row for row, _ in rows], [opening.states for _, opening in rows])
-            for row, opening in rows:
+            members = [(row, opening) for row, opening in zip(rows, openings, strict=True) if opening.kind == kind]
+            for row, _ in members:
+                self.put(row, self.tokens.invocation_ids[kind])
+                row.invocations.append(Invocation(kind, len(row.tokens) - 1, 0, forced=False))
+                row.sampled, row.gap = row.sampled + 1, 0
+            if members:
+                self.remember(kind, [row for row, _ in members], [opening.states for _, opening in members])
+            for row, opening in members:
                 if opening.tokens:
                     words = torch.tensor(opening.tokens, device=self.ids.device)
                     row.queue = torch.cat([self.tokens.embed(words), row.queue])
 
-    # One step: put in, sample, form.
+    # One step.
 
-    def step(self, hidden: Tensor) -> None:
-        """Lets every row whose queue is empty invoke or sample, forms the memories and refills the queues."""
-        ready = [row for row in self.rows if not row.done and row.queue is None]
-        if self.policy.samples or self.policy.injects:
-            self.hidden.append(hidden)
-        invoking: list[tuple[Row, Kind]] = []
-        if self.policy.injects:
-            for row in ready:
-                if self.policy.guarded and not row.may_invoke(self.config, self.budget):
-                    continue
-                kind = self.policy.inject(row)
-                if kind is not None:
-                    self.append(row, self.tokens.invocation_ids[kind])
-                    self.open(row, kind, forced=True)
-                    invoking.append((row, kind))
-        put_in = {row.index for row, _ in invoking}
-        chosen = [row for row in ready if row.index not in put_in]
-        if chosen:
-            invoking += self.sample(chosen, hidden)
+    def step(self) -> list[Row]:
+        """Lets every row whose queue is empty invoke or sample, forms memories, feeds the base; rows that ended leave.
+
+        Returns:
+            The rows that ended in this step.
+        """
+        ready = [row for row in self.rows if row.queue is None]
+        invoking = self.inject(ready)
+        put_in = {id(row) for row, _ in invoking}
+        drawing = [row for row in ready if id(row) not in put_in]
+        drawn = self.draw(drawing) if drawing else []
+        sampled, fed = look(self.next), None
+        if self.cache.ahead and not invoking and any(row.sampled + 1 < row.settings.budget for row in drawing):
+            fed = self.feed()
+        if drawn:
+            values = sampled()
+            invoking += [found for group in drawn for found in self.settle(group, values)]
+        if fed is not None:
+            for row, _ in invoking:
+                self.cache.retract(row.slot)
         for kind in KINDS:
             rows = [row for row, wanted in invoking if wanted == kind]
             if rows:
                 self.remember(kind, rows)
+        if fed is not None:
+            self.hidden = fed
+        ended = [row for row in self.rows if row.done]
+        if ended:
+            self.leave(ended)
+        if fed is None and self.rows:
+            self.hidden = self.feed()
+        return ended
 
-    def sample(self, rows: list[Row], hidden: Tensor) -> list[tuple[Row, Kind]]:
-        """Draws a token for each of `rows` and returns those that drew an invocation, with its kind."""
-        raw = self.backbone.head(hidden)
-        learned = self.policy.samples
-        if learned:
-            raw = self.tokens.extend(raw, hidden)
-        raw = raw.to(dtype=torch.float32, device=self.ids.device, copy=True)
-        logits, allowed = raw, [[False, False]] * len(self.rows)
-        if learned:
-            allowed = self.allowed(rows)
-            logits = self.tokens.forbid(raw, torch.tensor(allowed, device=raw.device))
-        elif self.policy.injects:
-            # Processors look tokens up by id, so the width must hold ours; drawn from is the base's width alone.
-            wide = torch.nn.functional.pad(raw, (0, self.tokens.vocabulary - raw.shape[-1]), value=float("-inf"))
-            logits = self.tokens.forbid(wide, torch.zeros(len(raw), 2, dtype=torch.bool, device=raw.device))
-        lengths = {self.start + len(row.tokens) for row in rows}
-        if len(lengths) == 1:
-            scores = self.processors(self.ids[:, : lengths.pop()], logits)
-        else:  # each row is processed at its own length, as if it were alone
-            scores = logits.clone()
-            for length in lengths:
-                index = [row.index for row in rows if self.start + len(row.tokens) == length]
-                scores[index] = self.processors(self.ids[:, :length], logits.clone())[index]
-        drawn = scores if learned else scores[:, : raw.shape[-1]]
-        if not self.settings.do_sample:
-            self.next = drawn.argmax(-1)
-        elif self.draws is not None:
-            self.next = self.draws.sample(torch.softmax(drawn, dim=-1), [row.index for row in rows])
-        else:
-            self.next = torch.multinomial(torch.softmax(drawn, dim=-1), 1, generator=self.chance).squeeze(1)
-        log_probs = None
-        if self.recording:
-            log_probs = drawn.gather(1, self.next[:, None]).squeeze(1) - drawn.logsumexp(-1)
-        values = self.next.tolist()
-        invoking = []
+    def inject(self, ready: list[Row]) -> list[tuple[Row, Kind]]:
+        """Invocations that the rows' policies put in here."""
+        found = []
+        for row in ready:
+            policy = row.settings.policy
+            if not policy.injects or (policy.guarded and not row.may_invoke(self.config)):
+                continue
+            kind = policy.inject(row)
+            if kind is not None:
+                token = self.tokens.invocation_ids[kind]
+                self.put(row, token)
+                self.certain(row, token)
+                row.invocations.append(Invocation(kind, len(row.tokens) - 1, 0, forced=True))
+                row.gap = 0
+                found.append((row, kind))
+        return found
+
+    def draw(self, rows: list[Row]) -> list[Drawn]:
+        """Draws each row's next token into `next` and `ids`, on the device; rows of like settings together."""
+        groups: dict = {}
         for row in rows:
-            token = values[row.index]
-            row.sampled += 1
-            row.gap += 1
-            if self.keep:
-                self.record(row, raw[row.index], scores[row.index])
-            kind = self.tokens.kind_of.get(token) if learned else None
-            if kind is not None and getattr(self.policy, "swaps", False):
+            groups.setdefault((row.settings.key, row.draws is None), []).append(row)
+        logits, drawn = self.backbone.head(self.hidden), []
+        for members in groups.values():
+            raw, hidden, slots = logits, self.hidden, None
+            # All slots go along where they can, as in transformers' own loop.
+            if not self.cache.stays and len(members) < len(logits):
+                slots = [row.slot for row in members]
+                index = on_device(slots, logits.device)
+                raw, hidden = logits[index], hidden[index]
+            if members[0].settings.policy.samples:
+                raw = self.tokens.extend(raw, hidden)
+            raw = raw.to(dtype=torch.float32, device=self.ids.device, copy=True)
+            group = Drawn(members, slots, raw, raw)
+            tokens = self.draw_group(group)
+            whole = slots is None
+            self.next = tokens if whole else self.next.index_copy(0, on_device(slots, tokens.device), tokens)
+            drawn.append(group)
+        self.write(rows)
+        return drawn
+
+    def draw_group(self, group: Drawn) -> Tensor:
+        """Tokens [n] for a group; fills in what they were drawn from."""
+        settings, raw, places = group.rows[0].settings, group.raw, group.places
+        logits, width = raw, raw.shape[-1]
+        group.allowed = [[False, False]] * len(raw)
+        if settings.policy.samples:
+            for row, at in places:
+                if row.may_invoke(self.config):
+                    group.allowed[at] = [row.sighted, True]
+            logits = self.tokens.forbid(raw, on_device(group.allowed, raw.device))
+        elif settings.policy.injects:
+            # Processors look tokens up by id, so the width must hold ours; drawn from is the base's width alone.
+            wide = torch.nn.functional.pad(raw, (0, self.tokens.vocabulary - width), value=float("-inf"))
+            logits = self.tokens.forbid(wide, torch.zeros(len(raw), 2, dtype=torch.bool, device=raw.device))
+        group.scores = self.processed(group, logits)
+        drawn = group.scores if settings.policy.samples else group.scores[:, :width]
+        if not settings.config.do_sample:
+            tokens = drawn.argmax(-1)
+        elif group.rows[0].draws is not None:
+            uniform = [0.0] * len(raw)
+            for row, at in places:
+                uniform[at] = row.draws[row.sampled]
+            tokens = pick(torch.softmax(drawn, dim=-1), on_device(uniform, raw.device, torch.float64))
+        else:
+            tokens = torch.multinomial(torch.softmax(drawn, dim=-1), 1, generator=settings.generator).squeeze(1)
+        if any(row.settings.record for row in group.rows):
+            group.log_probs = drawn.gather(1, tokens[:, None]).squeeze(1) - drawn.logsumexp(-1)
+        return tokens
+
+    def processed(self, group: Drawn, logits: Tensor) -> Tensor:
+        """Scores [n, V]: each row is processed at its own length, as if it were alone."""
+        settings = group.rows[0].settings
+        if not settings.processors:
+            return logits
+        if settings.blind:
+            return settings.processors(self.ids[: len(logits)], logits)  # the ids are not looked at
+        ids, lengths = self.ids if group.slots is None else self.ids[group.slots], {row.length for row in group.rows}
+        if len(lengths) == 1:
+            return settings.processors(ids[:, : lengths.pop()], logits)
+        scores = logits.clone()
+        for length in lengths:
+            index = [at for row, at in group.places if row.length == length]
+            scores[index] = settings.processors(ids[:, :length], logits.clone())[index]
+        return scores
+
+    def write(self, rows: list[Row]) -> None:
+        """Enters the tokens just drawn into `ids`."""
+        longest = max(row.length for row in rows)
+        if longest >= self.ids.shape[1]:
+            more = self.ids.new_full((len(self.ids), max(longest + 1 - self.ids.shape[1], CHUNK)), rows[0].settings.pad)
+            self.ids = torch.cat([self.ids, more], dim=1)
+        slots, places = on_device([[row.slot, row.length] for row in rows], self.ids.device).unbind(1)
+        self.ids[slots, places] = self.next[slots]
+
+    def settle(self, group: Drawn, values: list[int]) -> list[tuple[Row, Kind]]:
+        """Takes note of the tokens that a group drew. Returns the rows that invoke, with the kind."""
+        invoking = []
+        for row, at in group.places:
+            token, settings = values[row.slot], row.settings
+            kind = self.tokens.kind_of.get(token) if settings.policy.samples else None
+            if kind is not None and getattr(settings.policy, "swaps", False):
                 kind = KINDS[1 - KINDS.index(kind)]
                 token = self.tokens.invocation_ids[kind]
-            self.append(row, token, None if log_probs is None else log_probs[row.index], allowed[row.index])
+                self.ids[row.slot, row.length] = token
+            row.sampled += 1
+            row.gap += 1
+            if settings.keeps_scores:
+                self.keep(row, group.raw[at], group.scores[at])
+            self.note(row, token, None if group.log_probs is None else group.log_probs[at], group.allowed[at])
             if kind is not None:
-                self.open(row, kind, forced=False)
+                row.invocations.append(Invocation(kind, len(row.tokens) - 1, 0, forced=False))
+                row.gap = 0
                 invoking.append((row, kind))
-                self.next[row.index] = self.pad  # its vector comes from the queue; the base's table has no such row
-        self.stop(rows, {row.index for row, _ in invoking}, scores)
+            row.done = row.sampled >= settings.budget or token in settings.ends
+        self.stop(group, {id(row) for row, _ in invoking})
         return invoking
 
-    def allowed(self, rows: list[Row]) -> list[list[bool]]:
-        """B pairs: which kinds' invocation tokens each row may sample, under the guards."""
-        table = [[False, False] for _ in self.rows]
-        for row in rows:
-            if row.may_invoke(self.config, self.budget):
-                table[row.index] = [row.sighted, True]
-        return table
+    def stop(self, group: Drawn, invoking: set[int]) -> None:
+        """Asks the stopping criteria that need more than the last token; an invocation ends no answer by them."""
+        settings = group.rows[0].settings
+        if not settings.criteria:
+            return
+        ids = self.ids if group.slots is None else self.ids[group.slots]
+        for length in {row.length for row in group.rows}:
+            verdict = settings.criteria(ids[:, :length], group.scores).tolist()
+            for row, at in group.places:
+                if row.length == length and verdict[at] and id(row) not in invoking:
+                    row.done = True
 
-    def append(
-        self, row: Row, token: int, log_prob: Tensor | None = None, allowed: tuple[bool, bool] = (False, False)
-    ) -> None:
-        """Writes a token into the row's answer and into `ids`, where the next length is the widest so far.
+    def feed(self) -> Tensor:
+        """Feeds w positions of every unfinished row and returns the states [n, d] after them."""
+        queued = [row for row in self.rows if row.queue is not None]
+        width = min(len(row.queue) for row in queued) if len(queued) == len(self.rows) else 1
+        inputs = self.backbone.embeddings(self.safe(self.next))[:, None]  # [n, 1, d]
+        if queued:
+            inputs = inputs.repeat(1, width, 1)
+            for row in queued:
+                inputs[row.slot] = row.queue[:width]
+                row.queue = row.queue[width:] if len(row.queue) > width else None
+        return self.cache.read(self.backbone, inputs, [row.slot for row in self.rows])
 
-        `log_prob` and `allowed` are what a sampled token was drawn with; one that was put in has none.
-        """
-        place = self.start + len(row.tokens)
-        if place >= self.ids.shape[1]:
-            grown = self.ids.new_full((len(self.ids), max(place + 1 - self.ids.shape[1], 64)), self.pad)
-            self.ids = torch.cat([self.ids, grown], dim=1)
-        self.ids[row.index, place] = token
-        row.tokens.append(token)
-        row.steps.append(len(self.hidden) - 1)
-        if self.recording:
-            row.chosen.append(log_prob is not None)
-            row.open.append(list(allowed))
-            row.log_probs.append(log_prob)
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor([token]))
-
-    def open(self, row: Row, kind: Kind, forced: bool) -> None:
-        """Notes an invocation whose token was just appended; its length is filled in when memory is formed."""
-        if self.keep and forced:
-            self.record(row, None, None, certain=self.tokens.invocation_ids[kind])
-        row.invocations.append(Invocation(kind, len(row.tokens) - 1, 0, forced))
-        row.gap = 0
-
-    def stop(self, rows: list[Row], invoking: set[int], scores: Tensor) -> None:
-        """Marks rows that are done, by the budget of sampled tokens or by the stopping criteria."""
-        for length in {self.start + len(row.tokens) for row in rows}:
-            group = [row for row in rows if self.start + len(row.tokens) == length]
-            verdict = self.criteria(self.ids[:, :length], scores).tolist() if self.criteria else None
-            for row in group:
-                ended = verdict is not None and verdict[row.index] and row.index not in invoking
-                row.done = ended or row.sampled >= self.budget
-        if any(row.done for row in rows):
-            for row in rows:
-                if row.done:
-                    self.next[row.index] = self.pad
+    # Memory.
 
     def remember(self, kind: Kind, rows: list[Row], states: list[Tensor] | None = None) -> None:
         """Forms one memory for each row and queues `[invocation, memory, end]`; the end token joins the answer.
 
         `states` are the rows' observed states where they are known from another decode.
         """
-        formed: Tensor | list[None] = [None] * len(rows)
-        if kind in self.policy.forms:
-            given = states or [None] * len(rows)
-            seen = [self.observe(row, kind, state) for row, state in zip(rows, given, strict=True)]
-            formed = self.memory.form(kind, seen)
-            if self.recording:
-                for row, observation in zip(rows, seen, strict=True):
+        given = dict(zip(map(id, rows), states or [None] * len(rows), strict=True))
+        forming = [row for row in rows if kind in row.settings.policy.forms]
+        formed: dict[int, Tensor] = {}
+        if forming:
+            seen = [self.observe(row, kind, given[id(row)]) for row in forming]
+            formed = dict(zip(map(id, forming), self.memory.form(kind, seen), strict=True))
+            for row, observation in zip(forming, seen, strict=True):
+                if row.settings.record:
                     row.invocations[-1].states = observation.states
         first, last = self.tokens.row(kind, "invocation")[None], self.tokens.row(kind, "end")[None]
-        for row, memory in zip(rows, formed, strict=True):
+        for row in rows:
+            memory = formed.get(id(row))
             slots = [] if memory is None else [memory.to(first)]
             row.queue = torch.cat([first, *slots, last])
             row.invocations[-1].length = 0 if memory is None else len(memory)
             row.invocations[-1].memory = memory
-            self.append(row, self.tokens.end_ids[kind])
-            if self.keep:
-                self.record(row, None, None, certain=self.tokens.end_ids[kind])
-            row.segment, row.steps = len(row.tokens), []
+            self.put(row, self.tokens.end_ids[kind])
+            self.certain(row, self.tokens.end_ids[kind])
+            row.segment, row.states = len(row.tokens), []
 
     def observe(self, row: Row, kind: Kind, states: Tensor | None) -> Observation:
         """What the row has in mind: its visual states, and the segment that the invocation token ends."""
         if kind == "short" and row.sight.patches is None:
             row.sight.patches = self.memory.short.encode(row.sight.images)
         if states is None:
-            states = torch.stack([self.hidden[step][row.index] for step in row.steps])
+            states = torch.stack([hidden[slot] for hidden, slot in row.states])
         segment = self.tokens.embed(torch.tensor(row.tokens[row.segment :], device=self.ids.device))
         return Observation(row.sight.visual, states, segment, row.sight.patches or [])
 
-    # What comes out.
+    # Notes.
 
-    def check_schedule(self) -> None:
-        """Refuses a schedule that names a row that is not there, or asks a blind row to look."""
-        for index, step, kind in getattr(self.policy, "schedule", ()):
-            if index >= len(self.rows):
-                raise ValueError(f"Forced names row {index}, but the batch has {len(self.rows)} (rows count from 0)")
-            if kind == "short" and not self.rows[index].sighted:
-                raise ValueError(
-                    f"Forced asks for short-term memory in row {index} at step {step}, but that row has no image"
-                )
+    def put(self, row: Row, token: int) -> None:
+        """Puts a token into the row's answer that it did not sample."""
+        if row.length >= self.ids.shape[1]:
+            more = self.ids.new_full((len(self.ids), CHUNK), row.settings.pad)
+            self.ids = torch.cat([self.ids, more], dim=1)
+        self.ids[row.slot, row.length] = token
+        self.note(row, token, None, [False, False])
 
-    def record(self, row: Row, logits: Tensor | None, scores: Tensor | None, certain: int | None = None) -> None:
-        """Keeps what the next position's token was drawn from; `certain` for a token that was put in."""
-        if certain is not None:
-            width = self.tokens.vocabulary
-            logits = scores = torch.full((width,), float("-inf"), device=self.ids.device)
-            logits[certain] = 0.0
-        if self.settings.output_scores:
+    def note(self, row: Row, token: int, log_prob: Tensor | None, allowed: list[bool]) -> None:
+        """Appends a token to the row's answer, with what it was drawn with; `log_prob` is None where it was put in."""
+        row.tokens.append(token)
+        if row.settings.policy.samples or row.settings.policy.injects:
+            row.states.append((self.hidden, row.slot))
+        if row.settings.record:
+            row.chosen.append(log_prob is not None)
+            row.open.append(list(allowed))
+            row.log_probs.append(log_prob)
+        if row.settings.streamer is not None:
+            row.settings.streamer.put(torch.tensor([token]))
+
+    def certain(self, row: Row, token: int) -> None:
+        """Keeps, where scores are kept, that a token was put in: it was certain."""
+        if row.settings.keeps_scores:
+            scores = torch.full((self.tokens.vocabulary,), float("-inf"), device=self.ids.device)
+            scores[token] = 0.0
+            self.keep(row, scores, scores)
+
+    def keep(self, row: Row, logits: Tensor, scores: Tensor) -> None:
+        """Keeps what a token was drawn from, as far as the output wants it."""
+        if row.settings.config.output_scores:
             row.scores.append(scores)
-        if self.settings.output_logits:
+        if row.settings.config.output_logits:
             row.logits.append(logits)
 
-    def output(self) -> VisMemOutput | Tensor:
-        sequences = self.ids[:, : self.start + max(len(row.tokens) for row in self.rows)]
-        if not self.keep:
-            return sequences
+    # Rows leave.
 
-        def columns(name: str) -> tuple[Tensor, ...] | None:
-            if not getattr(self.settings, f"output_{name}"):
-                return None
-            rows = [getattr(row, name) for row in self.rows]
-            width = max(len(entry) for row in rows for entry in row)
-            blank = torch.full((width,), float("-inf"), device=self.ids.device)
-            blank[self.pad] = 0.0
+    def leave(self, rows: list[Row]) -> None:
+        """Takes rows out, finished or given up."""
+        gone = {id(row) for row in rows}
+        self.rows = [row for row in self.rows if id(row) not in gone]
+        for row in rows:
+            row.states, row.queue = [], None
+        slots = [row.slot for row in rows]
+        if self.cache.stays:
+            self.next[slots] = rows[0].settings.pad
+            return
+        order = self.cache.drop(slots)
+        if order == list(range(len(self.ids))):
+            return
+        index = torch.tensor(order, dtype=torch.long, device=self.ids.device)
+        self.hidden, self.next, self.ids = self.hidden[index.to(self.hidden.device)], self.next[index], self.ids[index]
+        place = {old: new for new, old in enumerate(order)}
+        for row in self.rows:
+            row.slot = place[row.slot]
 
-            def at(row: list[Tensor], place: int) -> Tensor:
-                if place >= len(row):
-                    return blank
-                return torch.nn.functional.pad(row[place], (0, width - len(row[place])), value=float("-inf"))
-
-            longest = max(len(row) for row in rows)
-            return tuple(torch.stack([at(row, place) for row in rows]) for place in range(longest))
-
-        return VisMemOutput(
-            sequences=sequences,
-            scores=columns("scores"),
-            logits=columns("logits"),
-            invocations=[row.invocations for row in self.rows],
-            rollout=[self.recorded(row) for row in self.rows] if self.recording else None,
-        )
-
-    def recorded(self, row: Row) -> Rollout:
-        """What training needs of a row."""
-        none = torch.zeros((), device=self.ids.device)
-        return Rollout(
-            tokens=torch.tensor(row.tokens),
-            sampled=torch.tensor(row.chosen),
-            allowed=torch.tensor(row.open),
-            log_probs=torch.stack([none if value is None else value for value in row.log_probs]).float().cpu(),
-            invocations=row.invocations,
-        )
+    def safe(self, ids: Tensor) -> Tensor:
+        """Ids [n] that the base's table has; vectors of memory tokens come from the queues."""
+        return torch.where(ids < self.tokens.base_vocabulary, ids, 0)
 
 
-def refuse_unsupported(config: GenerationConfig, kwargs: dict) -> None:
-    """Refuses, in one line, what this decoder cannot honour."""
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"memory decodes greedily or by sampling, not by {mode.value}; set num_beams=1")
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name):
-            raise ValueError(f"{name}=True is not supported by memory decoding; output_scores and output_logits are")
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("a filled past_key_values cannot be continued: memory slots in it have no token ids")
+def look(tokens: Tensor) -> Callable[[], list[int]]:
+    """Sends tokens to the host; the function returned waits for them, and for nothing that was begun later."""
+    if tokens.device.type != "cuda":
+        return tokens.tolist
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+
+    def wait() -> list[int]:
+        there.synchronize()
+        return host.tolist()
+
+    return wait
+
+
+def widened(known: Tensor | None, width: int, lines: list[int], values: Tensor) -> Tensor:
+    """A table of `width` lines: those known so far, and `values` in `lines`; shorter lines are filled up with zeros."""
+    shape = list(values.shape)
+    shape[0] = width
+    if values.dim() > 1 and known is not None:
+        shape[1] = max(values.shape[1], known.shape[1])
+    found = values.new_zeros(shape)
+    if known is not None:
+        found[(slice(len(known)), *map(slice, known.shape[1:]))] = known
+    found[(lines, *map(slice, values.shape[1:]))] = values
+    return found
+
+
+def check_schedule(policy, rows: list[Row]) -> None:
+    """Refuses a schedule that names a row that is not there, or asks a blind row to look."""
+    for index, step, kind in getattr(policy, "schedule", ()):
+        if index >= len(rows):
+            raise ValueError(f"Forced names row {index}, but the batch has {len(rows)} (rows count from 0)")
+        if kind == "short" and not rows[index].sighted:
+            raise ValueError(
+                f"Forced asks for short-term memory in row {index} at step {step}, but that row has no image"
+            )
