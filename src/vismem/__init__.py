@@ -8,15 +8,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vismem import invocation
     from vismem.config import VisMemConfig
+    from vismem.decoding.requests import Answer, Request, RequestQueue
     from vismem.decoding.trace import Invocation, VisMemOutput
     from vismem.model import VisMem
 
 __version__ = "0.1.0"
-__all__ = ["Invocation", "VisMem", "VisMemConfig", "VisMemOutput", "invocation"]
+__all__ = [
+    "Answer",
+    "Invocation",
+    "Request",
+    "RequestQueue",
+    "VisMem",
+    "VisMemConfig",
+    "VisMemOutput",
+    "invocation",
+]
 
 # Imported when first asked for, so that `vismem --help` does not wait for torch.
 _HOMES = {
+    "Answer": "vismem.decoding.requests",
     "Invocation": "vismem.decoding.trace",
+    "Request": "vismem.decoding.requests",
+    "RequestQueue": "vismem.decoding.requests",
     "VisMem": "vismem.model",
     "VisMemConfig": "vismem.config",
     "VisMemOutput": "vismem.decoding.trace",

@@ -53,9 +53,9 @@ class SlotLayer(CacheLayerMixin):
 
     is_compileable = True
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, is_sliding: bool) -> None:
         super().__init__()
-        self.slots = slots
+        self.slots, self.is_sliding = slots, is_sliding
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, states in (("keys", key_states), ("values", value_states)):
@@ -70,11 +70,12 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         where, end = self.slots.where.to(key_states.device), self.slots.end
+        begin = self.slots.begin if self.is_sliding else 0
         found = []
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             part = buffer[: len(states)]
             part.scatter_(2, where[:, None, :, None].expand_as(states), states)
-            found.append(part[:, :, :end])
+            found.append(part[:, :, begin:end])
         return found[0], found[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -118,10 +119,14 @@ class Slots:
         self.ahead = device.type == "cuda" if ahead is None else ahead
         self.lengths = [0] * rows  # columns that each slot has filled
         self.taken: list[bool] = [False] * rows
-        self.cache = Cache(layers=[SlotLayer(self) for _ in range(config.num_hidden_layers)])
+        self.window = getattr(config, "sliding_window", None)
+        plain = "full_attention" if self.window is None else "sliding_attention"
+        types = getattr(config, "layer_types", None) or [plain] * config.num_hidden_layers
+        self.types = set(types)
+        self.cache = Cache(layers=[SlotLayer(self, kind == "sliding_attention") for kind in types])
         self.offset: Tensor | None = None  # [..., rows, 1]: position ids less columns
         self.where: Tensor | None = None  # [n, w]: the columns of the reading under way
-        self.end = 0
+        self.begin = self.end = 0  # columns that are read: up to `end`, and in sliding layers from `begin` on
         self._step = self._read if compiled is None else torch.compile(self._read, **compiled)
 
     @property
@@ -175,9 +180,11 @@ class Slots:
         """Reads `inputs` [width, w, d] after the slots in `rows` and returns the states [width, d] at their end."""
         width = inputs.shape[1]
         self.reserve(max(self.lengths) + width)
-        starts = on_device(self.lengths[: self.width], self.device)
-        self.end = self.columns if self.compiled is not None else max(self.lengths[: self.width]) + width
-        self.where = starts[:, None] + torch.arange(width, device=starts.device)
+        lengths = self.lengths[: self.width]
+        self.begin, self.end = 0, self.columns
+        if self.compiled is None:
+            self.begin, self.end = max(min(lengths) + 1 - (self.window or 2**31), 0), max(lengths) + width
+        self.where = on_device(lengths, self.device)[:, None] + torch.arange(width, device=self.device)
         for slot in rows:
             self.lengths[slot] += width
         return (self._step if width == 1 else self._read)(backbone, inputs)
@@ -194,16 +201,15 @@ class Slots:
 
     def masks(self, where: Tensor) -> Tensor | dict[str, Tensor]:
         """Which columns each position sees: bool [n, 1, w, end], for each type of layer where there are several."""
-        config = self.config
         columns, now = torch.arange(self.end, device=where.device), where[:, None, :, None]
-        full, window = columns <= now, getattr(config, "sliding_window", None)
-        types = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-        near = full & (columns > now - window) if "sliding_attention" in types else full
-        masks = {"full_attention": full, "sliding_attention": near}
-        if config._attn_implementation == "eager":
+        masks = {"full_attention": columns <= now}
+        if "sliding_attention" in self.types:
+            near = masks["full_attention"] & (columns > now - self.window)
+            masks["sliding_attention"] = near[..., self.begin :]
+        if self.config._attn_implementation == "eager":
             least = torch.finfo(self.cache.layers[0].keys.dtype).min
             masks = {kind: torch.where(mask, 0.0, least) for kind, mask in masks.items()}
-        return masks[types.pop()] if len(types) == 1 else {kind: masks[kind] for kind in types}
+        return {kind: masks[kind] for kind in self.types} if len(self.types) > 1 else masks[next(iter(self.types))]
 
     def retract(self, slot: int) -> None:
         """Takes the last column of a row back; what stands in it is written over."""

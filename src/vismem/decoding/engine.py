@@ -436,7 +436,7 @@ class Decoder:
         gone = {id(row) for row in rows}
         self.rows = [row for row in self.rows if id(row) not in gone]
         for row in rows:
-            row.states, row.queue = [], None
+            row.states, row.queue, row.sight = [], None, None  # what a finished answer need not hold on to
         slots = [row.slot for row in rows]
         if self.cache.stays:
             self.next[slots] = rows[0].settings.pad

@@ -154,10 +154,14 @@ class Layout:
                 f"cache_implementation='static' needs attn_implementation 'sdpa' or 'eager', not {attention!r}"
             )
         given, disabled = setting(base, kwargs, "compile_config"), setting(base, kwargs, "disable_compile")
-        kwargs["generation_config"] = copy.deepcopy(kwargs.get("generation_config") or base.generation_config)
-        for name in ("cache_implementation", "compile_config", "disable_compile"):
+        config = kwargs.get("generation_config")
+        if config is not None and config.cache_implementation is not None:
+            kwargs["generation_config"] = config = copy.deepcopy(config)
+            config.cache_implementation = None
+        if config is None or kwargs.get("cache_implementation") is not None:
+            kwargs["cache_implementation"] = "dynamic"  # for reading the prompts
+        for name in ("compile_config", "disable_compile"):
             kwargs.pop(name, None)
-            setattr(kwargs["generation_config"], name, None)
         if disabled or (given is None and base.device.type != "cuda"):
             return cls(None)
         return cls({**(given or CompileConfig()).to_dict(), "dynamic": False})

@@ -90,6 +90,7 @@ class Row:
         index: its row in the output.
         slot: its row in the tensors of the reading under way.
         prompt: ids [L] of its prompt as processors see it.
+        sight: what its prompt shows; None once the row is done.
         tokens: the new tokens, sampled or put in.
         queue: vectors [n, d] still to be fed, or None where only the last sampled token is.
         states: for each token of the current segment, the states [n, d] of the step that produced it, and the slot.
@@ -104,7 +105,7 @@ class Row:
     index: int
     slot: int
     prompt: Tensor
-    sight: Sight
+    sight: Sight | None
     settings: Settings
     draws: Draws | None = None
     tokens: list[int] = field(default_factory=list)
@@ -131,6 +132,11 @@ class Row:
         return bool(self.sight.images)
 
     @property
+    def ended(self) -> bool:
+        """Whether the last token ends the answer."""
+        return bool(self.tokens) and self.tokens[-1] in self.settings.ends
+
+    @property
     def at_delimiter(self) -> bool:
         return not self.tokens or self.tokens[-1] in self.settings.delimiters()
 
@@ -141,7 +147,7 @@ class Row:
 
     def rollout(self) -> Rollout:
         """What training needs of the row; with `record` only."""
-        none = torch.zeros((), device=self.sight.visual.device)
+        none = torch.zeros((), device=self.prompt.device)
         log_probs = torch.stack([none if value is None else value.to(none.device) for value in self.log_probs])
         return Rollout(
             tokens=torch.tensor(self.tokens),

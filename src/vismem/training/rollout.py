@@ -44,6 +44,8 @@ def sampling(model: VisMem, max_new_tokens: int, temperature: float | None) -> G
         if defaults.pad_token_id is not None
         else model.processor.tokenizer.pad_token_id,
         return_dict_in_generate=True,
+        cache_implementation="static",  # answers that are done leave the batch
+        disable_compile=True,  # the lengths of prompts change from update to update
     )
 
 

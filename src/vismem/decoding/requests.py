@@ -1,0 +1,240 @@
+"""A queue of requests: finished rows leave the batch and waiting ones take their place (continuous batching).
+
+Evaluation goes through a data set with it, and a server puts the rows of its users into one batch. `stream_batch` of
+the model is the short way; `RequestQueue` is for those who add, watch and cancel requests while others run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from vismem.decoding.engine import Decoder
+from vismem.decoding.generation import Layout, Prepared, setting
+from vismem.decoding.invocation import Policy
+from vismem.decoding.rows import Row
+from vismem.decoding.trace import Invocation, Rollout
+
+if TYPE_CHECKING:
+    from vismem.model import VisMem
+
+
+@dataclass(eq=False)
+class Request:
+    """What is asked: prompts, and what of the queue's settings is to be different for them.
+
+    Args:
+        inputs: the processor's output, of one prompt or of a padded batch, whose prompts are then read together.
+        invocation: policy of its own, or None for the queue's. Rows count from 0 within the request.
+        seed: of the sampling; row n of the request draws from `seed + n`, or from entry n of a list. Without one,
+            torch's global generator gives it. A row's words depend on its seed alone, not on what runs beside it.
+        generation: generation keywords of its own.
+        tag: anything; answers bring it back.
+    """
+
+    inputs: dict[str, Tensor]
+    invocation: str | Policy | None = None
+    seed: int | list[int] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    tag: Any = None
+
+
+@dataclass(eq=False)
+class Answer:
+    """One row of a request, from waiting to written; its fields grow with every step.
+
+    Args:
+        request: what it answers.
+        index: its row within the request.
+        finish: `"stop"` (an end token or a stopping criterion), `"length"`, `"cancelled"`, `"error"`, or None as long
+            as it is not done.
+        error: why the request could not be taken.
+    """
+
+    request: Request
+    index: int
+    finish: Literal["stop", "length", "cancelled", "error"] | None = None
+    error: ValueError | None = None
+    _row: Row | None = field(default=None, repr=False)
+
+    @property
+    def tag(self) -> Any:
+        """The request's."""
+        return self.request.tag
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens so far, invocation and end tokens among them."""
+        return [] if self._row is None else self._row.tokens
+
+    @property
+    def sampled(self) -> int:
+        """How many of them were sampled."""
+        return 0 if self._row is None else self._row.sampled
+
+    @property
+    def invocations(self) -> list[Invocation]:
+        """The invocations so far."""
+        return [] if self._row is None else self._row.invocations
+
+    @property
+    def rollout(self) -> Rollout:
+        """What training needs of the answer; of a queue with `record=True`, once it is done."""
+        return self._row.rollout()
+
+
+class RequestQueue:
+    """Decodes requests in one live batch of at most `batch_size` rows, in the order in which they came.
+
+    Args:
+        model: the `VisMem`.
+        batch_size: rows at a time.
+        invocation: policy, for requests without one of their own.
+        record: keep what training needs of every answer.
+        **generation: generation keywords for all requests: `max_new_tokens`, `do_sample`, `compile_config`, ...
+
+    Raises:
+        ValueError: if `batch_size` is below 1.
+
+    Example:
+        >>> queue = RequestQueue(model, batch_size=8, max_new_tokens=64)
+        >>> (answer,) = queue.submit(Request(inputs))
+        >>> while not answer.finish:
+        ...     queue.step()
+    """
+
+    def __init__(
+        self,
+        model: VisMem,
+        batch_size: int = 16,
+        *,
+        invocation: str | Policy = "learned",
+        record: bool = False,
+        **generation: Any,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        generation["cache_implementation"] = "static"
+        self.layout = Layout.wanted(model.base, generation)
+        self.model, self.batch_size, self.invocation, self.record = model, batch_size, invocation, record
+        self.generation = generation
+        self.waiting: deque[list[Answer]] = deque()
+        self.decoder: Decoder | None = None
+        self.answers: dict[int, Answer] = {}  # of the rows that are being written
+
+    def __len__(self) -> int:
+        """Rows that wait or are being written."""
+        return sum(map(len, self.waiting)) + len(self.answers)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether there is room that no waiting request fills."""
+        return not self.waiting and len(self.answers) < self.batch_size
+
+    def submit(self, request: Request) -> list[Answer]:
+        """Queues a request.
+
+        Returns:
+            Its answers, one for each prompt and copy (`num_return_sequences`), which fill up with the steps.
+
+        Raises:
+            ValueError: if it has more rows than the batch.
+        """
+        copies = setting(self.model.base, {**self.generation, **request.generation}, "num_return_sequences") or 1
+        count = len(request.inputs["input_ids"]) * copies
+        if count > self.batch_size:
+            raise ValueError(f"a request of {count} rows does not fit a batch of {self.batch_size}; raise batch_size")
+        found = [Answer(request, index) for index in range(count)]
+        self.waiting.append(found)
+        return found
+
+    def cancel(self, answers: Iterable[Answer]) -> None:
+        """Gives answers up: those that wait never start, those being written stop where they are."""
+        given_up = {id(answer): answer for answer in answers if answer.finish is None}
+        rows = [answer._row for answer in given_up.values() if answer._row is not None]
+        for answer in given_up.values():
+            answer.finish = "cancelled"
+        self.waiting = deque(group for group in self.waiting if any(answer.finish is None for answer in group))
+        for row in rows:
+            del self.answers[id(row)]
+        if rows:
+            self.decoder.leave(rows)
+
+    @torch.no_grad()
+    def step(self) -> list[Answer]:
+        """Lets waiting requests in where there is room, and writes one token of every row.
+
+        Returns:
+            The answers that ended, with `finish` set; `"error"` where a request could not be taken.
+        """
+        ended = []
+        while self.waiting and len(self.waiting[0]) <= self.batch_size - len(self.answers):
+            group = self.waiting.popleft()
+            try:
+                self.admit(group)
+            except ValueError as error:
+                for answer in group:
+                    answer.finish, answer.error = "error", error
+                ended += group
+        if self.decoder is not None and self.decoder.rows:
+            for row in self.decoder.step():
+                answer = self.answers.pop(id(row))
+                answer.finish = "stop" if row.sampled < row.settings.budget or row.ended else "length"
+                ended.append(answer)
+        return ended
+
+    def admit(self, group: list[Answer]) -> None:
+        """Reads a request's prompts and gives its answers their rows."""
+        model, request = self.model, group[0].request
+
+        def enter(call: Prepared) -> list[Row]:
+            if self.decoder is None:
+                columns = call.input_ids.shape[1] + call.settings.budget + model._slack
+                slots = self.layout.slots(model.base, self.batch_size, columns)
+                self.decoder = Decoder(model.backbone, model.tokens, model.memory, model.memory_config, slots)
+            prompts = self.decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
+            seeds, sampling = request.seed, call.settings.config.do_sample
+            if sampling and not isinstance(seeds, (list, tuple)):
+                first = int(torch.randint(2**62, ())) if seeds is None else seeds
+                seeds = [first + index for index in range(len(group))]
+            return self.decoder.enter(prompts, call.settings, call.copies, list(seeds) if sampling else None)
+
+        policy = self.invocation if request.invocation is None else request.invocation
+        keywords = {**self.generation, **request.generation, **request.inputs}
+        rows = model._prepare(policy, enter, record=self.record, **keywords)
+        for answer, row in zip(group, rows, strict=True):
+            answer._row = row
+            self.answers[id(row)] = answer
+            if answer.finish is not None:  # given up while it waited, with others of its request going on
+                self.answers.pop(id(row))
+                self.decoder.leave([row])
+
+
+def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]]) -> Iterator[Answer]:
+    """Answers to `requests`, each as soon as it is done; requests are taken from the iterable as room comes up.
+
+    Raises:
+        ValueError: if a request cannot be taken; names it by its number. Answers given before are complete.
+    """
+    source, taken, numbers = iter(requests), 0, {}
+    while True:
+        while source is not None and queue.hungry:
+            request = next(source, None)
+            if request is None:
+                source = None
+                break
+            request = request if isinstance(request, Request) else Request(dict(request))
+            numbers[id(request)] = taken
+            taken += 1
+            queue.submit(request)
+        if source is None and not len(queue):
+            return
+        for answer in queue.step():
+            if answer.error is not None:
+                raise ValueError(f"request {numbers[id(answer.request)]}: {answer.error}") from answer.error
+            yield answer
