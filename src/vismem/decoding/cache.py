@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from vismem.backbones import Backbone
 
 BLOCK = 256  # columns that slots grow by
+AHEAD = {"cuda"}  # devices that work on while the host looks at a token: its reading is begun before
 
 
 class Aligned:
@@ -99,7 +100,6 @@ class Slots:
         config: the base's text config.
         rows, columns: how many slots, and how long; the columns grow by themselves where they do not suffice.
         compiled: how to compile a reading (`torch.compile`'s keywords), or None.
-        ahead: whether the host may look at a token after the reading that follows it was begun (by default on a GPU).
         device: where the base's first layer lies.
     """
 
@@ -112,11 +112,10 @@ class Slots:
         columns: int,
         device: torch.device,
         compiled: dict[str, Any] | None = None,
-        ahead: bool | None = None,
     ) -> None:
         self.config, self.rows, self.columns, self.device = config, rows, -(-columns // BLOCK) * BLOCK, device
         self.compiled = compiled
-        self.ahead = device.type == "cuda" if ahead is None else ahead
+        self.ahead = device.type in AHEAD
         self.lengths = [0] * rows  # columns that each slot has filled
         self.taken: list[bool] = [False] * rows
         self.window = getattr(config, "sliding_window", None)
@@ -133,11 +132,6 @@ class Slots:
     def width(self) -> int:
         """How many slots a reading takes."""
         return self.rows if self.compiled is not None else sum(self.taken)
-
-    @property
-    def free(self) -> int:
-        """How many rows may still enter."""
-        return self.rows - sum(self.taken)
 
     def clear(self) -> None:
         """Lets all rows leave."""
@@ -187,7 +181,10 @@ class Slots:
         self.where = on_device(lengths, self.device)[:, None] + torch.arange(width, device=self.device)
         for slot in rows:
             self.lengths[slot] += width
-        return (self._step if width == 1 else self._read)(backbone, inputs)
+        if self.compiled is None or width > 1:
+            return self._read(backbone, inputs)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._step(backbone, inputs).clone()  # the next replay of the graph writes over it
 
     def _read(self, backbone: Backbone, inputs: Tensor) -> Tensor:
         offset = self.offset[..., : len(inputs), :]

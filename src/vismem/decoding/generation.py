@@ -164,7 +164,8 @@ class Layout:
             kwargs.pop(name, None)
         if disabled or (given is None and base.device.type != "cuda"):
             return cls(None)
-        return cls({**(given or CompileConfig()).to_dict(), "dynamic": False})
+        keywords = {name: value for name, value in vars(given or CompileConfig()).items() if not name.startswith("_")}
+        return cls({**keywords, "dynamic": False})
 
     def slots(self, base: Any, rows: int, columns: int) -> Slots:
         """Slots for that many rows of that many columns; compiled ones are kept with the base and used again."""

@@ -1,0 +1,208 @@
+"""The queue of requests: what a row writes does not depend on when it enters, or on who is beside it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import tiny
+import torch
+from test_slots import readings, tempting
+from transformers import CompileConfig
+
+from vismem import Request, RequestQueue
+from vismem.decoding import cache, engine
+from vismem.decoding.invocation import Forced, Random
+
+EVERY_FAMILY = True
+SAMPLING = [
+    {},
+    {"do_sample": True, "temperature": 0.9, "top_k": 50},
+    {"do_sample": True, "repetition_penalty": 1.2, "temperature": 0.8},
+]
+
+
+def prompts(model, count: int = 9) -> list[dict]:
+    """Prompts of different lengths with no, one or two images."""
+    return [
+        tiny.prompts(
+            model.processor,
+            [tiny.message("look again! " * (i % 3 + 1), *(tiny.picture(i + j) for j in range((0, 1, 2)[i % 3])))],
+        )
+        for i in range(count)
+    ]
+
+
+def alone(model, inputs, **settings):
+    """The answer of a row by itself, as ids, with its invocations."""
+    out = model.generate(**inputs, return_dict_in_generate=True, **settings)
+    return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), out.invocations[0]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING, ids=["greedy", "warped", "penalised"])
+def test_answers_are_those_of_a_row_alone(family, sampling):
+    model = tempting(family)
+    inputs = prompts(model)
+    asked = [
+        Request(each, seed=i, generation={"max_new_tokens": 6 + 3 * (i % 4)}, tag=i) for i, each in enumerate(inputs)
+    ]
+    found = {answer.tag: answer for answer in model.stream_batch(asked, batch_size=4, **sampling)}
+    assert sorted(found) == list(range(len(inputs)))
+    for i, each in enumerate(inputs):
+        tokens, invocations = alone(model, each, seed=[i], max_new_tokens=6 + 3 * (i % 4), **sampling)
+        assert (found[i].tokens, found[i].invocations) == (tokens, invocations)
+        assert found[i].finish == ("stop" if tokens[-1] == model.generation_config.eos_token_id else "length")
+    assert sum(len(answer.invocations) for answer in found.values()) > 3
+
+
+@pytest.fixture
+def model():
+    return tempting("qwen2_5_vl")
+
+
+@pytest.mark.parametrize("mode", ["ahead", "compiled"])
+def test_ahead_and_compiled(model, mode, monkeypatch):
+    monkeypatch.setattr(cache, "AHEAD", {"cpu"})
+    more = {"compile_config": CompileConfig(backend="eager", mode=None)} if mode == "compiled" else {}
+    answers = list(model.stream_batch(prompts(model, 6), batch_size=4, max_new_tokens=12, **more))
+    assert len(answers) == 6
+    for answer in answers:
+        assert (answer.tokens, answer.invocations) == alone(model, answer.request.inputs, max_new_tokens=12)
+
+
+def test_requests_have_settings_of_their_own(model):
+    one, two = prompts(model, 3)[1:]
+    asked = [
+        Request(one, invocation=Forced([(0, 2, "short")])),
+        Request(one, invocation="off"),
+        Request(two, invocation=Random(0.5, "anywhere", seed=3)),
+        Request(two, generation={"do_sample": True, "temperature": 0.7}, seed=5),
+        Request(one, generation={"max_new_tokens": 3}),
+    ]
+    found = {id(answer.request): answer for answer in model.stream_batch(asked, max_new_tokens=10, eos_token_id=None)}
+    for request in asked:
+        settings = {"max_new_tokens": 10, "eos_token_id": None, **request.generation}
+        policy = request.invocation or "learned"
+        expected = alone(model, request.inputs, invocation=policy, seed=[request.seed or 0], **settings)
+        assert (found[id(request)].tokens, found[id(request)].invocations) == expected
+
+
+def test_a_padded_batch_and_copies_are_one_request(model):
+    batch = tiny.mixed_batch(model.processor)
+    settings = {"max_new_tokens": 8, "do_sample": True, "num_return_sequences": 2}
+    answers = list(model.stream_batch([Request(batch, seed=10)], batch_size=8, **settings))
+    out = model.generate(**batch, **settings, seed=list(range(10, 16)), return_dict_in_generate=True)
+    assert len(answers) == 6
+    for answer in answers:
+        new = out.sequences[answer.index, batch["input_ids"].shape[1] :].tolist()
+        assert answer.tokens == new[: len(answer.tokens)] and answer.invocations == out.invocations[answer.index]
+
+
+def test_requests_are_taken_as_room_comes_up(model):
+    taken = []
+
+    def source():
+        for i, each in enumerate(prompts(model, 6)):
+            taken.append(i)
+            yield each
+
+    answers = model.stream_batch(source(), batch_size=2, max_new_tokens=4, eos_token_id=None)
+    assert taken == []
+    next(answers)
+    assert len(taken) <= 4
+    assert len(list(answers)) == 5 and len(taken) == 6
+
+
+def test_rows_enter_while_others_write(model, monkeypatch):
+    """The batch stays full: a long answer does not hold up the short ones behind it."""
+    widths = readings(monkeypatch)
+    lengths = [30, 4, 4, 4, 4, 4, 4]
+    asked = [Request(e, generation={"max_new_tokens": n}) for e, n in zip(prompts(model, 7), lengths, strict=True)]
+    answers = list(model.stream_batch(asked, batch_size=2, invocation="off", eos_token_id=None))
+    assert len(answers[-1].tokens) == 30
+    assert widths[:20].count(2) >= 15 and len(widths) < 40
+
+
+def test_cancel(model):
+    first, second, third = prompts(model, 3)
+    queue = RequestQueue(model, batch_size=2, max_new_tokens=20, eos_token_id=None)
+    (one,), (two,), (waiting,) = (queue.submit(Request(each)) for each in (first, second, third))
+    assert len(queue) == 3 and not queue.hungry
+    for _ in range(5):
+        queue.step()
+    written = list(two.tokens)
+    assert len(written) == 5 or two.invocations
+    queue.cancel([two])
+    assert two.finish == "cancelled" and two.tokens == written
+    queue.step()
+    assert waiting.tokens  # the place was taken at once
+    queue.cancel([waiting, two])
+    while not one.finish:
+        queue.step()
+    assert (one.tokens, one.invocations) == alone(model, first, max_new_tokens=20, eos_token_id=None)
+    assert waiting.finish == "cancelled" and len(queue) == 0 and queue.step() == []
+    late = queue.submit(Request(third))
+    queue.cancel(late)
+    assert queue.step() == [] and late[0].tokens == []
+
+
+def test_a_bad_request_harms_no_other(model):
+    good, bad = prompts(model, 2)
+    bad = {**bad, "pixel_values": bad["pixel_values"][:0], "image_grid_thw": bad["image_grid_thw"][:0]}
+    queue = RequestQueue(model, batch_size=4, max_new_tokens=6)
+    (one,), (two,), (three,) = (
+        queue.submit(request)
+        for request in (Request(good), Request(bad), Request(good, invocation=Forced([(0, 1, "short")])))
+    )
+    ended = queue.step()
+    assert {answer.finish for answer in ended} == {"error"} and set(ended) == {two, three}
+    assert "image tokens" in str(two.error) and "no image" in str(three.error)
+    while not one.finish:
+        queue.step()
+    assert (one.tokens, one.invocations) == alone(model, good, max_new_tokens=6)
+    with pytest.raises(ValueError, match=r"request 1: .*image tokens"):
+        list(model.stream_batch([good, bad], max_new_tokens=2))
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match="batch_size must be 1 or more"):
+        RequestQueue(model, batch_size=0)
+    with pytest.raises(ValueError, match="3 rows does not fit a batch of 2"):
+        RequestQueue(model, batch_size=2).submit(Request(tiny.mixed_batch(model.processor)))
+    with pytest.raises(ValueError, match="request 0: memory decodes greedily"):
+        list(model.stream_batch([prompts(model, 1)[0]], num_beams=2, max_new_tokens=2))
+
+
+def test_finished_answers_hold_on_to_no_image(model):
+    """What a prompt showed goes with its last row, so a long evaluation does not fill the memory."""
+    sights = []
+    made = engine.Sight.__init__
+
+    def watched(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        sights.append(weakref.ref(self))
+
+    engine.Sight.__init__ = watched
+    try:
+        schedule = Forced([(0, 2, "short")])
+        answers = list(model.stream_batch(prompts(model, 5)[1:3], invocation=schedule, max_new_tokens=6))
+    finally:
+        engine.Sight.__init__ = made
+    gc.collect()
+    assert len(answers) == 2 and len(sights) == 2 and all(sight() is None for sight in sights)
+
+
+def test_recorded_answers_are_rollouts(model):
+    (answer,) = model.stream_batch(prompts(model, 2)[1:], record=True, max_new_tokens=12, do_sample=True)
+    rollout = answer.rollout
+    assert rollout.tokens.tolist() == answer.tokens and rollout.sampled.sum() == answer.sampled
+    assert bool((rollout.log_probs[rollout.sampled] < 0).all())
+
+
+def test_without_a_seed_the_global_generator_gives_it(model):
+    def words():
+        torch.manual_seed(7)
+        return [a.tokens for a in model.stream_batch(prompts(model, 3), max_new_tokens=8, do_sample=True)]
+
+    assert words() == words()

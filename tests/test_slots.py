@@ -1,0 +1,148 @@
+"""Slots, the cache that is laid out once: rows leave and enter, the host runs ahead, the step is compiled."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers import CompileConfig
+
+import vismem
+from vismem.decoding import cache
+from vismem.decoding.invocation import Forced, Random
+
+EVERY_FAMILY = True
+SCHEDULE = Forced([(0, 0, "short"), (0, 7, "long"), (1, 3, "long"), (1, 3, "short"), (1, 9, "short"), (2, 5, "short")])
+POLICIES = {"forced": SCHEDULE, "off": "off", "learned": "learned", "random": Random(0.3, "anywhere", seed=1)}
+
+
+def tempting(family: str, **changes) -> vismem.VisMem:
+    """A model whose invocation tokens are often drawn."""
+    model = tiny.equip(family, min_gap=2, **changes)
+    with torch.no_grad():
+        for name, parameter in model.tokens.named_parameters():
+            if name.endswith("output") or model.tokens.tied:
+                parameter.mul_(6)
+    return model
+
+
+def same(found: vismem.VisMemOutput, expected: vismem.VisMemOutput) -> None:
+    """Tokens and invocations are equal, memories and log-probabilities to 1e-4."""
+    assert torch.equal(found.sequences, expected.sequences)
+    assert found.invocations == expected.invocations
+    for ours, theirs in zip(found.rollout, expected.rollout, strict=True):
+        assert torch.equal(ours.sampled, theirs.sampled) and torch.equal(ours.allowed, theirs.allowed)
+        assert torch.allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
+        for one, other in zip(ours.invocations, theirs.invocations, strict=True):
+            if other.memory is not None:
+                assert torch.allclose(one.memory, other.memory, atol=1e-4)
+                assert torch.allclose(one.states, other.states, atol=1e-4)
+
+
+def both(model, batch, policy, **more) -> tuple[vismem.VisMemOutput, vismem.VisMemOutput]:
+    """The same call with slots and with a dynamic cache."""
+    settings = {"max_new_tokens": 30, "return_dict_in_generate": True, "record": True, "invocation": policy}
+    settings |= {"do_sample": True, "temperature": 0.9, "top_k": 30, "seed": [1, 2, 3]}
+    compiled = {name: more.pop(name) for name in ("compile_config",) if name in more}
+    settings |= more
+    return (
+        model.generate(**batch, **settings, **compiled, cache_implementation="static"),
+        model.generate(**batch, **settings),
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mode", ["plain", "ahead", "compiled"])
+def test_slots_write_what_the_dynamic_cache_writes(family, policy, mode, monkeypatch):
+    """Rows of different lengths end at different times, and write the same whoever is beside them."""
+    model = tempting(family)
+    batch = tiny.mixed_batch(model.processor)
+    more = {}
+    if mode != "plain":
+        monkeypatch.setattr(cache, "AHEAD", {"cpu"})
+    if mode == "compiled":
+        more["compile_config"] = CompileConfig(backend="eager", mode=None)
+    found, expected = both(model, batch, POLICIES[policy], **more)
+    same(found, expected)
+    if policy != "off":
+        assert sum(map(len, found.invocations)) > 3
+
+
+@pytest.mark.parametrize("mode", ["plain", "ahead"])
+def test_slots_with_a_sliding_window(mode, monkeypatch):
+    if mode == "ahead":
+        monkeypatch.setattr(cache, "AHEAD", {"cpu"})
+    model = tempting("idefics3", base={"sliding_window": 12})
+    same(*both(model, tiny.mixed_batch(model.processor), SCHEDULE, max_new_tokens=40))
+
+
+def test_slots_of_an_eager_attention():
+    model = tempting("qwen2_5_vl")
+    model.base.set_attn_implementation("eager")
+    same(*both(model, tiny.mixed_batch(model.processor), "learned"))
+
+
+def test_slots_refuse_an_attention_that_cannot_read_them():
+    model = tempting("qwen2_5_vl")
+    model.base.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'static' needs attn_implementation 'sdpa' or 'eager'"):
+        both(model, tiny.mixed_batch(model.processor), "off")
+
+
+def test_slots_grow_where_they_do_not_suffice(monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK", 4)
+    model = tempting("qwen2_5_vl", max_invocations=2)  # forced invocations are not counted out
+    schedule = Forced([(row, step, "long") for row in range(3) for step in range(0, 30, 2)])
+    grown = []
+    reserve = cache.Slots.reserve
+    monkeypatch.setattr(
+        cache.Slots,
+        "reserve",
+        lambda self, columns: (grown.append(columns > self.columns), reserve(self, columns))[1],
+    )
+    same(*both(model, tiny.mixed_batch(model.processor), schedule))
+    assert any(grown)
+
+
+def readings(monkeypatch) -> list[int]:
+    """How many rows each reading has, noted from now on."""
+    widths, read = [], cache.Slots.read
+
+    def noted(self, backbone, inputs, rows):
+        widths.append(len(inputs))
+        return read(self, backbone, inputs, rows)
+
+    monkeypatch.setattr(cache.Slots, "read", noted)
+    return widths
+
+
+def test_finished_rows_leave_the_batch(monkeypatch):
+    model = tempting("idefics3")
+    batch = tiny.mixed_batch(model.processor)
+    settings = {"max_new_tokens": 20, "invocation": "off", "do_sample": True, "seed": [1, 2, 3]}
+    answers = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :].tolist()
+    ends = {token: sorted((*row, token).index(token) for row in answers) for row in answers for token in row}
+    token, places = next((token, places) for token, places in ends.items() if 0 < places[0] < places[1] < places[2])
+    widths = readings(monkeypatch)
+    model.generate(**batch, **settings, eos_token_id=token, cache_implementation="static")
+    assert widths == [3] * places[0] + [2] * (places[1] - places[0]) + [1] * (min(places[2], 19) - places[1])
+
+
+def test_one_graph_serves_every_call(monkeypatch):
+    """Prompts of other lengths, memories and rows that end early compile nothing anew."""
+    counter = CompileCounter()
+    model = tempting("qwen2_5_vl")
+    config = CompileConfig(backend=counter, mode=None)
+    batch = tiny.mixed_batch(model.processor)
+    for _ in range(2):
+        same(*both(model, batch, "learned", compile_config=config))
+    longer = tiny.prompts(model.processor, [tiny.message("look again! " * 3, tiny.picture(i)) for i in range(3)])
+    same(*both(model, longer, SCHEDULE, compile_config=config))
+    assert counter.frame_count == 1
+
+
+def test_the_compiler_that_ships_with_torch():
+    """Not only the graph but the code that is made of it."""
+    model = tempting("idefics3")
+    same(*both(model, tiny.mixed_batch(model.processor), SCHEDULE, compile_config=CompileConfig()))
