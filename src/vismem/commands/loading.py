@@ -198,6 +198,7 @@ def device_of(name: str):
 
 def silence_libraries(debug: bool) -> None:
     """Keeps the libraries' warnings and bars off stderr, but for a download's bar on a terminal."""
+    import logging
     import sys
 
     import huggingface_hub
@@ -208,5 +209,7 @@ def silence_libraries(debug: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
+    for name in ("bitsandbytes", "torch.utils._pytree"):  # peft imports bitsandbytes and torchao where it finds them
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()

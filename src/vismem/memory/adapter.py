@@ -30,6 +30,12 @@ class QueryValueUp(nn.Linear):
         return torch.cat([query, torch.zeros_like(query), value], dim=-1)
 
 
+def execution_device(layer: nn.Module) -> torch.device | None:
+    """Where accelerate runs a layer whose weights it keeps elsewhere, or None for a layer that it does not move."""
+    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)
+
+
 class Adapter(nn.Module):
     """LoRA weights for some linear layers of `module`; as a module of its own it holds the LoRA weights only.
 
@@ -60,10 +66,20 @@ class Adapter(nn.Module):
             plain = layer.get_base_layer()
             setattr(parent, attribute, plain)
             self._sites.append((parent, attribute, plain, layer))
-            down, weight = layer.lora_A["memory"], layer.lora_B["memory"].weight
+            weight = layer.lora_B["memory"].weight
+            factory = {"device": weight.device, "dtype": weight.dtype}
+            if weight.is_meta and (place := execution_device(plain)) is not None:  # its own weight comes when it runs
+                factory["device"] = place
+                layer.lora_A["memory"] = nn.Linear(plain.in_features, r, bias=False, **factory)
+                layer.lora_B["memory"] = nn.Linear(r, plain.out_features, bias=False, **factory)
+                nn.init.zeros_(layer.lora_B["memory"].weight)
             if fused_qkv:
-                layer.lora_B["memory"] = QueryValueUp(r, weight.shape[0], device=weight.device, dtype=weight.dtype)
-            parts = {"down": down, "up": layer.lora_B["memory"], "dropout": layer.lora_dropout["memory"]}
+                layer.lora_B["memory"] = QueryValueUp(r, weight.shape[0], **factory)
+            parts = {
+                "down": layer.lora_A["memory"],
+                "up": layer.lora_B["memory"],
+                "dropout": layer.lora_dropout["memory"],
+            }
             self.layers[name.replace(".", "/")] = nn.ModuleDict(parts)
         if not had_config and hasattr(module, "peft_config"):
             del module.peft_config
