@@ -25,7 +25,8 @@ class VisMemConfig:
         long_length: N_l, number of long-term memory vectors, one of 2, 4, 8, 16, 32.
         builder_layers: L, transformer layers of the query builder.
         builder_heads: attention heads of the query builder.
-        builder_width: inner width of the query builder; None means min(hidden_size, 1024).
+        builder_width: inner width of the query builder; None means min(hidden_size, 960), which keeps the whole memory
+            below one percent of every base of the paper.
         lora_r, lora_alpha, lora_dropout: rank, scale and dropout of both formers' LoRA adapters (query and value
             projections, Tab. 4).
         memory_init: `"pooled"` starts short memory from pooled patches and long memory from the mean token
@@ -83,6 +84,10 @@ class VisMemConfig:
     def length(self, kind: Kind) -> int:
         """N of that kind: how many vectors one invocation of it inserts."""
         return self.short_length if kind == "short" else self.long_length
+
+    def inner_width(self, hidden_size: int) -> int:
+        """The query builder's inner width for a base of that width; a multiple of its heads."""
+        return self.builder_width or min(hidden_size, 960) // self.builder_heads * self.builder_heads
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

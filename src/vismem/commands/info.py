@@ -1,12 +1,13 @@
-"""`vismem info`: what a base and its memory are made of."""
+"""`vismem info`: what a base and its memory are made of; of a base that is only a config, what it would need too."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
+from vismem.commands import unloaded
 from vismem.commands.loading import Loaded, add_model_options, load
-from vismem.commands.parsing import Parser, command_parser
+from vismem.commands.parsing import Misuse, Parser, command_parser
 
 PARTS = {"builder": "query builder", "short": "short-term former", "long": "long-term former", "tokens": "four tokens"}
 
@@ -14,11 +15,17 @@ PARTS = {"builder": "query builder", "short": "short-term former", "long": "long
 def parser() -> Parser:
     found = command_parser(
         "vismem info",
-        "Says what a base and its memory are made of: parameters by part, lengths, tokens, bytes.",
-        "vismem info --base Qwen/Qwen2.5-VL-7B-Instruct --json",
+        "Says what a base and its memory are made of: parameters by part, lengths, tokens, bytes. Where --base is a\n"
+        "config.json, or a folder with one and no weights, nothing is loaded, and peaks of memory are estimated.",
+        "vismem info --base Qwen/Qwen2.5-VL-7B-Instruct --json\n  vismem info --base my-base/config.json\n"
+        "  vismem info --paper",
     )
-    found.add_argument("--json", action="store_true", help="print one JSON object instead")
+    found.add_argument("--json", action="store_true", help="print JSON instead")
+    found.add_argument(
+        "--paper", nargs="?", const="", metavar="FOLDER", help="a table of the paper's bases, or of a folder of configs"
+    )
     add_model_options(found)
+    unloaded.add_load_options(found)
     return found
 
 
@@ -27,7 +34,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    facts = describe(load(options))
+    if options.paper is not None:
+        if options.base:
+            raise Misuse("give --paper or --base, not both (see `vismem info --help`)")
+        unloaded.refuse_checkpoint(options)
+        rows = unloaded.paper(options)
+        print(json.dumps(rows) if options.json else unloaded.paper_table(rows))
+        return 0
+    alone = unloaded.config_alone(options.base)
+    if alone is not None:
+        unloaded.refuse_checkpoint(options)
+    facts = describe(load(options)) if alone is None else unloaded.describe(alone, options)
     print(json.dumps(facts) if options.json else table(facts))
     return 0
 
@@ -77,10 +94,12 @@ def table(facts: dict) -> str:
         ("", f"{amount(numbers['total'], memory['bytes'])}, {100 * memory['share']:.2f} % of the base"),
         *((f"  {part}", f"{numbers[part]:>13,}  {name}") for part, name in PARTS.items()),
         ("lengths", f"{lengths['query']} query, {lengths['short']} short, {lengths['long']} long vectors"),
-        ("tokens", "  ".join(f"{token} {index}" for token, index in facts["tokens"].items())),
-        ("runs in", f"{facts['dtype']} on {facts['device']}"),
     ]
-    return "\n".join(f"{label:<10}{text}" for label, text in rows)
+    if facts["tokens"]:
+        rows.append(("tokens", "  ".join(f"{token} {index}" for token, index in facts["tokens"].items())))
+    rows.append(("runs in", f"{facts['dtype']} on {facts['device']}" if facts["device"] else facts["dtype"]))
+    lines = [f"{label:<10}{text}" for label, text in rows]
+    return "\n".join([*lines, *unloaded.estimate_lines(facts["estimates"])] if "estimates" in facts else lines)
 
 
 def amount(parameters: int, number: int) -> str:

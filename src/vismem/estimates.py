@@ -1,0 +1,225 @@
+"""How much memory a base with a latent memory needs, estimated from its shape: answering, and each stage of training.
+
+Every estimate is a sum of named parts in bytes, so that a reader sees what fills a device. Attention is taken as
+fused (no matrix of scores is kept); what the allocator adds, and the CUDA context, are not in it. Counting parameters
+is `sizes.py`'s matter; `docs/sizes.md` has the formulas in one place and how far they were off when measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vismem.config import VisMemConfig
+from vismem.sizes import Shape
+
+FLOAT32 = 4
+TRAINED = {"warmup": ("builder", "short", "long"), "stage1": ("builder", "short", "long"), "stage2": ("tokens",)}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a device is given to do.
+
+    Args:
+        visual_tokens: of the images in each prompt.
+        prompt_tokens: of the words in each prompt.
+        answer_tokens: sampled in each answer.
+        invocations: in each answer, half of either kind.
+        prompts: of a training batch; in the RL stages each has `group_size` answers.
+        group_size: G.
+        micro_batch: trajectories (in the warm-up: rows) of each forward and backward.
+        bytes_each: of one number in the base's dtype.
+    """
+
+    visual_tokens: int = 1024
+    prompt_tokens: int = 128
+    answer_tokens: int = 256
+    invocations: int = 4
+    prompts: int = 8
+    group_size: int = 16
+    micro_batch: int = 4
+    bytes_each: int = 2
+
+    @property
+    def prompt(self) -> int:
+        """Positions of a prompt."""
+        return self.visual_tokens + self.prompt_tokens
+
+    def written(self, config: VisMemConfig) -> int:
+        """Positions of an answer with its memories and their end tokens in it."""
+        slots = self.invocations * (config.short_length + config.long_length + 2)
+        return self.answer_tokens + -(-slots // 2)
+
+    @property
+    def segment(self) -> int:
+        """Tokens between two invocations."""
+        return -(-self.answer_tokens // (self.invocations + 1))
+
+
+# What lies in memory, bit by bit.
+
+
+def cache(shape: Shape, rows: int, columns: int, each: int) -> int:
+    """Keys and values of the language model: `rows * columns * layers * 2 * kv_heads * head_dim` numbers."""
+    language = shape.language
+    return rows * columns * language.layers * 2 * language.kv_heads * language.head_dim * each
+
+
+def patches_of(shape: Shape, load: Load) -> int:
+    """Patches of a prompt's images."""
+    return load.visual_tokens * shape.tower.merge**2
+
+
+def patch_cache(shape: Shape, images: int, load: Load) -> int:
+    """The short former's keys and values of every patch: `images * patches * blocks * 2 * d_vision` numbers."""
+    return images * patches_of(shape, load) * shape.tower.layers * 2 * shape.tower.width * load.bytes_each
+
+
+def reading(shape: Shape, rows: int, load: Load) -> int:
+    """The peak of reading prompts without gradient: the language model's widest layer, or the tower's.
+
+    A layer of the language model holds `3 d + 3 inner` numbers at each position: its input, the states and their
+    norm, and three of the MLP's. A block of the tower holds as much of its own at each patch (2 inner where the MLP
+    is not gated). Visual states [y, d] are kept in any case.
+    """
+    language, tower = shape.language, shape.tower
+    words = load.prompt * 3 * (language.hidden + language.inner)
+    looks = patches_of(shape, load) * (3 * tower.width + (3 if tower.gated else 2) * tower.inner)
+    return rows * (max(words, looks) + load.visual_tokens * language.hidden) * load.bytes_each
+
+
+def forming(shape: Shape, config: VisMemConfig, rows: int, load: Load, each: int) -> int:
+    """The peak of forming memory without gradient for `rows` rows at once: the builder, or a look at the patches.
+
+    The builder holds `2 d + 13 width` numbers of `each` bytes at each state that it reads, and its mask; a look holds
+    one block's keys and values of all patches, twice while they are put together.
+    """
+    held = load.visual_tokens + load.segment + config.query_length
+    builder = held * (2 * shape.language.hidden + 13 * config.inner_width(shape.language.hidden)) * each + held**2
+    look = 2 * patches_of(shape, load) * 2 * shape.tower.width * load.bytes_each
+    return rows * max(builder, look)
+
+
+def logits(shape: Shape, tokens: int, load: Load) -> int:
+    """Logits of `tokens` tokens while a next one is drawn or a log-probability is taken: some copies of them."""
+    return tokens * shape.language.vocabulary * (2 * load.bytes_each + 2 * FLOAT32)
+
+
+def layer_activations(shape: Shape, load: Load) -> int:
+    """Bytes that one frozen layer of the language model keeps for the backward pass at each position.
+
+    Frozen linear layers keep nothing. Norms keep their input in float32 (two of width d, on query and key too where
+    the family has them), attention its query and output, the MLP three of its width.
+    """
+    language = shape.language
+    heads, keys = language.heads * language.head_dim, language.kv_heads * language.head_dim
+    norms = 2 * language.hidden + (heads + keys if language.query_norm else 0)
+    return norms * FLOAT32 + (2 * heads + 3 * language.inner) * load.bytes_each
+
+
+def seen_keys(shape: Shape, load: Load) -> int:
+    """Bytes of keys and values that attention keeps for one layer and each position seen: one for every query head."""
+    return 2 * shape.language.heads * shape.language.head_dim * load.bytes_each
+
+
+def replay(shape: Shape, config: VisMemConfig, rows: int, load: Load, checkpointing: bool) -> dict[str, int]:
+    """Reading `rows` answers with gradient, after their prompts were read without.
+
+    The prompts' keys and values are held for every row. Each layer keeps its activations at the answer's E positions
+    and the keys and values of all P + E; with checkpointing only its input, and one layer's worth while it is
+    computed again.
+    """
+    language, answer = shape.language, load.written(config)
+    layer = rows * (answer * layer_activations(shape, load) + (load.prompt + answer) * seen_keys(shape, load))
+    inputs = rows * answer * language.hidden * load.bytes_each
+    kept = language.layers * inputs + layer if checkpointing else language.layers * layer
+    return {
+        "prompt_cache": cache(shape, rows, load.prompt, load.bytes_each),
+        "activations": kept + rows * answer * (load.prompt + answer) * load.bytes_each,
+    }
+
+
+def formation(shape: Shape, config: VisMemConfig, rows: int, images: int, load: Load, checkpointing: bool) -> int:
+    """Forming all memories of `rows` answers with gradient.
+
+    Four things are kept: the tower's activations at every patch of `images` prompts (with checkpointing the blocks'
+    inputs and one block's worth), and its keys and values; for each short look every block's keys and values of all
+    patches, copied beside its own; for each long one the language model's activations over segment, query and memory;
+    for each invocation the builder's, in float32: `2 d + 21 width` numbers at each state it reads, and its masks.
+    Checkpointing does not touch the last three.
+    """
+    language, tower, each = shape.language, shape.tower, load.bytes_each
+    patches, looks = patches_of(shape, load), rows * load.invocations / 2
+    norms = 2 * tower.width * (FLOAT32 if tower.gated else each)
+    block = norms + (6 * tower.width + (3 if tower.gated else 2) * tower.inner) * each
+    seen = tower.layers * tower.width * each + block if checkpointing else tower.layers * block
+    encode = images * patches * seen + patch_cache(shape, images, load)
+    own = config.query_length + config.short_length * tower.merge**2
+    look = tower.layers * ((patches + own) * 2 * tower.width * each + own * block)
+    recalled = load.segment + config.query_length + config.long_length
+    recall = language.layers * recalled * (layer_activations(shape, load) + seen_keys(shape, load))
+    held = load.visual_tokens + load.segment + config.query_length
+    build = held * (2 * language.hidden + 21 * config.inner_width(shape.language.hidden)) * FLOAT32 + held**2
+    return round(encode + looks * (look + recall + 2 * build))
+
+
+# What a user asks for.
+
+
+def inference(shape: Shape, parts: dict[str, int], config: VisMemConfig, load: Load, rows: int) -> dict[str, int]:
+    """Answering `rows` prompts at once: weights, memory, both caches, and the widest moment of reading or forming."""
+    each = load.bytes_each
+    found = {
+        "weights": shape.parameters * each,
+        "memory": sum(parts.values()) * each,
+        "cache": cache(shape, rows, load.prompt + load.written(config), each),
+        "patch_cache": patch_cache(shape, rows, load),
+        "activations": max(reading(shape, rows, load), forming(shape, config, rows, load, each))
+        + logits(shape, rows, load),
+    }
+    return found | {"total": sum(found.values())}
+
+
+def training(
+    shape: Shape, parts: dict[str, int], config: VisMemConfig, load: Load, stage: str, checkpointing: bool
+) -> dict[str, int]:
+    """One update of a stage on one device.
+
+    The base stays in its dtype. All of the memory and the four rows are kept in float32, what the stage trains with
+    AdamW's two moments and a copy of where it started (the KL reference). To these comes the wider of two moments:
+    the rollout of all `prompts * group_size` answers at once (none in the warm-up), and the update of a
+    micro-batch, which has the gradients too.
+    """
+    from vismem.model import LOGITS_HELD
+
+    each, language = load.bytes_each, shape.language
+    trained = sum(parts[part] for part in TRAINED[stage])
+    kept = {
+        "weights": shape.parameters * each,
+        "memory": sum(parts.values()) * FLOAT32,
+        "optimizer": 2 * trained * FLOAT32,
+        "start": trained * FLOAT32,
+    }
+    update = {"gradients": trained * FLOAT32} | replay(shape, config, load.micro_batch, load, checkpointing)
+    images = load.micro_batch if stage == "warmup" else -(-load.micro_batch // load.group_size)
+    if stage != "stage2":
+        update["formation"] = formation(shape, config, load.micro_batch, images, load, checkpointing)
+    at_once = max(1, LOGITS_HELD // language.vocabulary)
+    update["logits"] = logits(shape, min(at_once, load.micro_batch * load.answer_tokens), load)
+    rollout = {}
+    if stage != "warmup":
+        rows = load.prompts * load.group_size
+        rollout = {
+            "rollout_cache": cache(shape, rows, load.prompt + load.written(config), each),
+            "patch_cache": patch_cache(shape, load.prompts, load),
+            "recorded_states": rows * load.answer_tokens * language.hidden * each,
+            "activations": max(reading(shape, load.prompts, load), forming(shape, config, load.prompts, load, FLOAT32))
+            + logits(shape, rows, load),
+        }
+    peaks = {"rollout": sum(rollout.values()), "update": sum(update.values())}
+    return kept | {
+        "rollout": rollout,
+        "update": update,
+        "widest": max(peaks, key=peaks.__getitem__),
+        "total": sum(kept.values()) + max(peaks.values()),
+    }
