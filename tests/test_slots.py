@@ -142,6 +142,18 @@ def test_one_graph_serves_every_call(monkeypatch):
     assert counter.frame_count == 1
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_slots_of_every_size_are_compiled():
+    """torch compiles a function so many times and then never again; slots do not share that limit."""
+    model = tempting("qwen2_5_vl")
+    for count in (1, 2, 3, 4):
+        counter = CompileCounter()
+        batch = tiny.prompts(model.processor, [tiny.message("look again!", tiny.picture(0))] * count)
+        config = CompileConfig(backend=counter, mode=None)
+        same(*both(model, batch, "off", max_new_tokens=4, seed=list(range(count)), compile_config=config))
+        assert counter.frame_count == 1
+
+
 def test_the_compiler_that_ships_with_torch():
     """Not only the graph but the code that is made of it."""
     model = tempting("idefics3")

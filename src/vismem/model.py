@@ -6,6 +6,7 @@ is formed is in `memory/`, how an answer is written in `decoding/`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import ModelOutput, PushToHubMixin
 
 from vismem import checkpoint
-from vismem.backbones import Image, Patches, backbone_of
+from vismem.backbones import Backbone, Image, Patches, backbone_of
 from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.decoding.engine import Decoder
 from vismem.decoding.generation import Layout, Prepared, prepared
 from vismem.decoding.invocation import Policy, policy_of
+from vismem.decoding.requests import Answer, Request, RequestQueue, stream
 from vismem.decoding.rows import output
 from vismem.decoding.trace import VisMemOutput
 from vismem.memory import Memory, Observation
@@ -78,6 +80,7 @@ class VisMem(nn.Module, PushToHubMixin):
         self.memory_config = config or VisMemConfig()
         self.base, self.processor = base.eval().requires_grad_(False), processor
         self.backbone = backbone_of(base)
+        refuse_offloaded(self.backbone)
         tokenizer = processor.tokenizer
         delimiter = single_token_id(tokenizer, self.memory_config.delimiters)
         invocation_ids, end_ids = add_memory_tokens(tokenizer)
@@ -89,6 +92,7 @@ class VisMem(nn.Module, PushToHubMixin):
             end_ids,
             delimiter,
             self.memory_config.token_noise,
+            self.backbone.embedding_scale,
         )
 
     # The parts that transformers' own tools ask a model for.
@@ -185,8 +189,7 @@ class VisMem(nn.Module, PushToHubMixin):
         def decode(call: Prepared) -> VisMemOutput | Tensor:
             openings = getattr(call.settings.policy, "openings", ())
             count = len(openings) or len(call.input_ids) * call.copies
-            columns = call.input_ids.shape[1] + call.settings.budget + self._slack
-            slots = None if layout is None else layout.slots(self.base, count, columns)
+            slots = None if layout is None else layout.slots(call, count, self.memory_config)
             decoder = Decoder(self.backbone, self.tokens, self.memory, self.memory_config, slots)
             prompts = decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
             rows = decoder.enter(prompts, call.settings, call.copies, seeds)
@@ -200,18 +203,43 @@ class VisMem(nn.Module, PushToHubMixin):
             invocation, decode, inputs, generator=generator, record=record, streamer=streamer, **kwargs
         )
 
+    def stream_batch(
+        self,
+        requests: Iterable[Request | dict[str, Tensor]],
+        batch_size: int = 16,
+        *,
+        invocation: str | Policy = "learned",
+        record: bool = False,
+        **generation: Any,
+    ) -> Iterator[Answer]:
+        """Answers many requests in one live batch, each as soon as it is done: rows leave, waiting ones enter.
+
+        Args:
+            requests: the processor's outputs, or `vismem.Request`s with settings of their own; any iterable, taken
+                from as room comes up.
+            batch_size: rows decoded together at most.
+            invocation, record: as in `generate`.
+            **generation: generation keywords for all of them.
+
+        Yields:
+            `vismem.Answer`s in the order in which they end, with `tokens`, `invocations`, `finish` and the request.
+
+        Raises:
+            ValueError: if a request does not fit; names its number.
+
+        Example:
+            >>> for answer in model.stream_batch(prompts, batch_size=32, max_new_tokens=64):
+            ...     print(answer.tag, processor.decode(answer.tokens, skip_special_tokens=True))
+        """
+        queue = RequestQueue(self, batch_size, invocation=invocation, record=record, **generation)
+        return stream(queue, requests)
+
     def _prepare(self, invocation: str | Policy, decode: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Has transformers prepare a call of `generate`, and `decode` write it."""
-        policy = policy_of(invocation)
+        policy, kwargs = policy_of(invocation), self.backbone.prepare(kwargs)
         return prepared(
             self.backbone, self.processor.tokenizer, lambda: self.delimiters, policy, decode, inputs, **kwargs
         )
-
-    @property
-    def _slack(self) -> int:
-        """Columns that the memories of one answer take at most, where the guards bind."""
-        config = self.memory_config
-        return config.max_invocations * (max(config.short_length, config.long_length) + 1) + 1
 
     # Training.
 
@@ -254,7 +282,8 @@ class VisMem(nn.Module, PushToHubMixin):
             sampled: bool [B, L]. With it `log_probs` of just these tokens are returned, and no logits.
             allowed: bool [B, L, 2] with `sampled`: kinds that might have been invoked at each token; all by default.
             temperature: of the distribution that `log_probs` are taken under.
-            **inputs: the processor's image tensors (and `mm_token_type_ids` where the family has them).
+            **inputs: the processor's image tensors, and what it says of each token (`mm_token_type_ids`,
+                `token_type_ids`) where the family has that, for the prompts at least: an answer is text.
 
         Returns:
             A `VisMemForwardOutput`; gradients reach the builder, the formers and the four tokens' rows.
@@ -273,7 +302,7 @@ class VisMem(nn.Module, PushToHubMixin):
         place = (shown & ~written)[prompts]
         images = self.backbone.rows_of_images(place, seen)
         with torch.no_grad():
-            features = self.base.get_image_features(**vision, return_dict=True) if vision else None
+            features = self.backbone.image_features(**vision) if vision else None
         visual = self.backbone.visual_states(place, features)
         places = find_invocations(input_ids, starts, self.tokens.invocation_ids, self.tokens.end_ids)
         positions = self._positions(input_ids, attention_mask, inputs, copies, starts[0])
@@ -300,8 +329,9 @@ class VisMem(nn.Module, PushToHubMixin):
                         formed[r][i] = memory
             return formed
 
+        known = {name: inputs[name] for name in self.backbone.token_inputs if inputs.get(name) is not None}
         reader = Reader(
-            self.base, embeds.to(self.dtype), attention_mask, positions, features, copies, self.checkpointing
+            self.backbone, embeds.to(self.dtype), attention_mask, positions, features, copies, self.checkpointing, known
         )
         # What stands before the first invocation of all rows depends on nothing that is trained here.
         first = starts[0] if copies > 1 else min((place.index for row in places for place in row), default=0)
@@ -464,6 +494,26 @@ class VisMem(nn.Module, PushToHubMixin):
 
     def extra_repr(self) -> str:
         return f"base={self.name_or_path!r}, {self.memory_config}"
+
+
+def refuse_offloaded(backbone: Backbone) -> None:
+    """Refuses a base with parts on disk or in another memory that are not read layer by layer.
+
+    Layers of the language model may be offloaded (`device_map`); of a base that is all shapes, sizes can be counted.
+    """
+    embeddings, head = backbone.embeddings.weight, backbone.head.weight
+    language = {id(weight) for weight in (*backbone.language_model.parameters(), head)}
+    parts = {
+        "token embeddings": [embeddings],
+        "output head": [head],
+        "vision encoder or projector": [w for w in backbone.base.parameters() if id(w) not in language],
+    }
+    away = [name for name, weights in parts.items() if any(weight.is_meta for weight in weights)]
+    if away and not all(weight.is_meta for weight in backbone.base.parameters()):
+        raise ValueError(
+            f"offloaded parts of the base: {', '.join(away)}; memory reads their weights directly, so keep them on a "
+            "device in device_map (layers of the language model may be offloaded)"
+        )
 
 
 __all__ = ["VisMem", "VisMemForwardOutput"]

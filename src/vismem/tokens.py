@@ -49,7 +49,8 @@ class MemoryTokens(nn.Module):
 
     Invocation and end rows are separate parameters because stage II trains them at different rates. Each starts as a
     delimiter's row plus noise of `noise` times its RMS; where the output head is tied to the embedding table the
-    output rows are the input rows.
+    output rows are the input rows. Rows are kept as the table keeps its own: a table that scales what it looks up
+    has them scaled too.
 
     Args:
         table: the base's input embedding, `weight` [vocab, d].
@@ -57,6 +58,7 @@ class MemoryTokens(nn.Module):
         invocation_ids, end_ids: id of each kind's token.
         delimiter: id of the token whose rows are copied.
         noise: relative size of the noise.
+        scale: what the table multiplies its rows by when it looks them up.
     """
 
     def __init__(
@@ -67,17 +69,19 @@ class MemoryTokens(nn.Module):
         end_ids: dict[str, int],
         delimiter: int,
         noise: float,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.invocation_ids, self.end_ids = invocation_ids, end_ids
+        self.invocation_ids, self.end_ids, self.scale = invocation_ids, end_ids, scale
         self.kind_of: dict[int, Kind] = {index: kind for kind, index in invocation_ids.items()}
         self.ids = [*(invocation_ids[kind] for kind in KINDS), *(end_ids[kind] for kind in KINDS)]
+        self._sent: dict[torch.device, Tensor] = {}
         self._base = {"table": table, "head": head}  # a dict, so that the base is not registered a second time
 
         def start(weight: Tensor) -> nn.Parameter:
             row = weight[delimiter].detach().float()
-            scale = noise * row.pow(2).mean().sqrt()
-            return nn.Parameter((row + scale * torch.randn(2, row.numel(), device=row.device)).to(weight.dtype))
+            size = noise * row.pow(2).mean().sqrt()
+            return nn.Parameter((row + size * torch.randn(2, row.numel(), device=row.device)).to(weight.dtype))
 
         self.invocation, self.end = start(table.weight), start(table.weight)
         self.tied = head.weight is table.weight
@@ -94,18 +98,25 @@ class MemoryTokens(nn.Module):
         """Width of the logits with the four tokens in them."""
         return max(self.base_vocabulary, max(self.ids) + 1)
 
+    def _ids_on(self, device: torch.device) -> Tensor:
+        """The four ids [4] there, sent once: sending them anew would make the host wait for a GPU at every token."""
+        if device not in self._sent:
+            with torch.inference_mode(False):  # they may be met again in training
+                self._sent[device] = torch.tensor(self.ids, device=device)
+        return self._sent[device]
+
     def present(self, input_ids: Tensor) -> bool:
         """Whether any of the four ids occurs in `input_ids`."""
-        return bool(torch.isin(input_ids, torch.tensor(self.ids, device=input_ids.device)).any())
+        return bool(torch.isin(input_ids, self._ids_on(input_ids.device)).any())
 
     def row(self, kind: Kind, which: str) -> Tensor:
-        """The input row [d] of a kind's `"invocation"` or `"end"` token."""
-        return getattr(self, which)[KINDS.index(kind)]
+        """The input embedding [d] of a kind's `"invocation"` or `"end"` token."""
+        return getattr(self, which)[KINDS.index(kind)] * self.scale
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Input embeddings [..., d] of ids [...]: the base's table, with the four rows laid over it."""
-        rows = torch.cat([self.invocation, self.end])
-        ids = torch.tensor(self.ids, device=input_ids.device)
+        rows = torch.cat([self.invocation, self.end]) * self.scale
+        ids = self._ids_on(input_ids.device)
         hits = input_ids.unsqueeze(-1) == ids  # [..., 4]
         known = self._base["table"](input_ids.masked_fill(hits.any(-1), 0))
         if not hits.any():
@@ -116,7 +127,7 @@ class MemoryTokens(nn.Module):
         """Base logits [..., base_vocabulary] from `hidden` [..., d], widened to [..., vocabulary] with the four."""
         rows = torch.cat([self.invocation, self.end] if self.tied else [self.invocation_output, self.end_output])
         wide = nn.functional.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=float("-inf"))
-        index = torch.tensor(self.ids, device=logits.device)
+        index = self._ids_on(logits.device)
         return wide.index_copy(-1, index, (hidden @ rows.to(hidden).T).to(logits))
 
     def forbid(self, logits: Tensor, allowed: Tensor) -> Tensor:
@@ -126,6 +137,6 @@ class MemoryTokens(nn.Module):
             logits: [..., vocabulary].
             allowed: bool [..., 2] or [2], in the order of `KINDS`.
         """
-        index = torch.tensor(self.ids, device=logits.device)
+        index = self._ids_on(logits.device)
         open_ = torch.cat([allowed, torch.zeros_like(allowed)], dim=-1)  # [..., 4] or [4]
         return logits.index_copy(-1, index, logits[..., index].masked_fill(~open_, float("-inf")))

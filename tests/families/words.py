@@ -16,8 +16,11 @@ TEMPLATE = (
 )
 
 
-def tokenizer(special: list[str], image_mark: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with chat markers, an end and a pad token, and the family's image tokens."""
+def tokenizer(special: list[str], image_mark: str, **named: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with chat markers, an end and a pad token, and the family's image tokens.
+
+    `named` are those that the family's processor asks for by name, such as `boi_token="<start_of_image>"`.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -34,6 +37,7 @@ def tokenizer(special: list[str], image_mark: str) -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         additional_special_tokens=["<|start|>", *special],
         padding_side="left",
+        **named,
     )
     found.chat_template = TEMPLATE.replace("IMAGE", image_mark)
     return found

@@ -1,14 +1,47 @@
-"""Which families of base models are supported; one line each."""
+"""Which families of base models are supported; one line each. docs/add-a-backbone.md tells how to add one."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from vismem.backbones.base import Backbone, Image, Patches
+from vismem.backbones.gemma3 import Gemma3Backbone
 from vismem.backbones.idefics3 import Idefics3Backbone
+from vismem.backbones.internvl import InternVLBackbone
+from vismem.backbones.llava import LlavaBackbone
+from vismem.backbones.llava_next import LlavaNextBackbone
+from vismem.backbones.llava_onevision import LlavaOnevisionBackbone
+from vismem.backbones.llava_onevision1_5 import LlavaOneVision15Backbone
 from vismem.backbones.qwen2_5_vl import Qwen25VLBackbone
+from vismem.backbones.qwen2_vl import Qwen2VLBackbone
+from vismem.backbones.qwen3_vl import Qwen3VLBackbone
 
-FAMILIES: tuple[type[Backbone], ...] = (Idefics3Backbone, Qwen25VLBackbone)
+FAMILIES: list[type[Backbone]] = [
+    Gemma3Backbone,
+    Idefics3Backbone,
+    InternVLBackbone,
+    LlavaBackbone,
+    LlavaNextBackbone,
+    LlavaOnevisionBackbone,
+    LlavaOneVision15Backbone,
+    Qwen2VLBackbone,
+    Qwen25VLBackbone,
+    Qwen3VLBackbone,
+]
+
+
+def register(family: type[Backbone]) -> type[Backbone]:
+    """Adds a family that lives outside of this package; also a class decorator.
+
+    It goes before those registered earlier, so that it may also replace one.
+
+    Raises:
+        TypeError: if it is no `Backbone` class, or has no `model_types`.
+    """
+    if not (isinstance(family, type) and issubclass(family, Backbone) and family.model_types):
+        raise TypeError(f"cannot register {family!r}: a family is a subclass of Backbone with model_types set")
+    FAMILIES.insert(0, family)
+    return family
 
 
 def backbone_of(base: nn.Module) -> Backbone:
@@ -17,15 +50,15 @@ def backbone_of(base: nn.Module) -> Backbone:
     Raises:
         ValueError: if no family answers to that name; lists those that do.
     """
-    model_type = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
+    model_type = getattr(getattr(base, "config", None), "model_type", None) or type(base).__name__
     for family in FAMILIES:
         if model_type in family.model_types:
             return family(base)
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
     raise ValueError(
-        f"no backbone for model type {model_type!r}; supported: {known}. A new family is one file in "
-        "vismem/backbones (see Backbone in vismem/backbones/base.py)"
+        f"no backbone for model type {model_type!r}: memory needs a vision-language model of a known family "
+        f"({known}); to add a family, write a Backbone and vismem.backbones.register it (docs/add-a-backbone.md)"
     )
 
 
-__all__ = ["FAMILIES", "Backbone", "Image", "Patches", "backbone_of"]
+__all__ = ["FAMILIES", "Backbone", "Image", "Patches", "backbone_of", "register"]

@@ -26,11 +26,13 @@ class Image:
         pixels: what the tower reads, in the family's layout, padding removed.
         grid: patches high and wide.
         tokens: visual tokens that it takes in the prompt.
+        part: rows and columns of the grid that show the picture, where the rest is padding that the tower sees too.
     """
 
     pixels: Tensor
     grid: tuple[int, int]
     tokens: int
+    part: tuple[slice, slice] = (slice(None), slice(None))
 
 
 @dataclass
@@ -38,7 +40,8 @@ class Patches:
     """One image seen through the short former's adapter: all that a later look at it needs.
 
     Args:
-        embedded: patch embeddings on their grid, after a learned position embedding: [height, width, d_vision].
+        embedded: patch embeddings on their grid, after a learned position embedding, padding left out: [height,
+            width, d_vision].
         keys_values: for each block [2, heads, patches, head_dim], rotated where the tower rotates.
         tokens: visual tokens that the image takes in the prompt.
     """
@@ -56,12 +59,15 @@ class Backbone:
     Attributes:
         model_types: values of `config.model_type` that the family answers to.
         image_inputs: keyword names under which the processor hands over images; the first is the pixels.
+        token_inputs: keyword names of what the language model must know of each token of a prompt besides its vector
+            and its position, [B, L] with 0 for text: which tokens attend in both directions, for example.
         tower_targets, language_targets: names of the linear layers that LoRA adapts (query and value projections).
         fused_qkv: whether the tower's one target is a fused query-key-value projection.
     """
 
     model_types: tuple[str, ...] = ()
     image_inputs: tuple[str, ...] = ()
+    token_inputs: tuple[str, ...] = ()
     tower_targets: tuple[str, ...] = ("q_proj", "v_proj")
     language_targets: tuple[str, ...] = ("q_proj", "v_proj")
     fused_qkv: bool = False
@@ -82,6 +88,11 @@ class Backbone:
         return self.base.get_input_embeddings()
 
     @property
+    def embedding_scale(self) -> float:
+        """What the embedding table multiplies its rows by when it looks them up."""
+        return 1.0
+
+    @property
     def head(self) -> nn.Module:
         """The output head, [d] to [vocab]."""
         return self.base.get_output_embeddings()
@@ -95,6 +106,22 @@ class Backbone:
     def image_token_id(self) -> int:
         """The id that stands for one visual token in `input_ids`."""
         return self.base.config.image_token_id
+
+    def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of a `generate` call, before transformers sees them.
+
+        It encodes the images ahead of the prompt where the base's `forward` takes `mm_encoder_outputs`. A family
+        without that adds them here, as `{"image": features}`, and has `read` put them in their places.
+        """
+        return inputs
+
+    def image_features(self, **vision: Tensor) -> Any:
+        """What the base's tower and projector make of images, as `visual_states` and `read` take it."""
+        return self.base.get_image_features(**vision, return_dict=True)
+
+    def read(self, **inputs: Any) -> Tensor:
+        """Last-layer states [B, L, d] of the base without its head, called by the keywords of transformers' models."""
+        return self.base.model(**inputs).last_hidden_state
 
     def visual_states(self, places: Tensor, features: Any | None) -> list[Tensor]:
         """The projector's outputs, row by row (v of Eq. 5).
@@ -114,7 +141,8 @@ class Backbone:
             flat = self.embeddings.weight.new_zeros(0, self.hidden_size)
         else:
             outputs = features.pooler_output
-            flat = torch.cat([o.reshape(-1, o.shape[-1]) for o in outputs]) if not torch.is_tensor(outputs) else outputs
+            parts = [outputs] if torch.is_tensor(outputs) else outputs  # [..., d] each
+            flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
         if sum(counts) != len(flat):
             raise mismatch(sum(counts), len(flat))
         return list(flat.split(counts))
@@ -156,7 +184,8 @@ class Backbone:
                 kept.append(keys_values)
             raster = self.to_raster(start, grid)
             for place, index in enumerate(members):
-                found[index] = Patches(raster[place], [layer[place] for layer in kept], images[index].tokens)
+                embedded = raster[place][images[index].part]
+                found[index] = Patches(embedded, [layer[place] for layer in kept], images[index].tokens)
         return found  # type: ignore[return-value]
 
     def read_block(self, depth: int, grid: tuple[int, int], rotary: Rotary, hidden: Tensor) -> tuple[Tensor, Tensor]:

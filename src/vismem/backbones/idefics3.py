@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vismem.backbones.base import Backbone, Image, Rotary, join_heads, split_heads
+from vismem.backbones.base import Image
+from vismem.backbones.clip import ClipTowerBackbone
 
 
-class Idefics3Backbone(Backbone):
+class Idefics3Backbone(ClipTowerBackbone):
     """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`."""
 
     model_types = ("idefics3", "smolvlm")
@@ -19,16 +20,8 @@ class Idefics3Backbone(Backbone):
         return self.base.model.vision_model
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        return self.tower.encoder.layers
-
-    @property
     def language_model(self) -> nn.Module:
         return self.base.model.text_model
-
-    @property
-    def vision_size(self) -> int:
-        return self.base.config.vision_config.hidden_size
 
     @property
     def merge(self) -> int:
@@ -63,16 +56,6 @@ class Idefics3Backbone(Backbone):
         weight = embeddings.patch_embedding.weight
         everywhere = torch.ones(len(images), *images[0].grid, dtype=torch.bool, device=weight.device)
         return embeddings(pixel_values=pixels.to(weight), patch_attention_mask=everywhere)
-
-    def qkv(self, block: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        attention, states = block.self_attn, block.layer_norm1(hidden)
-        projections = attention.q_proj, attention.k_proj, attention.v_proj
-        query, key, value = (split_heads(project(states), attention.head_dim) for project in projections)
-        return query, key, value
-
-    def finish(self, block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
-        hidden = hidden + block.self_attn.out_proj(join_heads(attended))
-        return hidden + block.mlp(block.layer_norm2(hidden))
 
     def project(self, hidden: Tensor) -> Tensor:
         # The connector's shuffle lays the vectors of a block side by side; ours come in blocks already.

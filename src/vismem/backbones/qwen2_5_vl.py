@@ -1,88 +1,32 @@
-"""Qwen2.5-VL: a rotary tower with windowed attention and a fused query-key-value projection, and M-RoPE."""
+"""Qwen2.5-VL: Qwen2-VL's tower with attention in windows in most of its blocks."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
 
-from vismem.backbones.base import Backbone, Image, Rotary, join_heads
+from vismem.backbones.base import Image, Rotary
+from vismem.backbones.qwen2_vl import Qwen2VLBackbone
 
 
-class Qwen25VLBackbone(Backbone):
-    """`Qwen2_5_VLForConditionalGeneration`. Videos are read by the base as ever; memory looks at images."""
+class Qwen25VLBackbone(Qwen2VLBackbone):
+    """`Qwen2_5_VLForConditionalGeneration`. Patches keep to their window; memory looks at all, in every block."""
 
     model_types = ("qwen2_5_vl",)
-    image_inputs = ("pixel_values", "image_grid_thw")
-    tower_targets = ("qkv",)
-    fused_qkv = True
-
-    @property
-    def tower(self) -> nn.Module:
-        return self.base.model.visual
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.tower.blocks
-
-    @property
-    def language_model(self) -> nn.Module:
-        return self.base.model.language_model
-
-    @property
-    def vision_size(self) -> int:
-        return self.base.config.vision_config.hidden_size
-
-    @property
-    def merge(self) -> int:
-        return self.tower.spatial_merge_size
-
-    def images(
-        self, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, **_: Tensor
-    ) -> list[Image]:
-        """Images out of packed `pixel_values` [all patches, values per patch] and `image_grid_thw` [images, 3]."""
-        if pixel_values is None:
-            return []
-        grids = [(height, width) for _time, height, width in image_grid_thw.tolist()]
-        pieces = pixel_values.split([height * width for height, width in grids])
-        return [Image(p, g, g[0] * g[1] // self.merge**2) for p, g in zip(pieces, grids, strict=True)]
 
     def embed_patches(self, images: list[Image]) -> Tensor:
-        # The convolution's stride is its kernel, so it is a plain product.
-        weight = self.tower.patch_embed.proj.weight.flatten(1)
-        embedded = F.linear(torch.stack([image.pixels for image in images]).to(weight), weight)
-        return self._to_windows(embedded, images[0].grid)
-
-    def _windows(self, grid: tuple[int, int]) -> tuple[Tensor, list[int]]:
-        """Order of the merge blocks, window by window, and each window's number of patches."""
-        order, ends = get_vision_window_index(
-            torch.tensor([[1, *grid]]), self.merge, self.tower.window_size, self.tower.patch_size
-        )
-        return order, ends.diff().tolist()
-
-    def _to_windows(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[n, patches, ...] from block order (what the processor writes) to window order (what the tower reads)."""
-        order, _ = self._windows(grid)
-        return patches.unflatten(1, (-1, self.merge**2))[:, order.to(patches.device)].flatten(1, 2)
+        return self._to_windows(super().embed_patches(images), images[0].grid)
 
     def to_raster(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         order, _ = self._windows(grid)
-        height, width, side = grid[0] // self.merge, grid[1] // self.merge, self.merge
-        blocks = patches.unflatten(1, (-1, side**2))[:, order.argsort().to(patches.device)]
-        return (
-            blocks.reshape(-1, height, width, side, side, patches.shape[-1]).transpose(2, 3).flatten(1, 2).flatten(2, 3)
-        )
+        blocks = patches.unflatten(1, (-1, self.merge**2))[:, order.argsort().to(patches.device)]
+        return super().to_raster(blocks, grid)
 
     def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
-        coordinates = get_vision_position_ids(torch.tensor([[1, *grid]]), self.merge).float()  # [patches, 2]
-        cos, sin = self.rotary_at(coordinates.to(self.tower.rotary_pos_emb.inv_freq.device))
+        cos, sin = super().patch_rotary(grid)
         return self._to_windows(cos[None], grid)[0], self._to_windows(sin[None], grid)[0]
-
-    def rotary_at(self, coordinates: Tensor) -> Rotary:
-        cos, sin = self.tower.rotary_pos_emb(coordinates, coordinates.flatten(0, -2))
-        return cos.unflatten(0, coordinates.shape[:-1]), sin.unflatten(0, coordinates.shape[:-1])
 
     def attend_patches(self, depth: int, grid: tuple[int, int], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if depth in self.tower.fullatt_block_indexes:
@@ -96,17 +40,14 @@ class Qwen25VLBackbone(Backbone):
         windows = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
         return torch.cat([F.scaled_dot_product_attention(*window) for window in windows], dim=2)
 
-    def qkv(self, block: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        heads = block.attn.num_heads
-        fused = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, heads, -1))  # [n, t, 3, heads, head_dim]
-        query, key, value = fused.unbind(2)
-        query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    def _windows(self, grid: tuple[int, int]) -> tuple[Tensor, list[int]]:
+        """Order of the merge blocks, window by window, and each window's number of patches."""
+        order, ends = get_vision_window_index(
+            torch.tensor([[1, *grid]]), self.merge, self.tower.window_size, self.tower.patch_size
+        )
+        return order, ends.diff().tolist()
 
-    def finish(self, block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
-        hidden = hidden + block.attn.proj(join_heads(attended))
-        return hidden + block.mlp(block.norm2(hidden))
-
-    def project(self, hidden: Tensor) -> Tensor:
-        merged = self.tower.merger(hidden.flatten(0, 1))
-        return merged.unflatten(0, (hidden.shape[0], -1))
+    def _to_windows(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[n, patches, ...] from block order (what the processor writes) to window order (what the tower reads)."""
+        order, _ = self._windows(grid)
+        return patches.unflatten(1, (-1, self.merge**2))[:, order.to(patches.device)].flatten(1, 2)

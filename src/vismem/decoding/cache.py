@@ -7,6 +7,7 @@ its own length: rows come and go, nothing grows, nothing moves, and one step is 
 
 from __future__ import annotations
 
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from vismem.backbones import Backbone
 
-BLOCK = 256  # columns that slots grow by
+BLOCK = 64  # columns that slots grow by; compiled ones by four, since each new number of columns is compiled anew
 AHEAD = {"cuda"}  # devices that work on while the host looks at a token: its reading is begun before
 
 
@@ -113,8 +114,9 @@ class Slots:
         device: torch.device,
         compiled: dict[str, Any] | None = None,
     ) -> None:
-        self.config, self.rows, self.columns, self.device = config, rows, -(-columns // BLOCK) * BLOCK, device
-        self.compiled = compiled
+        self.config, self.rows, self.device, self.compiled = config, rows, device, compiled
+        self.block = BLOCK if compiled is None else 4 * BLOCK
+        self.columns = -(-columns // self.block) * self.block
         self.ahead = device.type in AHEAD
         self.lengths = [0] * rows  # columns that each slot has filled
         self.taken: list[bool] = [False] * rows
@@ -126,7 +128,11 @@ class Slots:
         self.offset: Tensor | None = None  # [..., rows, 1]: position ids less columns
         self.where: Tensor | None = None  # [n, w]: the columns of the reading under way
         self.begin = self.end = 0  # columns that are read: up to `end`, and in sliding layers from `begin` on
-        self._step = self._read if compiled is None else torch.compile(self._read, **compiled)
+        self._step = self._read
+        if compiled is not None:
+            # A function of its own: what torch compiled for other slots counts against its limit for a function.
+            own = FunctionType(Slots._read.__code__.replace(), globals())
+            self._step = torch.compile(MethodType(own, self), **compiled)
 
     @property
     def width(self) -> int:
@@ -233,8 +239,7 @@ class Slots:
         """Grows the buffers where rows are to be longer than what was laid out."""
         if columns <= self.columns:
             return
-        more = max(self.columns // 2, columns - self.columns)
-        more = -(-more // BLOCK) * BLOCK
+        more = -(-(columns - self.columns) // self.block) * self.block
         for layer in self.cache.layers:
             if layer.is_initialized:
                 for name in ("keys", "values"):

@@ -19,6 +19,7 @@ from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthC
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from vismem.backbones import Backbone, Image
+from vismem.config import VisMemConfig
 from vismem.decoding.cache import Slots
 from vismem.decoding.invocation import Policy
 from vismem.decoding.rows import Settings
@@ -167,11 +168,17 @@ class Layout:
         keywords = {name: value for name, value in vars(given or CompileConfig()).items() if not name.startswith("_")}
         return cls({**keywords, "dynamic": False})
 
-    def slots(self, base: Any, rows: int, columns: int) -> Slots:
-        """Slots for that many rows of that many columns; compiled ones are kept with the base and used again."""
-        config, device = base.config.get_text_config(), base.device
+    def slots(self, call: Prepared, rows: int, memory: VisMemConfig) -> Slots:
+        """Slots for that many rows of a call; compiled ones are kept with the base and used again.
+
+        They have room for prompt and answer, and compiled ones, which had better not grow, for all the memories
+        that the guards allow.
+        """
+        base, config, device = call.base, call.base.config.get_text_config(), call.base.device
+        columns = call.input_ids.shape[1] + call.settings.budget
         if self.compiled is None:
             return Slots(config, rows, columns, device)
+        columns += memory.max_invocations * (max(memory.short_length, memory.long_length) + 1)
         kept = KEPT.get(base)
         if kept is None or kept.rows != rows or kept.columns < columns or kept.compiled != self.compiled:
             kept = KEPT[base] = Slots(config, rows, columns, device, self.compiled)

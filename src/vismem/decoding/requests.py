@@ -194,8 +194,7 @@ class RequestQueue:
 
         def enter(call: Prepared) -> list[Row]:
             if self.decoder is None:
-                columns = call.input_ids.shape[1] + call.settings.budget + model._slack
-                slots = self.layout.slots(model.base, self.batch_size, columns)
+                slots = self.layout.slots(call, self.batch_size, model.memory_config)
                 self.decoder = Decoder(model.backbone, model.tokens, model.memory, model.memory_config, slots)
             prompts = self.decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
             seeds, sampling = request.seed, call.settings.config.do_sample

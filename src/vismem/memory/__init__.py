@@ -36,8 +36,9 @@ class Memory(nn.Module):
     def __init__(self, backbone: Backbone, config: VisMemConfig) -> None:
         super().__init__()
         weight = backbone.embeddings.weight
-        width = config.builder_width or min(backbone.hidden_size, 1024) // config.builder_heads * config.builder_heads
+        width = config.inner_width(backbone.hidden_size)
         scale = float(weight.detach().float().pow(2).mean().sqrt()) if weight.device.type != "meta" else 1.0
+        scale *= backbone.embedding_scale
         self.builder = QueryBuilder(
             backbone.hidden_size, config.query_length, config.builder_layers, config.builder_heads, width, scale
         )

@@ -13,15 +13,15 @@ from vismem.memory.adapter import Adapter
 class LongTermFormer(nn.Module):
     """`M = F([X, Q, M_init])[-N_l:]`, with X the current segment's token embeddings, causal, positions from 0.
 
-    The vectors leave at the RMS of the base's embedding table times a learned gain, kept as its logarithm.
+    The vectors leave at the RMS of the base's token embeddings times a learned gain, kept as its logarithm.
     """
 
     def __init__(self, backbone: Backbone, config: VisMemConfig) -> None:
         super().__init__()
         self.backbone, self.pooled = backbone, config.memory_init == "pooled"
-        table = backbone.embeddings.weight.detach().float()
-        self.register_buffer("table_rms", table.pow(2).mean().sqrt(), persistent=False)
-        self.register_buffer("table_mean", table.mean(0), persistent=False)
+        table, scale = backbone.embeddings.weight.detach().float(), backbone.embedding_scale
+        self.register_buffer("table_rms", table.pow(2).mean().sqrt() * scale, persistent=False)
+        self.register_buffer("table_mean", table.mean(0) * scale, persistent=False)
         start = torch.zeros(config.long_length, backbone.hidden_size)
         # An offset from the mean token embedding, or the whole of M_init.
         self.memory_init = nn.Parameter(start if self.pooled else self.table_rms.cpu() * torch.randn_like(start))

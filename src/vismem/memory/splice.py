@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vismem.backbones import Backbone
 from vismem.config import Kind
 
 
@@ -103,6 +104,11 @@ class Splice:
         spread = attention_mask.gather(1, self.source.to(device))
         return spread.masked_fill(self.slot.to(device), 1) * self.real.to(attention_mask)
 
+    def per_token(self, values: Tensor) -> Tensor:
+        """[B, L] to [B, E], with 0, which is text, for slots and padding."""
+        spread = values.gather(1, self.source.to(values.device))
+        return spread.masked_fill((self.slot | (self.real == 0)).to(values.device), 0)
+
     def positions(self, positions: Tensor) -> Tensor:
         """[..., B, L] to [..., B, E]: slots count on from their invocation token, and all that follows moves on."""
         index = self.source.to(positions.device).expand(*positions.shape[:-1], -1)
@@ -117,28 +123,35 @@ class Reader:
     """Reads one batch through the base, again and again with other memories in it.
 
     Args:
-        base: the base model.
+        backbone: of the base model.
         embeds: input embeddings [B, L, d], image places not yet filled.
         mask: attention mask [B, L].
         positions: position ids [..., B, L].
-        features: the images' features as the base's `get_image_features` gave them, or None.
+        features: the images' features as `Backbone.image_features` gave them, or None.
         copies: that many consecutive rows share their prompt, and `features` are those of the first of each.
         checkpointing: compute the base's layers again in the backward pass instead of keeping their activations.
+        known: what else the base must know of each token, by name (`Backbone.token_inputs`): [B, at most L], of the
+            prompts alone where rows share them. As in the base's own decoding, what follows a cache is text.
     """
 
     def __init__(
         self,
-        base: nn.Module,
+        backbone: Backbone,
         embeds: Tensor,
         mask: Tensor,
         positions: Tensor,
         features: Any | None,
         copies: int = 1,
         checkpointing: bool = False,
+        known: dict[str, Tensor] | None = None,
     ) -> None:
-        self.base, self.embeds, self.mask, self.positions = base, embeds, mask, positions
+        self.backbone, self.embeds, self.mask, self.positions = backbone, embeds, mask, positions
         self.images = None if features is None else {"image": features}
         self.copies, self.checkpointing = copies, checkpointing
+        self.known = {
+            name: nn.functional.pad(values, (0, embeds.shape[1] - values.shape[1]))
+            for name, values in (known or {}).items()
+        }
         self.cache: DynamicCache | None = None
         self.prefix = embeds[:, :0]
 
@@ -151,36 +164,38 @@ class Reader:
         """
         if length < 1:
             return
-        cache = DynamicCache(config=self.base.config.get_text_config())
+        cache = DynamicCache(config=self.backbone.base.config.get_text_config())
         first = slice(None, None, self.copies)
-        prefix = self.base.model(
+        prefix = self.backbone.read(
             inputs_embeds=self.embeds[first, :length],
             attention_mask=self.mask[first, :length],
             position_ids=self.positions[..., first, :length],
             mm_encoder_outputs=self.images,
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state
+            **{name: values[:, :length] for name, values in self.known.items()},
+        )
         if self.copies > 1:
             cache.batch_repeat_interleave(self.copies)
             prefix = prefix.repeat_interleave(self.copies, 0)
         for layer in cache.layers:
             layer.update = partial(join, layer)
-        self.cache, self.prefix, self.images = cache, prefix, None
+        self.cache, self.prefix, self.images, self.known = cache, prefix, None, {}
 
     def __call__(self, splice: Splice) -> Tensor:
         """Last-layer states [B, L, d] at the tokens, with the splice's memories in place."""
         done = self.prefix.shape[1]
-        with recomputed(self.base) if self.checkpointing and torch.is_grad_enabled() else nullcontext():
-            outputs = self.base.model(
+        with recomputed(self.backbone.base) if self.checkpointing and torch.is_grad_enabled() else nullcontext():
+            hidden = self.backbone.read(
                 inputs_embeds=splice.embeddings(self.embeds)[:, done:],
                 attention_mask=splice.mask(self.mask),
                 position_ids=splice.positions(self.positions)[..., done:],
                 mm_encoder_outputs=self.images,
                 past_key_values=self.cache,
                 use_cache=self.cache is not None,
+                **{name: splice.per_token(values) for name, values in self.known.items()},
             )
-        return splice.gather(torch.cat([self.prefix, outputs.last_hidden_state], dim=1))
+        return splice.gather(torch.cat([self.prefix, hidden], dim=1))
 
 
 def join(layer: Any, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:

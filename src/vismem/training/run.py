@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import set_seed
 
+from vismem.backbones import backbone_of
 from vismem.config import VisMemConfig
 from vismem.data import load_dataset_rows
 from vismem.model import VisMem
@@ -104,9 +106,11 @@ def load_base(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         from vismem.pocket import BASE_PATH
 
         name = str(BASE_PATH)
+    trusted = {"trust_remote_code": options["trust_remote_code"]}
     try:
+        backbone_of(SimpleNamespace(config=AutoConfig.from_pretrained(name, **trusted)))  # before weights are read
         base = AutoModelForImageTextToText.from_pretrained(name, **options)
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=options["trust_remote_code"])
+        processor = AutoProcessor.from_pretrained(name, **trusted)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"base {name!r} cannot be loaded: {first}") from error

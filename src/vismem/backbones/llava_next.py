@@ -1,0 +1,113 @@
+"""LLaVA-NeXT: LLaVA's tower on the whole picture and on the tiles of a larger, padded one."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from vismem.backbones.base import Image
+from vismem.backbones.llava import LlavaBackbone
+
+
+class LlavaNextBackbone(LlavaBackbone):
+    """`LlavaNextForConditionalGeneration`.
+
+    A picture is seen whole, squeezed into a square, and again in tiles, row by row, padded to fill their grid: each
+    view is an `Image` of its own. The base drops the tiles' padding and ends every row of patches with a learned
+    newline. So a tile's tokens are its share, by patches that show the picture, of what all tiles take in the
+    prompt, newlines included: they decide how many memory vectors start from it. Memory starts from those patches
+    alone, but looks at the padding too, as the patches do. A tile without a token is left out.
+    """
+
+    model_types = ("llava_next",)
+    image_inputs = ("pixel_values", "image_sizes")
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        if self.class_tokens and base.config.vision_feature_select_strategy != "default":
+            raise ValueError(
+                f"the {self.model_type} base lays tiles side by side, and a class token has no place there: "
+                "vision_feature_select_strategy must be 'default' in the base's config"
+            )
+
+    def images(self, pixel_values: Tensor | None = None, image_sizes: Tensor | None = None, **_: Tensor) -> list[Image]:
+        """The views of each picture in `pixel_values`, [pictures, most views, 3, H, W] or all views [.., 3, H, W].
+
+        `image_sizes` [pictures, 2] are the pictures' own heights and widths.
+        """
+        if pixel_values is None:
+            return []
+        sizes = [tuple(size) for size in image_sizes.tolist()]
+        return self.pictures(pixel_values, sizes, [self.tiles(size) for size in sizes])
+
+    def pictures(
+        self, pixel_values: Tensor, sizes: list[tuple[int, int]], shapes: list[tuple[int, int]]
+    ) -> list[Image]:
+        """The views of all pictures, of their `sizes` and cut into tiles of those `shapes`."""
+        counts = [1 + rows * columns for rows, columns in shapes]
+        if pixel_values.dim() == 4:
+            pixels = pixel_values.split(counts)
+        else:  # padded to the most views
+            pixels = [views[:count] for views, count in zip(pixel_values, counts, strict=True)]
+        pictures = zip(pixels, sizes, shapes, strict=True)
+        return [image for picture in pictures for image in self.views(*picture)]
+
+    @property
+    def side(self) -> int:
+        """Patches on each side of a view."""
+        vision = self.base.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def tiles(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the tiles of a picture of `size` (height, width)."""
+        config = self.base.config
+        return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+
+    def views(self, pixels: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> list[Image]:
+        """One picture of `size`: the whole and its tiles, of which there are `shape`, from `pixels` [views, ...]."""
+        side = self.side
+        down, across = inside((shape[0] * side, shape[1] * side), size)
+        parts = [
+            (overlap(down, row * side, side), overlap(across, column * side, side))
+            for row in range(shape[0])
+            for column in range(shape[1])
+        ]
+        patches = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in parts]
+        total = self.tile_tokens(down.stop - down.start, across.stop - across.start)
+        if not any(patches):  # newlines alone, if anything
+            return [Image(pixels[0], (side, side), side * side + total)]
+        tiles = zip(pixels[1:], parts, deal(total, patches), strict=True)
+        whole = Image(pixels[0], (side, side), side * side)
+        return [whole, *(Image(tile, (side, side), count, part) for tile, part, count in tiles if count)]
+
+    def tile_tokens(self, height: int, width: int) -> int:
+        """Tokens that all tiles of a picture take, for the height and width in patches of what they show of it."""
+        return height * (width + 1)  # a newline ends each row
+
+
+def inside(grid: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of a padded `grid` of patches that show a picture of `size` (height, width)."""
+    cells = torch.arange(grid[0] * grid[1]).view(1, *grid)
+    kept = unpad_image(cells, size)[0]  # the base's own rule; nothing may be left of a picture that is a mere line
+    top, left = divmod(int(kept[0, 0]) if kept.numel() else 0, grid[1])
+    return slice(top, top + kept.shape[0]), slice(left, left + kept.shape[1])
+
+
+def overlap(part: slice, start: int, length: int) -> slice:
+    """What of `part` lies in the `length` cells from `start` on, counted from there; empty where nothing does."""
+    first = min(max(part.start - start, 0), length)
+    return slice(first, max(min(part.stop - start, length), first))
+
+
+def deal(total: int, weights: list[int]) -> list[int]:
+    """Cuts `total` into whole parts in proportion to `weights`.
+
+    Example:
+        >>> deal(10, [2, 2, 1])
+        [4, 4, 2]
+    """
+    edges = [round(total * before / sum(weights)) for before in accumulate(weights, initial=0)]
+    return [after - before for before, after in pairwise(edges)]

@@ -1,0 +1,87 @@
+"""Qwen2-VL: a rotary tower with a fused query-key-value projection, and M-RoPE; what later Qwen-VL towers start from.
+
+The processor writes patches merge block by merge block, and the tower reads them in that order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_position_ids
+
+from vismem.backbones.base import Backbone, Image, Rotary, join_heads
+
+
+class Qwen2VLBackbone(Backbone):
+    """`Qwen2VLForConditionalGeneration`. Videos are read by the base as ever; memory looks at images."""
+
+    model_types = ("qwen2_vl",)
+    image_inputs = ("pixel_values", "image_grid_thw")
+    tower_targets = ("qkv",)
+    fused_qkv = True
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.base.model.visual
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.tower.blocks
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.base.model.language_model
+
+    @property
+    def vision_size(self) -> int:
+        return self.tower.patch_embed.proj.out_channels  # the config names it differently in every generation
+
+    @property
+    def merge(self) -> int:
+        return self.tower.spatial_merge_size
+
+    def images(
+        self, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, **_: Tensor
+    ) -> list[Image]:
+        """Images out of packed `pixel_values` [all patches, values per patch] and `image_grid_thw` [images, 3]."""
+        if pixel_values is None:
+            return []
+        grids = [(height, width) for _time, height, width in image_grid_thw.tolist()]
+        pieces = pixel_values.split([height * width for height, width in grids])
+        return [Image(p, g, g[0] * g[1] // self.merge**2) for p, g in zip(pieces, grids, strict=True)]
+
+    def embed_patches(self, images: list[Image]) -> Tensor:
+        # The convolution's stride is its kernel, so it is a plain product.
+        convolution = self.tower.patch_embed.proj
+        pixels = torch.stack([image.pixels for image in images]).to(convolution.weight)
+        return F.linear(pixels, convolution.weight.flatten(1), convolution.bias)
+
+    def to_raster(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        height, width, side = grid[0] // self.merge, grid[1] // self.merge, self.merge
+        blocks = patches.reshape(-1, height, width, side, side, patches.shape[-1])
+        return blocks.transpose(2, 3).flatten(1, 2).flatten(2, 3)
+
+    def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
+        coordinates = get_vision_position_ids(torch.tensor([[1, *grid]]), self.merge).float()  # [patches, 2]
+        return self.rotary_at(coordinates.to(self.tower.rotary_pos_emb.inv_freq.device))
+
+    def rotary_at(self, coordinates: Tensor) -> Rotary:
+        cos, sin = self.tower.rotary_pos_emb(coordinates, coordinates.flatten(0, -2))
+        return cos.unflatten(0, coordinates.shape[:-1]), sin.unflatten(0, coordinates.shape[:-1])
+
+    def qkv(self, block: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        heads = block.attn.num_heads
+        fused = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, heads, -1))  # [n, t, 3, heads, head_dim]
+        query, key, value = fused.unbind(2)
+        query, key = apply_rotary_pos_emb_vision(query, key, *rotary)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def finish(self, block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + block.attn.proj(join_heads(attended))
+        return hidden + block.mlp(block.norm2(hidden))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        merged = self.tower.merger(hidden.flatten(0, 1))
+        return merged.unflatten(0, (hidden.shape[0], -1))
