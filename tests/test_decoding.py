@@ -329,3 +329,16 @@ def test_a_schedule_draws_as_the_base_until_it_is_put_in(model):
     found = model.generate(**batch, invocation=Forced([(row, 10, "long") for row in range(3)]), **settings)
     until = batch["input_ids"].shape[1] + 10
     assert torch.equal(found[:, :until], expected[:, :until])
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"encoder_repetition_penalty": 1.5}])
+def test_processors_that_hold_the_prompts_meet_copies(model, settings):
+    """Several answers to each prompt of a padded batch are as the base gives them."""
+    batch = tiny.mixed_batch(model.processor)
+    settings = {**settings, "max_new_tokens": 6, "do_sample": True, "num_return_sequences": 2, "eos_token_id": None}
+    torch.manual_seed(3)
+    expected = model.base.generate(**batch, **settings)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(**batch, invocation="off", **settings), expected)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(**batch, invocation="off", cache_implementation="static", **settings), expected)

@@ -9,10 +9,11 @@ import pytest
 import tiny
 import torch
 from test_slots import readings, tempting
-from transformers import CompileConfig
+from torch._dynamo.testing import CompileCounter
+from transformers import CompileConfig, LogitsProcessor, StoppingCriteria
 
 from vismem import Request, RequestQueue
-from vismem.decoding import cache, engine
+from vismem.decoding import cache, engine, requests
 from vismem.decoding.invocation import Forced, Random
 
 EVERY_FAMILY = True
@@ -86,6 +87,13 @@ def test_requests_have_settings_of_their_own(model):
         policy = request.invocation or "learned"
         expected = alone(model, request.inputs, invocation=policy, seed=[request.seed or 0], **settings)
         assert (found[id(request)].tokens, found[id(request)].invocations) == expected
+
+
+def test_a_request_may_name_the_cache_that_the_queue_has_anyway(model):
+    each = prompts(model, 2)[1]
+    request = Request(each, generation={"cache_implementation": "static"})
+    (answer,) = model.stream_batch([request], max_new_tokens=6)
+    assert (answer.tokens, answer.invocations) == alone(model, each, max_new_tokens=6)
 
 
 def test_a_padded_batch_and_copies_are_one_request(model):
@@ -170,6 +178,11 @@ def test_refusals(model):
         RequestQueue(model, batch_size=0)
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 2"):
         RequestQueue(model, batch_size=2).submit(Request(tiny.mixed_batch(model.processor)))
+    with pytest.raises(ValueError, match=r"request 1: .*3 rows does not fit a batch of 2"):
+        list(model.stream_batch([prompts(model, 1)[0], tiny.mixed_batch(model.processor)], 2, max_new_tokens=2))
+    with pytest.raises(ValueError, match="request 0: Random has 1 seeds for 3 rows"):
+        policy = Random(0.5, "anywhere", seed=[4])
+        list(model.stream_batch([tiny.mixed_batch(model.processor)], invocation=policy, max_new_tokens=2))
     with pytest.raises(ValueError, match="request 0: memory decodes greedily"):
         list(model.stream_batch([prompts(model, 1)[0]], num_beams=2, max_new_tokens=2))
 
@@ -206,3 +219,159 @@ def test_without_a_seed_the_global_generator_gives_it(model):
         return [a.tokens for a in model.stream_batch(prompts(model, 3), max_new_tokens=8, do_sample=True)]
 
     assert words() == words()
+
+
+@pytest.mark.parametrize(
+    "policy", [Random(0.5, "anywhere", seed=3), Forced([(0, 2, "long"), (0, 9, "long")])], ids=["random", "forced"]
+)
+def test_one_policy_object_serves_many_requests(model, policy):
+    """A request that enters does not make the policy forget where the others are."""
+    settings = {"max_new_tokens": 12, "eos_token_id": None}
+    asked = [Request(each, generation={"max_new_tokens": 5 + 3 * i}) for i, each in enumerate(prompts(model, 6))]
+    answers = list(model.stream_batch(asked, batch_size=2, invocation=policy, **settings))
+    assert len(answers) == 6
+    for answer in answers:
+        expected = alone(model, answer.request.inputs, invocation=policy, **(settings | answer.request.generation))
+        assert (answer.tokens, answer.invocations) == expected
+
+
+def test_every_request_keeps_its_own_criteria(model):
+    """Rows that are drawn together need not end together."""
+
+    class After(StoppingCriteria):
+        def __init__(self, count):
+            self.count = count
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= self.count)
+
+    each = prompts(model, 1)[0]
+    length = each["input_ids"].shape[1]
+    asked = [
+        Request(each, generation={"stopping_criteria": [After(length + n)] if n else None}, tag=n) for n in (0, 4, 7)
+    ]
+    answers = model.stream_batch(asked, invocation="off", max_new_tokens=10, eos_token_id=None)
+    assert {a.tag: (len(a.tokens), a.finish) for a in answers} == {0: (10, "length"), 4: (4, "stop"), 7: (7, "stop")}
+
+
+class Fails(LogitsProcessor):
+    """Raises at the third token."""
+
+    def __init__(self, error):
+        self.error, self.seen = error, 0
+
+    def __call__(self, input_ids, scores):
+        self.seen += 1
+        if self.seen == 3:
+            raise self.error
+        return scores
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
+def test_an_error_in_the_middle_of_a_step(model, error, ahead, monkeypatch):
+    """What was being written ends with it, what waits is written later."""
+    if ahead:
+        monkeypatch.setattr(cache, "AHEAD", {"cpu"})
+    one, two, three = prompts(model, 3)
+    settings = {"max_new_tokens": 8, "eos_token_id": None}
+    queue = RequestQueue(model, batch_size=2, **settings)
+    (other,), (failing,), (waiting,) = (
+        queue.submit(request)
+        for request in (Request(one), Request(two, generation={"logits_processor": [Fails(error)]}), Request(three))
+    )
+    with pytest.raises(type(error)):
+        for _ in range(40):
+            queue.step()
+    assert other.finish == failing.finish == "error" and other.error is failing.error is error
+    assert waiting.finish is None and len(queue) == 1
+    while not waiting.finish:
+        queue.step()
+    assert (waiting.tokens, waiting.invocations) == alone(model, three, **settings)
+
+
+def test_an_error_while_a_prompt_is_read(model, monkeypatch):
+    """Whatever it is, no answer is left behind without an end."""
+    queue = RequestQueue(model, max_new_tokens=4)
+    (answer,) = queue.submit(Request(prompts(model, 1)[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Decoder, "read_prompts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            queue.step()
+    assert answer.finish == "error" and len(queue) == 0
+    (again,) = queue.submit(answer.request)
+    queue.step()
+    assert again.sampled == 1
+
+
+def test_a_stream_that_is_left_early_holds_nothing(model):
+    queue = RequestQueue(model, batch_size=2, max_new_tokens=8, eos_token_id=None)
+    answers = requests.stream(queue, prompts(model, 5))
+    next(answers)
+    assert len(queue)
+    answers.close()
+    assert len(queue) == 0 and not queue.decoder.rows
+
+
+def test_compiled_slots_are_not_taken_from_a_stream_under_way(model):
+    """They are kept with the base, but one decoder at a time writes into them."""
+    settings = {"max_new_tokens": 10, "eos_token_id": None, "compile_config": CompileConfig(backend="eager", mode=None)}
+    inputs = prompts(model, 3)
+    plain = {"max_new_tokens": 10, "eos_token_id": None}
+    found = []
+    for answer in model.stream_batch(inputs, batch_size=1, **settings):
+        found.append(answer)
+        assert alone(model, inputs[0], cache_implementation="static", **settings) == alone(model, inputs[0], **plain)
+    queues = [RequestQueue(model, batch_size=1, **settings) for _ in range(2)]
+    beside = [queue.submit(Request(inputs[i + 1]))[0] for i, queue in enumerate(queues)]
+    while not all(answer.finish for answer in beside):
+        for queue in queues:
+            queue.step()
+    assert len(found) == 3
+    for answer in found + beside:
+        assert (answer.tokens, answer.invocations) == alone(model, answer.request.inputs, **plain)
+
+
+def test_compiled_slots_grow_once_for_a_longer_request(model):
+    counter = CompileCounter()
+    one, two = prompts(model, 2)
+    lengths = (4, 600)
+    queue = RequestQueue(model, batch_size=2, compile_config=CompileConfig(backend=counter, mode=None))
+    queue.submit(Request(one, generation={"max_new_tokens": lengths[0]}))
+    queue.step()
+    queue.submit(Request(two, generation={"max_new_tokens": lengths[1]}))
+    queue.step()
+    columns = queue.decoder.cache.columns
+    assert columns >= two["input_ids"].shape[1] + 600
+    queue.step()
+    assert counter.frame_count <= 2
+
+
+def test_many_requests_leave_nothing_behind(model):
+    """Tensors in memory do not become more with the number of answers."""
+    inputs, counts = prompts(model, 6), []
+    answers = model.stream_batch((inputs[i % 6] for i in range(60)), batch_size=6, max_new_tokens=5, do_sample=True)
+    for number, _ in enumerate(answers):
+        if number in (20, 55):
+            gc.collect()
+            counts.append(sum(torch.is_tensor(each) for each in gc.get_objects()))
+    assert counts[1] < counts[0] + 60
+
+
+def test_a_request_goes_on_without_a_row_that_was_given_up(model):
+    """Before it starts and while it is written; processors still see all its rows."""
+    batch = tiny.mixed_batch(model.processor)
+    settings = {"max_new_tokens": 8, "repetition_penalty": 1.3, "eos_token_id": None}
+    queue = RequestQueue(model, batch_size=4, **settings)
+    answers = queue.submit(Request(batch))
+    queue.cancel(answers[:1])
+    for _ in range(3):
+        queue.step()
+    queue.cancel(answers[1:2])
+    while not answers[2].finish:
+        queue.step()
+    out = model.generate(**batch, **settings, return_dict_in_generate=True)
+    new = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
+    assert [answer.finish for answer in answers] == ["cancelled", "cancelled", "length"]
+    assert all(answer.tokens == row[: len(answer.tokens)] for answer, row in zip(answers, new, strict=True))
+    assert answers[0].tokens == [] and answers[1].tokens and answers[2].sampled == 8

@@ -6,11 +6,13 @@ import pytest
 import tiny
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation import EtaLogitsWarper, TemperatureLogitsWarper
 
 import vismem
 from vismem.decoding import cache
-from vismem.decoding.invocation import Forced, Random
+from vismem.decoding.invocation import Forced, Random, policy_of
+from vismem.decoding.rows import Settings
 
 EVERY_FAMILY = True
 SCHEDULE = Forced([(0, 0, "short"), (0, 7, "long"), (1, 3, "long"), (1, 3, "short"), (1, 9, "short"), (2, 5, "short")])
@@ -90,6 +92,13 @@ def test_slots_refuse_an_attention_that_cannot_read_them():
         both(model, tiny.mixed_batch(model.processor), "off")
 
 
+def test_slots_refuse_layers_that_they_cannot_hold():
+    model = tempting("qwen2_5_vl")
+    model.base.config.get_text_config().layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(ValueError, match="layers of type 'chunked_attention'"):
+        both(model, tiny.mixed_batch(model.processor), "off")
+
+
 def test_slots_grow_where_they_do_not_suffice(monkeypatch):
     monkeypatch.setattr(cache, "BLOCK", 4)
     model = tempting("qwen2_5_vl", max_invocations=2)  # forced invocations are not counted out
@@ -158,3 +167,79 @@ def test_the_compiler_that_ships_with_torch():
     """Not only the graph but the code that is made of it."""
     model = tempting("idefics3")
     same(*both(model, tiny.mixed_batch(model.processor), SCHEDULE, compile_config=CompileConfig()))
+
+
+class Letters(LogitsProcessor):
+    """Lets row number n of the call write certain tokens alone; the n-th also ends it after 4 + 3 n of them."""
+
+    def __init__(self, start, end):
+        self.start, self.end, self.shapes = start, end, set()
+
+    def __call__(self, input_ids, scores):
+        self.shapes.add(len(input_ids))
+        found = torch.full_like(scores, float("-inf"))
+        for n, length in enumerate((4, 7, 10)):
+            ids = [self.end] if input_ids.shape[1] - self.start >= length else range(20 + 10 * n, 25 + 10 * n)
+            found[n, ids] = scores[n, ids]
+        return found
+
+
+class Lasts(StoppingCriteria):
+    """Ends row n after 4 + 3 n tokens; keeps what it is shown."""
+
+    def __init__(self, start):
+        self.start, self.seen = start, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids.tolist())
+        return torch.tensor([input_ids.shape[1] - self.start >= length for length in (4, 7, 10)])
+
+
+@pytest.mark.parametrize("mode", ["plain", "ahead", "compiled"])
+def test_processors_and_criteria_see_the_rows_of_the_call(mode, monkeypatch):
+    """All of them, in order, ended ones padded, as in transformers' own loop - whoever has left the batch."""
+    if mode != "plain":
+        monkeypatch.setattr(cache, "AHEAD", {"cpu"})
+    more = {"compile_config": CompileConfig(backend="eager", mode=None)} if mode == "compiled" else {}
+    model = tempting("idefics3")
+    batch = tiny.mixed_batch(model.processor)
+    end, start = model.generation_config.eos_token_id, batch["input_ids"].shape[1]
+    end = end[0] if isinstance(end, list) else end
+    processors = [Letters(start, end) for _ in range(2)]
+    runs = [
+        model.generate(**batch, max_new_tokens=14, invocation="off", logits_processor=[one], eos_token_id=end, **how)
+        for one, how in zip(processors, ({}, {"cache_implementation": "static", **more}), strict=True)
+    ]
+    assert torch.equal(*runs) and all(one.shapes == {3} for one in processors)
+    settings = {"max_new_tokens": 14, "eos_token_id": end, "return_dict_in_generate": True}
+    for policy in ("off", Forced([(0, 2, "short"), (2, 1, "long")])):
+        criteria = [Lasts(start), Lasts(start)]
+        runs = [
+            model.generate(**batch, **settings, invocation=policy, stopping_criteria=[one], **how)
+            for one, how in zip(criteria, ({}, {"cache_implementation": "static", **more}), strict=True)
+        ]
+        assert torch.equal(runs[0].sequences, runs[1].sequences)
+        if policy == "off":
+            assert criteria[0].seen == criteria[1].seen
+            theirs = Lasts(start)
+            model.base.generate(**batch, max_new_tokens=14, eos_token_id=end, stopping_criteria=[theirs])
+            assert criteria[1].seen == theirs.seen
+
+
+def test_compiled_slots_made_in_inference_mode_are_used_outside():
+    model = tempting("idefics3")
+    batch = tiny.mixed_batch(model.processor)
+    config = CompileConfig(backend="eager", mode=None)
+    with torch.inference_mode():
+        same(*both(model, batch, SCHEDULE, max_new_tokens=12, compile_config=config))
+    same(*both(model, batch, SCHEDULE, max_new_tokens=12, compile_config=config))
+
+
+def test_settings_that_differ_a_little_are_told_apart():
+    def key(*processors):
+        none = {"criteria": [], "ends": frozenset(), "budget": 1, "delimiters": frozenset, "pad": 0}
+        config = GenerationConfig(do_sample=True)
+        return Settings(policy_of("off"), config, LogitsProcessorList(processors), **none).key
+
+    assert key(EtaLogitsWarper(1e-4)) == key(EtaLogitsWarper(1e-4)) != key(EtaLogitsWarper(1.00001e-4))
+    assert key(TemperatureLogitsWarper(0.7)) != key(TemperatureLogitsWarper(0.70001))

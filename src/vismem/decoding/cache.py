@@ -7,6 +7,7 @@ its own length: rows come and go, nothing grows, nothing moves, and one step is 
 
 from __future__ import annotations
 
+import weakref
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -59,10 +60,12 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         self.slots, self.is_sliding = slots, is_sliding
 
+    @torch.inference_mode(False)  # slots outlive the call that they are made in
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, size = states.shape
-            buffer = states.new_zeros(self.slots.rows, heads, self.slots.columns, size)
+            shape = (self.slots.rows, heads, self.slots.columns, size)
+            buffer = torch.zeros(shape, dtype=states.dtype, device=states.device)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(buffer)  # a graph may then write into it where it lies
             setattr(self, name, buffer)
@@ -102,6 +105,9 @@ class Slots:
         rows, columns: how many slots, and how long; the columns grow by themselves where they do not suffice.
         compiled: how to compile a reading (`torch.compile`'s keywords), or None.
         device: where the base's first layer lies.
+
+    Raises:
+        ValueError: if the base has layers that slots cannot hold.
     """
 
     stays = False
@@ -124,9 +130,15 @@ class Slots:
         plain = "full_attention" if self.window is None else "sliding_attention"
         types = getattr(config, "layer_types", None) or [plain] * config.num_hidden_layers
         self.types = set(types)
+        if unknown := sorted(self.types - {"full_attention", "sliding_attention"}):
+            raise ValueError(
+                f"slots hold full and sliding attention, and this base has layers of type {unknown[0]!r}: leave out "
+                "cache_implementation='static', or decode by `generate` instead of a queue"
+            )
         self.cache = Cache(layers=[SlotLayer(self, kind == "sliding_attention") for kind in types])
         self.offset: Tensor | None = None  # [..., rows, 1]: position ids less columns
         self.where: Tensor | None = None  # [n, w]: the columns of the reading under way
+        self.user: weakref.ref | None = None  # the decoder whose rows lie here
         self.begin = self.end = 0  # columns that are read: up to `end`, and in sliding layers from `begin` on
         self._step = self._read
         if compiled is not None:
@@ -139,10 +151,17 @@ class Slots:
         """How many slots a reading takes."""
         return self.rows if self.compiled is not None else sum(self.taken)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether another decoder may still go on with what lies here."""
+        return self.user is not None and self.user() is not None
+
     def clear(self) -> None:
         """Lets all rows leave."""
         self.lengths, self.taken, self.offset = [0] * self.rows, [False] * self.rows, None
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def place(self, cache: DynamicCache, mask: Tensor | None, position: Tensor, sources: list[int]) -> list[int]:
         """Gives every row of `sources`, which names its prompt, a slot with that prompt's columns, padding left out.
 
@@ -235,6 +254,8 @@ class Slots:
             self.taken[slot], self.lengths[slot] = False, 0
         return order
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def reserve(self, columns: int) -> None:
         """Grows the buffers where rows are to be longer than what was laid out."""
         if columns <= self.columns:

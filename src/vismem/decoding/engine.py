@@ -6,12 +6,14 @@ a memory in one forward, and in a batch some rows read memory while others write
 cache. Rows may enter and leave between steps, where the cache lets them (`cache.py`).
 
 On a GPU the next forward is begun before the host has seen the token that it reads; where that token turns out to
-invoke memory, the row's last column is taken back. So the device never waits for the host.
+invoke memory, the row's last column is taken back. So while rows write words the device does not wait for the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,7 +94,10 @@ class Decoder:
     ) -> None:
         self.backbone, self.tokens, self.memory, self.config = backbone, tokens, memory, config
         self.cache: Aligned | Slots | None = slots
+        if slots is not None:
+            slots.user = weakref.ref(self)
         self.rows: list[Row] = []  # unfinished
+        self.calls: dict[int, list[Row]] = {}  # by their settings, all rows of the calls that are under way
         # One line for each slot of the next reading:
         self.hidden: Tensor | None = None  # [n, d], the states to sample from
         self.next: Tensor | None = None  # [n], the tokens to read
@@ -125,6 +130,7 @@ class Decoder:
         Raises:
             ValueError: if there are not as many seeds as rows, or the policy's schedule does not fit them.
         """
+        settings.policy = copy.copy(settings.policy)  # the same object may decide for other rows just now
         settings.policy.start()
         openings = getattr(settings.policy, "openings", ())
         sources = [o.prompt for o in openings] or [p for p in range(len(prompts.ids)) for _ in range(copies)]
@@ -157,6 +163,7 @@ class Decoder:
             self.cache = Aligned(prompts.cache, mask, position)
             self.hidden, self.next, self.ids = hidden, pads, ids
         self.rows += rows
+        self.calls[id(settings)] = rows
         if openings:
             self.resume(rows, openings)
         return rows
@@ -286,20 +293,40 @@ class Decoder:
         return tokens
 
     def processed(self, group: Drawn, logits: Tensor) -> Tensor:
-        """Scores [n, V]: each row is processed at its own length, as if it were alone."""
+        """Scores [n, V]: each row is processed at its own length, among the rows of its call."""
         settings = group.rows[0].settings
         if not settings.processors:
             return logits
         if settings.blind:
             return settings.processors(self.ids[: len(logits)], logits)  # the ids are not looked at
-        ids, lengths = self.ids if group.slots is None else self.ids[group.slots], {row.length for row in group.rows}
-        if len(lengths) == 1:
-            return settings.processors(ids[:, : lengths.pop()], logits)
+        lengths = {row.length for row in group.rows}
+        if self.cache.stays and len(lengths) == 1:
+            return settings.processors(self.ids[:, : lengths.pop()], logits)
         scores = logits.clone()
         for length in lengths:
-            index = [at for row, at in group.places if row.length == length]
-            scores[index] = settings.processors(ids[:, :length], logits.clone())[index]
+            found = settings.processors(*self.of_call(settings, length, group, logits))
+            members = [(at, row.index) for row, at in group.places if row.length == length]
+            lines, rows = on_device(members, logits.device).unbind(1)
+            scores[lines] = found[rows]
         return scores
+
+    def of_call(self, settings: Settings, length: int, group: Drawn, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [R, length] and values [R, V] of all R rows of a call, in their order, as in transformers' own loop.
+
+        Rows that ended are padded. Rows that draw no token now have values too, but they mean nothing.
+        """
+        if self.cache.stays:
+            return self.ids[:, :length], values.clone()
+        rows, places = self.calls[id(settings)], {id(row): at for row, at in group.places}
+        order = on_device([places.get(id(row), 0) for row in rows], values.device)
+        return torch.stack([self.line(row, length) for row in rows]), values[order]
+
+    def line(self, row: Row, length: int) -> Tensor:
+        """Ids [length] of a row, unfinished or not: its prompt and answer, cut off or padded."""
+        if not row.gone:
+            return self.ids[row.slot, :length]
+        words = torch.cat([row.prompt, on_device(row.tokens, row.prompt.device, torch.long)])[:length]
+        return torch.nn.functional.pad(words, (0, length - len(words)), value=row.settings.pad)
 
     def write(self, rows: list[Row]) -> None:
         """Enters the tokens just drawn into `ids`."""
@@ -335,15 +362,15 @@ class Decoder:
 
     def stop(self, group: Drawn, invoking: set[int]) -> None:
         """Asks the stopping criteria that need more than the last token; an invocation ends no answer by them."""
-        settings = group.rows[0].settings
-        if not settings.criteria:
-            return
-        ids = self.ids if group.slots is None else self.ids[group.slots]
-        for length in {row.length for row in group.rows}:
-            verdict = settings.criteria(ids[:, :length], group.scores).tolist()
-            for row, at in group.places:
-                if row.length == length and verdict[at] and id(row) not in invoking:
-                    row.done = True
+        for settings in {id(row.settings): row.settings for row in group.rows}.values():
+            if not settings.criteria:
+                continue
+            members = [row for row in group.rows if row.settings is settings]
+            for length in {row.length for row in members}:
+                verdict = settings.criteria(*self.of_call(settings, length, group, group.scores)).tolist()
+                for row in members:
+                    if row.length == length and verdict[row.index] and id(row) not in invoking:
+                        row.done = True
 
     def feed(self) -> Tensor:
         """Feeds w positions of every unfinished row and returns the states [n, d] after them."""
@@ -390,7 +417,7 @@ class Decoder:
             row.sight.patches = self.memory.short.encode(row.sight.images)
         if states is None:
             states = torch.stack([hidden[slot] for hidden, slot in row.states])
-        segment = self.tokens.embed(torch.tensor(row.tokens[row.segment :], device=self.ids.device))
+        segment = self.tokens.embed(self.ids[row.slot, len(row.prompt) + row.segment : row.length])
         return Observation(row.sight.visual, states, segment, row.sight.patches or [])
 
     # Notes.
@@ -437,6 +464,8 @@ class Decoder:
         self.rows = [row for row in self.rows if id(row) not in gone]
         for row in rows:
             row.states, row.queue, row.sight = [], None, None  # what a finished answer need not hold on to
+        under_way = {id(row.settings) for row in self.rows}
+        self.calls = {call: members for call, members in self.calls.items() if call in under_way}
         slots = [row.slot for row in rows]
         if self.cache.stays:
             self.next[slots] = rows[0].settings.pad
@@ -444,7 +473,7 @@ class Decoder:
         order = self.cache.drop(slots)
         if order == list(range(len(self.ids))):
             return
-        index = torch.tensor(order, dtype=torch.long, device=self.ids.device)
+        index = on_device(order, self.ids.device, torch.long)
         self.hidden, self.next, self.ids = self.hidden[index.to(self.hidden.device)], self.next[index], self.ids[index]
         place = {old: new for new, old in enumerate(order)}
         for row in self.rows:
@@ -485,7 +514,12 @@ def widened(known: Tensor | None, width: int, lines: list[int], values: Tensor) 
 
 
 def check_schedule(policy, rows: list[Row]) -> None:
-    """Refuses a schedule that names a row that is not there, or asks a blind row to look."""
+    """Refuses a schedule that names a row that is not there, or asks a blind row to look; and too few seeds."""
+    seeds = getattr(policy, "seed", None)
+    if isinstance(seeds, Sequence) and len(seeds) < len(rows):
+        raise ValueError(
+            f"Random has {len(seeds)} seeds for {len(rows)} rows; give one seed for each output row, or one number"
+        )
     for index, step, kind in getattr(policy, "schedule", ()):
         if index >= len(rows):
             raise ValueError(f"Forced names row {index}, but the batch has {len(rows)} (rows count from 0)")

@@ -112,7 +112,7 @@ def prepared(
         settings = Settings(
             policy=policy,
             config=generation_config,
-            processors=logits_processor,
+            processors=for_copies(logits_processor, len(input_ids), copies),
             criteria=StoppingCriteriaList(others),
             ends=frozenset(token for found in ends for token in found),
             budget=min(limits, default=2**31) - input_ids.shape[1],
@@ -175,15 +175,22 @@ class Layout:
         that the guards allow.
         """
         base, config, device = call.base, call.base.config.get_text_config(), call.base.device
-        columns = call.input_ids.shape[1] + call.settings.budget
+        columns = self.columns(call, memory)
         if self.compiled is None:
             return Slots(config, rows, columns, device)
-        columns += memory.max_invocations * (max(memory.short_length, memory.long_length) + 1)
         kept = KEPT.get(base)
-        if kept is None or kept.rows != rows or kept.columns < columns or kept.compiled != self.compiled:
+        fits = kept is not None and kept.rows == rows and kept.columns >= columns and kept.compiled == self.compiled
+        if not fits or kept.in_use:
             kept = KEPT[base] = Slots(config, rows, columns, device, self.compiled)
         kept.clear()
         return kept
+
+    def columns(self, call: Prepared, memory: VisMemConfig) -> int:
+        """How long the slots of a call's rows are laid out."""
+        columns = call.input_ids.shape[1] + call.settings.budget
+        if self.compiled is None:
+            return columns
+        return columns + memory.max_invocations * (max(memory.short_length, memory.long_length) + 1)
 
 
 def setting(base: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -192,6 +199,17 @@ def setting(base: Any, kwargs: dict[str, Any], name: str) -> Any:
         return kwargs[name]
     places = (kwargs.get("generation_config"), base.generation_config)
     return next((value for place in places if (value := getattr(place, name, None)) is not None), None)
+
+
+def for_copies(processors: LogitsProcessorList, prompts: int, copies: int) -> LogitsProcessorList:
+    """Processors that hold each prompt's padding (the repetition penalty), for as many rows as there are answers."""
+    found = LogitsProcessorList(processors)
+    for place, processor in enumerate(processors):
+        padding = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(padding, Tensor) and len(padding) == prompts:
+            found[place] = copy.copy(processor)
+            found[place].prompt_ignore_length = padding.repeat_interleave(copies)
+    return found
 
 
 def refuse_unsupported(config: GenerationConfig, kwargs: dict) -> None:

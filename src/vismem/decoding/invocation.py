@@ -46,7 +46,10 @@ class Policy(Protocol):
     guarded: bool
 
     def start(self) -> None:
-        """Called at the start of every decode, so that a policy object can be used again."""
+        """Called at the start of every decode, on a shallow copy of the object that was given.
+
+        What belongs to one decode is made anew here, not emptied, so that decodes side by side do not share it.
+        """
 
     def inject(self, place: Place) -> Kind | None:
         """The kind to put in before `place` samples, or None. Asked again after each memory until it says None."""
@@ -119,8 +122,7 @@ class Random:
 
     def start(self) -> None:
         """Forgets all draws."""
-        self._generators.clear()
-        self._asked.clear()
+        self._generators, self._asked = {}, {}
 
     def inject(self, place: Place) -> Kind | None:
         row = place.index
@@ -164,7 +166,7 @@ class Forced:
 
     def start(self) -> None:
         """Lays the schedule out anew."""
-        self._pending.clear()
+        self._pending = {}
         for row, step, kind in self.schedule:
             self._pending.setdefault((row, step), []).append(kind)
 

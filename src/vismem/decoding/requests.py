@@ -53,13 +53,13 @@ class Answer:
         index: its row within the request.
         finish: `"stop"` (an end token or a stopping criterion), `"length"`, `"cancelled"`, `"error"`, or None as long
             as it is not done.
-        error: why the request could not be taken.
+        error: why the request could not be taken, or what went wrong while it was written.
     """
 
     request: Request
     index: int
     finish: Literal["stop", "length", "cancelled", "error"] | None = None
-    error: ValueError | None = None
+    error: BaseException | None = None
     _row: Row | None = field(default=None, repr=False)
 
     @property
@@ -165,27 +165,40 @@ class RequestQueue:
         if rows:
             self.decoder.leave(rows)
 
+    def clear(self) -> None:
+        """Gives up all that wait or are being written."""
+        self.cancel([*self.answers.values(), *(answer for group in self.waiting for answer in group)])
+
     @torch.no_grad()
     def step(self) -> list[Answer]:
         """Lets waiting requests in where there is room, and writes one token of every row.
 
         Returns:
             The answers that ended, with `finish` set; `"error"` where a request could not be taken.
+
+        Raises:
+            Exception: whatever else goes wrong, as in a logits processor of yours. All answers that were being
+                written then end with it, `"error"`; those that wait are not touched, and the queue can go on.
         """
-        ended = []
-        while self.waiting and len(self.waiting[0]) <= self.batch_size - len(self.answers):
-            group = self.waiting.popleft()
-            try:
-                self.admit(group)
-            except ValueError as error:
-                for answer in group:
-                    answer.finish, answer.error = "error", error
-                ended += group
-        if self.decoder is not None and self.decoder.rows:
-            for row in self.decoder.step():
-                answer = self.answers.pop(id(row))
-                answer.finish = "stop" if row.sampled < row.settings.budget or row.ended else "length"
-                ended.append(answer)
+        ended, group = [], []
+        try:
+            while self.waiting and len(self.waiting[0]) <= self.batch_size - len(self.answers):
+                group = self.waiting.popleft()
+                try:
+                    self.admit(group)
+                except ValueError as error:
+                    ended += failed(group, error)
+            rows = self.decoder.step() if self.decoder is not None and self.decoder.rows else []
+        except BaseException as error:  # in the middle of a step, so that no row is whole any more
+            failed([*self.answers.values(), *group], error)
+            self.answers = {}
+            if self.decoder is not None:
+                self.decoder.cache.user, self.decoder = None, None
+            raise
+        for row in rows:
+            answer = self.answers.pop(id(row))
+            answer.finish = "stop" if row.sampled < row.settings.budget or row.ended else "length"
+            ended.append(answer)
         return ended
 
     def admit(self, group: list[Answer]) -> None:
@@ -196,6 +209,8 @@ class RequestQueue:
             if self.decoder is None:
                 slots = self.layout.slots(call, self.batch_size, model.memory_config)
                 self.decoder = Decoder(model.backbone, model.tokens, model.memory, model.memory_config, slots)
+            elif self.layout.compiled is not None:  # growing now and then would compile each time
+                self.decoder.cache.reserve(self.layout.columns(call, model.memory_config))
             prompts = self.decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
             seeds, sampling = request.seed, call.settings.config.do_sample
             if sampling and not isinstance(seeds, (list, tuple)):
@@ -205,6 +220,7 @@ class RequestQueue:
 
         policy = self.invocation if request.invocation is None else request.invocation
         keywords = {**self.generation, **request.generation, **request.inputs}
+        keywords["cache_implementation"] = "dynamic"  # for reading the prompts, whatever the request says
         rows = model._prepare(policy, enter, record=self.record, **keywords)
         for answer, row in zip(group, rows, strict=True):
             answer._row = row
@@ -214,6 +230,14 @@ class RequestQueue:
                 self.decoder.leave([row])
 
 
+def failed(answers: list[Answer], error: BaseException) -> list[Answer]:
+    """Ends answers with an error, but for those that ended before. Returns those that it ended."""
+    found = [answer for answer in answers if answer.finish is None]
+    for answer in found:
+        answer.finish, answer.error = "error", error
+    return found
+
+
 def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]]) -> Iterator[Answer]:
     """Answers to `requests`, each as soon as it is done; requests are taken from the iterable as room comes up.
 
@@ -221,19 +245,26 @@ def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]])
         ValueError: if a request cannot be taken; names it by its number. Answers given before are complete.
     """
     source, taken, numbers = iter(requests), 0, {}
-    while True:
-        while source is not None and queue.hungry:
-            request = next(source, None)
-            if request is None:
-                source = None
-                break
-            request = request if isinstance(request, Request) else Request(dict(request))
-            numbers[id(request)] = taken
-            taken += 1
-            queue.submit(request)
-        if source is None and not len(queue):
-            return
-        for answer in queue.step():
-            if answer.error is not None:
-                raise ValueError(f"request {numbers[id(answer.request)]}: {answer.error}") from answer.error
-            yield answer
+    try:
+        while True:
+            while source is not None and queue.hungry:
+                request = next(source, None)
+                if request is None:
+                    source = None
+                    break
+                request = request if isinstance(request, Request) else Request(dict(request))
+                numbers[id(request)] = taken
+                try:
+                    queue.submit(request)
+                except ValueError as error:
+                    raise ValueError(f"request {taken}: {error}") from error
+                taken += 1
+            if source is None and not len(queue):
+                return
+            ended = queue.step()
+            yield from (answer for answer in ended if answer.error is None)
+            for answer in ended:
+                if answer.error is not None:
+                    raise ValueError(f"request {numbers[id(answer.request)]}: {answer.error}") from answer.error
+    finally:
+        queue.clear()  # what nobody waits for any more is not held on to

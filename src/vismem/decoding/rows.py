@@ -73,7 +73,7 @@ class Settings:
     def __post_init__(self) -> None:
         self.blind = all(type(processor) in BLIND for processor in self.processors)
         # Rows of like settings are drawn together; what cannot be compared is alike with itself only.
-        alike = tuple((type(p), *map(str, vars(p).values())) for p in self.processors) if self.blind else id(self)
+        alike = tuple((type(p), *map(plain, vars(p).values())) for p in self.processors) if self.blind else id(self)
         self.key = (alike, bool(self.config.do_sample), self.policy.samples, self.policy.injects)
 
     @property
@@ -137,6 +137,11 @@ class Row:
         return bool(self.tokens) and self.tokens[-1] in self.settings.ends
 
     @property
+    def gone(self) -> bool:
+        """Whether the row has left: it has no slot any more."""
+        return self.sight is None
+
+    @property
     def at_delimiter(self) -> bool:
         return not self.tokens or self.tokens[-1] in self.settings.delimiters()
 
@@ -156,6 +161,11 @@ class Row:
             log_probs=log_probs.float().cpu(),
             invocations=self.invocations,
         )
+
+
+def plain(value: Any) -> Any:
+    """A setting of a processor as something that can be compared: a tensor's numbers, all digits of them."""
+    return str(value.tolist()) if isinstance(value, Tensor) else str(value)
 
 
 def output(rows: list[Row], settings: Settings) -> VisMemOutput | Tensor:
