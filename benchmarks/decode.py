@@ -24,42 +24,36 @@ What is measured and printed is explained in `benchmarks/README.md`.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import math
-import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
-from tokenizers import Tokenizer, models
-from torch import Tensor
-from transformers import (
-    Idefics3ForConditionalGeneration,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
+from bases import FAMILIES, WORK, equipped, prompts, silence
+from common import (
+    Case,
+    Clock,
+    Progress,
+    Spread,
+    add_busy,
+    aligned,
+    drive,
+    machine_facts,
+    parsed,
+    parser,
+    turned,
+    verdicts,
 )
+from torch import Tensor
+from transformers import LogitsProcessorList
 
 import vismem
 from vismem.decoding.invocation import Forced
-from vismem.pocket import BASE_PATH
 
 SEGMENT = 16
 KINDS_IN_ORDER = ("short", "short", "long", "short", "long")
-PROMPT_WORDS = 32
-SPECIAL = ("<pad>", "<end>", "<image>", "<start>", "<stop>")
 
 # Steps that an invocation adds in the public VisMem code, one CPU thread, fp32; and the share of it allowed here.
 PUBLIC_CODE = {
@@ -67,156 +61,15 @@ PUBLIC_CODE = {
     ("qwen-28m", 256): {"short": 27.6, "long": 28.7, "share": 0.5},
 }
 ALLOWED_RATIO = 1.05
-
-
-# The bases and their prompts.
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table: a base by name, the prompt's visual tokens, and the batch."""
-
-    model: str
-    visual_tokens: int
-    batch: int
-
-    def __str__(self) -> str:
-        return f"{self.model}/{self.visual_tokens}/{self.batch}"
-
-
 CASES = (
     *(Case("pocket", tokens, batch) for tokens in (64, 256) for batch in (1, 8)),
     *(Case("qwen-28m", 256, batch) for batch in (1, 8)),
     *(Case("qwen-200m", tokens, batch) for tokens in (64, 256) for batch in (1, 8)),
+    *(Case(f"tiny-{family}", 0, batch) for family in FAMILIES for batch in (1, 8)),
 )
 
 
-def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of exactly `size` words, so that the four memory tokens come after the base's vocabulary."""
-    words = [*SPECIAL, ".", *(f"w{index}" for index in range(size - len(SPECIAL) - 1))]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
-    marks = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **marks)
-
-
-def random_qwen(
-    vocabulary: int, width: int, layers: int, mlp: int, tower: tuple[int, int, int], tied: bool
-) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
-    """A Qwen2.5-VL with random weights; `tower` is its vision encoder's width, depth and MLP width."""
-    tokenizer = word_tokenizer(vocabulary)
-    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "hidden_size": tower[0],
-            "depth": tower[1],
-            "intermediate_size": tower[2],
-            "num_heads": tower[0] // 64,
-            "out_hidden_size": width,
-            "fullatt_block_indexes": [tower[1] // 2 - 1, tower[1] - 1],
-        },
-        text_config={
-            "hidden_size": width,
-            "intermediate_size": mlp,
-            "num_hidden_layers": layers,
-            "num_attention_heads": width // 64,
-            "num_key_value_heads": max(width // 64 // 2, 1) if width % 128 == 0 else 1,
-            "vocab_size": vocabulary,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-            "tie_word_embeddings": tied,
-            "bos_token_id": None,
-            "eos_token_id": ids["<end>"],
-        },
-        image_token_id=ids["<image>"],
-        video_token_id=vocabulary - 1,
-        vision_start_token_id=ids["<start>"],
-        vision_end_token_id=ids["<stop>"],
-        tie_word_embeddings=tied,
-    )
-    base = Qwen2_5_VLForConditionalGeneration(config)
-    base.generation_config.eos_token_id, base.generation_config.pad_token_id = ids["<end>"], ids["<pad>"]
-    return base, SimpleNamespace(tokenizer=tokenizer)
-
-
-def pocket() -> tuple[Idefics3ForConditionalGeneration, Any]:
-    """The pocket base; where its weights are not there, one of its shape with random weights."""
-    from vismem.pocket import architecture, load_base
-
-    if (BASE_PATH / "config.json").is_file():
-        return load_base()
-    from vismem.pocket.tokenizer import END, IMAGE, PAD, VOCABULARY
-
-    words = [PAD, END, IMAGE, ".", *(f"w{index}" for index in range(VOCABULARY - 4))]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=PAD))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END, unk_token=PAD)
-    return architecture.build_model(tokenizer), SimpleNamespace(tokenizer=tokenizer)
-
-
-BASES: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "pocket": pocket,
-    "qwen-28m": lambda: random_qwen(16384, 320, 8, 1280, (256, 4, 704), tied=False),
-    "qwen-200m": lambda: random_qwen(32768, 1024, 12, 2816, (512, 8, 1408), tied=True),
-}
-
-
-def prompt(base: Any, visual_tokens: int, batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of random prompts as the family's processor would make them: images, then `PROMPT_WORDS` words.
-
-    Qwen2.5-VL shows one square image. Idefics3 has a fixed number of visual tokens per image and shows several.
-
-    Raises:
-        ValueError: if no square image, or no number of images, gives that many visual tokens.
-    """
-    config, generator = base.config, torch.Generator().manual_seed(seed)
-    ordinary = 64, config.get_text_config().vocab_size - 8  # neither marks at the front nor rows kept free at the end
-    words = torch.randint(*ordinary, (batch, PROMPT_WORDS), generator=generator)
-    if config.model_type == "qwen2_5_vl":
-        vision = config.vision_config
-        side = math.isqrt(visual_tokens) * vision.spatial_merge_size
-        if side**2 != visual_tokens * vision.spatial_merge_size**2:
-            raise ValueError(f"{visual_tokens} visual tokens are not a square image")
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        images = {
-            "pixel_values": torch.randn(batch * side**2, values, generator=generator),
-            "image_grid_thw": torch.tensor([[1, side, side]] * batch),
-        }
-        frame = [config.vision_start_token_id], [config.vision_end_token_id]
-    else:
-        vision = config.vision_config
-        each = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
-        if visual_tokens % each:
-            raise ValueError(f"{visual_tokens} visual tokens are not a whole number of images of {each}")
-        shape = (batch, visual_tokens // each, 3, vision.image_size, vision.image_size)
-        images = {"pixel_values": torch.rand(shape, generator=generator) + 0.1}
-        images["pixel_attention_mask"] = torch.ones(shape[0], shape[1], *shape[3:], dtype=torch.long)
-        frame = [], []
-    places = torch.tensor([*frame[0], *[config.image_token_id] * visual_tokens, *frame[1]])
-    input_ids = torch.cat([places.expand(batch, -1), words], dim=1)
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **images}
-    if config.model_type == "qwen2_5_vl":
-        inputs["mm_token_type_ids"] = (input_ids == config.image_token_id).long()
-    return {
-        name: value.to(base.device, base.dtype if value.is_floating_point() else None) for name, value in inputs.items()
-    }
-
-
-# The clock and the runs.
-
-
-class Clock(LogitsProcessor):
-    """Notes when each token is drawn; changes nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.ticks = device, []
-
-    def tick(self) -> None:
-        """Notes the time, when the device is done with what was asked of it."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.ticks.append(time.perf_counter())
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.tick()
-        return scores
+# The runs.
 
 
 @dataclass
@@ -246,30 +99,28 @@ class Run:
         return self.ticks[step + SEGMENT] - self.ticks[step]
 
 
-def timed(generate: Callable[..., Tensor], inputs: dict[str, Tensor], tokens: int, end: int, **kwargs: Any) -> Run:
+def timed(
+    generate: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    tokens: int,
+    end: list[int],
+    busy: bool = False,
+    **kwargs: Any,
+) -> Run:
     """Runs `generate` greedily for exactly `tokens` tokens, `end` never among them, with a clock in its processors."""
-    clock = Clock(inputs["input_ids"].device)
+    clock = Clock(inputs["input_ids"].device, busy)
     gc.collect()
     clock.tick()
     sequences = generate(
         **inputs,
         max_new_tokens=tokens,
-        suppress_tokens=[end],
+        suppress_tokens=end,
         do_sample=False,
         logits_processor=LogitsProcessorList([clock]),
         **kwargs,
     )
     clock.tick()
     return Run(clock.ticks, sequences)
-
-
-def silence(model: vismem.VisMem) -> None:
-    """Zeroes the output rows of the four tokens: every greedy choice prefers another token, at no other cost."""
-    tokens = model.tokens
-    rows = (tokens.invocation, tokens.end) if tokens.tied else (tokens.invocation_output, tokens.end_output)
-    with torch.no_grad():
-        for row in rows:
-            row.zero_()
 
 
 def schedules(batch: int) -> tuple[int, dict[str, list[tuple[int, int, str]]]]:
@@ -282,7 +133,7 @@ def schedules(batch: int) -> tuple[int, dict[str, list[tuple[int, int, str]]]]:
     return tokens, {"forced": forced, "scattered": scattered}
 
 
-def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], turn: int = 0) -> dict[str, Run]:
+def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], turn: int = 0, busy: bool = False) -> dict[str, Run]:
     """Every run once, beginning with another one each turn.
 
     Raises:
@@ -299,10 +150,10 @@ def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], turn: int = 0) ->
     }
     if batch > 1:
         runs["scattered"] = (model.generate, {"invocation": Forced(plans["scattered"])})
-    names = list(runs)
-    names = names[turn % len(names) :] + names[: turn % len(names)]
-    end = model.base.generation_config.eos_token_id
-    done = {name: timed(runs[name][0], inputs, tokens, end, **runs[name][1]) for name in names}
+    # Neither the end token, nor rows that the base keeps free and that now are the four tokens'.
+    tokens_in_table = [index for index in model.tokens.ids if index < model.tokens.base_vocabulary]
+    end = [model.base.generation_config.eos_token_id, *tokens_in_table]
+    done = {name: timed(runs[name][0], inputs, tokens, end, busy, **runs[name][1]) for name in turned(list(runs), turn)}
     for name in ("off", "on", "none"):
         if not torch.equal(done[name].sequences, done["base"].sequences):
             raise RuntimeError(f"{name!r} wrote other tokens than the base; the times cannot be compared")
@@ -310,21 +161,6 @@ def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], turn: int = 0) ->
 
 
 # From times to numbers.
-
-
-@dataclass
-class Spread:
-    """Median and quartiles of some samples, which are kept."""
-
-    median: float
-    q1: float
-    q3: float
-    samples: list[float]
-
-    @classmethod
-    def of(cls, samples: list[float], digits: int = 3) -> Spread:
-        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-        return cls(*(round(v, digits) for v in (median, q1, q3)), [round(v, digits) for v in samples])
 
 
 @dataclass
@@ -354,18 +190,24 @@ class Result:
     gigabytes_per_second: float = 0.0
 
 
-def invocation_costs(rounds: list[dict[str, Run]], batch: int) -> dict[str, list[float]]:
-    """What invocations added in each round, in decode steps of the base."""
+def step_time(runs: dict[str, Run]) -> float:
+    """A decode step of the base, in seconds."""
+    return runs["base"].per_token
+
+
+def invocation_costs(
+    rounds: list[dict[str, Run]], batch: int, unit: Callable[[dict[str, Run]], float] = step_time
+) -> dict[str, list[float]]:
+    """What invocations added in each round, in decode steps of the base, or in another unit of time."""
     costs: dict[str, list[float]] = {}
     for runs in rounds:
-        step_time = runs["base"].per_token
         for index, kind in enumerate(KINDS_IN_ORDER):
             step = SEGMENT * (index + 1)
             name = "short_first" if index == KINDS_IN_ORDER.index("short") else kind
-            costs.setdefault(name, []).append((runs["forced"].span(step) - runs["none"].span(step)) / step_time)
+            costs.setdefault(name, []).append((runs["forced"].span(step) - runs["none"].span(step)) / unit(runs))
         if "scattered" in runs:
             extra = runs["scattered"].total - runs["none"].total
-            costs.setdefault("scattered", []).append(extra / batch / step_time)
+            costs.setdefault("scattered", []).append(extra / batch / unit(runs))
     return costs
 
 
@@ -399,58 +241,30 @@ def summarize(case: Case, weights: str, model: vismem.VisMem, rounds: list[dict[
 
 def equip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[vismem.VisMem, str]:
     """A base of that name with the default memory, ready to be measured, and where its weights come from."""
-    torch.manual_seed(0)
-    base, processor = BASES[name]()
-    weights = "trained" if name == "pocket" and (BASE_PATH / "config.json").is_file() else "random"
-    model = vismem.VisMem(base.to(device, dtype).eval(), processor, vismem.VisMemConfig()).eval()
+    model, weights = equipped(name, device, dtype)
     silence(model)
     return model, weights
 
 
 def measure(
-    cases: list[Case], rounds: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    cases: list[Case], rounds: int, device: str = "cpu", dtype: torch.dtype = torch.float32, busy: bool = False
 ) -> Iterator[Result]:
     """Measures `cases` one by one, each with a round of warming up; says on stderr how far it is."""
-    began, work = time.monotonic(), [WORK.get(case.model, 1) * (1 + case.batch / 8) for case in cases]
-    equipped: dict[str, tuple[vismem.VisMem, str]] = {}
+    progress = Progress(cases, [WORK.get(case.model, 1) * (1 + case.batch / 8) for case in cases], rounds)
+    made: dict[str, tuple[vismem.VisMem, str]] = {}
     for index, case in enumerate(cases):
-        if case.model not in equipped:
-            equipped = {case.model: equip(case.model, device, dtype)}
-        model, weights = equipped[case.model]
-        inputs, kept = prompt(model.base, case.visual_tokens, case.batch), []
+        if case.model not in made:
+            made = {case.model: equip(case.model, device, dtype)}
+        model, weights = made[case.model]
+        inputs, kept = prompts(model, case.visual_tokens, case.batch), []
         for turn in range(rounds + 1):
-            done = sum(work[:index]) + work[index] * turn / (rounds + 1)
-            spent = time.monotonic() - began
-            left = f"about {spent * (sum(work) - done) / done / 60:.0f} min left" if done else "warming up"
-            print(f"[{index + 1}/{len(cases)}] {case}: round {turn}/{rounds}, {left}", file=sys.stderr, flush=True)
-            runs = one_round(model, inputs, turn)
+            progress.say(index, turn)
+            runs = one_round(model, inputs, turn, busy)
             kept += [runs] if turn else []
         yield summarize(case, weights, model, kept)
 
 
-WORK = {"pocket": 1, "qwen-28m": 3, "qwen-200m": 12}  # relative time of a row, for the estimate on stderr alone
-
-
 # What comes out.
-
-
-def machine_facts(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What ran the benchmark: processor, cores and threads, versions, dtype."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "vismem": vismem.__version__,
-    }
 
 
 def budgets(results: list[Result]) -> list[dict[str, Any]]:
@@ -473,7 +287,7 @@ def budgets(results: list[Result]) -> list[dict[str, Any]]:
     return found
 
 
-def report(results: list[Result], device: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def report(results: list[Result], device: str, dtype: torch.dtype, rounds: int, busy: bool = False) -> dict[str, Any]:
     """All that is written to the JSON file."""
     config = vismem.VisMemConfig()
     return {
@@ -481,6 +295,7 @@ def report(results: list[Result], device: str, dtype: torch.dtype, rounds: int) 
         "machine": machine_facts(device, dtype),
         "setting": {
             "rounds": rounds,
+            "clock": "processor time" if busy else "wall clock",
             "new_tokens": schedules(1)[0],
             "segment": SEGMENT,
             "query_length": config.query_length,
@@ -511,7 +326,7 @@ def table(results: list[Result]) -> str:
         "long",
         "scattered",
     ]
-    lines = [head, ["-" * len(name) for name in head]]
+    lines = [head]
     for row in results:
         steps = row.invocation_steps
         generate, on = row.token_ms["base"].median, row.token_ms["on"].median
@@ -528,8 +343,6 @@ def table(results: list[Result]) -> str:
                 f"{steps['scattered'].median:.1f}" if "scattered" in steps else "",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
     config = vismem.VisMemConfig()
     notes = [
         "",
@@ -539,78 +352,22 @@ def table(results: list[Result]) -> str:
         "scattered: the same per invocation when every row invokes at another step. * random weights.",
         "",
     ]
-    for entry in budgets(results):
-        verdict = "met" if entry["met"] else "MISSED"
-        took = f"{entry['measured']:g} (at most {entry['allowed']:g})"
-        notes.append(f"{verdict:6} {entry['row']}: {entry['what']} {took}")
-    return "\n".join([*rows, *notes])
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="vismem bench decode",
-        description="Decoding speed against transformers' generate, and the cost of a memory invocation.",
-        epilog="example: vismem bench decode --quick --only qwen-28m/256/1",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="two rounds instead of eight; writes nothing unless --json is given"
-    )
-    parser.add_argument("--rounds", type=int, help="rounds per row (default 8)")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows whose BASE/VISUAL/BATCH begins so")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write (default results/bench_decode.json)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    args = parser.parse_args(argv)
-    if args.rounds is not None and args.rounds < 1:
-        parser.error(f"--rounds must be 1 or more, got {args.rounds}")
-    if args.threads < 1:
-        parser.error(f"--threads must be 1 or more, got {args.threads}")
-    args.cases = [case for case in CASES if not args.only or any(str(case).startswith(name) for name in args.only)]
-    if not args.cases:
-        parser.error(f"--only {' '.join(args.only)} fits no row; there are {', '.join(map(str, CASES))}")
-    args.rounds = args.rounds or (2 if args.quick else 8)
-    if args.json is None and not args.quick and not args.only:
-        args.json = Path("results/bench_decode.json")
-    return args
+    return "\n".join([*aligned(lines), *notes, *verdicts(budgets(results))])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints the table, writes the JSON; 0 when done, 1 when the runs could not be compared."""
-    args = arguments(argv)
-    torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    dtype = getattr(torch, args.dtype)
-    results: list[Result] = []
-    try:
-        for result in measure(args.cases, args.rounds, args.device, dtype):
-            results.append(result)
-            if args.json is not None:
-                write(args.json, report(results, args.device, dtype, args.rounds))
-    except RuntimeError as error:
-        print(f"vismem bench decode: {error}", file=sys.stderr)
-        return 1
-    print(table(results))
-    return 0
+    told = "Decoding speed against transformers' generate, and the cost of a memory invocation."
+    options = parser("decode", told, "vismem bench decode --quick --only qwen-28m/256/1", 8, "two rounds")
+    add_busy(options)
+    args = parsed(options, argv, CASES)
+    rounds, dtype = args.rounds or (2 if args.quick else 8), getattr(torch, args.dtype)
+    results = measure(args.cases, rounds, args.device, dtype, args.busy)
 
+    def reported(found: list[Result]) -> dict[str, Any]:
+        return report(found, args.device, dtype, rounds, args.busy)
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """Writes the report, whole or not at all; rows that other runs on this machine left in the file stay."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        earlier = json.loads(path.read_text())
-        if earlier.get("machine") == found["machine"]:
-            measured = {name_of(row) for row in found["rows"]}
-            found["rows"] += [row for row in earlier["rows"] if name_of(row) not in measured]
-            found["budgets"] += [entry for entry in earlier["budgets"] if entry["row"] not in measured]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(path)
-
-
-def name_of(row: dict[str, Any]) -> str:
-    """A row's name in the table, as `--only` takes it."""
-    return str(Case(row["model"], row["visual_tokens"], row["batch"]))
+    return drive("decode", args.json, results, reported, table)
 
 
 if __name__ == "__main__":

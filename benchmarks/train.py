@@ -23,7 +23,6 @@ measured and printed is explained in `benchmarks/README.md`.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import sys
@@ -31,14 +30,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
-from decode import BASES, WORK, Case, Spread, machine_facts, prompt, write
+from bases import WORK, equipped, prompt
+from common import Case, Progress, Spread, add_busy, aligned, drive, machine_facts, parsed, parser, turned, verdicts
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -47,7 +45,6 @@ from vismem.config import KINDS
 from vismem.decoding.invocation import Forced, Policy
 from vismem.decoding.trace import Rollout
 from vismem.memory.adapter import Adapter
-from vismem.pocket import BASE_PATH
 from vismem.training import grpo, rollout
 from vismem.training.replay import Learner, collate
 
@@ -339,10 +336,6 @@ def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], updates: Updates,
     return found
 
 
-def turned(names: list[str], turn: int) -> list[str]:
-    return names[turn % len(names) :] + names[: turn % len(names)]
-
-
 # From times to numbers.
 
 
@@ -429,11 +422,7 @@ def summarize(
 
 def equip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[vismem.VisMem, str]:
     """A base of that name with an untrained memory, and where the base's weights come from."""
-    torch.manual_seed(0)
-    base, processor = BASES[name]()
-    weights = "trained" if name == "pocket" and (BASE_PATH / "config.json").is_file() else "random"
-    config = vismem.VisMemConfig(max_invocations=INVOCATIONS)
-    model = vismem.VisMem(base.to(device, dtype).eval(), processor, config).eval()
+    model, weights = equipped(name, device, dtype, vismem.VisMemConfig(max_invocations=INVOCATIONS))
     model.memory.float()  # as the trainer keeps what it trains
     model.tokens.float()
     model.base.generation_config.eos_token_id = None  # nothing ends an answer early, here and in the base's generate
@@ -450,22 +439,19 @@ def measure(
     cold: bool = False,
 ) -> Iterator[Result]:
     """Measures `cases` one by one, each with a round of warming up unless `cold`; says on stderr how far it is."""
-    began, work = time.monotonic(), [WORK.get(case.model, 1) * (1 + case.visual_tokens / 128) for case in cases]
-    equipped: dict[str, tuple[vismem.VisMem, str]] = {}
+    progress = Progress(cases, [WORK.get(case.model, 1) * (1 + case.visual_tokens / 128) for case in cases], rounds)
+    made: dict[str, tuple[vismem.VisMem, str]] = {}
     for index, case in enumerate(cases):
-        if case.model not in equipped:
-            equipped = {case.model: equip(case.model, device, dtype)}
-        model, weights = equipped[case.model]
+        if case.model not in made:
+            made = {case.model: equip(case.model, device, dtype)}
+        model, weights = made[case.model]
         inputs, kept = prompt(model.base, case.visual_tokens, 1), []
         updates = Updates(
             model, inputs, roll(model, inputs, schedule(case.batch), case.batch), Stopwatch(model.device, busy)
         )
         updates.check()
         for turn in range(int(cold), rounds + 1):
-            done = sum(work[:index]) + work[index] * turn / (rounds + 1)
-            spent = time.monotonic() - began
-            left = f"about {spent * (sum(work) - done) / done / 60:.0f} min left" if done else "warming up"
-            print(f"[{index + 1}/{len(cases)}] {case}: round {turn}/{rounds}, {left}", file=sys.stderr, flush=True)
+            progress.say(index, turn)
             found = one_round(model, inputs, updates, turn)
             kept += [found] if turn else []
         yield summarize(case, weights, model, updates, kept, command)
@@ -510,13 +496,6 @@ def report(results: list[Result], device: str, dtype: torch.dtype, busy: bool = 
     }
 
 
-def aligned(lines: list[list[str]]) -> list[str]:
-    """A Markdown table of a head and rows."""
-    lines = [lines[0], ["-" * len(name) for name in lines[0]], *lines[1:]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-
-
 def table(results: list[Result]) -> str:
     """The results as two Markdown tables, then the budgets."""
     updates = [["base", "visual", "stage", "plain s", "ours s", "of plain", "of LoRA", *PARTS]]
@@ -554,65 +533,19 @@ def table(results: list[Result]) -> str:
         "reading the prompt; invoked: per trajectory. * random weights.",
         "",
     ]
-    for entry in budgets(results):
-        verdict = "met" if entry["met"] else "MISSED"
-        notes.append(f"{verdict:6} {entry['row']}: {entry['what']} {entry['measured']:g} (at most {entry['allowed']})")
-    return "\n".join([*aligned(updates), "", *aligned(rollouts), *notes])
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="vismem bench train",
-        description="One training update against a plain forward and backward, and rollouts against generate.",
-        epilog="example: taskset -c 0 vismem bench train --quick --only pocket/16",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one round instead of five; writes nothing unless --json is given"
-    )
-    parser.add_argument("--rounds", type=int, help="rounds per row (default 5)")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows whose BASE/VISUAL/GROUP begins so")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write (default results/bench_train.json)")
-    parser.add_argument("--cold", action="store_true", help="no round of warming up, where a round takes minutes")
-    parser.add_argument(
-        "--busy", action="store_true", help="count this process's processor time; for one thread on a busy machine"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    args = parser.parse_args(argv)
-    if args.rounds is not None and args.rounds < 1:
-        parser.error(f"--rounds must be 1 or more, got {args.rounds}")
-    if args.threads < 1:
-        parser.error(f"--threads must be 1 or more, got {args.threads}")
-    if args.busy and (args.threads > 1 or args.device != "cpu"):
-        parser.error("--busy counts the time of one thread on a processor; leave it out here")
-    args.cases = [case for case in CASES if not args.only or any(str(case).startswith(name) for name in args.only)]
-    if not args.cases:
-        parser.error(f"--only {' '.join(args.only)} fits no row; there are {', '.join(map(str, CASES))}")
-    args.rounds = args.rounds or (1 if args.quick else 5)
-    if args.json is None and not args.quick:
-        args.json = Path("results/bench_train.json")
-    return args
+    return "\n".join([*aligned(updates), "", *aligned(rollouts), *notes, *verdicts(budgets(results))])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints the tables, writes the JSON row by row; 0 when done, 1 when runs could not be compared."""
-    args = arguments(argv)
-    torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    dtype = getattr(torch, args.dtype)
-    command = " ".join(["vismem bench train", *(sys.argv[1:] if argv is None else argv)])
-    results: list[Result] = []
-    try:
-        for result in measure(args.cases, args.rounds, command, args.device, dtype, args.busy, args.cold):
-            results.append(result)
-            if args.json is not None:
-                write(args.json, report(results, args.device, dtype, args.busy))
-    except RuntimeError as error:
-        print(f"vismem bench train: {error}", file=sys.stderr)
-        return 1
-    print(table(results))
-    return 0
+    told = "One training update against a plain forward and backward, and rollouts against generate."
+    options = parser("train", told, "taskset -c 0 vismem bench train --quick --only pocket/16", 5, "one round")
+    options.add_argument("--cold", action="store_true", help="no round of warming up, where a round takes minutes")
+    add_busy(options)
+    args = parsed(options, argv, CASES)
+    rounds, dtype = args.rounds or (1 if args.quick else 5), getattr(torch, args.dtype)
+    results = measure(args.cases, rounds, args.command, args.device, dtype, args.busy, args.cold)
+    return drive("train", args.json, results, lambda found: report(found, args.device, dtype, args.busy), table)
 
 
 if __name__ == "__main__":

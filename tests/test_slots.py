@@ -93,10 +93,10 @@ def test_slots_refuse_an_attention_that_cannot_read_them():
 
 
 def test_slots_refuse_layers_that_they_cannot_hold():
-    model = tempting("qwen2_5_vl")
-    model.base.config.get_text_config().layer_types = ["full_attention", "chunked_attention"]
+    config = tempting("qwen2_5_vl").base.config.get_text_config()
+    config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ValueError, match="layers of type 'chunked_attention'"):
-        both(model, tiny.mixed_batch(model.processor), "off")
+        cache.Slots(config, rows=1, columns=8, device=torch.device("cpu"))
 
 
 def test_slots_grow_where_they_do_not_suffice(monkeypatch):
