@@ -22,6 +22,7 @@ BLIND = (
     logits_process.EpsilonLogitsWarper,
     logits_process.EtaLogitsWarper,
     logits_process.MinPLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
     logits_process.TemperatureLogitsWarper,
     logits_process.TopKLogitsWarper,
     logits_process.TopPLogitsWarper,
