@@ -305,12 +305,72 @@ def test_an_error_while_a_prompt_is_read(model, monkeypatch):
 
 
 def test_a_stream_that_is_left_early_holds_nothing(model):
-    queue = RequestQueue(model, batch_size=2, max_new_tokens=8, eos_token_id=None)
-    answers = requests.stream(queue, prompts(model, 5))
+    queue = RequestQueue(model, batch_size=2, eos_token_id=None)
+    asked = [Request(each, generation={"max_new_tokens": 4 + i}) for i, each in enumerate(prompts(model, 5))]
+    answers = requests.stream(queue, asked)
     next(answers)
     assert len(queue)
     answers.close()
     assert len(queue) == 0 and not queue.decoder.rows
+
+
+def readings_of_prompts(monkeypatch) -> list[int]:
+    """How many prompts each reading of prompts has, noted from now on."""
+    counts, read = [], engine.Decoder.read_prompts
+
+    def noted(self, base, input_ids, *rest):
+        counts.append(len(input_ids))
+        return read(self, base, input_ids, *rest)
+
+    monkeypatch.setattr(engine.Decoder, "read_prompts", noted)
+    return counts
+
+
+@pytest.mark.parametrize("sampling", SAMPLING[:2], ids=["greedy", "warped"])
+def test_waiting_requests_are_read_together(family, sampling, monkeypatch):
+    """As one padded batch, once it is known that nothing looks at the padding; every row keeps its own budget."""
+    model = tempting(family)
+    texts = ["look again!", "A red cup, a blue book.", "Describe the image: it is bright; look again!", "look", "What?"]
+    inputs = [tiny.prompts(model.processor, [tiny.message(t, tiny.picture(i))]) for i, t in enumerate(texts)]
+    asked = [Request(x, seed=i, generation={"max_new_tokens": 5 + i}, tag=i) for i, x in enumerate(inputs)]
+    counts = readings_of_prompts(monkeypatch)
+    answers = list(model.stream_batch(asked, batch_size=5, eos_token_id=None, **sampling))
+    assert counts[0] == 1 and max(counts) > 1 and sum(counts) == 5
+    for answer in answers:
+        settings = {"max_new_tokens": 5 + answer.tag, "eos_token_id": None, "seed": [answer.tag], **sampling}
+        assert (answer.tokens, answer.invocations) == alone(model, inputs[answer.tag], **settings)
+
+
+def test_what_is_not_alike_is_not_read_together(model, monkeypatch):
+    one, two, three = (prompts(model, 3)[1] for _ in range(3))
+    long = tiny.prompts(model.processor, [tiny.message("look again! " * 60, tiny.picture(0))])
+    counts = readings_of_prompts(monkeypatch)
+    asked = [
+        Request(one),
+        Request(two, generation={"repetition_penalty": 1.2}),
+        Request(three, generation={"repetition_penalty": 1.2}),  # looks at the ids, and so would at padding
+        Request(one, invocation=Forced([(0, 1, "short")])),
+        Request(two, invocation=Forced([(0, 1, "short")])),  # counts the rows of its call
+        Request(one),
+        Request(long),  # would be mostly padding for the others
+    ]
+    assert len(list(model.stream_batch(asked, batch_size=8, max_new_tokens=4))) == 7
+    assert counts == [1] * 7
+
+
+def test_a_bad_request_among_those_read_together(model, monkeypatch):
+    good = prompts(model, 2)[1]
+    bad = {**good, "input_ids": good["input_ids"].clone()}
+    bad["input_ids"][bad["input_ids"] == model.backbone.image_token_id] = 100
+    counts = readings_of_prompts(monkeypatch)
+    queue = RequestQueue(model, batch_size=5, max_new_tokens=6)
+    answers = [queue.submit(Request(each))[0] for each in (good, good, bad, good, good)]
+    while len(queue):
+        queue.step()
+    assert [answer.finish == "error" for answer in answers] == [False, False, True, False, False]
+    expected = alone(model, good, max_new_tokens=6)
+    assert all((a.tokens, a.invocations) == expected for a in answers if a.finish != "error")
+    assert set(counts) == {1} and not queue.alone  # when all failed, each was read by itself
 
 
 def test_compiled_slots_are_not_taken_from_a_stream_under_way(model):

@@ -6,6 +6,7 @@ the model is the short way; `RequestQueue` is for those who add, watch and cance
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from vismem.decoding.engine import Decoder
 from vismem.decoding.generation import Layout, Prepared, setting
-from vismem.decoding.invocation import Policy
+from vismem.decoding.invocation import Policy, policy_of
 from vismem.decoding.rows import Row
 from vismem.decoding.trace import Invocation, Rollout
 
 if TYPE_CHECKING:
     from vismem.model import VisMem
+
+MOST_PADDED = 1.5  # positions that a batch of prompts may have, padding counted, for each token in them
 
 
 @dataclass(eq=False)
@@ -126,6 +129,8 @@ class RequestQueue:
         self.waiting: deque[list[Answer]] = deque()
         self.decoder: Decoder | None = None
         self.answers: dict[int, Answer] = {}  # of the rows that are being written
+        self.blind: dict[Any, bool] = {}  # by `kind_of`: whether such rows may be read with padding before them
+        self.alone: set[int] = set()  # requests that are to be read by themselves
 
     def __len__(self) -> int:
         """Rows that wait or are being written."""
@@ -134,7 +139,7 @@ class RequestQueue:
     @property
     def hungry(self) -> bool:
         """Whether there is room that no waiting request fills."""
-        return not self.waiting and len(self.answers) < self.batch_size
+        return len(self) < self.batch_size
 
     def submit(self, request: Request) -> list[Answer]:
         """Queues a request.
@@ -180,17 +185,20 @@ class RequestQueue:
             Exception: whatever else goes wrong, as in a logits processor of yours. All answers that were being
                 written then end with it, `"error"`; those that wait are not touched, and the queue can go on.
         """
-        ended, group = [], []
+        ended, groups = [], []
         try:
-            while self.waiting and len(self.waiting[0]) <= self.batch_size - len(self.answers):
-                group = self.waiting.popleft()
+            while groups := self.together():
                 try:
-                    self.admit(group)
+                    self.admit(groups)
                 except ValueError as error:
-                    ended += failed(group, error)
+                    if len(groups) == 1:
+                        ended += failed(groups[0], error)
+                    else:  # one of them is at fault: each by itself, before all others
+                        self.alone.update(id(group[0].request) for group in groups)
+                        self.waiting.extendleft(reversed(groups))
             rows = self.decoder.step() if self.decoder is not None and self.decoder.rows else []
         except BaseException as error:  # in the middle of a step, so that no row is whole any more
-            failed([*self.answers.values(), *group], error)
+            failed([*self.answers.values(), *(answer for group in groups for answer in group)], error)
             self.answers = {}
             if self.decoder is not None:
                 self.decoder.cache.user, self.decoder = None, None
@@ -201,33 +209,106 @@ class RequestQueue:
             ended.append(answer)
         return ended
 
-    def admit(self, group: list[Answer]) -> None:
-        """Reads a request's prompts and gives its answers their rows."""
-        model, request = self.model, group[0].request
+    def together(self) -> list[list[Answer]]:
+        """The next waiting requests that there is room for and that can be read as one padded batch, or none."""
+        found: list[list[Answer]] = []
+        room, longest, total = self.batch_size - len(self.answers), 0, 0
+        while self.waiting and len(self.waiting[0]) <= room:
+            request = self.waiting[0][0].request
+            kind, length = self.kind_of(request), request.inputs["input_ids"].shape[1]
+            longest, total = max(longest, length), total + length
+            if found:
+                alike = kind is not None and kind == self.kind_of(found[0][0].request) and self.blind.get(kind)
+                if not alike or longest * (len(found) + 1) > MOST_PADDED * total:
+                    break
+            found.append(self.waiting.popleft())
+            room -= len(found[-1])
+        return found
+
+    def kind_of(self, request: Request) -> Any:
+        """What requests must have in common to be read together; None for one that is read by itself.
+
+        Their tensors must fit together, all but `max_new_tokens` must be said alike, and the policy must not count
+        the rows of a call.
+        """
+        policy, keywords = self.policy_of(request), {**self.generation, **request.generation}
+        counts = policy.injects or (setting(self.model.base, keywords, "num_return_sequences") or 1) > 1
+        if counts or id(request) in self.alone or setting(self.model.base, keywords, "max_new_tokens") is None:
+            return None
+        ids = request.inputs["input_ids"]
+        padded = "attention_mask" in request.inputs
+        shapes = {
+            name: None if padded and tensor.shape == ids.shape else tuple(tensor.shape[1:])
+            for name, tensor in request.inputs.items()
+        }
+        said = {name: repr(value) for name, value in keywords.items() if name != "max_new_tokens"}
+        return repr(policy), tuple(sorted(shapes.items())), tuple(sorted(said.items()))
+
+    def policy_of(self, request: Request) -> Policy:
+        """Who decides on a request's invocations."""
+        return policy_of(self.invocation if request.invocation is None else request.invocation)
+
+    def admit(self, groups: list[list[Answer]]) -> None:
+        """Reads the prompts of requests that go together and gives their answers rows."""
+        model, requests = self.model, [group[0].request for group in groups]
+        kind = self.kind_of(requests[0])
+        self.alone.difference_update(map(id, requests))
 
         def enter(call: Prepared) -> list[Row]:
+            settings = call.settings
+            # Those that look at ids would see the padding.
+            self.blind[kind] = settings.blind and not settings.criteria and settings.streamer is None
             if self.decoder is None:
                 slots = self.layout.slots(call, self.batch_size, model.memory_config)
                 self.decoder = Decoder(model.backbone, model.tokens, model.memory, model.memory_config, slots)
             elif self.layout.compiled is not None:  # growing now and then would compile each time
                 self.decoder.cache.reserve(self.layout.columns(call, model.memory_config))
             prompts = self.decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
-            seeds, sampling = request.seed, call.settings.config.do_sample
-            if sampling and not isinstance(seeds, (list, tuple)):
-                first = int(torch.randint(2**62, ())) if seeds is None else seeds
-                seeds = [first + index for index in range(len(group))]
-            return self.decoder.enter(prompts, call.settings, call.copies, list(seeds) if sampling else None)
+            seeds = [seed for group in groups for seed in seeds_of(group)] if settings.config.do_sample else None
+            return self.decoder.enter(prompts, settings, call.copies, seeds)
 
-        policy = self.invocation if request.invocation is None else request.invocation
-        keywords = {**self.generation, **request.generation, **request.inputs}
-        keywords["cache_implementation"] = "dynamic"  # for reading the prompts, whatever the request says
-        rows = model._prepare(policy, enter, record=self.record, **keywords)
-        for answer, row in zip(group, rows, strict=True):
+        keywords = [{**self.generation, **request.generation} for request in requests]
+        budgets = [setting(model.base, each, "max_new_tokens") for each in keywords]
+        inputs = requests[0].inputs
+        if len(groups) > 1:
+            inputs = padded_together([request.inputs for request in requests], model.processor.tokenizer.pad_token_id)
+            keywords[0]["max_new_tokens"] = max(budgets)
+        call = {**keywords[0], **inputs, "cache_implementation": "dynamic"}  # for reading the prompts
+        rows = model._prepare(self.policy_of(requests[0]), enter, record=self.record, **call)
+        answers = [(answer, budget) for group, budget in zip(groups, budgets, strict=True) for answer in group]
+        for (answer, budget), row in zip(answers, rows, strict=True):
+            if len(groups) > 1:
+                row.settings = copy.copy(row.settings)
+                row.settings.budget = budget
             answer._row = row
             self.answers[id(row)] = answer
             if answer.finish is not None:  # given up while it waited, with others of its request going on
                 self.answers.pop(id(row))
                 self.decoder.leave([row])
+
+
+def seeds_of(group: list[Answer]) -> list[int]:
+    """A seed for each answer to a request."""
+    seed = group[0].request.seed
+    if isinstance(seed, (list, tuple)):
+        return list(seed)
+    first = int(torch.randint(2**62, ())) if seed is None else seed
+    return [first + index for index in range(len(group))]
+
+
+def padded_together(inputs: list[dict[str, Tensor]], pad: int | None) -> dict[str, Tensor]:
+    """One batch of prompts out of several: what is said of each token padded on the left, images after each other."""
+    longest = max(each["input_ids"].shape[1] for each in inputs)
+
+    def padded(each: dict[str, Tensor], name: str) -> Tensor:
+        tensor, ids = each[name], each["input_ids"]
+        if tensor.shape != ids.shape:
+            return tensor
+        return torch.nn.functional.pad(
+            tensor, (longest - ids.shape[1], 0), value=(pad or 0) if name == "input_ids" else 0
+        )
+
+    return {name: torch.cat([padded(each, name) for each in inputs]) for name in inputs[0]}
 
 
 def failed(answers: list[Answer], error: BaseException) -> list[Answer]:
