@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from transformers import PretrainedConfig, Qwen3Config
 
 
@@ -39,8 +37,8 @@ class Llavaonevision1_5Config(PretrainedConfig):
     """The whole model's."""
 
     model_type = "llavaonevision1_5"
-    sub_configs: ClassVar = {"vision_config": RiceConfig, "text_config": LLaVAOneVision1_5_TextConfig}
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    sub_configs = {"vision_config": RiceConfig, "text_config": LLaVAOneVision1_5_TextConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     text_config: dict | PretrainedConfig | None = None
     vision_config: dict | PretrainedConfig | None = None

@@ -7,8 +7,6 @@ positions have one axis and are left to the language model.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,7 +101,7 @@ class LLaVAOneVision1_5_PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     input_modalities = ("image", "text")
-    _no_split_modules: ClassVar = ["Qwen3DecoderLayer", "RiceBlock"]
+    _no_split_modules = ["Qwen3DecoderLayer", "RiceBlock"]  # noqa: RUF012
     _skip_keys_device_placement = "past_key_values"
     _supports_sdpa = True
 
@@ -200,7 +198,7 @@ class LLaVAOneVision1_5_Model(LLaVAOneVision1_5_PreTrainedModel):
 
 
 class LLaVAOneVision1_5_ForConditionalGeneration(LLaVAOneVision1_5_PreTrainedModel, GenerationMixin):
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: Llavaonevision1_5Config) -> None:
         super().__init__(config)
