@@ -358,6 +358,19 @@ def test_what_is_not_alike_is_not_read_together(model, monkeypatch):
     assert counts == [1] * 7
 
 
+def test_settings_that_print_alike_are_not_alike(model):
+    """A long tensor is printed with its middle left out."""
+    (one,) = prompts(model, 2)[1:]
+    queue = RequestQueue(model, max_new_tokens=4)
+    numbers = torch.arange(2000), torch.arange(2000)
+    numbers[1][1000] = 5
+    kinds = [
+        queue.kind_of(Request(one, generation={"suppress_tokens": each})) for each in (*numbers, numbers[0].clone())
+    ]
+    assert repr(numbers[0]) == repr(numbers[1])
+    assert kinds[0] != kinds[1] and kinds[0] == kinds[2]
+
+
 def test_a_bad_request_among_those_read_together(model, monkeypatch):
     good = prompts(model, 2)[1]
     bad = {**good, "input_ids": good["input_ids"].clone()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from vismem.decoding.engine import Decoder
 from vismem.decoding.generation import Layout, Prepared, setting
 from vismem.decoding.invocation import Policy, policy_of
-from vismem.decoding.rows import Row
+from vismem.decoding.rows import Row, plain
 from vismem.decoding.trace import Invocation, Rollout
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class RequestQueue:
             name: None if padded and tensor.shape == ids.shape else tuple(tensor.shape[1:])
             for name, tensor in request.inputs.items()
         }
-        said = {name: repr(value) for name, value in keywords.items() if name != "max_new_tokens"}
+        said = {name: plain(value) for name, value in keywords.items() if name != "max_new_tokens"}
         return repr(policy), tuple(sorted(shapes.items())), tuple(sorted(said.items()))
 
     def policy_of(self, request: Request) -> Policy:
