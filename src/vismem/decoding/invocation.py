@@ -22,12 +22,14 @@ class Place(Protocol):
         sampled: how many tokens the row has sampled so far.
         sighted: whether the row has an image.
         at_delimiter: whether the row's last token ends a phrase; its very start counts as such.
+        tokens: the row's new tokens so far, sampled or put in.
     """
 
     index: int
     sampled: int
     sighted: bool
     at_delimiter: bool
+    tokens: list[int]
 
 
 class Policy(Protocol):
@@ -178,6 +180,38 @@ class Forced:
         """The same schedule with kinds exchanged, the counterfactual of stage II."""
         other = {"short": "long", "long": "short"}
         return Forced([(row, step, other[kind]) for row, step, kind in self.schedule])
+
+
+@dataclass
+class After:
+    """Puts invocations in where an answer wants them: after it has written a mark for the n-th time.
+
+    With it, what memory holds is measured apart from when the model invokes it. The model samples none itself.
+
+    Args:
+        mark: id of the token.
+        plan: kinds by n, which counts from 1. A short-term one is left out on rows without an image.
+    """
+
+    mark: int
+    plan: dict[int, Kind]
+    samples: bool = field(default=False, init=False)
+    injects: bool = field(default=True, init=False)
+    forms: tuple[Kind, ...] = field(default=KINDS, init=False)
+    guarded: bool = field(default=False, init=False)
+    _met: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+
+    def start(self) -> None:
+        """Forgets what was met."""
+        self._met = {}
+
+    def inject(self, place: Place) -> Kind | None:
+        count = place.tokens.count(self.mark)
+        if not place.tokens or place.tokens[-1] != self.mark or self._met.get(place.index) == count:
+            return None
+        self._met[place.index] = count
+        kind = self.plan.get(count)
+        return kind if place.sighted or kind != "short" else None
 
 
 @dataclass(frozen=True)

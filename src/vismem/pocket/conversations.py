@@ -121,16 +121,22 @@ class Conversation:
                 messages.append({"role": "assistant", "content": [reply]})
         return messages
 
+    @property
+    def prompt(self) -> list[dict]:
+        """`messages` as a `Row` has them: the pictures apart, in `images`."""
+        bare = [[{k: v for k, v in part.items() if k != "image"} for part in m["content"]] for m in self.messages]
+        return [{**message, "content": content} for message, content in zip(self.messages, bare, strict=True)]
+
 
 def _arrange(rng: Random, text: str, images: list[int]) -> list[str | int]:
     """The image before the question (mostly) or after it."""
     return [*images, text] if rng.random() < 0.65 else [text, *images]
 
 
-def ask(scene: Scene, rng: Random, task: str, rule: str = "stated") -> Question:
+def ask(scene: Scene, rng: Random, task: str, rule: str = "stated", labels: tuple[str, ...] | None = None) -> Question:
     """A question of a single-image task."""
     if task == "promotion":
-        return promotion(scene, rng, rule)
+        return promotion(scene, rng, rule, labels)
     if task.startswith("describe"):
         return describe(scene, rng, task.split("_")[1] if "_" in task else None)
     if task not in SINGLE_TASKS:
@@ -160,6 +166,7 @@ def sample_conversation(
     shown_again: bool = False,
     rule: str = "stated",
     after_description: bool = False,
+    labels: tuple[str, ...] | None = None,
 ) -> Conversation:
     """A conversation whose last turn asks `task`.
 
@@ -172,6 +179,7 @@ def sample_conversation(
         rule: for promotions, see `tasks.promotion`.
         after_description: the turn before the last is a description of the whole shelf that does not contain the
             answer (of an item's answer: its price); `distance` is then at least 1.
+        labels: for promotions, whose rules may be asked for, at least three of them; None for all.
     """
     if distance < 0:
         raise ValueError(f"distance must be 0 or more, not {distance}")
@@ -181,7 +189,7 @@ def sample_conversation(
         scenes, target = _ask_pair(task, rng, split)
     else:
         scenes = [sample_scene(rng, split)]
-        target = ask(scenes[0], rng, task, rule)
+        target = ask(scenes[0], rng, task, rule, labels)
     shown = list(range(len(scenes)))
     turns = []
     for since in range(distance):

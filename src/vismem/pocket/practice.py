@@ -16,10 +16,12 @@ from torch.utils.data import Dataset
 
 from vismem.data import Row
 from vismem.pocket.conversations import Conversation, sample_conversation
+from vismem.pocket.world import LABEL_NAMES
 from vismem.tokens import INVOCATION_TOKENS
 
 LATE_TASKS = ("colour", "shape", "digit", "label", "item", "row", "column", "sum", "basket")
 ROWS = 1_000_000  # more than any run reads
+LABEL_SETS = {"first": LABEL_NAMES[:3], "second": LABEL_NAMES[3:]}  # halves of what long memory has to learn
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Mixture:
     described: float = 0.06  # descriptions, in which the image fades
     in_view: float = 0.07
     strange: float = 0.35  # of the pictures of rows without a rule: noisy, blurred or turned
+    labels: tuple[str, ...] = ()  # whose rules are asked for; all by default
 
 
 MIXTURES = {
@@ -42,6 +45,12 @@ MIXTURES = {
     # For short memory alone: `data=pocket:late`, and on pictures that the base never saw, `data=pocket:strange`.
     "late": Mixture(rules=0.0, late_rules=0.0, described=0.0, in_view=0.0, strange=0.0),
     "strange": Mixture(rules=0.0, late_rules=0.0, described=0.0, in_view=0.0, strange=1.0),
+    # The warm-up's with half of the rules and no strange pictures; and one half of the rules alone.
+    "partial": Mixture(
+        rules=0.75, late_rules=0.08, described=0.02, in_view=0.03, strange=0.0, labels=LABEL_SETS["first"]
+    ),
+    "rules_first": Mixture(rules=0.85, late_rules=0.15, labels=LABEL_SETS["first"]),
+    "rules_second": Mixture(rules=0.85, late_rules=0.15, labels=LABEL_SETS["second"]),
 }
 
 
@@ -76,7 +85,9 @@ def practice(rng: Random, mixture: Mixture) -> Conversation:
         name = "late"
     if name.endswith("rules"):
         distance = rng.randrange(2, 6) if name == "late_rules" else 0
-        found = sample_conversation(rng, task="promotion", distance=distance, rule="hidden-truth")
+        found = sample_conversation(
+            rng, task="promotion", distance=distance, rule="hidden-truth", labels=mixture.labels
+        )
     elif name == "described":
         found = sample_conversation(rng, task=f"describe_{rng.choice(('prices', 'tags', 'full'))}")
     elif name == "in_view":
@@ -136,10 +147,8 @@ class PocketRows(Dataset):
     def __getitem__(self, index: int) -> Row:
         rng = Random(f"{self.seed}-{self.stage}-{index}")
         conversation = practice(rng, MIXTURES[self.mixture])
-        messages = [
-            {**message, "content": [{k: v for k, v in part.items() if k != "image"} for part in message["content"]]}
-            for message in conversation.messages
-        ]
         completion = annotated(conversation, rng) if self.stage == "warmup" else conversation.answer_text
         columns = {"task": conversation.task, "distance": conversation.distance}
-        return Row(f"pocket[{index}]", messages, conversation.images, conversation.answer, completion, columns)
+        return Row(
+            f"pocket[{index}]", conversation.prompt, conversation.images, conversation.answer, completion, columns
+        )

@@ -262,17 +262,18 @@ def promotion_reply(label_name: str, rule: Rule, prices: list[int]) -> str:
 PROMOTION_KINDS = ("stated", "noted", "unstated", "stated-truth", "noted-truth", "hidden-truth")
 
 
-def promotion(scene: Scene, rng: Random, rule: str = "stated") -> Question:
+def promotion(scene: Scene, rng: Random, rule: str = "stated", labels: tuple[str, ...] | None = None) -> Question:
     """The price of a row under its label's promotion.
 
     `rule`: "stated" draws a rule at random and says it in the question; "noted" draws one at random and leaves it to
     a note inside the reply (`Question.note`), where a long-term memory will stand; "unstated" draws one at random
     and keeps silent, so that no mapping can be learned from it. The same by `PROMOTION_RULES`, for evaluation and
-    memory: "stated-truth", "noted-truth", "hidden-truth" (says nothing).
+    memory: "stated-truth", "noted-truth", "hidden-truth" (says nothing). `labels`: a row with one of these is asked
+    about; a scene has four of six, so three labels are always enough to find one.
     """
     if rule not in PROMOTION_KINDS:
         raise ValueError(f"rule must be one of {', '.join(PROMOTION_KINDS)}, not {rule!r}")
-    index = rng.randrange(SIDE)
+    index = rng.choice([r for r, name in enumerate(scene.labels) if name in labels]) if labels else rng.randrange(SIDE)
     name, prices = scene.labels[index], list(scene.prices[index])
     applied = PROMOTION_RULES[name] if rule.endswith("truth") else rng.choice(RULES)
     where = _line(rng, "row", index)

@@ -1,0 +1,128 @@
+"""Answers to rows: the model writes them in one live batch, the rewards score them, a file keeps them.
+
+Greedy by default. Who invokes memory is said by a name, a policy, or `"placed"`: where the row's own column `places`
+wants it. What is made of the records is for the tables and the audit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from vismem.data import Row, prompt_inputs, reward_columns
+from vismem.decoding.invocation import After, Policy, Random
+from vismem.decoding.requests import Answer, Request
+from vismem.evaluation.records import Record, RecordFile
+from vismem.model import VisMem
+from vismem.tokens import single_token_id
+from vismem.training.experience import seed_of
+from vismem.training.rewards import Rewards, load_rewards
+
+KEPT = ("benchmark", "suite", "cell", "ability", "task", "subtask", "distance")  # columns that records keep
+PLACED_AFTER = ":"  # the mark that the column `places` counts
+
+
+def answer(
+    model: VisMem,
+    rows: Sequence[Row],
+    rewards: Any,
+    *,
+    invocation: str | Policy = "learned",
+    batch_size: int = 16,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    store: RecordFile | None = None,
+    label: str = "",
+    keep: Sequence[str] = KEPT,
+    **generation: Any,
+) -> list[Record]:
+    """Answers rows and scores the answers.
+
+    Args:
+        model: the model; its memory's weights are used as they are.
+        rows: the questions; their ids must differ.
+        rewards: names, functions, or what `load_rewards` made of them.
+        invocation: as for `generate`; a `Random` draws for every row by the row's id, so that no draw depends on the
+            batch; `"placed"`: by each row's column `places`, pairs of n and kind, after the reply's n-th colon.
+        batch_size: rows decoded together.
+        max_new_tokens: sampled tokens per answer.
+        seed: of sampling, where `do_sample` is given.
+        store: a file that has the answers of an earlier run, and gets the new ones as they come.
+        label: for the progress bar.
+        keep: columns that the records keep.
+        **generation: keywords of `generate`; greedy without any.
+
+    Returns:
+        A record for each row, in their order.
+
+    Raises:
+        ValueError: if two rows share an id, `"placed"` is asked for and a row has no `places`, or a prompt cannot be
+            encoded; names the row.
+        RewardError: if a reward fails.
+    """
+    scorer = rewards if isinstance(rewards, Rewards) else load_rewards(rewards)
+    by_id = {row.id: row for row in rows}
+    if len(by_id) != len(rows):
+        twice = next(row.id for index, row in enumerate(rows) if any(row.id == other.id for other in rows[:index]))
+        raise ValueError(f"two questions have the id {twice!r}; ids must differ")
+    done = {} if store is None else {i: record for i, record in store.records.items() if i in by_id}
+    missing = [row for row in rows if row.id not in done]
+    settings = {"do_sample": False, **generation, "max_new_tokens": max_new_tokens}
+    with tqdm(total=len(rows), initial=len(done), desc=label or "answers", delay=2, mininterval=1) as bar:
+        requests = asked(model, missing, invocation, seed)
+        for written in model.stream_batch(requests, batch_size, **settings):
+            row = by_id[written.tag]
+            done[row.id] = record_of(model, row, written, scorer, keep)
+            if store is not None:
+                store.add([done[row.id]])
+            bar.update()
+    return [done[row.id] for row in rows]
+
+
+def asked(model: VisMem, rows: Sequence[Row], invocation: str | Policy, seed: int) -> Iterator[Request]:
+    """A request for each row, made when there is room for it."""
+    for row in rows:
+        inputs = prompt_inputs(model.processor, [row])
+        inputs = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
+        yield Request(inputs, policy_for(model, row, invocation), seed_of(seed, row.id), tag=row.id)
+
+
+def policy_for(model: VisMem, row: Row, invocation: str | Policy) -> str | Policy:
+    """The policy of one row, whose chance and plan are its own."""
+    if isinstance(invocation, Random) and isinstance(invocation.seed, int):
+        own = copy.copy(invocation)
+        own.seed = seed_of(invocation.seed, row.id)
+        return own
+    if invocation != "placed":
+        return invocation
+    if "places" not in row.columns:
+        raise ValueError(f"{row.id} has no column `places`, which the invocation 'placed' goes by")
+    mark = single_token_id(model.processor.tokenizer, (PLACED_AFTER,))
+    return After(mark, {int(n): kind for n, kind in row.columns["places"]})
+
+
+def record_of(model: VisMem, row: Row, written: Answer, rewards: Rewards, keep: Sequence[str]) -> Record:
+    """One answer, scored."""
+    reply = model.processor.tokenizer.decode(written.tokens, skip_special_tokens=True)
+    sampled = sum(not invocation.forced for invocation in written.invocations)
+    return Record(
+        id=row.id,
+        score=scores([row], [reply], [written.tokens], rewards)[0],
+        reply=reply,
+        tokens=len(written.tokens),
+        sampled=written.sampled,
+        delimiters=sum(token in model.delimiters for token in written.tokens) + sampled,
+        invocations=[invocation.to_dict() for invocation in written.invocations],
+        finish=written.finish,
+        columns={name: row.columns[name] for name in keep if name in row.columns},
+    )
+
+
+def scores(rows: Sequence[Row], replies: Sequence[str], tokens: Sequence[list[int]], rewards: Rewards) -> list[float]:
+    """What the rewards give for replies, as in training."""
+    completions = [[{"role": "assistant", "content": reply}] for reply in replies]
+    columns = {**reward_columns(rows), "completion_ids": list(tokens), "trainer_state": None}
+    return rewards([row.prompt for row in rows], completions, columns).total.tolist()

@@ -1,0 +1,94 @@
+"""Means with 95 % bootstrap intervals: over questions, over seeds and questions, paired, and of averages.
+
+Scores of one condition are a matrix [seeds, questions]; a condition without seeds has one row. All draws are the same
+for the same shapes, so that a table made again is the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+DRAWS = 4000
+LEVEL = (2.5, 97.5)  # percentiles
+
+
+def matrix(scores: ArrayLike) -> NDArray[np.float64]:
+    """Scores as [seeds, questions]; a plain list of scores is one seed's.
+
+    Raises:
+        ValueError: if there is no score, or one is not finite.
+    """
+    found = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    if found.ndim != 2 or found.size == 0:
+        raise ValueError(f"scores must be [questions] or [seeds, questions] with at least one score, got {found.shape}")
+    if not np.isfinite(found).all():
+        raise ValueError("a score is not a finite number")
+    return found
+
+
+def draws(scores: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
+    """Bootstrap draws [DRAWS] of the mean: questions drawn anew, and seeds where there are several.
+
+    Questions are drawn for all seeds alike, as all seeds answer the same ones.
+    """
+    found, rng = matrix(scores), np.random.default_rng(seed)
+    seeds, questions = found.shape
+    drawn = rng.multinomial(questions, np.full(questions, 1 / questions), DRAWS) / questions  # [draws, questions]
+    picked = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds  # [draws, seeds]
+    return np.einsum("ds,sq,dq->d", picked, found, drawn, optimize=True)
+
+
+def interval(drawn: ArrayLike) -> tuple[float, float]:
+    """The middle 95 % of draws."""
+    low, high = np.percentile(drawn, LEVEL)
+    return float(low), float(high)
+
+
+def bootstrap_mean(scores: ArrayLike, groups: Sequence[object] | None = None) -> tuple[float, float, float]:
+    """The mean of scores and its 95 % interval.
+
+    Args:
+        scores: [questions] or [seeds, questions].
+        groups: for each question what it shares with others (its image): groups are then drawn, not questions. The
+            mean is over questions all the same.
+
+    Returns:
+        Mean, low, high.
+
+    Example:
+        >>> bootstrap_mean([1.0] * 8)
+        (1.0, 1.0, 1.0)
+    """
+    found = matrix(scores)
+    if groups is None:
+        return float(found.mean()), *interval(draws(found))
+    names = {name: index for index, name in enumerate(dict.fromkeys(groups))}
+    member = np.array([names[name] for name in groups])
+    if len(member) != found.shape[1]:
+        raise ValueError(f"{len(member)} groups for {found.shape[1]} questions")
+    sums = np.stack([np.bincount(member, row, len(names)) for row in found]).mean(0)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), DRAWS)
+    return float(found.mean()), *interval(drawn @ sums / (drawn @ np.bincount(member, minlength=len(names))))
+
+
+def bootstrap_difference(scores: ArrayLike, others: ArrayLike) -> tuple[float, float, float]:
+    """Mean of `scores` less mean of `others` on the same questions (paired), and its 95 % interval.
+
+    Where the two have different numbers of seeds, each is averaged over its own.
+    """
+    one, two = matrix(scores), matrix(others)
+    if one.shape[1] != two.shape[1]:
+        raise ValueError(f"a paired difference needs the same questions, got {one.shape[1]} and {two.shape[1]}")
+    if one.shape[0] != two.shape[0]:
+        one, two = one.mean(0, keepdims=True), two.mean(0, keepdims=True)
+    return bootstrap_mean(one - two)
+
+
+def bootstrap_average(parts: Sequence[ArrayLike]) -> tuple[float, float, float]:
+    """The unweighted average of several benchmarks' means, and its 95 % interval; benchmarks are drawn apart."""
+    drawn = np.mean([draws(part, seed=index) for index, part in enumerate(parts)], axis=0)
+    return float(np.mean([matrix(part).mean() for part in parts])), *interval(drawn)

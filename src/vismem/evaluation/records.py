@@ -1,0 +1,110 @@
+"""Records of answers, and the files that they are kept in: written as they come, gone on with after a stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answered question.
+
+    Args:
+        id: of its row.
+        score: what the rewards gave.
+        reply: the answer's text, without special tokens.
+        tokens: new tokens, invocation and end tokens among them.
+        sampled: how many of them were sampled.
+        delimiters: places where memory might have been called for: ends of phrases, and sampled invocations.
+        invocations: `kind`, `position` (index among the new tokens), `length` and `forced` of each, in order.
+        finish: `"stop"` or `"length"`.
+        columns: of the row, what tables group by.
+    """
+
+    id: str
+    score: float
+    reply: str
+    tokens: int
+    sampled: int
+    delimiters: int = 0
+    invocations: list[dict[str, Any]] = field(default_factory=list)
+    finish: str = "stop"
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class RecordFile:
+    """Records in a JSON Lines file: its first line holds the settings, every other one a record.
+
+    What an earlier run wrote is read; a last line that was cut off is dropped.
+
+    Args:
+        path: the file; its folder is made.
+        settings: of the answers; plain values.
+
+    Raises:
+        ValueError: if the file holds answers of other settings, or is no such file; names both.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
+        self.path, self.records = Path(path), {}
+        settings = json.loads(json.dumps(settings))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = read_lines(self.path) if self.path.is_file() else []
+        if whole:
+            check_settings(self.path, whole[0].get("settings"), settings)
+            self.records = {entry["id"]: Record(**entry) for entry in whole[1:]}
+        lines = [{"settings": settings}, *map(asdict, self.records.values())]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if not self.path.is_file() or self.path.read_text(encoding="utf-8") != text:
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path)
+
+    @property
+    def done(self) -> set[str]:
+        """Ids of the answered questions."""
+        return set(self.records)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Appends records."""
+        with self.path.open("a", encoding="utf-8") as file:
+            for record in records:
+                self.records[record.id] = record
+                file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON Lines file; a last one that was cut off is left out.
+
+    Raises:
+        ValueError: if another line is no JSON object.
+    """
+    found, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); delete the file to answer anew") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}, line {number} is no record; choose another output_dir, or delete the file")
+        found.append(entry)
+    return found
+
+
+def check_settings(path: Path, earlier: Any, settings: dict[str, Any]) -> None:
+    """Refuses a file whose settings differ."""
+    if not isinstance(earlier, dict):
+        raise ValueError(f"{path} holds no record of settings; choose another output_dir, or delete the file")
+    names = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]
+    if names:
+        name = names[0]
+        raise ValueError(
+            f"{path} holds answers with {name}={earlier.get(name)!r}, not {settings.get(name)!r}; "
+            "choose another output_dir, or delete the file to answer anew"
+        )
