@@ -45,6 +45,7 @@ class VisMemForwardOutput(ModelOutput):
         memories: for each row its memory vectors [N, d], in order of invocation.
         states: for each row and invocation the observed states [z, d] that the query was built from.
         log_probs: with `sampled`, float32 [B, L]: of the sampled tokens, and 0 elsewhere.
+        last_hidden_state: [B, L, d], the last layer's states at the tokens of `input_ids`.
     """
 
     loss: Tensor | None = None
@@ -52,6 +53,7 @@ class VisMemForwardOutput(ModelOutput):
     memories: list[list[Tensor]] | None = None
     states: list[list[Tensor]] | None = None
     log_probs: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
 
 class VisMem(nn.Module, PushToHubMixin):
@@ -354,17 +356,16 @@ class VisMem(nn.Module, PushToHubMixin):
         hidden = read(memories)
         if sampled is not None:
             log_probs = self._log_probs(hidden, input_ids, sampled, allowed, temperature)
-            return VisMemForwardOutput(log_probs=log_probs, memories=memories, states=states)
-        if logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
-        logits = self.tokens.extend(self.backbone.head(hidden), hidden)
+            return VisMemForwardOutput(log_probs=log_probs, memories=memories, states=states, last_hidden_state=hidden)
+        kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        logits = self.tokens.extend(self.backbone.head(kept), kept)
         logits = self.tokens.forbid(logits, torch.ones(2, dtype=torch.bool, device=logits.device))
         loss = None
         if labels is not None:
             ends = torch.tensor(list(self.tokens.end_ids.values()), device=labels.device)
             labels = labels.masked_fill(torch.isin(labels, ends), -100)[:, -logits.shape[1] :]
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return VisMemForwardOutput(loss=loss, logits=logits, memories=memories, states=states)
+        return VisMemForwardOutput(loss=loss, logits=logits, memories=memories, states=states, last_hidden_state=hidden)
 
     def _log_probs(
         self, hidden: Tensor, input_ids: Tensor, sampled: Tensor, allowed: Tensor | None, temperature: float
