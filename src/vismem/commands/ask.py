@@ -12,7 +12,6 @@ from typing import Any
 from vismem.commands.images import MOST_PIXELS, read_images
 from vismem.commands.loading import Loaded, add_model_options, load
 from vismem.commands.parsing import (
-    INVOCATIONS,
     MOST_TOKENS,
     Misuse,
     Parser,
@@ -23,6 +22,7 @@ from vismem.commands.parsing import (
     whole,
 )
 from vismem.commands.streaming import SHAPES, Paper, Streamer
+from vismem.decoding.invocation import SPELLINGS
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def parser() -> Parser:
     )
     found.add_argument("--json", action="store_true", help="print one JSON object instead")
     writing = found.add_argument_group("writing")
-    writing.add_argument("--invocation", type=invocation, default="learned", metavar="POLICY", help=INVOCATIONS)
+    writing.add_argument("--invocation", type=invocation, default="learned", metavar="POLICY", help=SPELLINGS)
     writing.add_argument(
         "--max-new-tokens", type=whole(1, MOST_TOKENS), default=256, metavar="N", help="most tokens (default: 256)"
     )

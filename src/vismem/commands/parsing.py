@@ -10,11 +10,9 @@ import math
 import sys
 from collections.abc import Callable
 
-from vismem.config import KINDS
-from vismem.decoding.invocation import NAMES, Forced, Policy, Random
+from vismem.decoding.invocation import Policy, read_policy
 
 MOST_TOKENS = 1_000_000
-INVOCATIONS = "learned, off, short, long, random:RATE[@anywhere], or a schedule such as short@0,long@12"
 
 
 class Misuse(Exception):
@@ -111,33 +109,8 @@ def invocation(text: str) -> str:
 
 
 def policy(text: str, seed: int) -> str | Policy:
-    """The invocation policy that a string means.
-
-    Args:
-        text: a name, `random:RATE` (at delimiters), `random:RATE@anywhere`, or a schedule `kind@step,kind@step`.
-        seed: of a random policy's draws.
-
-    Returns:
-        What `VisMem.generate(invocation=...)` takes.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is none of these.
-
-    Example:
-        >>> policy("short@0,long@12", seed=0).schedule
-        [(0, 0, 'short'), (0, 12, 'long')]
-    """
-    if text in NAMES:
-        return text
+    """The invocation policy that a string means, as `read_policy` has it. Raises argparse.ArgumentTypeError."""
     try:
-        if text.startswith("random:"):
-            rate, _, where = text.removeprefix("random:").partition("@")
-            return Random(float(rate), where or "delimiter", seed)  # NaN lies in no range either
-        entries = [entry.strip().split("@") for entry in text.split(",")]
-        if all(len(e) == 2 and e[0] in KINDS and e[1].isascii() and e[1].isdigit() for e in entries):
-            return Forced([(0, int(step), kind) for kind, step in entries])
+        return read_policy(text, seed)
     except ValueError as error:
-        if text.startswith("random:") and "Random(" in str(error):
-            rule = "a rate from 0 to 1, and delimiter or anywhere after the @"
-            raise argparse.ArgumentTypeError(f"{text!r} is no random policy: give {rule}") from error
-    raise argparse.ArgumentTypeError(f"unknown policy {text!r}; there are {INVOCATIONS}")
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -254,7 +254,8 @@ class Decoder(Drawing):
         if states is None:
             states = torch.stack([hidden[slot] for hidden, slot in row.states])
         segment = self.tokens.embed(self.ids[row.slot, len(row.prompt) + row.segment : row.length])
-        return Observation(row.sight.visual, states, segment, row.sight.patches or [])
+        origin = (row.tag, len(row.invocations) - 1)
+        return Observation(row.sight.visual, states, segment, row.sight.patches or [], origin)
 
     # Rows leave.
 

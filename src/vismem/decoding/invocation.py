@@ -259,3 +259,39 @@ def policy_of(invocation: str | Policy) -> Policy:
     if not hasattr(invocation, "inject"):
         raise ValueError(f"invocation must be a name or a policy of vismem.invocation, got {invocation!r}")
     return invocation
+
+
+SPELLINGS = "learned, off, short, long, random:RATE[@anywhere], or a schedule such as short@0,long@12"
+
+
+def read_policy(text: str, seed: int = 0) -> str | Policy:
+    """The policy that a text means, as command lines and settings have it.
+
+    Args:
+        text: a name, `random:RATE` (at delimiters), `random:RATE@anywhere`, or a schedule `kind@step,kind@step`.
+        seed: of a random policy's draws.
+
+    Returns:
+        What `VisMem.generate(invocation=...)` takes.
+
+    Raises:
+        ValueError: if it is none of these.
+
+    Example:
+        >>> read_policy("short@0,long@12").schedule
+        [(0, 0, 'short'), (0, 12, 'long')]
+    """
+    if text in NAMES:
+        return text
+    try:
+        if text.startswith("random:"):
+            rate, _, where = text.removeprefix("random:").partition("@")
+            return Random(float(rate), where or "delimiter", seed)  # NaN lies in no range either
+        entries = [entry.strip().split("@") for entry in text.split(",")]
+        if all(len(e) == 2 and e[0] in KINDS and e[1].isascii() and e[1].isdigit() for e in entries):
+            return Forced([(0, int(step), kind) for kind, step in entries])
+    except ValueError as error:
+        if text.startswith("random:") and "Random(" in str(error):
+            rule = "a rate from 0 to 1, and delimiter or anywhere after the @"
+            raise ValueError(f"{text!r} is no random policy: give {rule}") from error
+    raise ValueError(f"unknown policy {text!r}; there are {SPELLINGS}")

@@ -280,7 +280,7 @@ class RequestQueue:
             if len(groups) > 1:
                 row.settings = copy.copy(row.settings)
                 row.settings.budget = budget
-            answer._row = row
+            answer._row, row.tag = row, answer.tag
             self.answers[id(row)] = answer
             if answer.finish is not None:  # given up while it waited, with others of its request going on
                 self.answers.pop(id(row))

@@ -101,6 +101,7 @@ class Row:
         chosen: for each new token whether it was sampled (True) or put in.
         open: for each new token which kinds the row might have invoked instead, in the order of `KINDS`.
         log_probs: for each new token the log-probability that it was drawn with; None where it was put in.
+        tag: its request's, or None.
     """
 
     index: int
@@ -122,6 +123,7 @@ class Row:
     chosen: list[bool] = field(default_factory=list)
     open: list[list[bool]] = field(default_factory=list)
     log_probs: list[Tensor | None] = field(default_factory=list)
+    tag: Any = None
 
     @property
     def length(self) -> int:
