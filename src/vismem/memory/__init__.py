@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,12 +23,15 @@ class Observation:
         states: last-layer states [z, d] that produced the segment's tokens, the invocation token included.
         segment: input embeddings [z, d] of those tokens.
         patches: the row's images as the short former encoded them; empty where it has none.
+        origin: whose it is, for those who look on: the tag of the row's request, and which of the row's invocations
+            (from 0). Nothing is formed from it; None outside decoding.
     """
 
     visual: Tensor
     states: Tensor
     segment: Tensor
     patches: list[Patches] = field(default_factory=list)
+    origin: tuple[Any, int] | None = None
 
 
 class Memory(nn.Module):
