@@ -1,4 +1,4 @@
-"""`vismem train warmup|stage1|stage2|all`: trains a memory by the settings of a YAML file and of `key=value`."""
+"""`vismem train warmup|stage1|stage2|all|sft|grpo`: trains a memory, or a baseline, by a YAML file and `key=value`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from pathlib import Path
 from vismem.commands.parsing import Failure, Misuse, command_parser
 
 EXTRA = ("yaml", "tqdm")
-STEPS = ("warmup", "stage1", "stage2", "all")
+STEPS = ("warmup", "stage1", "stage2", "all", "sft", "grpo")
 SETTINGS = """settings (docs/training.md lists them all):
   base, data, output_dir       what is trained, on what, and where it goes
-  checkpoint                   the memory to start from
+  checkpoint                   the memory, or the baseline's adapter, to start from
   rewards                      exact, choice, numeric, ... or module:function
   preset                       paper (default) or pocket
   group_size, learning_rate, max_steps, per_device_train_batch_size, ...
                                every field of transformers' TrainingArguments works too
 A key may name its stage: stage2.learning_rate=1e-5.
+sft and grpo train no memory but a LoRA adapter of the base's language model, to compare with (docs/baselines.md).
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "vismem train",
-        "Trains a memory: an optional supervised warm-up, stage I (what memory holds) and stage II (when to invoke it)."
+        "Trains a memory: an optional supervised warm-up, stage I (what memory holds) and stage II (when to invoke it);\n"
+        "or a baseline on the same data: supervised fine-tuning (sft) or GRPO (grpo) of a LoRA adapter."
         f"\n\n{SETTINGS}",
         "vismem train all preset=pocket output_dir=runs/pocket\n"
-        "  vismem train stage1 my.yaml learning_rate=1e-4 --resume",
+        "  vismem train stage1 my.yaml learning_rate=1e-4 --resume\n"
+        "  vismem train sft preset=pocket output_dir=runs/sft",
     )
     parser.add_argument("stage", choices=STEPS, help="what to train")
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml|key=value", help="a file of settings, and changes")
@@ -51,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     for noisy in ("httpx", "accelerate", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        from vismem.training.arguments import STAGES, arguments_for, load_settings
+        from vismem.training.arguments import SECTIONS, STAGES, arguments_for, load_settings
         from vismem.training.run import train
     except ImportError as error:
         raise Failure(f"training needs more packages: pip install 'vismem[train]' ({error})") from error
@@ -65,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
             values = {name: value for name, value in values.items() if value is not None}
             print(yaml.safe_dump({stage: values}, sort_keys=True, allow_unicode=True), end="")
         return 0
-    sections = [section for layer in layers for section in (layer, *(layer.get(stage) or {} for stage in STAGES))]
+    sections = [section for layer in layers for section in (layer, *(layer.get(stage) or {} for stage in SECTIONS))]
     if not any("output_dir" in section for section in sections):
         raise Misuse("no output_dir: where should checkpoints and the memory go? (output_dir=runs/NAME)")
     folder = train(options.stage, layers, options.resume)

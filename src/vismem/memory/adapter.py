@@ -46,26 +46,30 @@ class Adapter(nn.Module):
         fused_qkv: whether the targets are fused query-key-value layers of which the key third stays as it is.
 
     Raises:
-        ValueError: if no layer of `module` has one of the names.
+        ValueError: if no layer of `module` has one of the names, or the module has an adapter already.
     """
 
     def __init__(
         self, module: nn.Module, targets: tuple[str, ...], r: int, alpha: int, dropout: float, fused_qkv: bool = False
     ) -> None:
         super().__init__()
+        if any(isinstance(layer, LoraLayer) for layer in module.modules()):
+            raise ValueError(
+                "the base has a LoRA adapter already: equip it with memory first, and add the adapter then"
+            )
         trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         had_config = hasattr(module, "peft_config")
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
         inject_adapter_in_model(config, module, adapter_name="memory")
         layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
-        self._sites: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self._sites: list[tuple[nn.Module, str, nn.Module]] = []
         self.layers = nn.ModuleDict()
         for name, layer in layers.items():
             parent_name, _, attribute = name.rpartition(".")
             parent = module.get_submodule(parent_name)
             plain = layer.get_base_layer()
             setattr(parent, attribute, plain)
-            self._sites.append((parent, attribute, plain, layer))
+            self._sites.append((parent, attribute, layer))
             weight = layer.lora_B["memory"].weight
             factory = {"device": weight.device, "dtype": weight.dtype}
             if weight.is_meta and (place := execution_device(plain)) is not None:  # its own weight comes when it runs
@@ -89,10 +93,11 @@ class Adapter(nn.Module):
     @contextmanager
     def on(self) -> Iterator[None]:
         """Adapts the module while the context lasts, and restores it however the context ends."""
-        for parent, attribute, _plain, layer in self._sites:
+        usual = [getattr(parent, attribute) for parent, attribute, _ in self._sites]  # another adapter's, maybe
+        for parent, attribute, layer in self._sites:
             setattr(parent, attribute, layer)
         try:
             yield
         finally:
-            for parent, attribute, plain, _layer in self._sites:
-                setattr(parent, attribute, plain)
+            for (parent, attribute, _), module in zip(self._sites, usual, strict=True):
+                setattr(parent, attribute, module)

@@ -155,26 +155,27 @@ class Reader:
         self.cache: DynamicCache | None = None
         self.prefix = embeds[:, :0]
 
-    @torch.no_grad()
     def read_prefix(self, length: int) -> None:
-        """Reads the first `length` tokens once, without gradient; every later reading goes on from there.
+        """Reads the first `length` tokens once, for every later reading to go on from there.
 
-        No memory may stand among them, and all image places must. Rows that share their prompt are read once, so
+        Without gradient, unless something in the base itself is trained (an adapter that is none of the memory's). No memory may stand among them, and all image places must. Rows that share their prompt are read once, so
         with `copies` the tokens must be those of the prompt alone.
         """
         if length < 1:
             return
         cache = DynamicCache(config=self.backbone.base.config.get_text_config())
         first = slice(None, None, self.copies)
-        prefix = self.backbone.read(
-            inputs_embeds=self.embeds[first, :length],
-            attention_mask=self.mask[first, :length],
-            position_ids=self.positions[..., first, :length],
-            mm_encoder_outputs=self.images,
-            past_key_values=cache,
-            use_cache=True,
-            **{name: values[:, :length] for name, values in self.known.items()},
-        )
+        adapted = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.base.parameters())
+        with torch.set_grad_enabled(adapted):
+            prefix = self.backbone.read(
+                inputs_embeds=self.embeds[first, :length],
+                attention_mask=self.mask[first, :length],
+                position_ids=self.positions[..., first, :length],
+                mm_encoder_outputs=self.images,
+                past_key_values=cache,
+                use_cache=True,
+                **{name: values[:, :length] for name, values in self.known.items()},
+            )
         if self.copies > 1:
             cache.batch_repeat_interleave(self.copies)
             prefix = prefix.repeat_interleave(self.copies, 0)

@@ -21,6 +21,8 @@ from vismem.tokens import INVOCATION_TOKENS
 
 LATE_TASKS = ("colour", "shape", "digit", "label", "item", "row", "column", "sum", "basket")
 ROWS = 1_000_000  # more than any run reads
+STAGES = ("warmup", "stage1", "stage2")
+FOLLOWED = {"sft": "warmup", "grpo": "stage1"}  # baselines read the rows of a memory's stage
 LABEL_SETS = {"first": LABEL_NAMES[:3], "second": LABEL_NAMES[3:]}  # halves of what long memory has to learn
 
 
@@ -127,7 +129,8 @@ class PocketRows(Dataset):
     """Rows of the pocket world for one stage: map-style, endless for all purposes, the same for a seed.
 
     Args:
-        stage: `"warmup"`, `"stage1"` or `"stage2"`.
+        stage: `"warmup"`, `"stage1"` or `"stage2"`; or a baseline, which reads the very rows of a stage - the one that
+            `mixture` names, or else `"sft"` those of the warm-up and `"grpo"` those of stage I - without invocations.
         seed: of all rows.
         length: how many there are.
         mixture: one of `MIXTURES`; by default the stage's own.
@@ -137,7 +140,9 @@ class PocketRows(Dataset):
     """
 
     def __init__(self, stage: str, seed: int = 0, length: int | None = None, mixture: str = "") -> None:
-        self.stage, self.seed, self.length, self.mixture = stage, seed, length or ROWS, mixture or stage
+        followed = mixture if mixture in STAGES else FOLLOWED.get(stage, stage)
+        self.source = followed if stage in FOLLOWED else stage
+        self.stage, self.seed, self.length, self.mixture = stage, seed, length or ROWS, mixture or self.source
         if self.mixture not in MIXTURES:
             raise ValueError(f"unknown pocket mixture {mixture!r}; there are {', '.join(MIXTURES)}")
 
@@ -145,7 +150,7 @@ class PocketRows(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> Row:
-        rng = Random(f"{self.seed}-{self.stage}-{index}")
+        rng = Random(f"{self.seed}-{self.source}-{index}")
         conversation = practice(rng, MIXTURES[self.mixture])
         completion = annotated(conversation, rng) if self.stage == "warmup" else conversation.answer_text
         columns = {"task": conversation.task, "distance": conversation.distance}

@@ -17,8 +17,9 @@ import torch
 from transformers import TrainingArguments
 
 from vismem.config import VisMemConfig
+from vismem.training.stages import BASELINES, PLANS, STAGES, Plan
 
-STAGES = ("warmup", "stage1", "stage2")
+SECTIONS = (*STAGES, *BASELINES)  # of a file of settings
 
 
 @dataclass
@@ -28,11 +29,11 @@ class MemoryTrainingArguments(TrainingArguments):
     `per_device_train_batch_size` counts prompts; in the two RL stages every prompt has `group_size` trajectories.
 
     Args:
-        stage: `"warmup"`, `"stage1"` or `"stage2"`.
+        stage: `"warmup"`, `"stage1"`, `"stage2"`; or a baseline, `"sft"` or `"grpo"`.
         base: model name or folder of the base; `"pocket"` is the packaged one.
         dtype: the base's dtype; what is trained is kept in float32 in any case.
         attn_implementation: the base's attention, as transformers names it; None for its own choice.
-        checkpoint: memory to start from; without one it starts untrained.
+        checkpoint: memory (of a baseline: adapter) to start from; without one it starts untrained.
         memory: fields of `VisMemConfig` for a new memory, or a preset's name.
         data: JSONL file, folder or hub name (`docs/data.md`); `"pocket"` is the pocket world (`"pocket:late"`: its
             late questions alone).
@@ -114,7 +115,7 @@ class MemoryTrainingArguments(TrainingArguments):
         self.accelerator_config = {"dispatch_batches": False, **(self.accelerator_config or {})}
         super().__post_init__()
         one_of = {
-            "stage": STAGES,
+            "stage": tuple(PLANS),
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "reference": ("start", "no_memory"),
             "baseline": ("greedy", "sample", "off"),
@@ -144,6 +145,11 @@ class MemoryTrainingArguments(TrainingArguments):
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
             raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+    @property
+    def plan(self) -> Plan:
+        """What the stage trains, and how."""
+        return PLANS[self.stage]
 
     def memory_config(self) -> VisMemConfig:
         """The configuration of a new memory.
@@ -183,6 +189,9 @@ PRESETS: dict[str, dict[str, Any]] = {
             "target_kl": 0.05,
             "penalty_coef": 0.3,
         },
+        # Baselines: the warm-up's numbers, and those of stage I.
+        "sft": {"learning_rate": 5e-5, "warmup_steps": 0.2, "num_train_epochs": 1},
+        "grpo": {"learning_rate": 5e-5, "warmup_steps": 0.2, "kl_coef": 0.015, "target_kl": 0.03},
     },
     "pocket": {
         "base": "pocket",
@@ -217,6 +226,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "kl_coef": 0.030,
             "target_kl": 0.05,
         },
+        "sft": {"per_device_train_batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 0.05, "max_steps": 320},
+        "grpo": {"per_device_train_batch_size": 6, "learning_rate": 1e-3, "warmup_steps": 0.1, "max_steps": 125},
     },
 }
 
@@ -270,15 +281,15 @@ def as_number(value: Any) -> Any:
 
 def check_names(settings: dict[str, Any]) -> None:
     """Refuses names that no stage knows."""
-    known = {f.name for f in dataclasses.fields(MemoryTrainingArguments)} | {"preset", *STAGES}
-    sections = {"": settings, **{stage: settings.get(stage) or {} for stage in STAGES}}
+    known = {f.name for f in dataclasses.fields(MemoryTrainingArguments)} | {"preset", *SECTIONS}
+    sections = {"": settings, **{stage: settings.get(stage) or {} for stage in SECTIONS}}
     for section, values in sections.items():
         if not isinstance(values, dict):
             raise ValueError(f"section {section} must be a mapping of settings")
         for name in values:
             if section == "" and name == "memory":
                 continue
-            if name not in known or (section and name in (*STAGES, "preset")):
+            if name not in known or (section and name in (*SECTIONS, "preset")):
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"unknown setting {f'{section}.' if section else ''}{name}{hint}")
@@ -298,7 +309,7 @@ def arguments_for(stage: str, layers: list[dict[str, Any]], **fixed: Any) -> Mem
         "use_cpu": not torch.accelerator.is_available(),
     }
     for layer in (PRESETS[preset], *layers):
-        general = {name: value for name, value in layer.items() if name not in (*STAGES, "preset")}
+        general = {name: value for name, value in layer.items() if name not in (*SECTIONS, "preset")}
         for source in (general, layer.get(stage) or {}):
             merged = {name: as_number(value) for name, value in source.items()}
             if isinstance(merged.get("memory"), str):

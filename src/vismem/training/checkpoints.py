@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 from transformers.trainer_utils import rotate_checkpoints
 
+from vismem.training.baselines import save_adapter
 from vismem.training.sharding import gathered
 
 
@@ -71,11 +74,11 @@ class WholeCheckpoints:
             self.samples.forget_from(int(Path(resume_from_checkpoint).name.rpartition("-")[2]))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the memory as `VisMem.from_pretrained` reads it; within a checkpoint, what going on needs."""
+        """Saves what the stage makes, memory or adapter; within a checkpoint, what going on needs."""
         if _internal_call:
             super().save_model(output_dir, _internal_call)
         else:
-            self.save_memory(output_dir or Path(self.args.output_dir) / "memory")
+            self.save_result(output_dir or Path(self.args.output_dir) / self.args.plan.result)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The learner's weights, for going on, and the settings in words."""
@@ -89,18 +92,29 @@ class WholeCheckpoints:
         settings = json.dumps(self.args.to_dict(), indent=2, default=str, sort_keys=True)
         (folder / "training_args.json").write_text(settings + "\n", encoding="utf-8")
 
+    def save_result(self, folder: str | Path) -> None:
+        """Writes what the stage makes: a memory, or a baseline's adapter."""
+        if self.args.plan.adapts:
+            self.save_whole(partial(save_adapter, self.vismem.base), folder)
+        else:
+            self.save_memory(folder)
+
     def save_memory(self, folder: str | Path) -> None:
-        """Writes the memory as `VisMem.from_pretrained` reads it, each file whole or not at all."""
+        """Writes the memory as `VisMem.from_pretrained` reads it."""
+        self.save_whole(self.vismem.save_pretrained, folder)
+
+    def save_whole(self, save: Callable[[Path], None], folder: str | Path) -> None:
+        """Has `save` write into a folder, each file whole or not at all."""
         folder = Path(folder)
         with gathered(self.learner, self.numbers):
             if self.args.should_save:
-                partial = folder.with_name(folder.name + ".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                self.vismem.save_pretrained(partial)
+                staging = folder.with_name(folder.name + ".partial")
+                shutil.rmtree(staging, ignore_errors=True)
+                save(staging)
                 folder.mkdir(parents=True, exist_ok=True)
-                for file in partial.iterdir():
+                for file in staging.iterdir():
                     os.replace(file, folder / file.name)
-                partial.rmdir()
+                staging.rmdir()
         self.accelerator.wait_for_everyone()
 
 

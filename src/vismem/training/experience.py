@@ -6,6 +6,7 @@ an experience is the trainer's matter.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
 from vismem.training import grpo
 from vismem.training.arguments import MemoryTrainingArguments
+from vismem.training.baselines import without_adapter
 from vismem.training.figures import Figures, Samples
 from vismem.training.rewards import Rewards
 from vismem.training.rollout import counterfactuals, sampling, seed_of, write
@@ -86,7 +88,7 @@ class Collector:
         scores = self.score(rows, rollouts, state, noted=True)
         base = self.baseline(rows, prompts, state)
         returns = gained = scores - base.repeat_interleave(group)
-        if args.stage == "stage2":
+        if args.plan.invokes == "model":
             with figures.timed("counterfactual"):
                 sighted, others = [bool(row.images) for row in rows], [seed + 1 for seed in seeds]
                 turned = counterfactuals(self.model, prompts, rollouts, group, sighted, settings, others)
@@ -124,9 +126,9 @@ class Collector:
         return Experience(rows, prompts, rollouts, advantages, trained)
 
     def policy(self, places: str, seeds: list[int]) -> str | Policy:
-        """Who invokes memory in this stage's rollouts: chance in stage I, the model in stage II."""
-        if self.args.stage == "stage2":
-            return "learned"
+        """Who invokes memory in this stage's rollouts: chance in stage I, the model in stage II, or nobody."""
+        if self.args.plan.invokes != "chance":
+            return {"model": "learned", "nobody": "off"}[self.args.plan.invokes]
         rate = self.args.injection_rate if places == "delimiter" else self.args.anywhere_rate
         return Random(rate, places, seed=seeds)
 
@@ -149,7 +151,7 @@ class Collector:
         return result.total.float()
 
     def baseline(self, rows: list[Row], prompts: dict[str, Tensor], state: Any) -> Tensor:
-        """S(tau_base), float [B]: the answer without memory. The base never changes, so each prompt has it once."""
+        """S(tau_base), float [B]: the answer of the base alone. It never changes, so each prompt has it once."""
         args = self.args
         if args.baseline == "off":
             return torch.zeros(len(rows))
@@ -160,7 +162,8 @@ class Collector:
                 settings = sampling(self.model, args.max_new_tokens, args.temperature if sampled else None)
                 seeds = [seed_of(args.seed, "baseline", row.id) for row in missing] if sampled else None
                 inputs = prompts if len(missing) == len(rows) else inputs_of(self.model, missing)
-                rollouts = write(self.model, inputs, "off", settings, seeds)
+                with without_adapter(self.model.base) if args.plan.adapts else nullcontext():
+                    rollouts = write(self.model, inputs, "off", settings, seeds)
             scores = self.score(missing, rollouts, state)
             self.baselines.update(zip((row.id for row in missing), scores.tolist(), strict=True))
         return torch.tensor([self.baselines[row.id] for row in rows])

@@ -17,17 +17,21 @@ from vismem.model import VisMem
 
 
 class Learner(nn.Module):
-    """What is trained, as the Trainer sees it: builder, formers and the four tokens' rows.
+    """What is trained, as the Trainer sees it: builder, formers and the four tokens' rows, or an adapter alone.
 
     The frozen base is used and not registered, so nothing wraps, moves, shards or saves it with them.
 
     Args:
         model: the model that has them.
+        adapter: weights of an adapter of its base, where these are trained instead.
     """
 
-    def __init__(self, model: VisMem) -> None:
+    def __init__(self, model: VisMem, adapter: nn.Module | None = None) -> None:
         super().__init__()
-        self.memory, self.tokens = model.memory, model.tokens
+        if adapter is None:
+            self.memory, self.tokens = model.memory, model.tokens
+        else:
+            self.adapter = adapter
         self._model = [model]
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:

@@ -1,7 +1,8 @@
 """A stage from its settings to its saved memory: loads base, memory and data, trains, and can be gone on with.
 
 `vismem train` is a thin skin over `train`. Each stage has a folder of its own with checkpoints, logs, sample
-completions and, at the end, `memory/`, which is what the next stage and `VisMem.from_pretrained` take.
+completions and, at the end, `memory/`, which is what the next stage and `VisMem.from_pretrained` take, or a
+baseline's `adapter/`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vismem.backbones import backbone_of
 from vismem.config import VisMemConfig
 from vismem.data import load_dataset_rows
 from vismem.model import VisMem
+from vismem.training import baselines
 from vismem.training.arguments import STAGES, MemoryTrainingArguments, arguments_for
 from vismem.training.checkpoints import last_checkpoint
 from vismem.training.trainer import MemoryTrainer
@@ -31,12 +33,12 @@ def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Pat
     """Runs one stage, or with `"all"` those three after each other, each starting from the one before.
 
     Args:
-        stage: one of `STAGES` or `"all"`.
+        stage: one of `STAGES`, `"all"`, or one of `BASELINES`.
         layers: settings as `load_settings` gives them.
         resume: go on from the newest checkpoints; stages that are done are not run again.
 
     Returns:
-        The folder of the last stage's memory.
+        The folder of the last stage's memory, or of the baseline's adapter.
 
     Raises:
         ValueError: for unusable settings, or if the output folder holds another run and `resume` is not given.
@@ -58,16 +60,16 @@ def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Pat
 
 
 def run_stage(args: MemoryTrainingArguments, resume: bool) -> Path:
-    """Trains one stage and returns the folder of its memory."""
+    """Trains one stage and returns the folder of its memory or adapter."""
     folder = Path(args.output_dir)
-    memory, done = folder / "memory", folder / "done.json"
+    result, done = folder / args.plan.result, folder / "done.json"
     checkpoint = last_checkpoint(folder)
     for record in (done, *([Path(checkpoint) / "training_args.json"] if checkpoint else [])):
         if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["stage"] != args.stage:
             raise ValueError(f"{folder} holds a run of another stage; choose another output_dir for {args.stage}")
     if done.is_file() and resume:
-        log.info("%s is done already; its memory is in %s", args.stage, memory)
-        return memory
+        log.info("%s is done already; its %s is in %s", args.stage, args.plan.result, result)
+        return result
     if not resume and (checkpoint or done.is_file()):
         raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another output_dir")
     log.info("%s: %s", args.stage, folder)
@@ -75,20 +77,28 @@ def run_stage(args: MemoryTrainingArguments, resume: bool) -> Path:
     model = load_model(args)
     trainer = MemoryTrainer(model, args, load_rows(args))
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_memory(memory)
+    trainer.save_result(result)
     if args.should_save:
         history = {"stage": args.stage, "seed": args.seed, "log": trainer.state.log_history}
         (folder / "log.json").write_text(json.dumps(history, indent=0) + "\n", encoding="utf-8")
         record = {"stage": args.stage, "steps": trainer.state.global_step, "base": args.base}
         done.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    return memory
+    return result
 
 
 def load_model(args: MemoryTrainingArguments) -> VisMem:
-    """The base with the memory that the stage starts from."""
+    """The base with the memory, or the adapter, that the stage starts from."""
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
+    if args.plan.adapts:
+        name = args.base or (baselines.base_name(args.checkpoint) if args.checkpoint else "")
+        if not name:
+            raise ValueError("no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of an adapter that names its own")
+        model = VisMem(*load_base(name, options), args.memory_config())  # for its trainer; nobody invokes its memory
+        if args.checkpoint:
+            baselines.load_adapter(model, args.checkpoint)
+        return model
     if args.checkpoint:
         given = {} if not args.base else dict(zip(("base", "processor"), load_base(args.base, options), strict=True))
         options = {} if given else options

@@ -1,7 +1,7 @@
-"""The warm-up's examples: reference replies with invocations put in, as a batch for the training forward.
+"""Supervised examples: reference replies with invocations put in, as a batch for the training forward.
 
 A reply may name its invocations itself, by the tokens `<ms_I>` and `<ml_I>` in its text; where it names none they are
-put in by chance, after a delimiter, in place of one, or anywhere.
+put in by chance, after a delimiter, in place of one, or anywhere. Where nobody invokes, named ones are taken out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def with_invocations(
     tokens, config = model.tokens, model.memory_config
     ids: list[int] = []
     learned: list[bool] = []
-    kinds = [kind for kind in KINDS if sighted or kind != "short"]
+    kinds = [kind for kind in KINDS if sighted or kind != "short"] if args.plan.invokes != "nobody" else []
     named = any(word in tokens.kind_of for word in words)
     made, gap = 0, config.min_gap
 
@@ -48,7 +48,7 @@ def with_invocations(
             continue
         at_delimiter = not index or words[index - 1] in model.delimiters
         rate = args.injection_rate if places == "delimiter" else args.anywhere_rate
-        free = not named and made < config.max_invocations and gap >= config.min_gap
+        free = kinds and not named and made < config.max_invocations and gap >= config.min_gap
         if free and (at_delimiter or places == "anywhere") and rng.random() < rate:
             if index and at_delimiter and rng.random() < args.replace_rate:
                 ids.pop(), learned.pop()

@@ -1,4 +1,4 @@
-"""`MemoryTrainer`: the stages on transformers' `Trainer` - warm-up, memory formation (I), memory invocation (II).
+"""`MemoryTrainer`: the stages on transformers' `Trainer` - warm-up, memory formation (I), memory invocation (II), baselines.
 
 The Trainer keeps loops, schedules, precision and processes. Here is what one update does: it takes an experience
 (`experience.py`) and replays its trajectories (`replay.py`) for the gradient of their loss (`grpo.py`).
@@ -21,6 +21,7 @@ from vismem.data import Row
 from vismem.model import VisMem
 from vismem.training import grpo
 from vismem.training.arguments import MemoryTrainingArguments
+from vismem.training.baselines import adapter_of, without_adapter
 from vismem.training.checkpoints import WholeCheckpoints, last_checkpoint
 from vismem.training.experience import Collector, Experience, inputs_of
 from vismem.training.figures import Figures, Samples
@@ -30,18 +31,17 @@ from vismem.training.sampler import PromptSampler
 from vismem.training.sharding import make_shardable, whole
 from vismem.training.supervised import supervised_batch
 
-TRAINED = {"warmup": ("builder", "short", "long"), "stage1": ("builder", "short", "long"), "stage2": ("tokens",)}
-
 
 class TrainingDivergedError(RuntimeError):
     """The loss or the gradient is not a finite number any more."""
 
 
 class MemoryTrainer(WholeCheckpoints, Trainer):
-    """Trains one stage of a memory.
+    """Trains one stage of a memory, or a baseline: an adapter of the base's language model.
 
     Args:
-        model: the model whose memory is trained; its base stays as it is, bit for bit.
+        model: the model whose memory is trained; its base stays as it is, bit for bit. In a baseline an adapter that
+            the base has is trained further, or a new one is added.
         args: of the stage.
         train_dataset: `Row`s, as `vismem.data.load_dataset_rows` gives them.
         reward_funcs: a function of TRL's signature, a name, an import path, or a list of them; by default those that
@@ -66,10 +66,12 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         self.vismem = model
         model.memory.float()
         model.tokens.float()
+        model.base.requires_grad_(False)
+        adapter = adapter_of(model).requires_grad_(True) if args.plan.adapts else None
         for part in ("builder", "short", "long", "tokens"):
             for parameter in model.parameters_of(part):
-                parameter.requires_grad_(part in TRAINED[args.stage])
-        super().__init__(Learner(model), args, data_collator=list, train_dataset=train_dataset, **kwargs)
+                parameter.requires_grad_(part in args.plan.trains)
+        super().__init__(Learner(model, adapter), args, data_collator=list, train_dataset=train_dataset, **kwargs)
         if getattr(model.base, "hf_device_map", None) is None and not getattr(model.base, "is_quantized", False):
             model.base.to(args.device)
         if self.is_deepspeed_enabled:  # its engine steps at each backward, and an update has several
@@ -79,7 +81,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         self.start = {name: p.detach().clone() for name, p in self.trained()}
         self.figures, self.samples = Figures(), Samples(args.output_dir)
         self.collector: Collector | None = None
-        if args.stage != "warmup":
+        if not args.plan.supervised:
             rewards = load_rewards(args.rewards if reward_funcs is None else reward_funcs)
             samples = self.samples if self.is_world_process_zero() else None
             self.collector = Collector(model, args, rewards, self.figures, samples)
@@ -99,7 +101,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
     # What the Trainer asks for.
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; leaves the memory in evaluation mode."""
+        """As the Trainer's; leaves what it trained in evaluation mode."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -137,10 +139,10 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: list[Row], num_items_in_batch: Any = None) -> Tensor:
-        """One batch of prompts: trajectories and their gradient, or the warm-up's examples and theirs."""
+        """One batch of prompts: trajectories and their gradient, or supervised examples and theirs."""
         args, step = self.args, self.state.global_step
-        self.learner.train(args.stage == "warmup")  # dropout would make replay another policy than the rollout's
         self.vismem.base.eval()
+        self.learner.train(args.plan.supervised)  # dropout would make replay another policy than the rollout's
         self.current = inputs
         try:
             with self.compute_loss_context_manager():
@@ -233,7 +235,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         return (total / self.current_gradient_accumulation_steps).to(args.device)
 
     def supervised_update(self, model: nn.Module, rows: list[Row]) -> Tensor:
-        """The warm-up: cross-entropy of the reference replies with memories put into them."""
+        """Cross-entropy of the reference replies, in the warm-up with memories put into them."""
         args, size = self.args, self.args.micro_batch or len(rows)
         total = torch.zeros(())
         with self.figures.timed("update"):
@@ -264,17 +266,23 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
 
     def replayed(self, experience: Experience, prompts: list[int], index: list[int]) -> dict[str, Any]:
         """A micro-batch's trajectories as arguments of the training forward."""
-        everything = len(prompts) == len(experience.rows)
-        rows = [experience.rows[prompt] for prompt in prompts]
-        inputs = experience.prompts if everything else inputs_of(self.vismem, rows)
+        rows, copies = [experience.rows[prompt] for prompt in prompts], 1
+        if self.args.plan.adapts and self.args.gradient_checkpointing:
+            # Here prompts are read with gradient, and a cache that trajectories share cannot be computed again.
+            copies = len(index) // len(prompts)
+        everything = len(prompts) == len(experience.rows) and copies == 1
+        inputs = experience.prompts if everything else inputs_of(self.vismem, [r for r in rows for _ in range(copies)])
         pad = self.vismem.processor.tokenizer.pad_token_id or 0
         rollouts = [experience.rollouts[i] for i in index]
-        return collate(inputs, rollouts, pad, self.args.stage == "stage2", self.args.temperature)
+        return collate(inputs, rollouts, pad, not self.args.plan.forms, self.args.temperature)
 
     @torch.no_grad()
     def reference_log_probs(self, batch: dict[str, Any] | None) -> Tensor:
         """Log-probabilities [n, L] under the stage's reference: its starting parameters, or the base alone."""
         model = self.learner.forward  # past what is wrapped around it, which would shard the parameters again
+        if self.args.reference == "no_memory" and self.args.plan.adapts:
+            with without_adapter(self.vismem.base):
+                return model(batch)
         if self.args.reference == "no_memory" and batch is not None:
             tokens = torch.tensor(self.vismem.tokens.ids, device=batch["input_ids"].device)
             bare, order = without_memory(batch, tokens)

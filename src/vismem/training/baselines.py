@@ -1,0 +1,168 @@
+"""LoRA adapters of the base's language model: what memory is compared with, as ordinary PEFT adapters.
+
+The adapter is transformers' and peft's own (`add_adapter`, `LoraConfig`); here is where it goes - the query and value
+projections of the language model alone, at the rank of the memory's own adapters -, how it is saved, and how it is
+loaded again. What trains it is the trainer, by the plans of `stages.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vismem.backbones import Backbone, backbone_of
+from vismem.checkpoint import recorded_name
+from vismem.config import VisMemConfig
+from vismem.model import VisMem
+
+NAME = "default"  # peft's own
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every tensor's name in an adapter's file
+
+
+class LanguageAdapter(nn.Module):
+    """The LoRA weights within a base, as a module of their own; the base keeps using the same ones.
+
+    Args:
+        base: a base with an adapter.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict()
+        for name, layer in lora_layers(base).items():
+            parts = {"down": layer.lora_A, "up": layer.lora_B, "dropout": layer.lora_dropout}
+            self.layers[name.replace(".", "/")] = nn.ModuleDict({part: held[NAME] for part, held in parts.items()})
+
+
+def lora_layers(base: nn.Module) -> dict[str, LoraLayer]:
+    """The base's layers that have the adapter, by name."""
+    return {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer) and NAME in m.lora_A}
+
+
+def lora_config(backbone: Backbone, config: VisMemConfig) -> LoraConfig:
+    """LoRA on the language model's query and value projections, with the rank, scale and dropout of the memory's own.
+
+    The layers are named by a pattern, as a vision tower may have layers of the same names.
+    """
+    place = next(name for name, module in backbone.base.named_modules() if module is backbone.language_model)
+    within = f"{re.escape(place)}\\." if place else ""
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=f"{within}.*\\.({'|'.join(backbone.language_targets)})",
+    )
+
+
+def adapter_of(model: VisMem) -> LanguageAdapter:
+    """The adapter of the model's base, float32: the one that it has, or a new one, which changes nothing yet."""
+    if not lora_layers(model.base):
+        model.base.add_adapter(lora_config(model.backbone, model.memory_config))
+    return LanguageAdapter(model.base).float()
+
+
+def save_adapter(base: nn.Module, folder: str | Path) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors`; the base by its recorded name, as memories do."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(base, adapter_name=NAME, save_embedding_layers=False)
+    state = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = copy.deepcopy(base.peft_config[NAME])
+    config.base_model_name_or_path, config.inference_mode = recorded_name(base), True
+    config.save_pretrained(folder)
+
+
+def base_name(folder: str | Path) -> str:
+    """The name of the base that an adapter was made for.
+
+    Raises:
+        ValueError: if there is no adapter.
+    """
+    return str(read_config(folder).base_model_name_or_path or "")
+
+
+def read_config(folder: str | Path) -> LoraConfig:
+    """An adapter's configuration, from a folder or the hub."""
+    if Path(folder).is_dir() and not (Path(folder) / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is not a LoRA adapter: it has no {CONFIG_FILE}; name a run's adapter/ folder")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"no adapter {folder}: no such folder, and it cannot be had from the hub ({reason})"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder} is an adapter of type {config.peft_type.value}; only LoRA is read here")
+    return config
+
+
+def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
+    """Puts a saved adapter on a base, in float32 and in place of the one that it had.
+
+    A base that is to have memory as well is equipped first: the adapter comes last.
+
+    Args:
+        model: a base, or a model with memory, whose base it then is. With `invocation="off"` that model answers as
+            base and adapter do.
+        folder: an adapter's folder or hub name.
+
+    Raises:
+        ValueError: if it is not a LoRA adapter, or was made for another base.
+
+    Example:
+        >>> load_adapter(model, "runs/sft/adapter")
+        >>> model.generate(**inputs, invocation="off")
+    """
+    base = model.base if isinstance(model, VisMem) else model
+    config = read_config(folder)
+    state = {name.removeprefix(PREFIX): t for name, t in load_peft_weights(str(folder), device="cpu").items()}
+    check_fit(state, base, f"adapter {folder}, made for {config.base_model_name_or_path or 'another base'},")
+    if lora_layers(base):
+        base.delete_adapter(NAME)
+    config.inference_mode = False
+    base.add_adapter(config)
+    LanguageAdapter(base).float()
+    own = {name.replace(f".{NAME}.", ".") for name in base.state_dict() if ".lora_" in name}
+    if odd := set(state) ^ own:
+        base.delete_adapter(NAME)
+        raise ValueError(f"adapter {folder} does not match its {CONFIG_FILE}: tensor {min(odd)} differs")
+    set_peft_model_state_dict(base, state, NAME)
+    base.eval().requires_grad_(False)
+
+
+def check_fit(state: dict[str, Tensor], base: nn.Module, what: str) -> None:
+    """Raises ValueError where an adapter's tensors are not for linear layers of `base`."""
+    modules = dict(base.named_modules())
+    for name, tensor in state.items():
+        layer, _, part = name.partition(".lora_")
+        plain, side = modules.get(layer), ("in_features", 1) if part.startswith("A") else ("out_features", 0)
+        size = getattr(plain, side[0], None)
+        if size != tensor.shape[side[1]]:
+            found = f"that has {size} {side[0]}" if size else "which has no such linear layer"
+            raise ValueError(f"{what} does not fit {recorded_name(base) or type(base).__name__}: {layer}, {found}")
+
+
+@contextmanager
+def without_adapter(base: nn.Module) -> Iterator[None]:
+    """The base alone while the context lasts."""
+    trained = [p for p in base.parameters() if p.requires_grad]  # peft freezes what it turns off, and frees it later
+    base.disable_adapters()
+    try:
+        yield
+    finally:
+        base.enable_adapters()
+        base.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
