@@ -206,6 +206,11 @@ def model_card(model) -> str:
     name = recorded_name(model.base) or facts.model_type
     trained = sum(tensor.numel() for tensor in trained_state(model).values())
     total = sum(parameter.numel() for parameter in model.base.parameters())
+    made = f"""| query vectors K | {config.query_length} |
+| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}, query and value projections |
+| start of memory | {config.memory_init} |"""
+    if config.content == "soft":
+        made = "| content | learned constants (soft prompts), the same for every image and question |"
     base_line = f"base_model: {name}\n" if name.count("/") == 1 else ""  # only a hub repository can be linked
     return f"""---
 library_name: vismem
@@ -224,11 +229,9 @@ vision-language model. These files hold the memory only; the base is loaded by i
 | | |
 |---|---|
 | base | `{Path(name).name}`, {facts} |
-| query vectors K | {config.query_length} |
 | short-term vectors N_s | {config.short_length} |
 | long-term vectors N_l | {config.long_length} |
-| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}, query and value projections |
-| start of memory | {config.memory_init} |
+{made}
 | parameters of the memory | {trained:,} ({100 * trained / total:.2f} % of the base) |
 
 ```python

@@ -31,6 +31,8 @@ class VisMemConfig:
             projections, Tab. 4).
         memory_init: `"pooled"` starts short memory from pooled patches and long memory from the mean token
             embedding, each plus a learned offset; `"learned"` uses learned constants alone, the literal Eq. 6.
+        content: `"formed"`, or `"soft"` to compare with: as many vectors at the same places, but learned constants that
+            depend on nothing. Builder, LoRA and `memory_init` have no part in these.
         max_invocations: most invocations in one answer (sampled and random ones; forced ones are not counted out).
         min_gap: sampled tokens that must lie between two invocations.
         delimiters: strings that end a phrase. The first that the tokenizer knows as one token gives the four memory
@@ -55,6 +57,7 @@ class VisMemConfig:
     lora_alpha: int = 32
     lora_dropout: float = 0.1
     memory_init: Literal["pooled", "learned"] = "pooled"
+    content: Literal["formed", "soft"] = "formed"
     max_invocations: int = 8
     min_gap: int = 4
     delimiters: tuple[str, ...] = (".", ",", ";", ":", "?", "!", "\n")
@@ -73,6 +76,7 @@ class VisMemConfig:
         self._require("lora_dropout", _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._require("token_noise", _is_number(self.token_noise) and self.token_noise >= 0, "0 or more")
         self._require("memory_init", self.memory_init in ("pooled", "learned"), "'pooled' or 'learned'")
+        self._require("content", self.content in ("formed", "soft"), "'formed' or 'soft'")
         object.__setattr__(self, "delimiters", tuple(self.delimiters))
         strings = bool(self.delimiters) and all(isinstance(text, str) and text for text in self.delimiters)
         self._require("delimiters", strings, "a non-empty list of strings")

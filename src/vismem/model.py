@@ -28,7 +28,7 @@ from vismem.decoding.invocation import Policy, policy_of
 from vismem.decoding.requests import Answer, Request, RequestQueue, stream
 from vismem.decoding.rows import output
 from vismem.decoding.trace import VisMemOutput
-from vismem.memory import Memory, Observation
+from vismem.memory import Observation, memory_of
 from vismem.memory.splice import Place, Reader, Splice, find_invocations, of_like_length
 from vismem.tokens import MemoryTokens, add_memory_tokens, delimiter_ids, single_token_id
 
@@ -86,7 +86,7 @@ class VisMem(nn.Module, PushToHubMixin):
         tokenizer = processor.tokenizer
         delimiter = single_token_id(tokenizer, self.memory_config.delimiters)
         invocation_ids, end_ids = add_memory_tokens(tokenizer)
-        self.memory = Memory(self.backbone, self.memory_config)
+        self.memory = memory_of(self.backbone, self.memory_config)
         self.tokens = MemoryTokens(
             self.backbone.embeddings,
             self.backbone.head,
@@ -135,7 +135,10 @@ class VisMem(nn.Module, PushToHubMixin):
         return self
 
     def parameters_of(self, part: str) -> list[nn.Parameter]:
-        """Trainable parameters of one part: `"builder"`, `"short"`, `"long"` (stage I) or `"tokens"` (stage II)."""
+        """Trainable parameters of one part: `"builder"`, `"short"`, `"long"` (stage I) or `"tokens"` (stage II).
+
+        Soft prompts have no builder: that part is empty there.
+        """
         parts = {"builder": self.memory.builder, "short": self.memory.short, "long": self.memory.long}
         parts["tokens"] = self.tokens
         if part not in parts:

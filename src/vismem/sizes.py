@@ -130,6 +130,14 @@ def linear(wide: int, out: int, bias: bool = True) -> int:
 def memory_parameters(shape: Shape, config: VisMemConfig) -> dict[str, int]:
     """Trainable parameters by part, for a memory of that configuration on that base."""
     d, w, m = shape.language.hidden, shape.tower.width, shape.tower.merge
+    tokens = 4 * d * (1 if shape.tied else 2)
+    if config.content == "soft":
+        return {
+            "builder": 0,
+            "short": config.short_length * d + 1,
+            "long": config.long_length * d + 1,
+            "tokens": tokens,
+        }
     width = config.inner_width(shape.language.hidden)
     block = 2 * 2 * width + linear(width, 3 * width) + linear(width, width)
     block += linear(width, 4 * width) + linear(4 * width, width)
@@ -139,7 +147,7 @@ def memory_parameters(shape: Shape, config: VisMemConfig) -> dict[str, int]:
     short = linear(d, w) + positions * w + tower_lora(shape.tower, config.lora_r)
     short += positions * config.query_length if config.memory_init == "pooled" else 0
     long = config.long_length * d + 1 + language_lora(shape.language, config.lora_r)
-    return {"builder": builder, "short": short, "long": long, "tokens": 4 * d * (1 if shape.tied else 2)}
+    return {"builder": builder, "short": short, "long": long, "tokens": tokens}
 
 
 def tower_lora(tower: Tower, r: int) -> int:

@@ -74,7 +74,11 @@ def describe(loaded: Loaded) -> dict:
             "parameters": {**{part: count(parameters) for part, parameters in parts.items()}, "total": total},
             "share": total / count(base),
             "bytes": size(memory),
-            "lengths": {"query": config.query_length, "short": config.short_length, "long": config.long_length},
+            "lengths": {
+                "query": config.query_length * (config.content == "formed"),
+                "short": config.short_length,
+                "long": config.long_length,
+            },
         },
         "tokens": dict(sorted(ids.items(), key=lambda item: item[1])),
         "dtype": str(model.dtype).removeprefix("torch."),

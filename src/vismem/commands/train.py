@@ -26,8 +26,8 @@ sft and grpo train no memory but a LoRA adapter of the base's language model, to
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "vismem train",
-        "Trains a memory: an optional supervised warm-up, stage I (what memory holds) and stage II (when to invoke it);\n"
-        "or a baseline on the same data: supervised fine-tuning (sft) or GRPO (grpo) of a LoRA adapter."
+        "Trains a memory: an optional supervised warm-up, stage I (what memory holds) and stage II (when to invoke it)."
+        "\nOr a baseline on the same data: supervised fine-tuning (sft) or GRPO (grpo) of a LoRA adapter."
         f"\n\n{SETTINGS}",
         "vismem train all preset=pocket output_dir=runs/pocket\n"
         "  vismem train stage1 my.yaml learning_rate=1e-4 --resume\n"

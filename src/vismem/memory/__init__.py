@@ -12,6 +12,7 @@ from vismem.config import Kind, VisMemConfig
 from vismem.memory.builder import QueryBuilder
 from vismem.memory.long_term import LongTermFormer
 from vismem.memory.short_term import ShortTermFormer
+from vismem.memory.soft import SoftMemory
 
 
 @dataclass
@@ -58,4 +59,9 @@ class Memory(nn.Module):
         return self.long(query, [o.segment for o in observations])
 
 
-__all__ = ["LongTermFormer", "Memory", "Observation", "QueryBuilder", "ShortTermFormer"]
+def memory_of(backbone: Backbone, config: VisMemConfig) -> Memory | SoftMemory:
+    """A new memory of the configured content: formed, or the soft prompts that it is compared with."""
+    return (SoftMemory if config.content == "soft" else Memory)(backbone, config)
+
+
+__all__ = ["LongTermFormer", "Memory", "Observation", "QueryBuilder", "ShortTermFormer", "SoftMemory", "memory_of"]

@@ -158,8 +158,9 @@ class Reader:
     def read_prefix(self, length: int) -> None:
         """Reads the first `length` tokens once, for every later reading to go on from there.
 
-        Without gradient, unless something in the base itself is trained (an adapter that is none of the memory's). No memory may stand among them, and all image places must. Rows that share their prompt are read once, so
-        with `copies` the tokens must be those of the prompt alone.
+        Without gradient, unless the base itself has something to train (a baseline's adapter). No memory may stand
+        among them, and all image places must. Rows that share their prompt are read once, so with `copies` the tokens
+        must be those of the prompt alone.
         """
         if length < 1:
             return

@@ -19,7 +19,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vismem.backbones import Backbone, backbone_of
+from vismem.backbones import Backbone
 from vismem.checkpoint import recorded_name
 from vismem.config import VisMemConfig
 from vismem.model import VisMem

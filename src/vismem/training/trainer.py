@@ -1,4 +1,4 @@
-"""`MemoryTrainer`: the stages on transformers' `Trainer` - warm-up, memory formation (I), memory invocation (II), baselines.
+"""`MemoryTrainer`: every stage on transformers' `Trainer` - warm-up, formation (I) and invocation (II), baselines.
 
 The Trainer keeps loops, schedules, precision and processes. Here is what one update does: it takes an experience
 (`experience.py`) and replays its trajectories (`replay.py`) for the gradient of their loss (`grpo.py`).
