@@ -236,6 +236,10 @@ class Backbone:
         """Patches [n, patches, d_vision] from the tower's order to [n, height, width, d_vision]."""
         return patches.unflatten(1, grid)
 
+    def laid_out(self, image: Image) -> Tensor:
+        """The image's pixels where they lie in it, [values, height, width]; to be said where the layout is another."""
+        return image.pixels
+
     def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
         """Rotation of an image's patches, in the tower's order; None where positions are learned."""
         return None

@@ -63,6 +63,11 @@ class Qwen2VLBackbone(Backbone):
         blocks = patches.reshape(-1, height, width, side, side, patches.shape[-1])
         return blocks.transpose(2, 3).flatten(1, 2).flatten(2, 3)
 
+    def laid_out(self, image: Image) -> Tensor:
+        side = self.tower.patch_embed.proj.kernel_size[-1]
+        patches = Qwen2VLBackbone.to_raster(self, image.pixels[None], image.grid)[0]  # as the processor wrote them
+        return patches.unflatten(-1, (-1, side, side)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
     def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
         coordinates = get_vision_position_ids(torch.tensor([[1, *grid]]), self.merge).float()  # [patches, 2]
         return self.rotary_at(coordinates.to(self.tower.rotary_pos_emb.inv_freq.device))

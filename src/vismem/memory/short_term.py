@@ -7,6 +7,7 @@ runs only the query and the memory positions. Patches never see these, so cachin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -32,6 +33,8 @@ class ShortTermFormer(nn.Module):
         self.backbone, self.pooled = backbone, config.memory_init == "pooled"
         positions = config.short_length * backbone.merge**2  # the projector merges m x m of them into one vector
         self.checkpointing = False
+        # Called in every block with queries, keys and mask, for those who ask where a look went.
+        self.watch: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
         self.query_in = nn.Linear(backbone.hidden_size, backbone.vision_size)
         start = torch.zeros(positions, backbone.vision_size)
         self.memory_init = nn.Parameter(start if self.pooled else 0.02 * torch.randn_like(start))
@@ -104,6 +107,8 @@ class ShortTermFormer(nn.Module):
                         parts.append(mine.new_zeros(*mine.shape[:2], longest - length, mine.shape[3]))
                     layers.append(torch.cat([*parts, mine], dim=2))
                 keys, values = (torch.stack(layers) if layers[1:] else layers[0][None]).unbind(1)
+                if self.watch is not None:
+                    self.watch(q, keys, mask)
                 attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
                 hidden = backbone.finish(block, hidden, attended)
             return backbone.project(hidden[:, seen.shape[1] :]).to(query)
