@@ -18,8 +18,9 @@ import pytest
 import tiny
 
 import vismem
-from vismem import cli
-from vismem.commands import ask, images, loading
+from vismem import cli, loading
+from vismem.commands import ask, images
+from vismem.commands.loading import load
 from vismem.commands.parsing import policy
 from vismem.commands.streaming import Paper, Streamer
 from vismem.decoding.invocation import Forced, Random
@@ -64,7 +65,7 @@ def loaded(house):
         trust_remote_code=False,
         debug=False,
     )
-    return loading.load(options)
+    return load(options)
 
 
 @pytest.fixture
