@@ -68,7 +68,7 @@ def adapter_of(model: VisMem) -> LanguageAdapter:
     """The adapter of the model's base, float32: the one that it has, or a new one, which changes nothing yet."""
     if not lora_layers(model.base):
         model.base.add_adapter(lora_config(model.backbone, model.memory_config))
-    return LanguageAdapter(model.base).float()
+    return LanguageAdapter(model.base).float().eval()
 
 
 def save_adapter(base: nn.Module, folder: str | Path) -> None:
@@ -134,10 +134,10 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
     config.inference_mode = False
     base.add_adapter(config)
     LanguageAdapter(base).float()
-    own = {name.replace(f".{NAME}.", ".") for name in base.state_dict() if ".lora_" in name}
-    if odd := set(state) ^ own:
+    made = {name.replace(f".{NAME}.", "."): t.shape for name, t in base.state_dict().items() if ".lora_" in name}
+    if odd := made.items() ^ {(name, t.shape) for name, t in state.items()}:
         base.delete_adapter(NAME)
-        raise ValueError(f"adapter {folder} does not match its {CONFIG_FILE}: tensor {min(odd)} differs")
+        raise ValueError(f"adapter {folder} does not match its {CONFIG_FILE}: tensor {min(odd)[0]} differs")
     set_peft_model_state_dict(base, state, NAME)
     base.eval().requires_grad_(False)
 

@@ -127,8 +127,11 @@ class Collector:
 
     def policy(self, places: str, seeds: list[int]) -> str | Policy:
         """Who invokes memory in this stage's rollouts: chance in stage I, the model in stage II, or nobody."""
-        if self.args.plan.invokes != "chance":
-            return {"model": "learned", "nobody": "off"}[self.args.plan.invokes]
+        if self.args.plan.invokes == "model":
+            return "learned"
+        if self.args.plan.invokes == "nobody":
+            # Not "off": where the base's table is wider than its vocabulary it may write the four tokens' ids itself.
+            return Random(0.0, seed=seeds)
         rate = self.args.injection_rate if places == "delimiter" else self.args.anywhere_rate
         return Random(rate, places, seed=seeds)
 
