@@ -323,9 +323,10 @@ def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]])
     """Answers to `requests`, each as soon as it is done; requests are taken from the iterable as room comes up.
 
     Raises:
-        ValueError: if a request cannot be taken; names it by its number. Answers given before are complete.
+        ValueError: if a request cannot be taken; names it by its tag where that is a text, else by its number. Answers
+            given before are complete.
     """
-    source, taken, numbers = iter(requests), 0, {}
+    source, taken, names = iter(requests), 0, {}
     try:
         while True:
             while source is not None and queue.hungry:
@@ -334,11 +335,11 @@ def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]])
                     source = None
                     break
                 request = request if isinstance(request, Request) else Request(dict(request))
-                numbers[id(request)] = taken
+                names[id(request)] = request.tag if isinstance(request.tag, str) else f"request {taken}"
                 try:
                     queue.submit(request)
                 except ValueError as error:
-                    raise ValueError(f"request {taken}: {error}") from error
+                    raise ValueError(f"{names[id(request)]}: {error}") from error
                 taken += 1
             if source is None and not len(queue):
                 return
@@ -346,6 +347,6 @@ def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]])
             yield from (answer for answer in ended if answer.error is None)
             for answer in ended:
                 if answer.error is not None:
-                    raise ValueError(f"request {numbers[id(answer.request)]}: {answer.error}") from answer.error
+                    raise ValueError(f"{names[id(answer.request)]}: {answer.error}") from answer.error
     finally:
         queue.clear()  # what nobody waits for any more is not held on to

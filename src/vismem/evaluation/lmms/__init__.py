@@ -1,0 +1,25 @@
+"""VisMem as a model of lmms-eval, and the paper's benchmarks that lmms-eval lacks as tasks of it.
+
+lmms-eval finds the model by the entry point `lmms_eval.models`, which calls `manifest`. `model` writes the answers,
+`messages` reads the prompts, `run` runs a task from Python. Only these three import lmms-eval.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+
+def manifest() -> ModelManifest:
+    """What lmms-eval needs to know of the model: its name, and the class behind it."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="vismem", chat_class_path="vismem.evaluation.lmms.model.VisMemChat")
+
+
+def tasks_folder() -> Path:
+    """The folder of the tasks that come with the package, for lmms-eval's `--include_path`."""
+    return Path(__file__).parent / "tasks"

@@ -1,0 +1,56 @@
+"""A task's chat messages as a row: its text and its pictures, in their order. What cannot be read is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vismem.data.images import BadImage, open_image
+from vismem.data.rows import Row
+
+
+def row_of(name: str, messages: Sequence[dict[str, Any]], mark: str | None = None) -> Row:
+    """The row of one sample.
+
+    Args:
+        name: of the sample, for messages about it.
+        messages: as a task's `doc_to_messages` gives them: `role`, and `content`, a text or a list of parts of type
+            text or image. An image's `url` is a picture, a path, bytes, or a dictionary with bytes or a path.
+        mark: the processor's image mark. Some tasks write "<image>" where their image goes; where that is this
+            family's own mark it is taken out, since the image stands in a part of its own.
+
+    Raises:
+        ValueError: if there are no messages, a part is a video or audio or of no known type, or an image cannot be
+            read.
+
+    Example:
+        >>> row_of("toy, sample 0", [{"role": "user", "content": "Which colour?"}]).prompt[0]["content"]
+        [{'type': 'text', 'text': 'Which colour?'}]
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"{name}: the task gave no messages to answer")
+    prompt, images = [], []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        kept = []
+        for part in parts:
+            kind = part.get("type")
+            if kind == "text":
+                text = str(part["text"])
+                kept.append({"type": "text", "text": text.replace(mark, "") if mark else text})
+            elif kind == "image":
+                images.append(_picture(name, len(images) + 1, part.get("url", part.get("image"))))
+                kept.append({"type": "image"})
+            else:
+                raise ValueError(f"{name}: the task shows a part of type {kind!r}; this model reads images and text")
+        prompt.append({"role": message["role"], "content": kept})
+    return Row(name, prompt, images, "", "", {})
+
+
+def _picture(name: str, number: int, value: Any) -> Any:
+    try:
+        return open_image(value, Path())
+    except BadImage as error:
+        raise ValueError(f"{name}, image {number}: {error}") from error

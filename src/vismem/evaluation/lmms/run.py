@@ -1,0 +1,226 @@
+"""A task of lmms-eval, run from Python on a model that is already loaded: a record per sample, and the task's metrics.
+
+Questions, answers' scores and metrics are lmms-eval's own; the model answers as under its command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import math
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vismem.evaluation.lmms import tasks_folder
+from vismem.evaluation.records import Record
+from vismem.model import VisMem
+
+SCORE_KEYS = ("score", "correct", "is_correct", "true_false", "overall", "acc", "accuracy")
+LONGEST_COLUMN = 200  # characters; longer texts of a sample are no columns
+THINKING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'  # lmms-eval's default for --reasoning_tags
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """What a task gave.
+
+    Args:
+        records: one for each sample, in the task's order; of a group, task by task.
+        metrics: what lmms-eval reports, by task or group: from a metric's name to its value.
+    """
+
+    records: list[Record]
+    metrics: dict[str, dict[str, float]]
+
+
+def task_records(model: VisMem, task: str, **settings: Any) -> list[Record]:
+    """The records of `run_task`, which has the settings."""
+    return run_task(model, task, **settings).records
+
+
+def run_task(
+    model: VisMem,
+    task: str,
+    *,
+    limit: int | None = None,
+    invocation: str = "learned",
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    output_path: str | Path | None = None,
+    include_path: str | Path | Sequence[str | Path] = (),
+    log: bool = False,
+) -> TaskRun:
+    """Runs a task, group or tag of lmms-eval, or one that comes with the package.
+
+    A record's score is the sample's value of the task's first metric where that is a number, or the number in it
+    (`score_key` of the task, or one of `SCORE_KEYS`), or else what the metric makes of the sample alone. Its columns
+    are the sample's plain values, and `lmms_task`, the name of its task.
+
+    Args:
+        model: the model; it stays usable.
+        task: name.
+        limit: the first so many samples only.
+        invocation: as for `vismem ask --invocation`.
+        batch_size: rows decoded together.
+        max_new_tokens: sampled tokens per answer where the task does not say.
+        seed: of sampling and random invocation.
+        output_path: folder for lmms-eval's own files of results and samples, and for what judges write.
+        include_path: folders with further tasks.
+        log: let lmms-eval write its log.
+
+    Returns:
+        A `TaskRun`.
+
+    Raises:
+        ValueError: if there is no such task, a sample cannot be read, or a score is no number; says which.
+        RuntimeError: if it is called in one of several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            "run_task works in one process; for several, use lmms-eval's command line (docs/lmms-eval.md)"
+        )
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.loggers import EvaluationTracker
+
+    from vismem.evaluation.lmms.model import VisMemChat
+
+    extra = [include_path] if isinstance(include_path, (str, Path)) else list(include_path)
+    folders = [str(tasks_folder()), *map(str, extra)]
+    with quiet(log), tempfile.TemporaryDirectory() as scratch:
+        place = str(scratch if output_path is None else output_path)
+        manager = find_task(task, folders)
+        tracker = EvaluationTracker(output_path=place)
+        found = simple_evaluate(
+            VisMemChat(model, invocation, batch_size, max_new_tokens or 1024, seed),
+            tasks=[task],
+            batch_size=batch_size,
+            limit=limit,
+            bootstrap_iters=0,
+            task_manager=manager,
+            evaluation_tracker=tracker,
+            cli_args=Namespace(output_path=place, process_with_media=False, reasoning_tags=THINKING),
+        )
+        samples, records = found.pop("samples"), []
+        for name, entries in samples.items():
+            score = scorer(manager.task_index[name]["yaml_path"], name)
+            records += records_of(name, entries, score)
+        if output_path is not None:
+            from lmms_eval.utils import get_datetime_str
+
+            tracker.save_results_aggregated(found, samples, get_datetime_str())
+            for name, entries in samples.items():
+                tracker.save_results_samples(name, entries)
+    return TaskRun(records, {name: numbers(values) for name, values in found["results"].items()})
+
+
+def find_task(task: str, folders: list[str]) -> Any:
+    """lmms-eval's index of tasks, with its own among them only where the folders have none of that name.
+
+    Raises:
+        ValueError: if no task has the name.
+    """
+    from lmms_eval.tasks import TaskManager
+
+    manager = TaskManager("ERROR", include_path=folders, include_defaults=False, model_name="vismem")
+    if task not in manager.all_tasks:
+        manager = TaskManager("ERROR", include_path=folders, model_name="vismem")
+    if task not in manager.all_tasks:
+        raise ValueError(
+            f"no task {task!r} in lmms-eval or in {', '.join(folders)}; `lmms-eval tasks list` has the names"
+        )
+    return manager
+
+
+@contextlib.contextmanager
+def quiet(log: bool) -> Iterator[None]:
+    """Keeps lmms-eval's log and its tables off the terminal, but for bars and errors."""
+    from loguru import logger
+
+    if log:
+        yield
+        return
+    logger.disable("lmms_eval")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.enable("lmms_eval")
+
+
+def scorer(path: str, name: str) -> Callable[[Mapping[str, Any]], float]:
+    """What gives a logged sample of a task its score."""
+    from lmms_eval.utils import load_yaml_config
+
+    config = load_yaml_config(path, mode="full")
+    metrics = config.get("metric_list") or []
+    own = (config.get("score_key"), *SCORE_KEYS)
+
+    def score(sample: Mapping[str, Any]) -> float:
+        present = [entry for entry in metrics if entry["metric"] in sample]
+        if not present:
+            raise ValueError(f"{name}: its samples have none of its metrics, so there is no score per sample")
+        metric = present[0]
+        value = sample[metric["metric"]]
+        if isinstance(value, Mapping):
+            inside = [value[key] for key in own if key in value]
+            value = inside[0] if inside else alone(metric.get("aggregation"), value)
+        try:
+            found = float(value)
+        except (TypeError, ValueError):
+            found = math.nan
+        if not math.isfinite(found):
+            raise ValueError(f"{name}: its metric {metric['metric']!r} gives no number for a single sample")
+        return found
+
+    return score
+
+
+def alone(aggregation: Any, value: Any) -> Any:
+    """What a metric makes of one sample; None where it cannot be asked without lmms-eval's arguments."""
+    if not callable(aggregation) or "args" in inspect.signature(aggregation).parameters:
+        return None
+    return aggregation([value])
+
+
+def records_of(name: str, samples: Sequence[Mapping[str, Any]], score: Callable) -> list[Record]:
+    """Records of a task's logged samples; of several filters' answers the first one's."""
+    found: dict[int, Record] = {}
+    for sample in samples:
+        number = sample["doc_id"]
+        if number in found:
+            continue
+        reply, trace = sample["resps"][0], sample["token_counts"][0]
+        plain = {
+            key: value
+            for key, value in sample["doc"].items()
+            if isinstance(value, (str, int, float, bool)) and len(str(value)) <= LONGEST_COLUMN
+        }
+        found[number] = Record(
+            id=f"{name}/{number}",
+            score=score(sample),
+            reply=reply[0] if isinstance(reply, list) else reply,
+            tokens=trace["output_tokens"],
+            sampled=trace["sampled_tokens"],
+            delimiters=trace["delimiters"],
+            invocations=trace["invocations"],
+            finish=trace["finish"],
+            columns={**plain, "lmms_task": name},
+        )
+    return list(found.values())
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics by their names without the filter's, where they are numbers."""
+    named = {key.removesuffix(",none"): value for key, value in values.items()}
+    return {
+        key: float(value)
+        for key, value in named.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
