@@ -16,7 +16,7 @@ from test_trainer import Gradients, command, distance, folder, low, quick, rows,
 
 import vismem
 from vismem.data import prompt_inputs
-from vismem.decoding.invocation import Forced
+from vismem.decoding.invocation import Forced, Random
 from vismem.pocket.practice import MIXTURES, PocketRows, annotated, practice
 from vismem.training.arguments import arguments_for, load_settings
 from vismem.training.baselines import LanguageAdapter, adapter_of, load_adapter, lora_layers, without_adapter
@@ -164,13 +164,36 @@ def test_replay_is_decoding(family, tmp_path):
         assert torch.allclose(found[row, : len(rollout.tokens)], rollout.log_probs, atol=1e-4)
 
 
+def test_the_gradient_goes_through_shared_prompts(family):
+    """What an adapter makes of the prompt is learned too: as where every trajectory reads its prompt for itself."""
+    model = adapted(family)
+    parameters = dict(LanguageAdapter(model.base).requires_grad_(True).named_parameters())
+    conversations = [tiny.message("look again!", tiny.picture(0)), tiny.message("a red cup.", tiny.picture(1))]
+    batch, seeds = tiny.prompts(model.processor, conversations), list(range(4))
+    written = write(model, batch, Random(0.0), sampling(model, 6, 1.0), seeds, 2)
+    pad = model.processor.tokenizer.pad_token_id
+
+    def gradient(inputs: dict) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(**inputs).log_probs.sum().backward()
+        return {name: p.grad.clone() for name, p in parameters.items()}
+
+    shared = gradient(collate(batch, written, pad, True, 1.0))
+    each = [
+        gradient(collate(tiny.prompts(model.processor, [conversations[i // 2]]), [rollout], pad, True, 1.0))
+        for i, rollout in enumerate(written)
+    ]
+    for name, found in shared.items():
+        expected = torch.stack([one[name] for one in each]).sum(0)
+        assert expected.abs().max() > 1e-3
+        assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max().clamp(min=1))), name
+
+
 # The same update, however it is cut up.
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_micro_batches_accumulation_and_checkpointing_change_nothing(family, stage, tmp_path):
-    """Checkpointing reads each trajectory's prompt for itself, so the gradient through shared prompts is held too."""
-
     def gradient(name: str, **changes) -> dict[str, torch.Tensor]:
         model, grads = adapted(family), Gradients()
         args = settings(tmp_path / name, stage, max_grad_norm=0.0, group_size=4, **changes)
@@ -185,6 +208,15 @@ def test_micro_batches_accumulation_and_checkpointing_change_nothing(family, sta
         "checkpointing": {"gradient_checkpointing": True},
     }.items():
         assert distance(gradient(name, **changes), expected) < 1e-5, name
+
+
+def test_a_memory_stage_leaves_an_adapter_alone(tmp_path):
+    model = adapted()
+    before = lora(model)
+    LanguageAdapter(model.base).requires_grad_(True)
+    train(model, settings(tmp_path, "warmup"))
+    assert distance(lora(model), before) == 0
+    assert all(p.grad is None and not p.requires_grad for p in model.base.parameters())
 
 
 # Supervised: the reply, and no invocation in it.

@@ -266,12 +266,9 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
 
     def replayed(self, experience: Experience, prompts: list[int], index: list[int]) -> dict[str, Any]:
         """A micro-batch's trajectories as arguments of the training forward."""
-        rows, copies = [experience.rows[prompt] for prompt in prompts], 1
-        if self.args.plan.adapts and self.args.gradient_checkpointing:
-            # Here prompts are read with gradient, and a cache that trajectories share cannot be computed again.
-            copies = len(index) // len(prompts)
-        everything = len(prompts) == len(experience.rows) and copies == 1
-        inputs = experience.prompts if everything else inputs_of(self.vismem, [r for r in rows for _ in range(copies)])
+        everything = len(prompts) == len(experience.rows)
+        rows = [experience.rows[prompt] for prompt in prompts]
+        inputs = experience.prompts if everything else inputs_of(self.vismem, rows)
         pad = self.vismem.processor.tokenizer.pad_token_id or 0
         rollouts = [experience.rollouts[i] for i in index]
         return collate(inputs, rollouts, pad, not self.args.plan.forms, self.args.temperature)
