@@ -148,6 +148,38 @@ def test_a_look_is_drawn_where_its_patches_are():
         look.on(1)
 
 
+def test_vectors_start_from_the_regions_that_are_named(family):
+    """The middle of each region is the mean of the coordinates that the former itself pools at."""
+    model = tiny.equip(family)
+    batch = tiny.mixed_batch(model.processor)
+    found = looks(model, batch, written(model, batch).invocations, PICTURES)
+    place = batch["input_ids"] == model.backbone.image_token_id
+    images = model.backbone.rows_of_images(place, model.backbone.images(**vision(model, batch)))
+    for look in found:
+        _, centres = model.memory.short.start(model.memory.short.encode(images[look.row]))
+        centres = centres.unflatten(0, (4, -1)).mean(1).tolist()
+        assert len(look.starts) == 4
+        for (view, (left, top, right, bottom)), (row, column) in zip(look.starts, centres, strict=True):
+            part = images[look.row][view].part
+            up, across = (range(n)[p][0] for n, p in zip(look.views[view].grid, part, strict=True))
+            box = look.views[view].patch(row + up, column + across)
+            assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx(
+                ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), abs=0.1
+            )
+        shown = [look.views[view].picture for view, _ in look.starts]
+        heats = [look.read(torch.full((4,), 0.1), picture) for picture in range(len(PICTURES[look.row]))]
+        if sorted(set(shown)) == list(range(len(heats))):
+            assert np.mean([heat.mean() for heat in heats]) == pytest.approx(1, abs=0.05)
+        view, (left, top, right, bottom) = look.starts[2]
+        heat = look.read(torch.tensor([0, 0, 0.3, 0]), look.views[view].picture)
+        inside = heat[max(round(top), 0) : round(bottom), max(round(left), 0) : round(right)]
+        assert inside.min() > 1 and inside.sum() == pytest.approx(heat.sum(), rel=0.01)
+    learned = tiny.equip(family, memory_init="learned")
+    (look, *_) = looks(learned, batch, written(learned, batch).invocations, PICTURES)
+    with pytest.raises(ValueError, match="no vector starts"):
+        look.read(torch.ones(4), 0)
+
+
 # Views.
 
 
@@ -226,6 +258,8 @@ def test_what_does_not_fit_is_refused():
         looks(model, batch, written(model, batch, record=False).invocations, PICTURES)
     long = written(model, batch, Forced([(0, 1, "long")])).invocations
     assert looks(model, batch, long, PICTURES) == []
+    with pytest.raises(ValueError, match="content='soft'"):
+        looks(tiny.equip("qwen2_5_vl", content="soft"), batch, out.invocations, PICTURES)
 
 
 def test_copies_of_a_prompt():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image as Pictures
 from torch import Tensor
 
+from vismem.backbones import Image
 from vismem.decoding.trace import Invocation
-from vismem.evaluation.views import View, views
+from vismem.evaluation.views import Box, View, views
 from vismem.memory import ShortTermFormer
+from vismem.memory.short_term import coarse_grid, share
 from vismem.model import VisMem
 
 Size = tuple[int, int]
@@ -38,6 +40,8 @@ class Look:
         weights: for each view float32 [layers, P, rows, columns].
         rest: for each other place that attention went to, float32 [layers, P]: `"class token"`, `"query"`, `"memory"`.
             With all of `weights` it adds up to 1.
+        starts: for each vector the view whose region it started from, and the region's box in the picture's pixels;
+            empty where memory starts from learned constants.
         merge: m.
         memory: the vectors that the look formed [N, d].
     """
@@ -47,6 +51,7 @@ class Look:
     views: list[View]
     weights: list[Tensor]
     rest: dict[str, Tensor]
+    starts: list[tuple[int, Box]]
     merge: int
     memory: Tensor
 
@@ -89,29 +94,60 @@ class Look:
         Returns:
             [height, width].
         """
-        mine = [i for i, view in enumerate(self.views) if view.picture == picture]
-        if not mine:
-            raise ValueError(f"this look saw no picture {picture}: there are {sorted({v.picture for v in self.views})}")
-        wide, high = self.views[mine[0]].size
-        size = size or (wide, high)
-        found, area = (
-            np.zeros((size[1], size[0])),
-            sum(w * h for w, h in {v.picture: v.size for v in self.views}.values()),
-        )
-        total = 0.0
-        for index, view in enumerate(self.views):
-            weights = self.mean(index, layer, vector).numpy() * view.shown
-            total += float(weights.sum())
-            if index not in mine:
-                continue
-            (left, top, right, bottom), (rows, columns) = view.box, view.grid
-            patch = (right - left) / columns * (bottom - top) / rows
-            row = ((np.arange(size[1]) + 0.5) * high / size[1] - top) / (bottom - top) * rows
-            column = ((np.arange(size[0]) + 0.5) * wide / size[0] - left) / (right - left) * columns
-            inside = ((row >= 0) & (row < rows))[:, None] & ((column >= 0) & (column < columns))[None]
-            spread = weights[np.clip(row, 0, rows - 1).astype(int)][:, np.clip(column, 0, columns - 1).astype(int)]
-            found += np.where(inside, spread, 0) / patch
-        return (found * area / max(total, 1e-12)).astype(np.float32)
+        spreads = [
+            Spread(view, self.mean(index, layer, vector).numpy() * view.shown) for index, view in enumerate(self.views)
+        ]
+        return laid_over(spreads, picture, size)
+
+    def read(self, weights: Tensor, picture: int, size: Size | None = None) -> NDArray[np.float32]:
+        """What later tokens read of this memory, laid over one picture by where each vector started.
+
+        A vector holds its region, as far as it is still what it started as, and what it has seen elsewhere since.
+
+        Args:
+            weights: [N], attention to this memory's slots (`SlotAttention.slots`), of one token or a mean.
+            picture, size: as for `on`, whose scale this has.
+
+        Returns:
+            [height, width].
+
+        Raises:
+            ValueError: if memory starts from learned constants, so that no vector has a region.
+        """
+        if not self.starts:
+            raise ValueError("with memory_init='learned' no vector starts from a region of the picture")
+        spreads = []
+        for (view, box), weight in zip(self.starts, weights.tolist(), strict=True):
+            region = replace(self.views[view], grid=(1, 1), box=box)
+            spreads.append(Spread(region, np.full((1, 1), weight)))
+        return laid_over(spreads, picture, size)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Weights [rows, columns] of the patches of a view, or of one region of it, to be spread over what they show."""
+
+    view: View
+    weights: NDArray[np.floating]
+
+
+def laid_over(spreads: list[Spread], picture: int, size: Size | None = None) -> NDArray[np.float32]:
+    """Weights laid over one picture, [height, width], so that the mean over the area of all pictures is 1."""
+    sizes = {spread.view.picture: spread.view.size for spread in spreads if spread.view.picture >= 0}
+    if picture not in sizes:
+        raise ValueError(f"this look saw no picture {picture}; there are {', '.join(map(str, sorted(sizes)))}")
+    wide, high = sizes[picture]
+    size = size or (wide, high)
+    found, total = np.zeros((size[1], size[0])), sum(float(spread.weights.sum()) for spread in spreads)
+    for view, weights in ((spread.view, spread.weights) for spread in spreads if spread.view.picture == picture):
+        (left, top, right, bottom), (rows, columns) = view.box, view.grid
+        patch = (right - left) / columns * (bottom - top) / rows
+        row = ((np.arange(size[1]) + 0.5) * high / size[1] - top) / (bottom - top) * rows
+        column = ((np.arange(size[0]) + 0.5) * wide / size[0] - left) / (right - left) * columns
+        inside = ((row >= 0) & (row < rows))[:, None] & ((column >= 0) & (column < columns))[None]
+        spread = weights[np.clip(row, 0, rows - 1).astype(int)][:, np.clip(column, 0, columns - 1).astype(int)]
+        found += np.where(inside, spread, 0) / patch
+    return (found * sum(w * h for w, h in sizes.values()) / max(total, 1e-12)).astype(np.float32)
 
 
 @contextmanager
@@ -161,13 +197,15 @@ def looks(
         A `Look` for each short-term invocation that formed a memory, by row and index; tensors are on the CPU.
 
     Raises:
-        ValueError: if states are missing, or pictures or answers do not fit the prompts.
+        ValueError: if states are missing, pictures or answers do not fit the prompts, or memory is not formed.
 
     Example:
         >>> out = model.generate(**inputs, record=True, return_dict_in_generate=True)
         >>> (look,) = looks(model, inputs, out.invocations, [[picture]])
         >>> look.on(0).shape
     """
+    if model.memory_config.content != "formed":
+        raise ValueError(f"memory with content={model.memory_config.content!r} looks at nothing: it is not formed")
     backbone, former, prompts = model.backbone, model.memory.short, len(inputs["input_ids"])
     if len(pictures) != prompts or not invocations or len(invocations) % prompts:
         raise ValueError(
@@ -205,6 +243,7 @@ def looks(
         with watched(former) as layers:
             memories = former(query, [patches] * len(wanted))
         stacked = torch.stack(layers, dim=1)[:, :, query.shape[1] :]  # [n, layers, P, patches + K + P]
+        starts = regions(former, images[prompt], seen)
         lengths = [image.keys_values[0].shape[2] for image in patches]
         for (row, index, _), weights, memory in zip(wanted, stacked, memories, strict=True):
             *parts, queries, own = weights.split([*lengths, query.shape[1], weights.shape[1]], dim=-1)
@@ -214,7 +253,28 @@ def looks(
                 if part.shape[-1] > patch[0, 0].numel():
                     rest["class token"] += part.sum(-1) - patch.sum((-2, -1))
             laid, rest = [patch.cpu() for patch in laid], {name: share.cpu() for name, share in rest.items()}
-            found.append(Look(row, index, seen, laid, rest, backbone.merge, memory.cpu()))
+            found.append(Look(row, index, seen, laid, rest, starts, backbone.merge, memory.cpu()))
+    return found
+
+
+def regions(former: ShortTermFormer, images: list[Image], seen: list[View]) -> list[tuple[int, Box]]:
+    """For each vector the view and the box, in the picture's pixels, of the patches that it starts as a mean of."""
+    if not former.pooled:
+        return []
+    total, found = len(former.memory_init) // former.backbone.merge**2, []
+    for index, count in enumerate(share(total, [image.tokens for image in images])):
+        rows, columns = (
+            range(length)[part] for length, part in zip(images[index].grid, images[index].part, strict=True)
+        )
+        if not count:
+            continue
+        down, across = coarse_grid(count, (len(rows), len(columns)))
+        for place in range(count):
+            row, column = divmod(place, across)
+            left, top = columns[0] + column * len(columns) / across, rows[0] + row * len(rows) / down
+            wide, high = len(columns) / across, len(rows) / down
+            ends = seen[index].patch(top, left), seen[index].patch(top + high - 1, left + wide - 1)
+            found.append((index, (*ends[0][:2], *ends[1][2:])))
     return found
 
 

@@ -38,8 +38,8 @@ class View:
     box: Box
     size: tuple[int, int]
 
-    def patch(self, row: int, column: int) -> Box:
-        """Left, top, right and bottom of one patch in the picture's pixels."""
+    def patch(self, row: float, column: float) -> Box:
+        """Left, top, right and bottom of one patch in the picture's pixels; a fraction moves it on."""
         (left, top, right, bottom), (rows, columns) = self.box, self.grid
         across, down = (right - left) / columns, (bottom - top) / rows
         return left + column * across, top + row * down, left + (column + 1) * across, top + (row + 1) * down
