@@ -1,0 +1,73 @@
+"""The questions that an audit asks: drawn by chance from a data set, questions about one image together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from vismem.data import BadDataError, Row, load_dataset_rows
+from vismem.evaluation.audit.bank import image_digest
+
+POCKET = "pocket"
+
+
+def questions(data: str, count: int, seed: int = 0, split: str = "test") -> list[Row]:
+    """Rows of a data set, the same for a seed; the first n of them are those that a smaller count gives.
+
+    Args:
+        data: a JSON Lines file, a folder, a hub name, or a suite of the pocket world such as `"pocket:late"`.
+        count: how many at most.
+        seed: of the choice.
+        split: of a hub data set.
+
+    Raises:
+        ValueError: if the suite is unknown or two rows share an id.
+        BadDataError: if the data cannot be read.
+    """
+    source, _, suite = data.partition(":")
+    if source == POCKET:
+        return pocket_questions(suite, count, seed)
+    rows = load_dataset_rows(data, split=split)
+    if not hasattr(rows, "__getitem__"):
+        raise BadDataError(f"{data} can only be read in order, and the audit draws its questions by chance")
+    return drawn(rows, count, seed)
+
+
+def pocket_questions(suite: str, count: int, seed: int) -> list[Row]:
+    """Questions of a pocket suite, its cells in turn."""
+    from vismem.pocket.suites import SUITES
+    from vismem.pocket.suites import rows as suite_rows
+
+    if suite not in SUITES:
+        raise ValueError(f"unknown pocket suite {suite!r}; there are {', '.join(SUITES)}")
+    chosen = SUITES[suite]
+    each = -(-count // (len(chosen.cells) * chosen.share)) * chosen.share  # of a cell
+    found = suite_rows(suite, each // chosen.share, seed)
+    cells = [found[start : start + each] for start in range(0, len(found), each)]
+    return [row for turn in zip(*cells, strict=True) for row in turn][:count]
+
+
+def drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """At most `count` rows by chance; neighbours that ask about the same image come along with a row.
+
+    Only rows that are taken, and their neighbours, are opened.
+    """
+    order = list(range(len(rows)))
+    Random(seed).shuffle(order)
+    found: dict[int, Row] = {}
+    for start in order:
+        if len(found) >= count:
+            break
+        if start in found:
+            continue
+        found[start] = rows[start]
+        for step in (1, -1):
+            index = start + step
+            while 0 <= index < len(rows) and index not in found and len(found) < count:
+                row = rows[index]
+                if not row.images or image_digest(row) != image_digest(found[start]):
+                    break
+                found[index] = row
+                index += step
+    by_id = {row.id: row for row in found.values()}  # a broken row is replaced by the next one, which may be there too
+    return list(by_id.values())
