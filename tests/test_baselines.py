@@ -487,9 +487,9 @@ def test_presets_have_sections_for_both():
         ("sft", "warmup", "warmup", ""),
         ("sft", "stage2", "stage2", ""),
         ("sft", "partial", "warmup", "partial"),
-        ("grpo", "", "stage1", ""),
+        ("grpo", "", "stage2", ""),
         ("grpo", "warmup", "warmup", ""),
-        ("grpo", "late", "stage1", "late"),
+        ("grpo", "late", "stage2", "late"),
     ],
 )
 def test_baselines_read_the_rows_of_a_stage(stage, mixture, follows, theirs):

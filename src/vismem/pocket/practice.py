@@ -22,7 +22,7 @@ from vismem.tokens import INVOCATION_TOKENS
 LATE_TASKS = ("colour", "shape", "digit", "label", "item", "row", "column", "sum", "basket")
 ROWS = 1_000_000  # more than any run reads
 STAGES = ("warmup", "stage1", "stage2")
-FOLLOWED = {"sft": "warmup", "grpo": "stage1"}  # baselines read the rows of a memory's stage
+FOLLOWED = {"sft": "warmup", "grpo": "stage2"}  # baselines read the rows of a memory's stage
 LABEL_SETS = {"first": LABEL_NAMES[:3], "second": LABEL_NAMES[3:]}  # halves of what long memory has to learn
 
 
@@ -130,7 +130,7 @@ class PocketRows(Dataset):
 
     Args:
         stage: `"warmup"`, `"stage1"` or `"stage2"`; or a baseline, which reads the very rows of a stage - the one that
-            `mixture` names, or else `"sft"` those of the warm-up and `"grpo"` those of stage I - without invocations.
+            `mixture` names, or else `"sft"` those of the warm-up and `"grpo"` those of stage II - without invocations.
         seed: of all rows.
         length: how many there are.
         mixture: one of `MIXTURES`; by default the stage's own.
