@@ -1,0 +1,75 @@
+"""MMVU, the benchmark of leading questions (Liu et al., arXiv 2406.10638): pairs of questions about one picture.
+
+The positive question asks what is there; the negative one leads astray. Each has four options. A model that passes the
+first and fails the second has seen and yet answered wrongly. Facts of the layout: the authors' repository
+BAAI-DCAI/Multimodal-Robustness-Benchmark, as of its first release of 300 pairs; wording and code here are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from vismem.evaluation.lmms.benchmarks.pictures import message, picture
+from vismem.training.rewards.answers import extract_answer
+from vismem.training.rewards.builtin import read_choice, read_options
+
+KINDS = {"POS": "positive", "NEG": "negative"}
+
+
+def rows(data: Dataset) -> Dataset:
+    """Adds what tables group by: `category`, the folders of the picture, and `kind`, positive or negative.
+
+    Raises:
+        ValueError: if a row is neither positive nor negative.
+    """
+    unknown = sorted({str(one) for one in data["question_type"]} - KINDS.keys())
+    if unknown:
+        raise ValueError(f"question_type must be POS or NEG, got {unknown[0]!r}")
+    data = data.add_column("category", ["/".join(str(one).split("/")[:-1]) for one in data["id"]])
+    return data.add_column("kind", [KINDS[one] for one in data["question_type"]])
+
+
+def text(doc: dict[str, Any]) -> str:
+    """The question with its options."""
+    return f"{doc['question']}\nAnswer with the letter of one option only."
+
+
+def messages(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The picture and the question."""
+    return message([picture(lmms_eval_specific_kwargs["images"], doc["image"])], text(doc))
+
+
+def results(doc: dict[str, Any], replies: Sequence[str]) -> dict[str, Any]:
+    """Whether the answer is right, for all questions, for its kind, and for its pair."""
+    wanted = str(doc["ground_truth"]).strip().upper()[:1]
+    said = read_choice(extract_answer(replies[0]), read_options(doc["question"]))
+    right = float(said == wanted)
+    of_pair = {"pair": str(doc["id"]), "kind": doc["kind"], "right": right}
+    return {"accuracy": right, doc["kind"]: right, "robust_accuracy": of_pair, "misleading_rate": of_pair}
+
+
+def pairs(entries: Sequence[dict[str, Any]]) -> list[tuple[bool, bool]]:
+    """For each pair that is whole, whether its positive and its negative question were answered rightly.
+
+    Pairs are rows of one id; where several pairs share an id, the n-th positive row belongs to the n-th negative one.
+    """
+    found: dict[str, dict[str, list[bool]]] = {}
+    for entry in entries:
+        kinds = found.setdefault(entry["pair"], {"positive": [], "negative": []})
+        kinds[entry["kind"]].append(bool(entry["right"]))
+    return [both for kinds in found.values() for both in zip(kinds["positive"], kinds["negative"], strict=False)]
+
+
+def robust_accuracy(entries: Sequence[dict[str, Any]]) -> float:
+    """The share of pairs with both questions right (the authors' RA)."""
+    both = pairs(entries)
+    return sum(positive and negative for positive, negative in both) / len(both) if both else 0.0
+
+
+def misleading_rate(entries: Sequence[dict[str, Any]]) -> float:
+    """Among the pairs with the positive question right, the share with the negative one wrong (the authors' MR)."""
+    seen = [negative for positive, negative in pairs(entries) if positive]
+    return sum(not negative for negative in seen) / len(seen) if seen else 0.0

@@ -1,0 +1,77 @@
+"""A sample's pictures by name: in a folder, in a zip archive, or in a data set's repository on the hub.
+
+As `datasets` does with the name of a data set, a folder of that name below the working directory goes before the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+
+def message(pictures: Iterable[Any], text: str) -> list[dict[str, Any]]:
+    """One user message: the pictures, then the text."""
+    shown = [{"type": "image", "url": one} for one in pictures]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+
+
+def picture(root: str, name: str) -> str | bytes:
+    """A picture's path, or its bytes where it lies in an archive.
+
+    Args:
+        root: a folder, or a zip archive; or `OWNER/NAME/FOLDER` or `OWNER/NAME/FILE.zip` of a data set on the hub.
+            Where the one is not there, the other of its name is looked into.
+        name: path of the picture in it.
+
+    Raises:
+        FileNotFoundError: if it is not there; says where it was looked for.
+    """
+    place = Path(root)
+    folder, beside = (place.with_suffix(""), place) if place.suffix == ".zip" else (place, Path(f"{place}.zip"))
+    if (folder / name).is_file():
+        return str(folder / name)
+    if beside.is_file():
+        return _from_archive(str(beside), name)
+    parts = place.parts
+    if folder.is_absolute() or folder.exists() or len(parts) < 2:
+        raise FileNotFoundError(f"no picture {name}: there is neither {folder / name} nor an archive {beside}")
+    return _from_hub("/".join(parts[:2]), "/".join(parts[2:]), name)
+
+
+def _from_hub(repository: str, folder: str, name: str) -> str | bytes:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def fetch(file: str) -> str:
+        return hf_hub_download(repository, file, repo_type="dataset")
+
+    if folder.endswith(".zip"):
+        return _from_archive(fetch(folder), name)
+    try:
+        return fetch(f"{folder}/{name}" if folder else name)
+    except EntryNotFoundError:  # also where offline mode is on and it was not downloaded before
+        try:
+            return _from_archive(fetch(f"{folder}.zip"), name)
+        except EntryNotFoundError as error:
+            where = (
+                f"data set {repository} (neither {folder}/{name} nor {folder}.zip), nor in a local folder of that name"
+            )
+            raise FileNotFoundError(f"no picture {name} in the {where}") from error
+
+
+@lru_cache(maxsize=4)
+def _archive(path: str) -> tuple[ZipFile, tuple[str, ...]]:
+    found = ZipFile(path)
+    return found, tuple(found.namelist())
+
+
+def _from_archive(path: str, name: str) -> bytes:
+    """The picture of that path in the archive, which may have folders of its own around it."""
+    archive, names = _archive(path)
+    inside = [one for one in names if one == name or one.endswith(f"/{name}")]
+    if not inside:
+        raise FileNotFoundError(f"no picture {name} in the archive {path}")
+    return archive.read(min(inside, key=len))
