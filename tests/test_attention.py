@@ -47,6 +47,9 @@ def test_rows_add_up_and_look_back_only(family):
             assert not slots[:, : invocation.position + 1].any()
             assert (slots[:, invocation.position + 1] > 0).all()  # the end token stands right after them
             assert torch.equal(found.after(index), slots[:, invocation.position + 1 :])
+    first = attention_to_slots(model, batch, out.rollout)[0]  # invokes at steps 2 and 7, so at tokens 2 and 9
+    assert torch.equal(first.reading(0), first.slots[0][:, 3:9])
+    assert torch.equal(first.reading(1), first.after(1)) and first.reading(1).shape[1] == 6
 
 
 def test_the_reading_is_the_ordinary_one(family):

@@ -6,7 +6,8 @@ import os
 import sys
 from typing import TextIO
 
-SHAPES = {"short": "◆", "long": "●"}
+from vismem.evaluation.marks import SHAPES
+
 COLOURS = {"short": "1;36", "long": "1;35", "faint": "2"}  # cyan, magenta, dim
 # An answer may hold any byte; on a terminal, control characters but tab and newline are shown, not obeyed.
 VISIBLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}

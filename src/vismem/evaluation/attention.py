@@ -46,6 +46,11 @@ class SlotAttention:
         """[layers, later tokens, N]: what an invocation's slots get from its end token and all tokens after it."""
         return self.slots[index][:, self.positions[index] + 1 :]
 
+    def reading(self, index: int) -> Tensor:
+        """[layers, tokens, N]: the same up to the next invocation, whose own memory is read from there on."""
+        ends = [*self.positions[index + 1 :], self.slots[index].shape[1]]
+        return self.slots[index][:, self.positions[index] + 1 : ends[0]]
+
 
 @torch.no_grad()
 def attention_to_slots(model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[Rollout]) -> list[SlotAttention]:
