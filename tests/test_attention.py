@@ -47,9 +47,16 @@ def test_rows_add_up_and_look_back_only(family):
             assert not slots[:, : invocation.position + 1].any()
             assert (slots[:, invocation.position + 1] > 0).all()  # the end token stands right after them
             assert torch.equal(found.after(index), slots[:, invocation.position + 1 :])
-    first = attention_to_slots(model, batch, out.rollout)[0]  # invokes at steps 2 and 7, so at tokens 2 and 9
-    assert torch.equal(first.reading(0), first.slots[0][:, 3:9])
-    assert torch.equal(first.reading(1), first.after(1)) and first.reading(1).shape[1] == 6
+
+
+def test_a_memory_is_read_until_the_next_of_its_kind():
+    model = tiny.equip("idefics3")
+    batch = tiny.prompts(model.processor, [tiny.message("look again!", tiny.picture(0))])
+    out = written(model, batch, Forced([(0, 2, "short"), (0, 4, "long"), (0, 7, "short")]))  # tokens 2, 6 and 11
+    (found,) = attention_to_slots(model, batch, out.rollout)
+    assert found.positions == [2, 6, 11]
+    assert torch.equal(found.reading(0), found.slots[0][:, 3:11])
+    assert torch.equal(found.reading(1), found.after(1)) and torch.equal(found.reading(2), found.after(2))
 
 
 def test_the_reading_is_the_ordinary_one(family):

@@ -47,9 +47,10 @@ class SlotAttention:
         return self.slots[index][:, self.positions[index] + 1 :]
 
     def reading(self, index: int) -> Tensor:
-        """[layers, tokens, N]: the same up to the next invocation, whose own memory is read from there on."""
-        ends = [*self.positions[index + 1 :], self.slots[index].shape[1]]
-        return self.slots[index][:, self.positions[index] + 1 : ends[0]]
+        """[layers, tokens, N]: the same up to the next invocation of that kind, whose memory is the fresher one."""
+        later = zip(self.kinds[index + 1 :], self.positions[index + 1 :], strict=True)
+        end = next((place for kind, place in later if kind == self.kinds[index]), self.slots[index].shape[1])
+        return self.slots[index][:, self.positions[index] + 1 : end]
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def figure_of(
     if heats:
         scale = ScalarMappable(Normalize(0, end), LinearSegmentedColormap.from_list("heat", [np.ones(3), HOT]))
         bar = figure.colorbar(scale, ax=axes, shrink=0.9, aspect=18, pad=0.02, ticks=[0, 1, end])
-        bar.ax.set_yticklabels(["0", "1: even", f"{end:.3g}"], fontsize=8)
+        bar.ax.set_yticklabels(["0", "1: even", f"{end:.2g}"], fontsize=8)
         bar.outline.set_visible(False)
     figure.draw_without_rendering()  # laid out once, so that it is the same picture whenever it is saved
     figure.set_layout_engine("none")
