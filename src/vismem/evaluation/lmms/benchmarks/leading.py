@@ -32,7 +32,7 @@ def rows(data: Dataset) -> Dataset:
     return data.add_column("kind", [KINDS[one] for one in data["question_type"]])
 
 
-def text(doc: dict[str, Any]) -> str:
+def text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
     """The question with its options."""
     return f"{doc['question']}\nAnswer with the letter of one option only."
 

@@ -29,7 +29,7 @@ ASKED = {
 }
 
 
-def text(doc: dict[str, Any]) -> str:
+def text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
     """The question, with marks where its pictures stand, and how to answer it."""
     return f"{doc['question'].strip()}\n{ASKED[kind(doc)]}"
 

@@ -5,6 +5,7 @@ As `datasets` does with the name of a data set, a folder of that name below the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -48,18 +49,18 @@ def _from_hub(repository: str, folder: str, name: str) -> str | bytes:
     def fetch(file: str) -> str:
         return hf_hub_download(repository, file, repo_type="dataset")
 
-    if folder.endswith(".zip"):
-        return _from_archive(fetch(folder), name)
+    archive = folder if folder.endswith(".zip") else f"{folder}.zip"
+    if archive != folder:
+        with contextlib.suppress(EntryNotFoundError):  # raised in offline mode too, for what was not downloaded before
+            return fetch(f"{folder}/{name}" if folder else name)
     try:
-        return fetch(f"{folder}/{name}" if folder else name)
-    except EntryNotFoundError:  # also where offline mode is on and it was not downloaded before
-        try:
-            return _from_archive(fetch(f"{folder}.zip"), name)
-        except EntryNotFoundError as error:
-            where = (
-                f"data set {repository} (neither {folder}/{name} nor {folder}.zip), nor in a local folder of that name"
-            )
-            raise FileNotFoundError(f"no picture {name} in the {where}") from error
+        return _from_archive(fetch(archive), name)
+    except EntryNotFoundError as error:
+        place = f"{repository}/{archive.removesuffix('.zip')}"
+        raise FileNotFoundError(
+            f"no picture {name}: there is no local folder {place}, and the data set {repository} on the hub has no "
+            f"{archive}, or it cannot be reached"
+        ) from error
 
 
 @lru_cache(maxsize=4)
