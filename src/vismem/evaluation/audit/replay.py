@@ -62,13 +62,13 @@ def replay(bank: Bank, names: Sequence[str], ids: Sequence[str], lines: Lines, b
         lines: where the numbers go: for each row `"shifts"`, a list with `name`, `index`, `kind`, `moved` (distance
             of the vectors from the intact ones, relative to those), `first` and `rest` (KL in nats, see
             `evaluation.replaying.Shift`; None where there is no such token).
-        batch_size: answers read together.
+        batch_size: answers read together, each intervention's counted.
         label: for the progress bar.
     """
     invoked = [i for i in ids if any(one.length for one in bank.entries[i].rollout.invocations)]
     todo = [row_id for row_id in invoked if row_id not in lines.rows]
     with tqdm(total=len(invoked), initial=len(invoked) - len(todo), desc=label, delay=2, mininterval=1) as bar:
-        for part in bank.batches(todo, batch_size):
+        for part in bank.batches(todo, max(1, batch_size // max(len(names), 1))):
             found: dict[str, list[dict[str, Any]]] = {row_id: [] for row_id in part}
             for shift in batch_shifts(bank, names, part):
                 found[shift.pop("id")].append(shift)
@@ -77,31 +77,41 @@ def replay(bank: Bank, names: Sequence[str], ids: Sequence[str], lines: Lines, b
 
 
 def batch_shifts(bank: Bank, names: Sequence[str], ids: list[str]) -> Iterator[dict[str, Any]]:
-    """The shifts of a batch of rows, with the row's id in each."""
+    """The shifts of a batch of rows, with the row's id in each.
+
+    All interventions are read at once, as copies of an answer to one prompt, so that the prompt is read once for them.
+    """
     rollouts = [bank.entries[row_id].rollout for row_id in ids]
+    vectors = {name: replacements(bank, name, ids) for name in (INTACT, *names)}
+    moved = {
+        (name, row, index): distance(memory, rollouts[row].invocations[index].memory)
+        for name, found in vectors.items()
+        for (row, index), memory in found.items()
+    }
+    for row, index in vectors[INTACT]:  # formed once more: a check that what the bank holds belongs together
+        kind = rollouts[row].invocations[index].kind
+        yield {"id": ids[row], "name": INTACT, "index": index, "kind": kind, "moved": moved[INTACT, row, index]}
+    if not names:
+        return
     inputs = bank.inputs([bank.row(row_id) for row_id in ids])
-    for name in (INTACT, *names):
-        vectors = replacements(bank, name, ids)
-        moved = {
-            place: distance(new, rollouts[place[0]].invocations[place[1]].memory) for place, new in vectors.items()
-        }
-        if name == INTACT:
-            for (row, index), far in moved.items():
-                kind = rollouts[row].invocations[index].kind
-                yield {"id": ids[row], "name": name, "index": index, "kind": kind, "moved": far}
-            continue
-        if not vectors:
-            continue
+    copies = [rollout for rollout in rollouts for _ in names]
 
-        def replace(row: int, index: int, invocation: Any, vectors=vectors) -> Tensor:
-            return vectors.get((row, index), invocation.memory)
+    def replace(copy: int, index: int, invocation: Any) -> Tensor:
+        row, number = divmod(copy, len(names))
+        return vectors[names[number]].get((row, index), invocation.memory)
 
-        for shift in next_token_kl(bank.model, inputs, rollouts, replace):
-            place = (shift.row, shift.index)
-            if place in vectors:
-                rest = None if math.isnan(shift.rest) else round(shift.rest, 8)
-                numbers = {"moved": moved[place], "first": round(shift.first, 8), "rest": rest}
-                yield {"id": ids[shift.row], "name": name, "index": shift.index, "kind": shift.kind, **numbers}
+    for shift in next_token_kl(bank.model, inputs, copies, replace):
+        row, number = divmod(shift.row, len(names))
+        if (row, shift.index) in vectors[names[number]]:
+            yield {
+                "id": ids[row],
+                "name": names[number],
+                "index": shift.index,
+                "kind": shift.kind,
+                "moved": moved[names[number], row, shift.index],
+                "first": round(shift.first, 8),
+                "rest": None if math.isnan(shift.rest) else round(shift.rest, 8),
+            }
 
 
 def replacements(bank: Bank, name: str, ids: Sequence[str]) -> dict[tuple[int, int], Tensor]:

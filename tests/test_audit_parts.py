@@ -1,0 +1,497 @@
+"""The audit's parts: what stands in for a memory, the bank, probes, likeness, attention, statistics and rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+import torch
+
+from vismem.config import KINDS
+from vismem.data import Row
+from vismem.decoding.invocation import Forced
+from vismem.decoding.trace import Invocation, Rollout
+from vismem.evaluation.answering import asked
+from vismem.evaluation.attention import attention_to_slots
+from vismem.evaluation.audit import bank as banks
+from vismem.evaluation.audit.bank import Bank
+from vismem.evaluation.audit.effects import effect
+from vismem.evaluation.audit.gaze import PARTS, evenly, gazes, watch
+from vismem.evaluation.audit.interventions import (
+    STAND_INS,
+    Intervention,
+    formed_by,
+    possible,
+    replaced,
+    resampled,
+    stand_ins,
+)
+from vismem.evaluation.audit.names import INTERVENTIONS
+from vismem.evaluation.audit.probes import FOLDS, folds_of, probe
+from vismem.evaluation.audit.questions import drawn, questions
+from vismem.evaluation.audit.reference import intact_answers
+from vismem.evaluation.audit.replay import Lines, replay
+from vismem.evaluation.audit.statistics import change, share, wilson
+from vismem.evaluation.audit.structure import structure
+from vismem.evaluation.audit.targets import Target, targets
+from vismem.evaluation.audit.verdicts import NO, OPEN, UNTESTED, YES, Thresholds, depends, readable, verdicts
+from vismem.evaluation.records import Record, RecordFile
+from vismem.evaluation.replaying import next_token_kl
+from vismem.training.rewards import load_rewards
+
+BOTH = Forced([(0, 1, "short"), (0, 3, "long")])
+TEXTS = ("What is on the table?", "Describe the image.", "look again!", "two green pens?")
+
+
+def row(number: int, image: int | None = None, text: str | None = None, **columns) -> Row:
+    """A question about a random picture, or about none with `image=-1`."""
+    image = number if image is None else image
+    pictures = [] if image < 0 else [tiny.picture(image)]
+    parts = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text or TEXTS[number % len(TEXTS)]}]
+    return Row(f"row{number}", [{"role": "user", "content": parts}], pictures, "x", "x", columns)
+
+
+def even(completions, **_):
+    """A reward that tells answers apart."""
+    return [float(len(completion[0]["content"]) % 2 == 0) for completion in completions]
+
+
+def filled(model, rows, folder, invocation=BOTH, **options) -> Bank:
+    """A bank after its reference pass."""
+    bank = Bank(model, rows, folder / "bank", **options)
+    store = RecordFile(folder / "intact.jsonl", {})
+    intact_answers(bank, load_rewards([even]), store, invocation=invocation, batch_size=4, max_new_tokens=6)
+    return bank
+
+
+def written(bank, rows, batch_size, intervention=None, invocation=BOTH):
+    """Tokens and memories of rows, by id, decoded in one live batch."""
+    found = {}
+    requests = list(asked(bank.model, rows, invocation, 0))
+
+    def decode():
+        for one in bank.model.stream_batch(requests, batch_size, max_new_tokens=6, do_sample=False):
+            found[one.tag] = (list(one.tokens), [each.memory for each in one.invocations])
+
+    if intervention is None:
+        decode()
+    else:
+        with replaced(bank, intervention):
+            decode()
+    return found
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.equip("idefics3")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [row(number) for number in range(6)]
+
+
+@pytest.fixture(scope="module")
+def bank(model, rows, tmp_path_factory):
+    return filled(model, rows, tmp_path_factory.mktemp("audit"))
+
+
+# What stands in.
+
+
+def test_what_the_bank_holds_forms_the_memories_that_were_written_with(bank):
+    for row_id, entry in bank.entries.items():
+        assert [one.kind for one in entry.rollout.invocations] == list(KINDS)
+        for index, one in enumerate(entry.rollout.invocations):
+            with torch.no_grad():
+                again = bank.model.memory.form(one.kind, [bank.observation(row_id, index)])[0]
+                query = bank.model.memory.builder([bank.observation(row_id, index).visual], [one.states])[0]
+            assert torch.allclose(again, one.memory, atol=1e-4)
+            assert torch.allclose(query, entry.queries[index], atol=1e-4)
+        assert torch.allclose(entry.visual, bank.sight(row_id).visual, atol=1e-4)
+
+
+def test_another_image_is_the_bank_s_and_the_rest_the_row_s_own(bank, rows):
+    seen = {}  # what rows really had in mind while they were decoded, by id and invocation
+
+    def noting(form):
+        def watching(kind, observations):
+            seen.update({one.origin: one for one in observations})
+            return form(kind, observations)
+
+        return watching
+
+    with formed_by(bank.model, noting):
+        written(bank, rows, 4)
+    found = written(bank, rows, 3, Intervention("another_image", ("short",)))
+    for one in rows:
+        other = bank.other_image(one.id)
+        assert bank.image[other] != bank.image[one.id]
+        mine, theirs = seen[one.id, 0], seen[other, 0]
+        with torch.no_grad():
+            mixed = replace(mine, visual=theirs.visual, patches=theirs.patches)
+            expected = bank.model.memory.form("short", [mixed])[0]
+        own = bank.entries[one.id].rollout.invocations[0].memory
+        assert torch.allclose(found[one.id][1][0], expected, atol=1e-4)
+        assert (expected - own).norm() > 0.05 * own.norm()
+        with torch.no_grad():  # what that row itself recalled there is another memory: its words are others
+            assert (expected - bank.model.memory.form("short", [theirs])[0]).norm() > 1e-3 * own.norm()
+
+
+def test_another_question_takes_states_and_words_and_keeps_the_image(bank, rows):
+    found = written(bank, rows, 3, Intervention("another_question", ("long",)))
+    for one in rows:
+        other, index = bank.other_question(one.id, "long")
+        assert bank.question[other] != bank.question[one.id]
+        theirs, mine = bank.observation(other, index), bank.observation(one.id, 1)
+        seen = replace(mine, states=theirs.states, segment=theirs.segment)
+        with torch.no_grad():
+            assert torch.allclose(found[one.id][1][1], bank.model.memory.form("long", [seen])[0], atol=1e-4)
+        own = bank.entries[one.id].rollout.invocations
+        assert torch.allclose(found[one.id][1][0], own[0].memory, atol=1e-4)  # the other kind is left alone
+        assert (found[one.id][1][1] - own[1].memory).norm() > 1e-3 * own[1].memory.norm()
+
+
+def test_zeros_noise_mean_shuffles_and_the_other_kind_are_what_they_say(bank, rows):
+    observations = [bank.observation(one.id, 0) for one in rows]
+    form = bank.model.memory.form
+    own = [bank.entries[one.id].rollout.invocations[0].memory for one in rows]
+    got = {name: stand_ins(bank, form, name, "short", observations) for name in INTERVENTIONS}
+    assert all(not memory.any() for memory in got["zeros"])
+    for memory, noisy, mixed in zip(own, got["noise"], got["shuffled"], strict=True):
+        assert torch.allclose(noisy.norm(dim=-1), memory.norm(dim=-1), atol=1e-4)
+        assert abs(torch.nn.functional.cosine_similarity(noisy.flatten(), memory.flatten(), dim=0)) < 0.5
+        assert not torch.allclose(mixed, memory, atol=1e-3)
+        assert torch.allclose(mixed.sort(0).values, memory.sort(0).values, atol=1e-4)
+    for number, memory in enumerate(got["mean"]):
+        others = torch.stack([each for at, each in enumerate(own) if at != number])
+        assert torch.allclose(memory, others.mean(0), atol=1e-4)
+    with torch.no_grad():
+        long = form("long", observations)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got["other_kind"], long, strict=True))
+    assert resampled(torch.arange(8.0)[:, None], 4).flatten().tolist() == [0, 2, 5, 7]
+    assert resampled(torch.arange(2.0)[:, None], 4).flatten().tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_a_row_s_replacement_does_not_depend_on_the_batch(bank, rows, name):
+    alone = written(bank, rows, 1, Intervention(name))
+    for order, size in ((rows, 4), (rows[::-1], 6)):
+        together = written(bank, order, size, Intervention(name))
+        for row_id, (tokens, memories) in alone.items():
+            assert tokens == together[row_id][0]
+            for one, other in zip(memories, together[row_id][1], strict=True):
+                assert torch.allclose(one, other, atol=1e-4), (name, row_id)
+
+
+def test_chance_is_the_seed_s_and_the_row_s(model, rows, bank, tmp_path):
+    other = filled(model, rows, tmp_path, seed=1)
+    one, two = (written(each, rows, 4, Intervention("noise")) for each in (bank, other))
+    assert not torch.allclose(one["row0"][1][0], two["row0"][1][0], atol=1e-2)
+    directions = [memories[0] / memories[0].norm(dim=-1, keepdim=True) for _, memories in one.values()]
+    assert all((a - b).norm() > 0.5 for at, a in enumerate(directions) for b in directions[:at])
+    kinds = [memories[1] / memories[1].norm(dim=-1, keepdim=True) for _, memories in one.values()]
+    assert (kinds[0] - directions[0]).norm() > 0.5  # another invocation, another draw
+
+
+def test_one_kind_alone_is_replaced_and_the_context_ends(bank, rows):
+    found = written(bank, rows, 4, Intervention("zeros", ("short",)))
+    assert all(not memories[0].any() and memories[1].any() for _, memories in found.values())
+    assert "form" not in vars(bank.model.memory)
+    with formed_by(bank.model, lambda form: lambda kind, seen: [m * 0 + 1 for m in form(kind, seen)]):
+        assert all((memories[1] == 1).all() for _, memories in written(bank, rows[:1], 1).values())
+        inner = written(bank, rows[:1], 1, Intervention("shuffled"))
+        assert all((memories[0] == 1).all() for _, memories in inner.values())  # an outer context is kept
+        assert (written(bank, rows[:1], 1)["row0"][1][0] == 1).all()
+    assert "form" not in vars(bank.model.memory)
+
+
+def test_questions_about_the_same_image_come_first(model, tmp_path):
+    rows = [row(0, 0, TEXTS[0]), row(1, 0, TEXTS[1]), row(2, 5, TEXTS[2]), row(3, 6, TEXTS[3])]
+    bank = filled(model, rows, tmp_path)
+    assert bank.other_question("row0", "short") == ("row1", 0) and bank.other_question("row1", "long") == ("row0", 1)
+    assert bank.other_image("row0") in ("row2", "row3")
+    mine = [bank.entries[f"row{n}"].rollout.invocations[0].memory for n in (2, 3)]
+    assert torch.allclose(
+        bank.mean("short", "row0").float(), (mine[0] + mine[1]) / 2, atol=1e-5
+    )  # no memory of its own image
+
+
+def test_where_nothing_can_stand_in_the_memory_stays(model, tmp_path):
+    lonely = [row(0, 0, TEXTS[0]), row(1, 0, TEXTS[0]), row(2, -1, TEXTS[0])]
+    bank = filled(model, lonely[:2], tmp_path / "one")
+    for name in ("mean", "another_image", "another_question"):
+        assert not possible(bank, Intervention(name), "row0")
+        kept = written(bank, lonely[:2], 2, Intervention(name))["row0"]
+        assert torch.allclose(kept[1][0], bank.entries["row0"].rollout.invocations[0].memory, atol=1e-4)
+    assert all(possible(bank, Intervention(name), "row0") for name in ("zeros", "noise", "other_kind", "shuffled"))
+    blind = filled(model, lonely[2:], tmp_path / "blind", Forced([(0, 1, "long")]))
+    assert not possible(blind, Intervention("other_kind"), "row2") and possible(blind, Intervention("zeros"), "row2")
+    assert not possible(blind, Intervention("zeros", ("short",)), "row2")
+    assert written(blind, lonely[2:], 1, Intervention("other_kind"), Forced([(0, 1, "long")]))["row2"][1][0].any()
+
+
+def test_rows_without_a_name_are_refused(bank, rows):
+    with replaced(bank, Intervention("zeros")), pytest.raises(ValueError, match="requests with tags"):
+        bank.model.generate(**bank.inputs(rows[:1]), invocation=BOTH, max_new_tokens=4)
+    with pytest.raises(ValueError, match="no row 'elsewhere'"):
+        stand_ins(
+            bank,
+            bank.model.memory.form,
+            "zeros",
+            "short",
+            [replace(bank.observation("row0", 0), origin=("elsewhere", 0))],
+        )
+    with pytest.raises(ValueError, match="unknown intervention"):
+        Intervention("ones")
+    assert tuple(STAND_INS) == INTERVENTIONS
+
+
+def test_entries_come_back_from_disk_and_only_for_their_rows(bank, rows):
+    again = Bank(bank.model, rows, bank.folder)
+    assert all(again.load(one.id) for one in rows)
+    for row_id, entry in bank.entries.items():
+        other = again.entries[row_id]
+        assert other.rollout.tokens.tolist() == entry.rollout.tokens.tolist()
+        assert other.rollout.allowed.equal(entry.rollout.allowed) and other.visual.equal(entry.visual)
+        for one, two in zip(entry.rollout.invocations, other.rollout.invocations, strict=True):
+            assert one == two and one.memory.equal(two.memory) and one.states.equal(two.states)
+        assert all(a.equal(b) for a, b in zip(entry.queries, other.queries, strict=True))
+    moved = Bank(bank.model, [rows[1], rows[0]], bank.folder)
+    assert not moved.load(rows[0].id)
+
+
+def test_replays_measure_the_first_token_and_the_way_that_memories_moved(bank, rows, tmp_path):
+    lines = Lines(tmp_path / "replay.jsonl", {"a": 1})
+    ids = [one.id for one in rows]
+    replay(bank, ["zeros", "shuffled"], ids[:4], lines, 3, "")
+    before = (tmp_path / "replay.jsonl").read_text()
+    replay(bank, ["zeros", "shuffled"], ids, lines, 2, "")
+    assert (tmp_path / "replay.jsonl").read_text().startswith(before)  # went on
+    for one in rows:
+        shifts = {(s["name"], s["index"]): s for s in lines.rows[one.id]["shifts"]}
+        assert len(shifts) == 6
+        assert shifts["intact", 0]["moved"] < 1e-4 and shifts["zeros", 0]["moved"] == 1
+        assert shifts["zeros", 0]["first"] > 0
+        # Read by itself, with nothing else in the batch.
+        rollout, inputs = bank.entries[one.id].rollout, bank.inputs([one])
+        (alone, _) = next_token_kl(bank.model, inputs, [rollout], lambda row, index, old: torch.zeros_like(old.memory))
+        assert shifts["zeros", 0]["first"] == pytest.approx(alone.first, abs=1e-5)
+        assert shifts["zeros", 0]["rest"] == pytest.approx(alone.rest, abs=1e-5)
+    with pytest.raises(ValueError, match="a=1, not 2"):
+        Lines(tmp_path / "replay.jsonl", {"a": 2})
+
+
+# Attention.
+
+
+def test_what_slots_would_get_alike_is_counted_by_hand():
+    one = Invocation("short", 1, 2, False)
+    rollout = Rollout(torch.zeros(5), torch.ones(5), torch.ones(5, 2), torch.zeros(5), [one])
+    # prompt 3; then token 0, invocation, 2 slots, end token, tokens 3 and 4: places 0..9, slots at 5 and 6
+    assert evenly(rollout, [0], 3, 2, [None])[0].tolist() == pytest.approx([2 / 8, 2 / 9, 2 / 10])
+    assert evenly(rollout, [0], 3, 2, [3])[0].tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+
+
+def test_attention_adds_up_and_tells_kinds_apart(bank, rows, tmp_path):
+    lines = Lines(tmp_path / "attention.jsonl", {})
+    watch(bank, [one.id for one in rows], lines, 4, "")
+    found = gazes(lines.rows, bank)
+    assert set(found) == set(KINDS)
+    for kind in found.values():
+        assert kind["n"] == len(rows) and kind["layers"] == 2
+        for depth in range(2):
+            assert sum(kind["by_layer"][part][depth]["value"] for part in PARTS) == pytest.approx(1, abs=1e-3)
+        assert 0 < kind["share"]["slots"]["value"] < 1
+        assert kind["most"]["value"] == max(layer["value"] for layer in kind["by_layer"]["slots"])
+    alone = attention_to_slots(bank.model, bank.inputs(rows[:1]), [bank.entries["row0"].rollout])[0]
+    expected = alone.after(1).sum(-1).mean(1)  # from long memory's end token on
+    assert lines.rows["row0"]["kinds"]["long"]["slots"] == pytest.approx(expected.tolist(), abs=1e-4)
+    # Long memory came second: before it there was short memory, and only that is other memory to it.
+    first = lines.rows["row0"]["kinds"]
+    assert all(value > 0 for value in first["long"]["other memory"])
+
+
+# Probes and likeness.
+
+
+def dealt(count=120, images=120, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = [f"class{n}" for n in rng.integers(0, 3, images)]
+    groups = [f"image{n % images}" for n in range(count)]
+    return rng, groups, [labels[n % images] for n in range(count)]
+
+
+def test_a_probe_finds_what_is_there_and_nothing_else():
+    rng, groups, values = dealt()
+    other = [f"class{n}" for n in rng.integers(0, 3, len(groups))]
+    marks = np.eye(3)[[int(value[-1]) for value in values]]
+    carrying = np.concatenate([rng.normal(size=(120, 40)), 3 * marks], axis=1).astype(np.float32)
+    empty = rng.normal(size=(120, 43)).astype(np.float32)
+    wanted = [Target("there 1", "there", values), Target("absent 1", "absent", other)]
+    found = probe({"memory": carrying, "query": empty}, wanted, groups)["families"]
+    assert found["there"]["memory"]["value"] > 0.9 and found["there"]["query"]["value"] < 0.5
+    assert found["there"]["memory shuffled"]["value"] < 0.5 and found["there"]["selectivity"]["low"] > 0.3
+    assert found["there"]["against query"]["low"] > 0.3
+    assert found["absent"]["gain"]["low"] < 0.05
+    assert readable({"rows": 120, "families": found}, "short", Thresholds()).answer == YES
+    absent = readable({"rows": 120, "families": {"absent": found["absent"]}}, "short", Thresholds())
+    assert absent.answer in (NO, OPEN)
+
+
+def test_no_image_is_on_both_sides_of_a_fold():
+    # Four rows of every image that look alike; values belong to images by chance, so only leaking could find them.
+    rng, groups, values = dealt(160, 40)
+    looks = {group: rng.normal(size=20) for group in groups}
+    vectors = np.stack([looks[group] + 0.01 * rng.normal(size=20) for group in groups]).astype(np.float32)
+    found = probe({"memory": vectors}, [Target("x 1", "x", values)], groups)["families"]["x"]
+    assert found["memory"]["value"] < 0.6
+    folds = folds_of(groups, FOLDS, 0)
+    assert all(len({folds[at] for at, each in enumerate(groups) if each == group}) == 1 for group in groups)
+    assert set(folds) == set(range(FOLDS))
+
+
+def test_targets_that_cannot_be_learned_are_named():
+    rng, groups, values = dealt(60, 60)
+    wanted = [
+        Target("same", "same", ["a"] * 60),
+        Target("rare", "rare", [f"v{n}" for n in range(60)]),
+        Target("unknown", "unknown", [None] * 30 + values[30:]),
+    ]
+    found = probe({"memory": rng.normal(size=(60, 8)).astype(np.float32)}, wanted, groups)
+    assert found["families"] == {}
+    assert found["skipped"]["same"] == "always the same" and "too many" in found["skipped"]["rare"]
+    assert "30 rows" in found["skipped"]["unknown"]
+
+
+def test_targets_know_families_columns_and_what_was_asked_about():
+    facts = {"colour r1c1": "red", "colour r1c2": "blue", "label r1": "gold", "label r2": "mint"}
+    given = [row(n, attributes=facts, asked=[(0, 1)], kind=n % 2, place={"x": 1}) for n in range(3)]
+    found = {target.name: target.values for target in targets(given, ["kind", "place", "answer"])}
+    assert found["colour asked about"] == ["blue"] * 3 and found["colour not asked about"] == ["red"] * 3
+    assert found["label asked about"] == ["gold"] * 3 and found["label not asked about"] == ["mint"] * 3
+    assert found["kind"] == ["0", "1", "0"] and found["place x"] == ["1"] * 3 and found["answer"] == ["x"] * 3
+    with pytest.raises(ValueError, match="no row has a column 'colours'"):
+        targets(given, ["colours"])
+    with pytest.raises(ValueError, match="holds lists"):
+        targets(given, ["asked"])
+
+
+def test_memories_of_an_image_are_more_alike_than_memories_of_images(model, tmp_path):
+    rows = [row(n, n // 2, TEXTS[n % 2]) for n in range(8)]
+    bank = filled(model, rows, tmp_path)
+    wanted = [Target("half", "half", ["a"] * 4 + ["b"] * 4)]
+    found = structure(bank, [one.id for one in rows], wanted)
+    pairs = found["kinds"]["short"]["pairs"]
+    assert pairs["same image, other question"]["n"] == 4 and pairs["other image, same question"]["n"] == 12
+    assert pairs["same image, other question"]["centred"]["mean"] > 0.9
+    assert pairs["other image, same question"]["centred"]["mean"] < 0.3
+    assert sum(pairs["other image, other question"]["raw"]["counts"]) == 12
+    assert found["maps"]["short"]["colour"] == "image" and len(set(found["maps"]["short"]["values"])) == 4
+    assert len(found["maps"]["kinds"]["points"]) == 16 and found["between kinds"]["n"] == 8
+    near = structure(bank, [one.id for one in rows], wanted, "tsne")["maps"]["short"]
+    assert near["how"] == "tsne" and np.isfinite(near["points"]).all()
+
+
+# Numbers and rules.
+
+
+def test_intervals_have_a_width_where_all_values_are_alike():
+    exact = scipy.stats.binomtest(3, 40).proportion_ci(method="wilson")
+    assert wilson(3 / 40, 40) == pytest.approx((exact.low, exact.high), abs=1e-6)
+    groups = [str(n) for n in range(20)]
+    none = share([False] * 20, groups)
+    assert (none.value, none.low) == (0, 0) and 0.15 < none.high < 0.17
+    assert share([False] * 20, ["one", "two"] * 10).high > 0.6  # two images are two, whatever is asked of them
+    still = change([1.0] * 20, [1.0] * 20, groups)
+    assert still.value == 0 and still.low == -still.high and still.high == pytest.approx(none.high)
+    fallen = change([0.0] * 15 + [1.0] * 5, [1.0] * 20, groups)
+    assert fallen.value == -0.75 and fallen.low < -0.75 < fallen.high < 0
+
+
+def test_an_effect_compares_each_question_with_itself(bank, rows):
+    invoked = [{"kind": kind, "position": 1, "length": 4, "forced": True} for kind in KINDS]
+    intact = {one.id: Record(one.id, float(n % 2), f"said {n}", 5, 3, 0, invoked) for n, one in enumerate(rows)}
+    same = dict(reversed(intact.items()))
+    still = effect(Intervention("zeros"), intact, same, {}, bank)
+    assert still["n"] == 6 and still["flips"]["value"] == still["score_flips"]["value"] == still["change"]["value"] == 0
+    changed = {**same, "row3": Record("row3", 0.0, "said nothing", 5, 3, 0, invoked)}
+    moved = effect(Intervention("zeros"), intact, changed, {}, bank)
+    assert moved["flips"]["value"] == pytest.approx(1 / 6, abs=1e-4) and moved["intact"]["value"] == 0.5
+    assert moved["change"]["value"] == pytest.approx(-1 / 6, abs=1e-4) and moved["accuracy"]["value"] < 0.4
+    fewer = effect(Intervention("zeros"), intact, {"row0": same["row0"]}, {}, bank)
+    assert (fewer["n"], fewer["not_possible"]) == (1, 5)
+    assert effect(None, intact, same, {}, bank, ("short",))["n"] == 6
+    quiet = {i: replace(record, invocations=[]) for i, record in intact.items()}
+    assert effect(Intervention("zeros"), quiet, same, {}, bank) == {"name": "zeros", "kinds": ["short", "long"]} | {
+        "n": 0,
+        "not_possible": 0,
+    }
+
+
+def estimate(value, low, high):
+    return {"value": value, "low": low, "high": high, "n": 100}
+
+
+@pytest.mark.parametrize(
+    ("flips", "moved", "n", "answer", "large"),
+    [
+        ((0.7, 0.6, 0.8), (0.9, 0.8, 1.0), 100, YES, True),
+        ((0.2, 0.1, 0.3), (0.9, 0.8, 1.0), 100, YES, False),
+        ((0.01, 0.0, 0.04), (0.9, 0.8, 1.0), 100, NO, False),
+        ((0.06, 0.02, 0.2), (0.9, 0.8, 1.0), 100, OPEN, False),
+        ((0.0, 0.0, 0.2), (0.0, 0.0, 0.005), 100, NO, False),  # the memory is the same
+        ((0.7, 0.6, 0.8), (0.9, 0.8, 1.0), 9, OPEN, False),
+        (None, None, 0, UNTESTED, False),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(flips, moved, n, answer, large):
+    given = {"name": "another_image", "n": n, "not_possible": 3}
+    if flips:
+        given |= {"flips": estimate(*flips), "moved": estimate(*moved), "change": estimate(-0.5, -0.6, -0.4)}
+    found = depends("Does it?", "another", given, "all", Thresholds())
+    assert (found.answer, found.large) == (answer, large)
+    assert ("the memory is the same" in found.text) == (moved is not None and moved[2] < 0.01)
+    if answer in (YES, NO):
+        assert f"{100 * flips[0]:.0f}" in found.text and f"n = {n}" in found.text and "costs 50 points" in found.text
+
+
+def test_content_must_beat_every_stand_in_without_content():
+    def effects(*costs):
+        common = {"n": 100, "intact": estimate(0.9, 0.85, 0.95), "flips": estimate(0.9, 0.85, 0.95)}
+        rows = zip(("zeros", "mean", "noise"), costs, strict=True)
+        return {"effects": {"all": [{"name": name, "change": estimate(*cost), **common} for name, cost in rows]}}
+
+    far, near, unsure = (-0.6, -0.7, -0.5), (-0.01, -0.03, 0.01), (-0.06, -0.12, 0.0)
+
+    def answer(*costs):
+        return next(v for v in verdicts(effects(*costs)) if "computation" in v.question)
+
+    assert answer(far, far, far).answer == YES and answer(far, far, far).large
+    assert answer(far, near, far).answer == NO and "mean" in answer(far, near, far).text
+    assert answer(far, far, unsure).answer == OPEN
+
+
+# Questions.
+
+
+def test_questions_of_an_image_are_drawn_together():
+    rows = [row(n, n // 3) for n in range(30)]
+    taken = drawn(rows, 9, 4)
+    counts = [sum(banks.image_digest(one) == banks.image_digest(each) for each in taken) for one in taken]
+    assert counts == [3] * 9
+    assert [one.id for one in drawn(rows, 9, 4)] == [one.id for one in taken]
+    assert [one.id for one in drawn(rows, 5, 4)] == [one.id for one in taken[:5]]
+    assert [one.id for one in drawn(rows, 9, 5)] != [one.id for one in taken]
+    assert len(drawn(rows, 99, 0)) == 30
+
+
+def test_pocket_questions_take_cells_in_turn():
+    found = questions("pocket:late", 23, 3)
+    assert len(found) == 23 and len({one.columns["cell"] for one in found[:20]}) == 20
+    assert [one.id for one in questions("pocket:late", 20, 3)] == [one.id for one in found[:20]]
+    with pytest.raises(ValueError, match="unknown pocket suite 'lte'"):
+        questions("pocket:lte", 3)
