@@ -2,7 +2,7 @@
 
 `python examples/gallery.py` asks the pocket model, offline, and writes `docs/gallery/`. Another model, other data:
 
-    python examples/gallery.py --base NAME --checkpoint NAME --data questions.jsonl --rewards exact_match --out gallery
+    python examples/gallery.py --base NAME --checkpoint NAME --data questions.jsonl --rewards exact --out gallery
 
 The file is a notebook as well: editors that know `# %%` run it cell by cell.
 """
@@ -40,7 +40,7 @@ parser.add_argument("--base", help="a base model (default: the pocket model)")
 parser.add_argument("--checkpoint", help="a memory (default: the pocket's)")
 parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
 parser.add_argument("--data", help="questions in a file or on the hub, in TRL's layout (default: the pocket's)")
-parser.add_argument("--rewards", default="pocket", help="what tells right from wrong, such as exact_match")
+parser.add_argument("--rewards", default="pocket", help="what tells right from wrong, such as exact")
 parser.add_argument("--examples", type=int, default=len(CELLS), help="how many, before one that went wrong is added")
 parser.add_argument("--seed", type=int, default=1, help="of the pocket's questions")
 parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -109,7 +109,7 @@ while all(answers["memory"]["score"] >= 1 for *_, answers in asked) and (row := 
 options.out.mkdir(parents=True, exist_ok=True)
 for old in options.out.glob("[0-9][0-9]-*.png"):
     old.unlink()
-busiest = []
+busiest, read = [], []  # the highest value of every map
 
 
 def draw(number, row, inputs, out):
@@ -132,8 +132,9 @@ def draw(number, row, inputs, out):
             if any(view.picture == index for view in look.views):
                 top.append(Panel(f"{name_of(look, several)} looked at", look.on(index)))
             if any(look.views[view].picture == index for view, _ in look.starts):
-                weights = attention.reading(look.index).mean((0, 1))
-                below.append(Panel(f"read of {name_of(look, several)}", look.read(weights, index)))
+                heat = look.read(attention.reading(look.index).mean((0, 1)), index)
+                below.append(Panel(f"read of {name_of(look, several)}", heat))
+                read.append(float(heat.max()))
         figures.append(([*top, *below], len(top) + len(below)) if len(top) < 3 else ([*top, None, *below], len(top)))
     most = scale_end([panel.heat for panels, _ in figures for panel in panels if panel and panel.heat is not None])
     names = [f"{number:02}-{index + 1}.png" for index in range(len(figures))]
@@ -176,7 +177,7 @@ for number, (row, inputs, answers) in enumerate(asked, 1):
     page += [f"| reference | {reference} | |", "", *[f"- {line}" for line in lines], ""]
 
 right = {name: sum(answers[name]["score"] >= 1 for *_, answers in asked) for name in ("memory", "vanilla")}
-rule = f"the first {options.examples} of a fixed list"
+rule = f"the first {options.examples} of {f'`{Path(options.data).name}`' if options.data else 'a fixed list'}"
 if not options.data:
     cells = ", ".join(f"`{suite}/{cell}`" for suite, cell in CELLS)
     rule += (
@@ -198,13 +199,12 @@ head = [
     "- 1 is an even share. All maps of a question have one scale.",
 ]
 if busiest:
-    found = f"In these looks the busiest place got {min(busiest):.1f} to {max(busiest):.1f} times the even share."
-    if max(busiest) < 2:
-        found += (
-            " So this memory looks almost everywhere alike; what differs from question to question is which of its "
-            "vectors the answer reads."
-        )
-    head.append(found)
+    found = f"The busiest place of a look got {min(busiest):.1f} to {max(busiest):.1f} times the even share"
+    if read:
+        found += f", that of what an answer read {min(read):.1f} to {max(read):.1f} times"
+    head.append(found + ".")
+    if read and max(busiest) < 1.6 < max(read):
+        head[-1] += " This memory looks almost everywhere alike; what the answers read of it is a few regions."
 text = "\n\n".join(head) + "\n\n" + "\n".join(page).rstrip() + "\n"
 (options.out / "index.md").write_text(text, encoding="utf-8")
 
