@@ -166,6 +166,34 @@ def test_a_task_that_is_not_there(model, folder):
         run_task(model, "mmstarr", include_path=folder)
 
 
+def write_benchmark(repository: str, split: str, docs: list[dict]) -> None:
+    """A data set under the name that it has on the hub, in the working directory, where `datasets` looks first."""
+    place = Path(repository)
+    place.mkdir(parents=True)
+    Dataset.from_list(docs).to_parquet(str(place / f"{split}.parquet"))
+    files = f"configs:\n- config_name: default\n  data_files:\n  - split: {split}\n    path: {split}.parquet"
+    (place / "README.md").write_text(f"---\n{files}\n---\n")
+
+
+def test_benchmarks_that_lmms_eval_has(model, folder, tmp_path, monkeypatch):
+    """Its own definitions of MMStar and MMMU: a number for each sample, also where a metric is made of dictionaries."""
+    monkeypatch.chdir(tmp_path)
+    picture = Image.new("RGB", (24, 24), "red")
+    common = {"question": "Which is <image 1>, beside <image 2>?\n(A) ring (B) box", "answer": "A"}
+    star = {"category": "math", "l2_category": "geometry", "image": picture, **common}
+    write_benchmark("Lin-Chen/MMStar", "val", [{"index": n, **star, "answer": "AN"[n]} for n in range(2)])
+    mmmu = {"options": "['ring', 'no']", "question_type": "multiple-choice", "image_1": picture, "image_2": picture}
+    docs = [{"id": f"validation_Art_{n}", **mmmu, **common, "answer": "AB"[n]} for n in range(2)]
+    write_benchmark("lmms-lab-encoder/MMMU", "validation", docs)
+    for task, metric in {"mmstar": "average", "mmmu_val": "mmmu_acc"}.items():
+        run = run_task(model, task, max_new_tokens=8)
+        scores = [record.score for record in run.records]
+        assert len(scores) == 2 and {*scores} <= {0.0, 1.0}
+        assert run.metrics[task][metric] == pytest.approx(sum(scores) / 2)
+        assert [record.columns["answer"] for record in run.records] == (["A", "N"] if task == "mmstar" else ["A", "B"])
+    assert run.records[0].reply and run.records[0].columns["id"] == "validation_Art_0"
+
+
 # The command line, one process and two.
 
 

@@ -102,6 +102,7 @@ class VisMemChat(lmms):
         self.batch_size, self.max_new_tokens, self.device = batch_size, max_new_tokens, model.device
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.written: dict[tuple[str, int], GenerationResult] = {}  # by task and sample; of repeats the first
         self._unknown: set[str] = set()
 
     @classmethod
@@ -151,6 +152,7 @@ class VisMemChat(lmms):
             ValueError: if a sample cannot be read or answered; names it.
         """
         questions: dict[int, Question] = {}
+        samples: dict[int, tuple[str, int]] = {}
         repeats: Counter[tuple[str, int]] = Counter()
         for index, request in enumerate(requests):
             if (request.metadata or {}).get("__padding_only__"):
@@ -160,7 +162,10 @@ class VisMemChat(lmms):
             repeats[task, doc_id] += 1
             name = f"{task}, sample {doc_id}" + (f", repeat {repeat}" if repeat else "")
             questions[index] = Question(name, self._messages(name, to_messages, task, split, doc_id), generation)
+            samples[index] = (task, doc_id)
         answers = dict(zip(questions, self._answer(list(questions.values())), strict=True))
+        for index, answer in answers.items():
+            self.written.setdefault(samples[index], answer)
         return [answers.get(index, GenerationResult("")) for index in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:

@@ -97,8 +97,9 @@ def run_task(
         place = str(scratch if output_path is None else output_path)
         manager = find_task(task, folders)
         tracker = EvaluationTracker(output_path=place)
+        lm = VisMemChat(model, invocation, batch_size, max_new_tokens or 1024, seed)
         found = simple_evaluate(
-            VisMemChat(model, invocation, batch_size, max_new_tokens or 1024, seed),
+            lm,
             tasks=[task],
             batch_size=batch_size,
             limit=limit,
@@ -110,7 +111,7 @@ def run_task(
         samples, records = found.pop("samples"), []
         for name, entries in samples.items():
             score = scorer(manager.task_index[name]["yaml_path"], name)
-            records += records_of(name, entries, score)
+            records += records_of(name, entries, score, lm.written)
         if output_path is not None:
             from lmms_eval.utils import get_datetime_str
 
@@ -121,7 +122,7 @@ def run_task(
 
 
 def find_task(task: str, folders: list[str]) -> Any:
-    """lmms-eval's index of tasks, with its own among them only where the folders have none of that name.
+    """lmms-eval's index of tasks, with its own among them only where the folders do not have all that is needed.
 
     Raises:
         ValueError: if no task has the name.
@@ -129,13 +130,23 @@ def find_task(task: str, folders: list[str]) -> Any:
     from lmms_eval.tasks import TaskManager
 
     manager = TaskManager("ERROR", include_path=folders, include_defaults=False, model_name="vismem")
-    if task not in manager.all_tasks:
+    if not whole(task, manager):
         manager = TaskManager("ERROR", include_path=folders, model_name="vismem")
     if task not in manager.all_tasks:
         raise ValueError(
             f"no task {task!r} in lmms-eval or in {', '.join(folders)}; `lmms-eval tasks list` has the names"
         )
     return manager
+
+
+def whole(task: str, manager: Any) -> bool:
+    """Whether an index has a task and, of a group, all its members."""
+    from lmms_eval.utils import load_yaml_config
+
+    if task not in manager.all_tasks or manager.task_index[task]["type"] != "group":
+        return task in manager.all_tasks
+    members = load_yaml_config(manager.task_index[task]["yaml_path"], mode="simple")["task"]
+    return all(isinstance(member, str) and whole(member, manager) for member in members)
 
 
 @contextlib.contextmanager
@@ -189,14 +200,15 @@ def alone(aggregation: Any, value: Any) -> Any:
     return aggregation([value])
 
 
-def records_of(name: str, samples: Sequence[Mapping[str, Any]], score: Callable) -> list[Record]:
-    """Records of a task's logged samples; of several filters' answers the first one's."""
+def records_of(name: str, samples: Sequence[Mapping[str, Any]], score: Callable, written: Mapping) -> list[Record]:
+    """Records of a task's logged samples and what was written for them; of several filters the first one's score."""
     found: dict[int, Record] = {}
     for sample in samples:
         number = sample["doc_id"]
         if number in found:
             continue
-        reply, trace = sample["resps"][0], sample["token_counts"][0]
+        answer = written[name, number]
+        trace = answer.token_counts
         plain = {
             key: value
             for key, value in sample["doc"].items()
@@ -205,12 +217,12 @@ def records_of(name: str, samples: Sequence[Mapping[str, Any]], score: Callable)
         found[number] = Record(
             id=f"{name}/{number}",
             score=score(sample),
-            reply=reply[0] if isinstance(reply, list) else reply,
-            tokens=trace["output_tokens"],
-            sampled=trace["sampled_tokens"],
-            delimiters=trace["delimiters"],
-            invocations=trace["invocations"],
-            finish=trace["finish"],
+            reply=answer.text,
+            tokens=trace.output_tokens,
+            sampled=trace.sampled_tokens,
+            delimiters=trace.delimiters,
+            invocations=trace.invocations,
+            finish=trace.finish,
             columns={**plain, "lmms_task": name},
         )
     return list(found.values())
