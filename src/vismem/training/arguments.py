@@ -227,7 +227,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "target_kl": 0.05,
         },
         "sft": {"per_device_train_batch_size": 16, "learning_rate": 4e-3, "warmup_steps": 0.05, "max_steps": 320},
-        "grpo": {"per_device_train_batch_size": 6, "learning_rate": 1e-3, "warmup_steps": 0.1, "max_steps": 125},
+        "grpo": {"per_device_train_batch_size": 6, "learning_rate": 2e-3, "warmup_steps": 0.1, "max_steps": 125},
     },
 }
 
