@@ -10,6 +10,7 @@ import inspect
 import io
 import math
 import os
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ def run_task(
         seed: of sampling and random invocation.
         output_path: folder for lmms-eval's own files of results and samples, and for what judges write.
         include_path: folders with further tasks.
-        log: let lmms-eval write its log.
+        log: let lmms-eval write its whole log, and its tables.
 
     Returns:
         A `TaskRun`.
@@ -151,18 +152,20 @@ def whole(task: str, manager: Any) -> bool:
 
 @contextlib.contextmanager
 def quiet(log: bool) -> Iterator[None]:
-    """Keeps lmms-eval's log and its tables off the terminal, but for bars and errors."""
+    """Keeps lmms-eval's log and its tables off the terminal, but for bars, warnings and errors.
+
+    For that the sink that loguru has from the start gives way to one for warnings; others stay.
+    """
     from loguru import logger
 
     if log:
         yield
         return
-    logger.disable("lmms_eval")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.enable("lmms_eval")
+    with contextlib.suppress(ValueError):  # it has gone already
+        logger.remove(0)
+        logger.add(lambda text: print(text, end="", file=sys.stderr), level="WARNING", format="{message}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def scorer(path: str, name: str) -> Callable[[Mapping[str, Any]], float]:
