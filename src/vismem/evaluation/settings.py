@@ -1,0 +1,330 @@
+"""Settings of an evaluation: what is compared, on which questions, and what each table varies; presets and YAML files.
+
+A file and `key=value` on the command line have the same names; `lengths.short_length=[4, 8]` sets one inside a section.
+Which value wins: command line, file, preset, default. The names are checked here, so that a wrong one is reported
+before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ABILITIES = ("understanding", "reasoning", "generation")
+POCKET = "pocket"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Questions with a score.
+
+    Args:
+        name: its column in the tables.
+        data: a JSON Lines file, a folder or a hub name (docs/data.md), or a suite of the pocket world: `"pocket:late"`.
+        task: instead of `data`, a task of lmms-eval, with lmms-eval's own score.
+        ability: the group of columns that it belongs to.
+        rewards: what scores the answers (docs/rewards.md).
+        split: of a hub data set.
+        subtask: the column that tells its sub-tasks.
+        limit: the first so many questions only.
+        max_new_tokens: where it is not the evaluation's.
+    """
+
+    name: str
+    data: str = ""
+    task: str = ""
+    ability: str = ""
+    rewards: Any = ("exact",)
+    split: str = "test"
+    subtask: str = ""
+    limit: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.data) == bool(self.task):
+            raise ValueError(f"benchmark {self.name!r} must have either data=FILE or task=LMMS_EVAL_TASK")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of answering.
+
+    Args:
+        name: its row in the tables.
+        checkpoint: a memory, or an adapter of the language model; `{seed}` in it stands for each seed. Without one, and
+            without `train`, the base alone answers.
+        train: instead of `checkpoint`, steps of `vismem train` that make it, each going on from the one before:
+            mappings with `step` and settings.
+        invocation: as on the command line; by default learned where there is a memory, else off.
+        bound: pocket only: the prompt gives what memory would have to supply.
+    """
+
+    name: str
+    checkpoint: str = ""
+    train: Sequence[Mapping[str, Any]] = ()
+    invocation: str = ""
+    bound: bool = False
+
+    def __post_init__(self) -> None:
+        if self.checkpoint and self.train:
+            raise ValueError(f"method {self.name!r} has both checkpoint and train; give one of them")
+        for step in self.train:
+            if not isinstance(step, Mapping) or "step" not in step:
+                raise ValueError(f"method {self.name!r}: every entry of train needs a `step`, got {step!r}")
+
+    @property
+    def seeded(self) -> bool:
+        """Whether there is one of it for each seed."""
+        return bool(self.train) or "{seed}" in self.checkpoint
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An evaluation.
+
+    Args:
+        output_dir: where answers, tables and plots go.
+        runs_dir: where trained methods go; `output_dir/runs` by default.
+        base: model name or folder; `"pocket"` is the packaged one.
+        dtype, attn_implementation, device, trust_remote_code: how it is loaded.
+        methods: what is compared.
+        benchmarks: on what.
+        memory: name of the method that the other tables vary; by default the last one with a memory.
+        training: settings of all training steps, as a file of `vismem train` has them.
+        seeds: of methods that are trained, or whose checkpoint has `{seed}` in it.
+        batch_size: answers written together.
+        max_new_tokens: sampled tokens per answer at most.
+        limit: the first so many questions of each benchmark.
+        n, question_seed: pocket only: questions per cell, and which ones.
+        rates: per cents of random invocation (table `invocation`).
+        partial: table `partial`: `data` (name to data), and `methods` and `benchmarks` of its own.
+        continual: table `continual`: `stages` (name, data and settings of each), `methods`, `benchmarks`.
+        lengths: table `lengths`: values of `query_length`, `short_length`, `long_length`, the `train` steps that each
+            is trained with, `invocation`, `benchmarks`.
+        latency: table `latency` and the times of `invocation`: `questions`, `rounds`, `clock` (`wall` or `processor`).
+    """
+
+    output_dir: str = ""
+    runs_dir: str = ""
+    base: str = ""
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+    methods: tuple[Method, ...] = ()
+    benchmarks: tuple[Benchmark, ...] = ()
+    memory: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    limit: int | None = None
+    n: int = 12
+    question_seed: int = 1
+    rates: tuple[int, ...] = (25, 50, 75, 100)
+    partial: Mapping[str, Any] = field(default_factory=dict)
+    continual: Mapping[str, Any] = field(default_factory=dict)
+    lengths: Mapping[str, Any] = field(default_factory=dict)
+    latency: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "benchmarks"):
+            twice = [each.name for each in getattr(self, name)]
+            if len(set(twice)) < len(twice):
+                raise ValueError(f"{name}: names must differ, got {', '.join(twice)}")
+        for name in ("batch_size", "max_new_tokens", "n"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number, 1 or more, got {getattr(self, name)!r}")
+        if not self.seeds or not all(isinstance(seed, int) for seed in self.seeds):
+            raise ValueError(f"seeds must be a list of whole numbers, got {list(self.seeds)!r}")
+        if self.memory and self.memory not in [method.name for method in self.methods]:
+            raise ValueError(f"memory={self.memory!r} is none of the methods")
+
+    @property
+    def runs(self) -> Path:
+        """Where trained methods go."""
+        return Path(self.runs_dir) if self.runs_dir else Path(self.output_dir) / "runs"
+
+    def ours(self) -> Method:
+        """The method with the memory that is looked at.
+
+        Raises:
+            ValueError: if no method has a memory.
+        """
+        with_memory = [m for m in self.methods if m.name == self.memory] if self.memory else []
+        with_memory = with_memory or [m for m in self.methods if m.checkpoint or m.train]
+        if not with_memory:
+            raise ValueError("no method has a checkpoint or train, so there is no memory to look at")
+        return with_memory[-1]
+
+
+def pocket_benchmark(suite: str, **more: Any) -> dict[str, Any]:
+    from vismem.pocket.suites import SUITES
+
+    ability = SUITES[suite].ability
+    return {"name": suite, "data": f"pocket:{suite}", "ability": ability, "rewards": ["pocket"], **more}
+
+
+def pocket() -> dict[str, Any]:
+    """The preset `pocket`: the whole of it on the model in the package."""
+    warmup, sft = {"step": "warmup"}, {"step": "sft", "data": "pocket:warmup"}
+    memory = {"name": "VisMem", "invocation": "placed"}
+    after = [pocket_benchmark(name) for name in ("late", "strange", "rules_first", "rules_second", "in_view")]
+    stages = {
+        "late": {"data": "pocket:late", "max_steps": 80},
+        "strange": {"data": "pocket:strange", "max_steps": 80},
+        "rules_first": {"data": "pocket:rules_first", "max_steps": 160},
+        "rules_second": {"data": "pocket:rules_second", "max_steps": 160},
+    }
+    return {
+        "output_dir": "results/evaluation",
+        "runs_dir": "runs/evaluation",
+        "base": POCKET,
+        "dtype": "float32",
+        "training": {"preset": POCKET},
+        "seeds": [0, 1, 2],
+        "batch_size": 48,
+        "max_new_tokens": 48,
+        "methods": [
+            {"name": "vanilla"},
+            {"name": "bound", "bound": True},
+            {"name": "LoRA, supervised", "train": [{**sft, "max_steps": 445}]},
+            {"name": "LoRA, GRPO", "train": [{"step": "grpo", "data": "pocket:stage2", "max_steps": 445}]},
+            {
+                "name": "LoRA, supervised then GRPO",
+                "train": [{**sft, "max_steps": 320}, {"step": "grpo", "data": "pocket:stage2", "max_steps": 125}],
+            },
+            {"name": "soft vectors", "train": [{"step": "all", "memory": {"preset": POCKET, "content": "soft"}}]},
+            {"name": "VisMem", "train": [{"step": "all"}]},
+        ],
+        "benchmarks": [
+            pocket_benchmark("late", subtask="task"),
+            pocket_benchmark("strange", subtask="cell"),
+            pocket_benchmark("in_view", subtask="cell"),
+            pocket_benchmark("easy_vqa"),
+            pocket_benchmark("rules"),
+            pocket_benchmark("both", subtask="distance"),
+            pocket_benchmark("pairs"),
+            pocket_benchmark("describe", subtask="cell", max_new_tokens=128),
+        ],
+        "partial": {
+            "data": {"full": "pocket:warmup", "partial": "pocket:partial"},
+            "methods": [{**memory, "train": [warmup]}, {"name": "LoRA, supervised", "train": [sft]}],
+            "benchmarks": after,
+        },
+        "continual": {
+            "stages": stages,
+            "methods": [{**memory, "train": [warmup]}, {"name": "LoRA, supervised", "train": [sft]}],
+            "benchmarks": after,
+        },
+        "lengths": {
+            "query_length": [2, 8, 32],
+            "short_length": [4, 8, 16, 32],
+            "long_length": [4, 8, 16, 32],
+            "train": [{**warmup, "max_steps": 240}],
+            "invocation": "placed",
+            "benchmarks": [pocket_benchmark(name) for name in ("late", "rules", "both")],
+        },
+        "latency": {"questions": 12, "rounds": 5, "clock": "processor"},
+    }
+
+
+PRESETS = {"pocket": pocket, "none": dict}
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "partial": ("data", "methods", "benchmarks"),
+    "continual": ("stages", "methods", "benchmarks"),
+    "lengths": ("query_length", "short_length", "long_length", "train", "invocation", "benchmarks"),
+    "latency": ("questions", "rounds", "clock"),
+}
+
+
+def load_settings(path: str | Path | None, overrides: Sequence[str]) -> Settings:
+    """Settings of a file and of `key=value`, over those of the preset that either names.
+
+    Raises:
+        ValueError: if the file is not a YAML mapping, a name is unknown (the nearest one is named), or a value is of
+            no use.
+        OSError: if the file cannot be read.
+    """
+    import yaml
+
+    given: dict[str, Any] = {}
+    if path is not None:
+        try:
+            given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"{path} must hold a mapping of settings, not a {type(given).__name__}")
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override!r} is not of the form key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value of {name} is not valid YAML: {text!r}") from error
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        given = merged(given, value)
+    preset = given.pop("preset", "none")
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    return settings_of(merged(PRESETS[preset](), given))
+
+
+def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`one` with the values of `other`; mappings inside are merged alike, lists are replaced."""
+    found = dict(one)
+    for name, value in other.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
+        found[name] = merged(found[name], value) if both else value
+    return found
+
+
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Settings of plain values. Raises ValueError for a name that there is not, and for a value of no use."""
+    check_names(values, [each.name for each in dataclasses.fields(Settings)], "setting")
+    for section, known in SECTIONS.items():
+        check_names(values.get(section) or {}, known, f"setting {section}.")
+    plain = {
+        n: tuple(v) if isinstance(v, list) and n not in ("methods", "benchmarks") else v for n, v in values.items()
+    }
+    return Settings(
+        **{
+            **plain,
+            "methods": methods_of(values.get("methods") or ()),
+            "benchmarks": benchmarks_of(values.get("benchmarks") or ()),
+        }
+    )
+
+
+def methods_of(entries: Sequence[Any]) -> tuple[Method, ...]:
+    """Methods of plain values."""
+    return tuple(_made(Method, entry, "method") for entry in entries)
+
+
+def benchmarks_of(entries: Sequence[Any]) -> tuple[Benchmark, ...]:
+    """Benchmarks of plain values."""
+    return tuple(_made(Benchmark, entry, "benchmark") for entry in entries)
+
+
+def _made(kind: type, entry: Any, what: str) -> Any:
+    if not isinstance(entry, Mapping) or not entry.get("name"):
+        raise ValueError(f"a {what} must be a mapping with a `name`, got {entry!r}")
+    check_names(entry, [each.name for each in dataclasses.fields(kind)], f"{what} {entry['name']!r}: setting")
+    return kind(**entry)
+
+
+def check_names(values: Any, known: Sequence[str], what: str) -> None:
+    """Refuses names that are not among the known ones, and names the nearest."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must be a mapping, got {values!r}")
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise ValueError(f"unknown {what} {name}" + (f"; did you mean {near[0]}?" if near else ""))

@@ -1,0 +1,54 @@
+"""The paper's tables and figures, one command each, for any base and data: JSON, a Markdown table and a plot.
+
+Every table is a function of `Runs`, which has the answers or makes them; what is written is the same each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vismem.evaluation.runs import Runs
+from vismem.evaluation.settings import Settings
+from vismem.evaluation.tables.comparing import main, partial
+from vismem.evaluation.tables.continuing import continual
+from vismem.evaluation.tables.costing import latency
+from vismem.evaluation.tables.layout import Table, write
+from vismem.evaluation.tables.occasions import when
+from vismem.evaluation.tables.plots import draw
+from vismem.evaluation.tables.varying import invocation, lengths, subtasks
+
+TABLES: dict[str, Callable[[Runs], Table]] = {
+    "main": main,
+    "subtasks": subtasks,
+    "partial": partial,
+    "continual": continual,
+    "invocation": invocation,
+    "lengths": lengths,
+    "latency": latency,
+    "when": when,
+}
+
+
+def make(names: Sequence[str], settings: Settings, command: str) -> list[Path]:
+    """Makes tables: trains and answers what is missing, and writes each table when it is whole.
+
+    Args:
+        names: of `TABLES`.
+        settings: of the evaluation.
+        command: to be named in the files, with `{}` for the table's name.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: if a table lacks what it needs; names it.
+    """
+    runs, found = Runs(settings), []
+    for name in names:
+        table = TABLES[name](runs)
+        folder = Path(settings.output_dir)
+        found += write(table, folder, command.format(name))
+        draw(table, folder / f"{name}.png")
+        found.append(folder / f"{name}.png")
+    return found

@@ -1,0 +1,51 @@
+"""Answers of many methods to many benchmarks, with one bar over all of them that tells the remaining time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tqdm.auto import tqdm
+
+from vismem.evaluation.records import Record
+from vismem.evaluation.runs import Runs
+from vismem.evaluation.settings import Benchmark, Method
+
+Answers = dict[tuple[str, str], list[list[Record]]]  # by row's label and benchmark's name: [seeds][questions]
+
+
+def gather(runs: Runs, methods: Mapping[str, Method], benchmarks: Sequence[Benchmark], title: str = "") -> Answers:
+    """All answers; trains, loads and asks only where something is missing.
+
+    Args:
+        runs: the methods' makings and files.
+        methods: by the label of their row.
+        benchmarks: the columns.
+        title: of the progress bar.
+
+    Returns:
+        For each label and benchmark, each seed's records; what a method does not have is not in it.
+
+    Raises:
+        ValueError: if there is no method or no benchmark.
+    """
+    if not methods or not benchmarks:
+        raise ValueError(f"nothing to compare: there are {len(methods)} methods and {len(benchmarks)} benchmarks")
+    plan = [
+        (label, method, seed, benchmark)
+        for label, method in methods.items()
+        for seed in runs.seeds(method)
+        for benchmark in benchmarks
+        if runs.has(method, benchmark)
+    ]
+    found: Answers = {}
+    with tqdm(plan, desc=title, unit="set", delay=1, dynamic_ncols=True) as bar:
+        for label, method, seed, benchmark in bar:
+            bar.set_postfix_str(f"{label}, {benchmark.name}")
+            found.setdefault((label, benchmark.name), []).append(runs.records(method, benchmark, seed))
+    return found
+
+
+def scores(answers: Answers, label: str, benchmark: str) -> list[list[float]] | None:
+    """Scores [seeds][questions] of one cell, or None."""
+    found = answers.get((label, benchmark))
+    return None if found is None else [[record.score for record in seed] for seed in found]

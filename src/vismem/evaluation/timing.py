@@ -1,0 +1,158 @@
+"""Time per answer of several ways of answering, interleaved: each question is answered by all of them in turn.
+
+Answers are written one at a time, as a person would wait for them. Rounds repeat the whole; medians are taken over
+questions of each question's median over rounds.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from vismem.data import Row, prompt_inputs
+from vismem.evaluation.answering import policy_for
+from vismem.evaluation.runs import Runs, policy_of
+from vismem.evaluation.settings import Method
+from vismem.model import VisMem
+
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method, and who invokes."""
+
+    method: Method
+    invocation: str = ""
+
+    @property
+    def policy(self) -> str:
+        """The policy's spelling."""
+        memory = self.method.checkpoint or self.method.train
+        return self.invocation or self.method.invocation or ("learned" if memory else "off")
+
+
+def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Times of several ways, and a note that says how they were taken.
+
+    Ways of one method share a model; others have one each, all in memory at the same time.
+
+    Returns:
+        For each label `seconds` per answer, `first` (seconds to the first token), `per_second` (sampled tokens),
+        `ratio` (seconds per answer over the first label's), `per_token` (the same per sampled token), `n`, and
+        `invocations` per answer.
+
+    Raises:
+        ValueError: if the clock is unknown, or no benchmark has rows.
+    """
+    section, settings = runs.settings.latency, runs.settings
+    clock_name, rounds = section.get("clock", "wall"), int(section.get("rounds", 3))
+    if clock_name not in CLOCKS:
+        raise ValueError(f"latency.clock must be one of {', '.join(CLOCKS)}, got {clock_name!r}")
+    rows = questions(runs, int(section.get("questions", 12)))
+    first_seed = settings.seeds[0]
+    methods = {way.method.name: way.method for way in ways.values()}
+    models = {name: runs.load(runs.artefact(method, first_seed)) for name, method in methods.items()}
+    seconds: dict[str, list[list[float]]] = {label: [[] for _ in rows] for label in ways}
+    firsts: dict[str, list[list[float]]] = {label: [[] for _ in rows] for label in ways}
+    counts: dict[str, list[tuple[int, int]]] = {label: [(0, 0)] * len(rows) for label in ways}
+    total = (rounds + 1) * len(rows)
+    with tqdm(total=total, desc=f"{title}, times", unit="question", delay=1) as bar:
+        for turn in range(rounds + 1):  # the first warms up and does not count
+            for index, row in enumerate(rows):
+                bar.update()
+                labels = list(ways)
+                for label in labels if turn % 2 else reversed(labels):
+                    way = ways[label]
+                    model = models[way.method.name]
+                    policy = policy_for(model, row, policy_of(way.policy))
+                    once = spent(model, row, policy, settings.max_new_tokens, CLOCKS[clock_name])
+                    if turn:
+                        seconds[label][index].append(once[0])
+                        firsts[label][index].append(once[1])
+                        counts[label][index] = once[2:]
+    found, reference = {}, None
+    for label in ways:
+        answers = [median(values) for values in seconds[label]]
+        sampled = [count for count, _ in counts[label]]
+        pace = [a / max(n, 1) for a, n in zip(answers, sampled, strict=True)]
+        reference = reference or (answers, pace)
+        ratio = median(a / b for a, b in zip(answers, reference[0], strict=True))
+        per_token = median(a / b for a, b in zip(pace, reference[1], strict=True))
+        found[label] = {
+            "seconds": round(median(answers), 4),
+            "first": round(median(median(values) for values in firsts[label]), 4),
+            "per_second": round(1 / median(pace), 2),
+            "ratio": round(ratio, 3),
+            "per_token": round(per_token, 3),
+            "invocations": round(sum(count for _, count in counts[label]) / len(rows), 2),
+            "n": len(rows),
+        }
+    device = next(iter(models.values())).device
+    where = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    clock = "processor time" if clock_name == "processor" else "wall clock"
+    note = (
+        f"Times: {len(rows)} questions one at a time, {rounds} interleaved rounds, medians, {clock}, {where}, "
+        f"{torch.get_num_threads()} thread(s); ratios are per question, against {next(iter(ways))}."
+    )
+    return found, [note]
+
+
+def questions(runs: Runs, count: int) -> list[Row]:
+    """Questions in turn from all benchmarks that have rows of their own."""
+    sets = [runs.rows(b) for b in runs.settings.benchmarks if b.data]
+    if not sets:
+        raise ValueError("times need a benchmark with data=...; tasks of lmms-eval have no rows to ask one by one")
+    spread = [[rows[len(rows) * i // max(count, 1)] for i in range(min(count, len(rows)))] for rows in sets]
+    return [rows[turn] for turn in range(count) for rows in spread if turn < len(rows)][:count]
+
+
+@torch.inference_mode()
+def spent(model: VisMem, row: Row, policy: Any, tokens: int, clock: Any) -> tuple[float, float, int, int]:
+    """Seconds of one greedy answer and until its first token, its sampled tokens, and its invocations."""
+    inputs = prompt_inputs(model.processor, [row])
+    inputs = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
+    watch = FirstToken(clock)
+    synchronize(model.device)
+    start = clock()
+    out = model.generate(
+        **inputs,
+        invocation=policy,
+        max_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        record=True,
+        streamer=watch,
+    )
+    synchronize(model.device)
+    end = clock()
+    return end - start, watch.at - start, int(out.rollout[0].sampled.sum()), len(out.invocations[0])
+
+
+class FirstToken:
+    """A streamer that notes when the first new token came."""
+
+    def __init__(self, clock: Any) -> None:
+        self.clock, self.calls, self.at = clock, 0, 0.0
+
+    def put(self, value: Any) -> None:
+        """Called with the prompt, then with each token."""
+        self.calls += 1
+        if self.calls == 2:
+            self.at = self.clock()
+
+    def end(self) -> None:
+        """Nothing to close."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
