@@ -114,6 +114,17 @@ def test_what_the_bank_holds_forms_the_memories_that_were_written_with(bank):
         assert torch.allclose(entry.visual, bank.sight(row_id).visual, atol=1e-4)
 
 
+def test_every_kind_of_base_can_be_banked(family, tmp_path):
+    model = tiny.equip(family)
+    bank = filled(model, [row(0), row(1)], tmp_path)
+    lines = Lines(tmp_path / "replay.jsonl", {})
+    replay(bank, INTERVENTIONS, ["row0", "row1"], lines, 14, "")
+    shifts = [shift for line in lines.rows.values() for shift in line["shifts"]]
+    assert len(shifts) == 2 * 2 * (1 + len(INTERVENTIONS))
+    assert all(shift["moved"] < 1e-4 for shift in shifts if shift["name"] == "intact")
+    assert all(shift["first"] >= -1e-6 for shift in shifts if shift["name"] != "intact")
+
+
 def test_another_image_is_the_bank_s_and_the_rest_the_row_s_own(bank, rows):
     seen = {}  # what rows really had in mind while they were decoded, by id and invocation
 
@@ -267,9 +278,9 @@ def test_entries_come_back_from_disk_and_only_for_their_rows(bank, rows):
 def test_replays_measure_the_first_token_and_the_way_that_memories_moved(bank, rows, tmp_path):
     lines = Lines(tmp_path / "replay.jsonl", {"a": 1})
     ids = [one.id for one in rows]
-    replay(bank, ["zeros", "shuffled"], ids[:4], lines, 3, "")
+    replay(bank, ["zeros", "shuffled"], ids[:4], lines, 6, "")
     before = (tmp_path / "replay.jsonl").read_text()
-    replay(bank, ["zeros", "shuffled"], ids, lines, 2, "")
+    replay(bank, ["zeros", "shuffled"], ids, lines, 4, "")
     assert (tmp_path / "replay.jsonl").read_text().startswith(before)  # went on
     for one in rows:
         shifts = {(s["name"], s["index"]): s for s in lines.rows[one.id]["shifts"]}
