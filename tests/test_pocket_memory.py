@@ -13,9 +13,8 @@ import torch
 
 import vismem
 from vismem.data import prompt_inputs
-from vismem.pocket import BASE_PATH, MEMORY_PATH
-from vismem.pocket import measure as measuring
-from vismem.pocket.batches import Encoder
+from vismem.evaluation.answering import answer
+from vismem.pocket import BASE_PATH, MEMORY_PATH, load_base, suites
 from vismem.pocket.conversations import sample_conversation
 from vismem.pocket.practice import PocketRows, annotated, disturb
 from vismem.pocket.tasks import score
@@ -26,7 +25,9 @@ MARK = re.compile(r"<m[sl]_I>")
 
 @pytest.fixture(scope="module")
 def model():
-    return measuring.load(BASE_PATH, None)
+    base, processor = load_base()
+    torch.manual_seed(0)
+    return vismem.VisMem(base, processor, vismem.VisMemConfig.preset("pocket")).eval()
 
 
 @pytest.fixture(scope="module")
@@ -75,51 +76,13 @@ def test_replies_name_a_look_at_the_first_colon_and_a_recall_after_the_label():
 
 def test_disturbed_pictures_differ_and_are_the_same_for_a_seed():
     picture = render_array(sample_scene(Random(0)))
-    for kind in measuring.STRANGE:
+    for kind in suites.STRANGE:
         changed = disturb(picture, kind, Random(1))
         assert changed.shape == picture.shape and changed.dtype == np.uint8
         assert np.abs(changed.astype(int) - picture).mean() > 3
         assert np.array_equal(changed, disturb(picture, kind, Random(1)))
     with pytest.raises(ValueError, match="unknown disturbance"):
         disturb(picture, "fog", Random(0))
-
-
-def test_controls_change_the_memory_and_are_undone(model):
-    asked = measuring.questions("x", 2, 0, task="digit", distance=2)
-    inputs = measuring.prompts_of(asked, Encoder(model.processor.tokenizer), torch.float32)
-    policy = vismem.invocation.Forced([(0, 0, "short"), (1, 0, "short")])
-
-    def memories():
-        out = model.generate(**inputs, invocation=policy, max_new_tokens=1, return_dict_in_generate=True)
-        return torch.stack([row[0].memory for row in out.invocations])
-
-    before = memories()
-    with measuring.changed(model, "zero"):
-        assert not memories().any()
-    with measuring.changed(model, "another"):
-        assert not torch.allclose(memories(), before, atol=1e-2)
-    assert torch.equal(memories(), before)
-
-
-def test_measures_go_on_where_they_stopped(tmp_path, monkeypatch):
-    out = tmp_path / "results.json"
-    options = {"out_json": out, "suites": ["rules"], "n": 2, "memory_path": None}
-    first = measuring.measure(conditions=["vanilla"], **options)
-    assert first["suites"]["rules"]["vanilla"]["n"] == 24
-    calls = []
-    inner = measuring.answered
-    monkeypatch.setattr(measuring, "answered", lambda *given: calls.append(given[1:3]) or inner(*given))
-    found = measuring.measure(conditions=["vanilla", "rule_stated"], **options)
-    assert len(calls) == 1
-    assert found["recovered"]["rules"]["rule_stated"] in (0.0, 1.0)
-    assert json.loads(out.read_text()) == found
-
-
-def test_bad_arguments_are_one_line():
-    with pytest.raises(ValueError, match="n must be"):
-        measuring.measure(n=1, out_json=None)
-    with pytest.raises(ValueError, match="unknown suite"):
-        measuring.measure(suites=["x"], out_json=None)
 
 
 def test_shipped_files_are_small_and_name_no_machine(shipped):
@@ -133,26 +96,13 @@ def test_shipped_files_are_small_and_name_no_machine(shipped):
     assert {path.suffix for path in files} <= {".json", ".md", ".jinja", ".safetensors"}
 
 
-def test_shipped_memory_brings_back_what_has_left_the_window(shipped):
-    """Late questions on unseen handwriting, the model deciding when: far above the base alone, and of no use when it
-    is another image's."""
-    asked = [q for t in ("colour", "digit") for q in measuring.questions("late", 16, 7, task=t, distance=5)]
-
-    def accuracy(invocation, change=""):
-        with measuring.changed(shipped, change):
-            replies, _, _ = measuring.answers(shipped, asked, vismem.decoding.invocation.policy_of(invocation), 32)
-        return sum(score(c.task, reply, c.answer) for c, reply in zip(asked, replies, strict=True)) / len(asked)
-
-    vanilla, memory, other = accuracy("off"), accuracy("learned"), accuracy("learned", "another")
-    assert memory > vanilla + 0.5
-    assert other < vanilla + 0.25
-
-
-def test_shipped_memory_recalls_rules_that_the_base_never_got(shipped):
-    asked = measuring.questions("rules", 32, 7, task="promotion", rule="hidden-truth")
+@pytest.mark.parametrize(("suite", "gain"), [("late", 0.5), ("rules", 0.3)])
+def test_shipped_memory_supplies_what_the_base_lacks(shipped, suite, gain):
+    """Unseen handwriting, the model deciding when: pictures that have left the window, rules that nobody stated."""
+    asked = suites.rows(suite, 2, seed=7)
 
     def accuracy(invocation):
-        replies, _, _ = measuring.answers(shipped, asked, vismem.decoding.invocation.policy_of(invocation), 32)
-        return sum(score(c.task, reply, c.answer) for c, reply in zip(asked, replies, strict=True)) / len(asked)
+        found = answer(shipped, asked, ["pocket"], invocation=invocation, batch_size=40, max_new_tokens=40)
+        return sum(record.score for record in found) / len(asked)
 
-    assert accuracy("learned") > accuracy("off") + 0.3
+    assert accuracy("learned") > accuracy("off") + gain

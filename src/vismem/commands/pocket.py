@@ -1,4 +1,4 @@
-"""`vismem pocket build|evaluate|measure|sample`: the small model that comes with the package, made and measured.
+"""`vismem pocket build|evaluate|sample`: the small model that comes with the package, made and measured.
 
 Every step is a function of `vismem.pocket`; here are its options. To add one, give it a parser in `parser` and a
 function in `STEPS`.
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from vismem.commands.parsing import Failure, Parser, add_debug, whole
-from vismem.pocket import BASE_PATH, MEMORY_PATH
+from vismem.pocket import BASE_PATH
 
 EXTRA = ("sklearn", "easy_vqa", "matplotlib", "tqdm")  # modules of the extra `pocket`
 MANY = 10_000_000
@@ -21,7 +21,7 @@ MANY = 10_000_000
 def parser() -> Parser:
     found = Parser(
         "vismem pocket",
-        "Makes, samples and measures the small model that comes with the package.",
+        "Makes, samples and evaluates the small model that comes with the package.",
         "`vismem pocket STEP --help` says more. Example:",
         "vismem pocket sample --out pictures --n 12 --enlarge 4",
     )
@@ -74,31 +74,6 @@ def parser() -> Parser:
     measuring.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="default: 0")
     measuring.add_argument("--only", default="", metavar="TEXT", help="only cells with this in their name")
 
-    comparing = step(
-        "measure",
-        "Measures a memory beside its bounds and controls; an interrupted run goes on where it stopped",
-        "vismem pocket measure --n 25 --out results/pocket/stage2_seed0.json",
-    )
-    comparing.add_argument("--base", type=Path, default=BASE_PATH, metavar="FOLDER", help="default: the pocket's own")
-    memory = comparing.add_mutually_exclusive_group()
-    memory.add_argument(
-        "--checkpoint", type=Path, default=MEMORY_PATH, metavar="FOLDER", help="default: the pocket's own"
-    )
-    memory.add_argument("--untrained", action="store_true", help="measure a memory that has learned nothing")
-    comparing.add_argument(
-        "--short-length", type=whole(2, 32), metavar="N", help="with --untrained: short memory's vectors (default: 16)"
-    )
-    comparing.add_argument("--suites", default="", metavar="NAMES", help="late,strange,in_view,rules,both")
-    comparing.add_argument("--conditions", default="", metavar="NAMES", help="such as vanilla,learned (default: all)")
-    comparing.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results/pocket/stage2_seed0.json"),
-        metavar="FILE",
-        help="default: %(default)s",
-    )
-    comparing.add_argument("--n", type=whole(2, MANY), default=25, metavar="N", help="questions per cell (default: 25)")
-    comparing.add_argument("--seed", type=whole(0, 2**63 - 1), default=1, metavar="N", help="default: 1")
     return found
 
 
@@ -146,26 +121,9 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"wrote {options.out}")
 
 
-def measure(options: argparse.Namespace) -> None:
-    from vismem.pocket.measure import SUITES, measure
-
-    measure(
-        None if options.untrained else options.checkpoint,
-        options.base,
-        options.out,
-        suites=[name for name in options.suites.split(",") if name] or SUITES,
-        conditions=[name for name in options.conditions.split(",") if name],
-        n=options.n,
-        seed=options.seed,
-        **({"short_length": options.short_length} if options.short_length else {}),
-    )
-    print(f"wrote {options.out}")
-
-
 STEPS = {
     "build": build,
     "evaluate": evaluate,
     "eval": evaluate,
-    "measure": measure,
     "sample": sample,
 }

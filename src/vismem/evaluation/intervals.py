@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-DRAWS = 4000
+DRAWS = 2000
+HELD = 2**22  # numbers of questions drawn at a time
 LEVEL = (2.5, 97.5)  # percentiles
 
 
@@ -36,9 +37,14 @@ def draws(scores: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
     """
     found, rng = matrix(scores), np.random.default_rng(seed)
     seeds, questions = found.shape
-    drawn = rng.multinomial(questions, np.full(questions, 1 / questions), DRAWS) / questions  # [draws, questions]
-    picked = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds  # [draws, seeds]
-    return np.einsum("ds,sq,dq->d", picked, found, drawn, optimize=True)
+    parts = []
+    most = max(HELD // questions, 1)
+    for start in range(0, DRAWS, most):
+        size = min(most, DRAWS - start)
+        drawn = rng.multinomial(questions, np.full(questions, 1 / questions), size) / questions  # [size, questions]
+        picked = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size) / seeds  # [size, seeds]
+        parts.append((picked * (drawn @ found.T)).sum(1))
+    return np.concatenate(parts)
 
 
 def interval(drawn: ArrayLike) -> tuple[float, float]:

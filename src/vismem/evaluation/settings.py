@@ -100,7 +100,7 @@ class Settings:
         max_new_tokens: sampled tokens per answer at most.
         limit: the first so many questions of each benchmark.
         n, question_seed: pocket only: questions per cell, and which ones.
-        rates: per cents of random invocation (table `invocation`).
+        invocation: table `invocation`: `rates`, per cents of random invocation, and `benchmarks` by name (all).
         partial: table `partial`: `data` (name to data), and `methods` and `benchmarks` of its own.
         continual: table `continual`: `stages` (name, data and settings of each), `methods`, `benchmarks`.
         lengths: table `lengths`: values of `query_length`, `short_length`, `long_length`, the `train` steps that each
@@ -125,7 +125,7 @@ class Settings:
     limit: int | None = None
     n: int = 12
     question_seed: int = 1
-    rates: tuple[int, ...] = (25, 50, 75, 100)
+    invocation: Mapping[str, Any] = field(default_factory=dict)
     partial: Mapping[str, Any] = field(default_factory=dict)
     continual: Mapping[str, Any] = field(default_factory=dict)
     lengths: Mapping[str, Any] = field(default_factory=dict)
@@ -172,6 +172,9 @@ def pocket_benchmark(suite: str, **more: Any) -> dict[str, Any]:
 def pocket() -> dict[str, Any]:
     """The preset `pocket`: the whole of it on the model in the package."""
     warmup, sft = {"step": "warmup"}, {"step": "sft", "data": "pocket:warmup"}
+    # Rates as benchmarks/baseline_rates.py found them; the memory's own are the preset's of `vismem train`.
+    soft = {"step": "all", "memory": {"content": "soft"}}
+    soft |= {"warmup": {"learning_rate": 0.1}, "stage1": {"learning_rate": 0.01}}
     memory = {"name": "VisMem", "invocation": "placed"}
     after = [pocket_benchmark(name) for name in ("late", "strange", "rules_first", "rules_second", "in_view")]
     stages = {
@@ -187,18 +190,20 @@ def pocket() -> dict[str, Any]:
         "dtype": "float32",
         "training": {"preset": POCKET},
         "seeds": [0, 1, 2],
+        "n": 8,
         "batch_size": 48,
         "max_new_tokens": 48,
         "methods": [
             {"name": "vanilla"},
             {"name": "bound", "bound": True},
             {"name": "LoRA, supervised", "train": [{**sft, "max_steps": 445}]},
-            {"name": "LoRA, GRPO", "train": [{"step": "grpo", "data": "pocket:stage2", "max_steps": 445}]},
+            # The updates of the memory's two stages of reinforcement learning, without a start from supervision.
+            {"name": "LoRA, GRPO", "train": [{"step": "grpo", "data": "pocket:stage2", "max_steps": 125}]},
             {
                 "name": "LoRA, supervised then GRPO",
                 "train": [{**sft, "max_steps": 320}, {"step": "grpo", "data": "pocket:stage2", "max_steps": 125}],
             },
-            {"name": "soft vectors", "train": [{"step": "all", "memory": {"preset": POCKET, "content": "soft"}}]},
+            {"name": "soft vectors", "train": [soft]},
             {"name": "VisMem", "train": [{"step": "all"}]},
         ],
         "benchmarks": [
@@ -211,9 +216,13 @@ def pocket() -> dict[str, Any]:
             pocket_benchmark("pairs"),
             pocket_benchmark("describe", subtask="cell", max_new_tokens=128),
         ],
+        "invocation": {"benchmarks": ["late", "in_view", "rules", "both"]},
         "partial": {
             "data": {"full": "pocket:warmup", "partial": "pocket:partial"},
-            "methods": [{**memory, "train": [warmup]}, {"name": "LoRA, supervised", "train": [sft]}],
+            "methods": [
+                {**memory, "train": [warmup]},
+                {"name": "LoRA, supervised", "train": [{**sft, "max_steps": 320}]},
+            ],
             "benchmarks": after,
         },
         "continual": {
@@ -223,18 +232,19 @@ def pocket() -> dict[str, Any]:
         },
         "lengths": {
             "query_length": [2, 8, 32],
-            "short_length": [4, 8, 16, 32],
-            "long_length": [4, 8, 16, 32],
-            "train": [{**warmup, "max_steps": 240}],
+            "short_length": [8, 16, 32],
+            "long_length": [4, 16],
+            "train": [{**warmup, "max_steps": 120}],
             "invocation": "placed",
             "benchmarks": [pocket_benchmark(name) for name in ("late", "rules", "both")],
         },
-        "latency": {"questions": 12, "rounds": 5, "clock": "processor"},
+        "latency": {"questions": 8, "rounds": 3, "clock": "processor"},
     }
 
 
 PRESETS = {"pocket": pocket, "none": dict}
 SECTIONS: dict[str, tuple[str, ...]] = {
+    "invocation": ("rates", "benchmarks"),
     "partial": ("data", "methods", "benchmarks"),
     "continual": ("stages", "methods", "benchmarks"),
     "lengths": ("query_length", "short_length", "long_length", "train", "invocation", "benchmarks"),

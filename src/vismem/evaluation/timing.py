@@ -1,15 +1,17 @@
 """Time per answer of several ways of answering, interleaved: each question is answered by all of them in turn.
 
 Answers are written one at a time, as a person would wait for them. Rounds repeat the whole; medians are taken over
-questions of each question's median over rounds.
+questions of each question's median over rounds. What was measured is kept beside the answers, and not measured again.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,6 +20,7 @@ from tqdm.auto import tqdm
 
 from vismem.data import Row, prompt_inputs
 from vismem.evaluation.answering import policy_for
+from vismem.evaluation.records import check_settings
 from vismem.evaluation.runs import Runs, policy_of
 from vismem.evaluation.settings import Method
 from vismem.model import VisMem
@@ -53,6 +56,13 @@ def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, di
         ValueError: if the clock is unknown, or no benchmark has rows.
     """
     section, settings = runs.settings.latency, runs.settings
+    path = Path(settings.output_dir) / "answers" / f"times-{title}.json"
+    asked = {"latency": dict(section), "max_new_tokens": settings.max_new_tokens, "seed": settings.seeds[0]}
+    asked |= {"ways": {label: [way.method.name, way.policy] for label, way in ways.items()}}
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        check_settings(path, earlier["settings"], json.loads(json.dumps(asked)))
+        return earlier["times"], earlier["notes"]
     clock_name, rounds = section.get("clock", "wall"), int(section.get("rounds", 3))
     if clock_name not in CLOCKS:
         raise ValueError(f"latency.clock must be one of {', '.join(CLOCKS)}, got {clock_name!r}")
@@ -102,6 +112,11 @@ def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, di
         f"Times: {len(rows)} questions one at a time, {rounds} interleaved rounds, medians, {clock}, {where}, "
         f"{torch.get_num_threads()} thread(s); ratios are per question, against {next(iter(ways))}."
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"settings": asked, "times": found, "notes": [note]}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
     return found, [note]
 
 

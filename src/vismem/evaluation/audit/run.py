@@ -117,6 +117,7 @@ class Audit:
             **options.about,
             "memory": fingerprint(model),
             "rows": of_rows(self.bank),
+            "rewards": list(rewards.names),
             "invocation": str(options.invocation),
             "max_new_tokens": options.max_new_tokens,
             "seed": options.seed,

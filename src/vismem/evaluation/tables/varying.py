@@ -13,6 +13,7 @@ from vismem.evaluation.timing import Way, timed
 from vismem.training.arguments import arguments_for
 
 MODES = {"short-term only": "short", "long-term only": "long", "both": "learned"}
+RATES = (25, 50, 75, 100)  # per cent
 LENGTHS = {"query_length": "K", "short_length": "N_s", "long_length": "N_l"}
 
 
@@ -55,14 +56,20 @@ def invocation(runs: Runs) -> Table:
     """Who invokes: nobody, chance at four rates, the model with one kind or with both; with time."""
     settings, ours = runs.settings, runs.settings.ours()
     modes = {"vanilla": "off"}
-    modes |= {f"random, {rate} %": f"random:{rate / 100:g}" for rate in settings.rates}
+    section = settings.invocation
+    modes |= {f"random, {rate} %": f"random:{rate / 100:g}" for rate in section.get("rates", RATES)}
     modes |= {"short-term only": "short", "long-term only": "long", "complete": "learned"}
     methods = {label: replace(ours, invocation=mode) for label, mode in modes.items() if label != "vanilla"}
     methods = {"vanilla": Method("vanilla"), **methods}
-    answers = gather(runs, methods, settings.benchmarks, "invocation")
-    cells = compared(methods, settings.benchmarks, answers)
+    names = section.get("benchmarks") or [b.name for b in settings.benchmarks]
+    benchmarks = [b for b in settings.benchmarks if b.name in names]
+    unknown = [name for name in names if name not in [b.name for b in benchmarks]]
+    if unknown:
+        raise ValueError(f"invocation.benchmarks names {unknown[0]!r}, which is none of the benchmarks")
+    answers = gather(runs, methods, benchmarks, "invocation")
+    cells = compared(methods, benchmarks, answers)
     for label in methods:
-        records = [record for b in settings.benchmarks for seed in answers[label, b.name] for record in seed]
+        records = [record for b in benchmarks for seed in answers[label, b.name] for record in seed]
         counts, places = sum(len(r.invocations) for r in records), sum(r.delimiters for r in records)
         cells.append(Cell(label, "invocations per answer", round(counts / len(records), 3), n=len(records)))
         cells.append(Cell(label, "per delimiter", round(counts / max(places, 1), 3), n=places))
@@ -82,10 +89,10 @@ def invocation(runs: Runs) -> Table:
         title="Who invokes memory, and what it costs",
         paper="The paper's Tab. 3 and 9",
         rows=list(methods),
-        columns=[*columns_of(settings.benchmarks), *units],
+        columns=[*columns_of(benchmarks), *units],
         cells=cells,
         units=units,
-        groups={b.name: b.ability for b in settings.benchmarks if b.ability},
+        groups={b.name: b.ability for b in benchmarks if b.ability},
         notes=[f"The memory is that of {ours.name}.", *seeds_note(runs, methods), *notes],
         first="invocation",
         extra={"times": times},
