@@ -26,7 +26,7 @@ from vismem.data import prompt_inputs
 from vismem.evaluation.answering import answer
 from vismem.evaluation.lmms.messages import row_of
 from vismem.evaluation.lmms.model import VisMemChat, until
-from vismem.evaluation.lmms.run import run_task, task_records
+from vismem.evaluation.lmms.run import run_task, scorer, task_records
 from vismem.loading import load_model
 from vismem.pocket.suites import rows
 
@@ -139,16 +139,15 @@ def test_off_is_the_base(model, questions, folder):
 
 
 def test_random_invocation_does_not_depend_on_the_batch(model, folder):
+    """Every sample draws for itself: the same whatever the batch, and not the same as its neighbours."""
     runs = [
-        task_records(model, "own_pocket", limit=6, invocation="random:0.5", include_path=folder, batch_size=size)
-        for size in (1, 4)
+        task_records(model, "own_pocket", limit=6, invocation="random:0.3@anywhere", include_path=folder, batch_size=n)
+        for n in (1, 4)
     ]
     assert runs[0] == runs[1]
-    forced = [invocation for record in runs[0] for invocation in record.invocations]
-    assert forced and all(invocation["forced"] for invocation in forced)
-    assert (
-        len({tuple(i["position"] for i in record.invocations) for record in runs[0]}) > 1
-    )  # not the same draw for all
+    assert all(invocation["forced"] for record in runs[0] for invocation in record.invocations)
+    first = {record.invocations[0]["position"] for record in runs[0] if record.invocations}
+    assert len(first) > 1
 
 
 def test_the_files_that_lmms_eval_writes(model, folder, tmp_path):
@@ -159,6 +158,55 @@ def test_the_files_that_lmms_eval_writes(model, folder, tmp_path):
     (file,) = tmp_path.rglob("*_samples_own_pocket.jsonl")
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert [sample["token_counts"][0]["invocations"] for sample in samples] == [r.invocations for r in run.records]
+
+
+def test_a_task_with_two_filters(model, folder, runs):
+    """lmms-eval logs each sample once for each filter; a record is of the first."""
+    filters = {"one": "{function: take_first}", "two": "{function: regex, regex_pattern: none}, {function: take_first}"}
+    text = "include: own_pocket.yaml\ntask: two_filters\nfilter_list:\n"
+    text += "".join(f"- name: {name}\n  filter: [{steps}]\n" for name, steps in filters.items())
+    (folder / "two_filters.yaml").write_text(text)
+    run, plain = run_task(model, "two_filters", limit=3, include_path=folder), runs["own_pocket"].records[:3]
+    assert [(one.reply, one.score) for one in run.records] == [(one.reply, one.score) for one in plain]
+    assert run.metrics["two_filters"]["right,two"] == 0 < run.metrics["two_filters"]["right,one"]
+
+
+HUNDREDS = """
+def hundreds(values):
+    return 100 * len([value for value in values if value.get("said") == value.get("wanted")])
+
+def with_arguments(values, args):
+    raise AssertionError
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "aggregation", "score"),
+    [
+        (0.25, "mean", 0.25),
+        (True, "mean", 1.0),
+        ({"overall": 0.5, "ocr": 1.0}, "!function own.hundreds", 0.5),
+        ({"is_correct": True}, "!function own.hundreds", 1.0),
+        ({"own": 0.75, "score": 0.1}, "!function own.hundreds", 0.75),
+        ({"said": "a", "wanted": "a"}, "!function own.hundreds", 100.0),
+        ({"said": "a", "wanted": "b"}, "!function own.hundreds", 0.0),
+        ({"said": "a"}, "!function own.with_arguments", None),
+        ("right", "mean", None),
+        (float("nan"), "mean", None),
+    ],
+)
+def test_the_score_of_a_sample(value, aggregation, score, tmp_path):
+    (tmp_path / "own.py").write_text(HUNDREDS)
+    metric = f"metric_list:\n- metric: absent\n- metric: found\n  aggregation: {aggregation}\n"
+    (tmp_path / "own.yaml").write_text(f"task: own\nscore_key: own\n{metric}")
+    of = scorer(str(tmp_path / "own.yaml"), "own")
+    if score is None:
+        with pytest.raises(ValueError, match="own: its metric 'found' gives no number for a single sample"):
+            of({"found": value})
+    else:
+        assert of({"found": value}) == score
+    with pytest.raises(ValueError, match="own: its samples have none of its metrics"):
+        of({"other": 1.0})
 
 
 def test_a_task_that_is_not_there(model, folder):

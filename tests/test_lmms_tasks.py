@@ -313,7 +313,9 @@ def trust(house):
         trust_file(f"truthfulness/query_advanced/query_d_{name}.json", rows)
     trust_file("truthfulness/query_misleading/query_d_confusion.json", [{**row, "kind": "mirror"} for row in statement])
     feeling = [{"sentence": f"text {n}", "label": n, "id": n} for n in range(2)]
-    trust_file("robustness/ood-text/label.json", {"base": feeling, "augment": feeling, "bible_p0.6": feeling})
+    trust_file(
+        "robustness/ood-text/label.json", {"base": [{**feeling[0], "id": 7}], "augment": feeling, "bible_p0.6": feeling}
+    )
     glue = {"mnli": [{"premise": "p", "hypothesis": "h", "label": 1, "idx": 4}]}
     glue["rte"] = [{"sentence1": "one", "sentence2": "two", "label": 0, "idx": 5}]
     glue["sst2"] = [{"sentence": "s", "label": 0, "idx": 6}]
