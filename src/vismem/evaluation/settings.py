@@ -176,7 +176,8 @@ def pocket() -> dict[str, Any]:
     soft = {"step": "all", "memory": {"content": "soft"}}
     soft |= {"warmup": {"learning_rate": 0.1}, "stage1": {"learning_rate": 0.01}}
     memory = {"name": "VisMem", "invocation": "placed"}
-    after = [pocket_benchmark(name) for name in ("late", "strange", "rules_first", "rules_second", "in_view")]
+    suites = ("late", "strange", "rules_first", "rules_second", "in_view")
+    after = [pocket_benchmark(name, limit=64) for name in suites]
     stages = {
         "late": {"data": "pocket:late", "max_steps": 80},
         "strange": {"data": "pocket:strange", "max_steps": 80},
@@ -231,12 +232,12 @@ def pocket() -> dict[str, Any]:
             "benchmarks": after,
         },
         "lengths": {
-            "query_length": [2, 8, 32],
+            "query_length": [2, 8],
             "short_length": [8, 16, 32],
             "long_length": [4, 16],
             "train": [{**warmup, "max_steps": 120}],
             "invocation": "placed",
-            "benchmarks": [pocket_benchmark(name) for name in ("late", "rules", "both")],
+            "benchmarks": [pocket_benchmark(name, limit=64) for name in ("late", "rules", "both")],
         },
         "latency": {"questions": 8, "rounds": 3, "clock": "processor"},
     }

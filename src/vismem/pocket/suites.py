@@ -113,16 +113,16 @@ def rows(suite: str, n: int = 12, seed: int = 1, bound: bool = False, split: str
     chosen = SUITES[suite]
     if bound and not chosen.bound:
         raise ValueError(f"the suite {suite} has no bound: its questions lack nothing")
+    count, common = n * chosen.share, {"suite": suite, "ability": chosen.ability}
+    if suite == "easy_vqa":
+        return list(_easy_vqa({**common, "cell": suite}, count, seed, split))
     found = []
-    for cell, options in chosen.cells.items():
-        asked = {**options, **(chosen.bound if bound else {})}
-        common = {"suite": suite, "cell": cell, "ability": chosen.ability}
-        if suite == "easy_vqa":
-            found += _easy_vqa(common, n * chosen.share, seed, split)
-            continue
-        for index in range(n * chosen.share):
+    for index in range(count):  # cells in turn, so that the first questions are of all kinds
+        for cell, options in chosen.cells.items():
+            asked = {**options, **(chosen.bound if bound else {})}
             conversation = question(f"{suite}-{cell}", index, seed, split, **asked)
-            found.append(_row(conversation, f"pocket:{suite}/{cell}[{index}]", {**common, "places": chosen.places}))
+            columns = {**common, "cell": cell, "places": chosen.places}
+            found.append(_row(conversation, f"pocket:{suite}/{cell}[{index}]", columns))
     return found
 
 
