@@ -206,6 +206,8 @@ def test_a_stopped_audit_goes_on_and_ends_with_the_same_numbers(model, tmp_path,
         assert json.dumps(again[part]) == json.dumps(whole[part])
     with pytest.raises(ValueError, match="seed=0, not 1"):
         audited(model, rows, tmp_path / "stopped", n=10, interventions=chosen, seed=1)
+    with pytest.raises(ValueError, match="rewards="):
+        audit(model, rows, load_rewards("exact"), Options(tmp_path / "stopped", invocation=SHORT, max_new_tokens=5))
 
 
 def test_an_audit_without_memory_says_so(model, tmp_path):

@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-from vismem.commands.loading import add_model_options, load
+from vismem.commands.loading import add_model_options, load, silence_libraries
 from vismem.commands.parsing import MOST_TOKENS, Failure, Misuse, Parser, command_parser, invocation, policy, whole
 from vismem.decoding.invocation import SPELLINGS
 from vismem.evaluation.audit.names import INTERVENTIONS, KINDS_IN_WORDS
@@ -97,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("vismem").setLevel(logging.INFO)
+    silence_libraries(options.debug)  # before they are imported, as some speak up then
     try:
         from vismem.evaluation.audit.questions import questions
         from vismem.evaluation.audit.run import Options, audit
@@ -116,7 +117,6 @@ def run(options: argparse.Namespace) -> int:
         "base": loaded.base,
         "checkpoint": loaded.checkpoint,
         "data": options.data,
-        "rewards": rewards,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
     found = audit(
