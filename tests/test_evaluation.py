@@ -218,7 +218,7 @@ def test_settings_of_files_and_command_lines(tmp_path):
     ("change", "message"),
     [
         ("benchmark=[]", "unknown setting benchmark; did you mean benchmarks"),
-        ("lengths.query=[2]", "unknown setting lengths. query; did you mean query_length"),
+        ("lengths.query_len=[2]", r"unknown setting lengths\.query_len; did you mean query_length"),
         ("methods=[{checkpoint: x}]", "a method must be a mapping with a `name`"),
         ("methods=[{name: a, chekpoint: x}]", "did you mean checkpoint"),
         ("methods=[{name: a, checkpoint: x, train: [{step: sft}]}]", "both checkpoint and train"),

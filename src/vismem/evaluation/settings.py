@@ -299,7 +299,7 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
     """Settings of plain values. Raises ValueError for a name that there is not, and for a value of no use."""
-    check_names(values, [each.name for each in dataclasses.fields(Settings)], "setting")
+    check_names(values, [each.name for each in dataclasses.fields(Settings)], "setting ")
     for section, known in SECTIONS.items():
         check_names(values.get(section) or {}, known, f"setting {section}.")
     plain = {
@@ -327,15 +327,15 @@ def benchmarks_of(entries: Sequence[Any]) -> tuple[Benchmark, ...]:
 def _made(kind: type, entry: Any, what: str) -> Any:
     if not isinstance(entry, Mapping) or not entry.get("name"):
         raise ValueError(f"a {what} must be a mapping with a `name`, got {entry!r}")
-    check_names(entry, [each.name for each in dataclasses.fields(kind)], f"{what} {entry['name']!r}: setting")
+    check_names(entry, [each.name for each in dataclasses.fields(kind)], f"{what} {entry['name']!r}: setting ")
     return kind(**entry)
 
 
 def check_names(values: Any, known: Sequence[str], what: str) -> None:
     """Refuses names that are not among the known ones, and names the nearest."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a mapping, got {values!r}")
+        raise ValueError(f"{what.rstrip(' .')} must be a mapping, got {values!r}")
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
-            raise ValueError(f"unknown {what} {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"unknown {what}{name}" + (f"; did you mean {near[0]}?" if near else ""))
