@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 
+ALWAYS = ("id", "score", "reply", "tokens", "sampled")
+
+
 @dataclass(frozen=True)
 class Record:
     """One answered question.
@@ -57,7 +60,7 @@ class RecordFile:
         if whole:
             check_settings(self.path, whole[0].get("settings"), settings)
             self.records = {entry["id"]: Record(**entry) for entry in whole[1:]}
-        lines = [{"settings": settings}, *map(asdict, self.records.values())]
+        lines = [{"settings": settings}, *map(plain, self.records.values())]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         if not self.path.is_file() or self.path.read_text(encoding="utf-8") != text:
             partial = self.path.with_name(self.path.name + ".partial")
@@ -74,7 +77,14 @@ class RecordFile:
         with self.path.open("a", encoding="utf-8") as file:
             for record in records:
                 self.records[record.id] = record
-                file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+                file.write(json.dumps(plain(record), ensure_ascii=False) + "\n")
+
+
+def plain(record: Record) -> dict[str, Any]:
+    """A record for its file: what is as by default is left out."""
+    values = asdict(record)
+    usual = asdict(Record(record.id, record.score, record.reply, record.tokens, record.sampled))
+    return {name: value for name, value in values.items() if name in ALWAYS or value != usual[name]}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

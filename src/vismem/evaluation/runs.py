@@ -20,7 +20,7 @@ import torch
 from vismem import checkpoint as memory_files
 from vismem.data import Row, load_dataset_rows
 from vismem.decoding.invocation import Policy, read_policy
-from vismem.evaluation.answering import KEPT, answer
+from vismem.evaluation.answering import answer
 from vismem.evaluation.records import Record, RecordFile
 from vismem.evaluation.settings import POCKET, Benchmark, Method, Settings
 from vismem.model import VisMem
@@ -151,7 +151,6 @@ class Runs:
         rows = self.rows(benchmark, method.bound)
         if len(file.done) < len(rows):
             model = self.model(method, seed)
-            keep = [*KEPT, *([benchmark.subtask] if benchmark.subtask else [])]
             answer(
                 model,
                 rows,
@@ -161,7 +160,7 @@ class Runs:
                 max_new_tokens=tokens,
                 store=file,
                 label=f"{method.name}, {benchmark.name}",
-                keep=list(dict.fromkeys(keep)),
+                keep=[benchmark.subtask] if benchmark.subtask else [],
             )
         return [file.records[row.id] for row in rows]
 

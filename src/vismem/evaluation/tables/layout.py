@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,13 @@ def write(table: Table, folder: Path, command: str) -> list[Path]:
         partial.replace(path)
         found.append(path)
     return found
+
+
+def read(path: Path) -> Table:
+    """A table that `write` wrote."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    values = {name: record[name] for name in (each.name for each in fields(Table))}
+    return Table(**{**values, "cells": [Cell(**cell) for cell in record["cells"]]})
 
 
 def dumped(record: dict[str, Any]) -> str:
