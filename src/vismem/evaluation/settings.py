@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vismem.training.arguments import read_change, read_mapping
+
 ABILITIES = ("understanding", "reasoning", "generation")
 POCKET = "pocket"
 
@@ -149,6 +151,12 @@ class Settings:
         """Where trained methods go."""
         return Path(self.runs_dir) if self.runs_dir else Path(self.output_dir) / "runs"
 
+    def of(self, section: Mapping[str, Any]) -> tuple[tuple[Method, ...], tuple[Benchmark, ...]]:
+        """Methods and benchmarks of a table that has its own section; the evaluation's where that says none."""
+        methods = methods_of(section["methods"]) if section.get("methods") else self.methods
+        benchmarks = benchmarks_of(section["benchmarks"]) if section.get("benchmarks") else self.benchmarks
+        return methods, benchmarks
+
     def ours(self) -> Method:
         """The method with the memory that is looked at.
 
@@ -261,24 +269,9 @@ def load_settings(path: str | Path | None, overrides: Sequence[str]) -> Settings
             no use.
         OSError: if the file cannot be read.
     """
-    import yaml
-
-    given: dict[str, Any] = {}
-    if path is not None:
-        try:
-            given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{path} must hold a mapping of settings, not a {type(given).__name__}")
+    given = read_mapping(path)
     for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"{override!r} is not of the form key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of {name} is not valid YAML: {text!r}") from error
+        name, value = read_change(override)
         for part in reversed(name.split(".")):
             value = {part: value}
         given = merged(given, value)

@@ -239,30 +239,43 @@ def load_settings(path: str | Path | None, overrides: list[str]) -> list[dict[st
         ValueError: if the file is not a YAML mapping, or a name is unknown (the nearest one is named).
         OSError: if the file cannot be read.
     """
-    import yaml
-
-    settings: dict[str, Any] = {}
-    if path is not None:
-        try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} must hold a mapping of settings, not a {type(settings).__name__}")
-    given: dict[str, Any] = {}
+    settings, given = read_mapping(path), {}
     for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"{override!r} is not of the form key=value")
+        name, value = read_change(override)
         section, _, key = name.rpartition(".")
         target = given.setdefault(section, {}) if section else given
-        try:
-            target[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of {name} is not valid YAML: {text!r}") from error
+        target[key] = value
     for layer in (settings, given):
         check_names(layer)
     return [settings, given]
+
+
+def read_mapping(path: str | Path | None) -> dict[str, Any]:
+    """The settings of a YAML file; none without a file. Raises ValueError if it holds no mapping."""
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, not a {type(found).__name__}")
+    return found
+
+
+def read_change(text: str) -> tuple[str, Any]:
+    """Name and value of `key=value`, the value read as YAML. Raises ValueError if it is neither."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is not of the form key=value")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {name} is not valid YAML: {value!r}") from error
 
 
 def as_number(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vismem.evaluation.runs import Runs
-from vismem.evaluation.settings import ABILITIES, Benchmark, Method, benchmarks_of, methods_of
+from vismem.evaluation.settings import ABILITIES, Benchmark, Method
 from vismem.evaluation.tables.gathering import Answers, gather, scores
 from vismem.evaluation.tables.layout import Cell, Table, averaged, measured
 
@@ -67,7 +67,7 @@ def partial(runs: Runs) -> Table:
     data = section.get("data") or {}
     if len(data) < 2:
         raise ValueError("the table partial needs partial.data: {full: FILE, partial: FILE}")
-    trained = methods_of(section["methods"]) if section.get("methods") else runs.settings.methods
+    trained, benchmarks = runs.settings.of(section)
     methods = {
         f"{method.name}, {name}": replace(
             method, name=f"{method.name}, {name}", train=[{**step, "data": source} for step in method.train]
@@ -79,7 +79,6 @@ def partial(runs: Runs) -> Table:
     if not methods:
         raise ValueError("the table partial needs a method with train: it trains it on each of partial.data")
     methods = {"vanilla": Method("vanilla"), **methods}
-    benchmarks = benchmarks_of(section["benchmarks"]) if section.get("benchmarks") else runs.settings.benchmarks
     answers = gather(runs, methods, benchmarks, "partial")
     return Table(
         name="partial",

@@ -6,7 +6,7 @@ import numpy as np
 
 from vismem.evaluation.intervals import interval
 from vismem.evaluation.runs import Runs
-from vismem.evaluation.settings import Method, benchmarks_of, methods_of
+from vismem.evaluation.settings import Method
 from vismem.evaluation.tables.comparing import columns_of, compared, seeds_note
 from vismem.evaluation.tables.gathering import Answers, gather, scores
 from vismem.evaluation.tables.layout import Cell, Table
@@ -21,7 +21,7 @@ def continual(runs: Runs) -> Table:
     stages = section.get("stages") or {}
     if len(stages) < 2:
         raise ValueError("the table continual needs continual.stages: {NAME: {data: FILE, ...}, ...}, two or more")
-    trained = methods_of(section["methods"]) if section.get("methods") else runs.settings.methods
+    trained, benchmarks = runs.settings.of(section)
     methods = {"vanilla": Method("vanilla")}
     chains: dict[str, list[str]] = {}
     for method in trained:
@@ -35,7 +35,6 @@ def continual(runs: Runs) -> Table:
             chains.setdefault(method.name, []).append(label)
     if not chains:
         raise ValueError("the table continual needs a method with train")
-    benchmarks = benchmarks_of(section["benchmarks"]) if section.get("benchmarks") else runs.settings.benchmarks
     answers = gather(runs, methods, benchmarks, "continual")
     cells = compared(methods, benchmarks, answers)
     names = [b.name for b in benchmarks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vismem.evaluation.runs import Runs
-from vismem.evaluation.settings import Method, benchmarks_of
+from vismem.evaluation.settings import Method
 from vismem.evaluation.tables.comparing import AVERAGE, columns_of, compared, seeds_note
 from vismem.evaluation.tables.gathering import gather
 from vismem.evaluation.tables.layout import Cell, Table, measured
@@ -118,7 +118,7 @@ def lengths(runs: Runs) -> Table:
                 changed[0]["memory"] = {**dict(changed[0].get("memory") or {}), name: value}
             methods[label] = Method(label, train=changed, invocation=section.get("invocation") or "")
             points.setdefault(name, []).append((value, label))
-    benchmarks = benchmarks_of(section["benchmarks"]) if section.get("benchmarks") else settings.benchmarks
+    _, benchmarks = settings.of(section)
     answers = gather(runs, methods, benchmarks, "lengths")
     usual = ", ".join(f"{symbol} = {getattr(config, name)}" for name, symbol in LENGTHS.items())
     return Table(
