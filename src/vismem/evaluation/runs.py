@@ -15,19 +15,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vismem import checkpoint as memory_files
 from vismem.data import Row, load_dataset_rows
 from vismem.decoding.invocation import Policy, read_policy
 from vismem.evaluation.answering import answer
 from vismem.evaluation.records import Record, RecordFile
 from vismem.evaluation.settings import POCKET, Benchmark, Method, Settings
+from vismem.loading import device_of, load_base
 from vismem.model import VisMem
 from vismem.training.arguments import check_names
 from vismem.training.baselines import CONFIG_FILE as ADAPTER_FILE
 from vismem.training.baselines import load_adapter
-from vismem.training.run import load_base, train
+from vismem.training.run import train
 
 log = logging.getLogger(__name__)
 
@@ -79,18 +78,15 @@ class Runs:
 
     def load(self, folder: Path | None) -> VisMem:
         """A model of its own with the memory or adapter in a folder, or with an untrained memory."""
-        settings = self.settings
-        options = {"dtype": settings.dtype, "trust_remote_code": settings.trust_remote_code}
-        if settings.attn_implementation:
-            options["attn_implementation"] = settings.attn_implementation
-        name = settings.base
+        settings, name = self.settings, self.settings.base
         if not name and folder is not None and (folder / memory_files.CONFIG_FILE).is_file():
             name = memory_files.base_location(memory_files.read_record(folder).base_name)
         if not name:
             raise ValueError("no base: set base=NAME_OR_FOLDER")
-        base, processor = load_base(name, options)
-        automatic = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        base.to(automatic if settings.device == "auto" else settings.device)
+        device = device_of(settings.device)
+        base, processor = load_base(name, device, settings.dtype, settings.trust_remote_code, log.info)
+        if settings.attn_implementation:
+            base.set_attn_implementation(settings.attn_implementation)
         if folder is not None and not (folder / ADAPTER_FILE).is_file():
             return VisMem.from_pretrained(folder, base=base, processor=processor)
         model = VisMem(base, processor).eval()
