@@ -230,7 +230,7 @@ class VisMem(nn.Module, PushToHubMixin):
             `vismem.Answer`s in the order in which they end, with `tokens`, `invocations`, `finish` and the request.
 
         Raises:
-            ValueError: if a request does not fit; names its number.
+            ValueError: if a request does not fit; names its tag where that is a text, else its number.
 
         Example:
             >>> for answer in model.stream_batch(prompts, batch_size=32, max_new_tokens=64):
