@@ -71,8 +71,10 @@ def test_groups_are_drawn_together():
     scores, groups = [1.0] * 10 + [0.0] * 10, [0] * 10 + [1] * 10
     mean, low, high = intervals.bootstrap_mean(scores, groups)
     assert (mean, low, high) == (0.5, 0.0, 1.0)
-    one, other = intervals.bootstrap_mean([1.0] * 30 + [0.0] * 10, [0] * 30 + [1] * 10)[1:]
-    assert (one, other) == (0.0, 1.0)  # a group's weight is its size
+    sizes = [8, 2] * 40  # a group's weight is its size
+    scores = [float(size == 8) for size in sizes for _ in range(size)]
+    mean, low, high = intervals.bootstrap_mean(scores, [g for g, size in enumerate(sizes) for _ in range(size)])
+    assert mean == 0.8 and 0.65 < low < mean < high < 0.92
 
 
 def test_averages_are_unweighted_over_benchmarks():

@@ -241,9 +241,9 @@ def pocket() -> dict[str, Any]:
         },
         "lengths": {
             "query_length": [2, 8],
-            "short_length": [8, 16, 32],
+            "short_length": [8, 16],
             "long_length": [4, 16],
-            "train": [{**warmup, "max_steps": 120}],
+            "train": [{**warmup, "max_steps": 100}],
             "invocation": "placed",
             "benchmarks": [pocket_benchmark(name, limit=64) for name in ("late", "rules", "both")],
         },
