@@ -6,6 +6,7 @@ for the same shapes, so that a table made again is the same table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 DRAWS = 2000
 HELD = 2**22  # numbers of questions drawn at a time
 LEVEL = (2.5, 97.5)  # percentiles
+Z = 1.959964  # of a normal distribution, for the same 95 %
 
 
 def matrix(scores: ArrayLike) -> NDArray[np.float64]:
@@ -98,3 +100,10 @@ def bootstrap_average(parts: Sequence[ArrayLike]) -> tuple[float, float, float]:
     """The unweighted average of several benchmarks' means, and its 95 % interval; benchmarks are drawn apart."""
     drawn = np.mean([draws(part, seed=index) for index, part in enumerate(parts)], axis=0)
     return float(np.mean([matrix(part).mean() for part in parts])), *interval(drawn)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share of n; a bootstrap of scores that are all alike has no width at all."""
+    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return max(middle - half, 0.0), min(middle + half, 1.0)

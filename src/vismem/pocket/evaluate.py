@@ -9,13 +9,13 @@ own `generate`; test-split handwriting; 95 % Wilson intervals.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import torch
 
+from vismem.evaluation.intervals import wilson
 from vismem.pocket import BASE_PATH, easyvqa, load_base
 from vismem.pocket.batches import Encoder, prompt_batch
 from vismem.pocket.conversations import Conversation, Turn, sample_conversation
@@ -25,14 +25,6 @@ from vismem.pocket.world import PROMOTION_RULES, RULES, sample_scene
 
 DISTANCE_TASKS = ("colour", "shape", "digit", "label", "row", "sum", "promotion")
 DISTANCES = {"once": (1, 2, 3, 4, 5, 6, 7, 8), "again": (1, 2, 4, 6, 8), "inside": (1, 2, 4, 6, 8)}
-
-
-def wilson(right: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of `right` successes in `n`."""
-    z, share = 1.96, right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return round(max(middle - half, 0.0), 4), round(min(middle + half, 1.0), 4)
 
 
 class Answerer:
@@ -81,7 +73,7 @@ class Answerer:
         """Accuracy with its interval, n, and the mean number of tokens from the first image's end to the reply."""
         replies = self(conversations, opened)
         right = sum(score(c.task, reply, c.answer) for c, reply in zip(conversations, replies, strict=True))
-        low, high = wilson(right, len(replies))
+        low, high = (round(end, 4) for end in wilson(right / len(replies), len(replies)))
         ages = []
         for conversation in conversations:
             ids = self.prompt(conversation)[0]

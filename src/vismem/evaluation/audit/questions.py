@@ -40,11 +40,8 @@ def pocket_questions(suite: str, count: int, seed: int) -> list[Row]:
 
     if suite not in SUITES:
         raise ValueError(f"unknown pocket suite {suite!r}; there are {', '.join(SUITES)}")
-    chosen = SUITES[suite]
-    each = -(-count // (len(chosen.cells) * chosen.share)) * chosen.share  # of a cell
-    found = suite_rows(suite, each // chosen.share, seed)
-    cells = [found[start : start + each] for start in range(0, len(found), each)]
-    return [row for turn in zip(*cells, strict=True) for row in turn][:count]
+    turn = len(SUITES[suite].cells) * SUITES[suite].share
+    return suite_rows(suite, -(-count // turn), seed)[:count]
 
 
 def drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:

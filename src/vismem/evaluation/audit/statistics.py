@@ -6,14 +6,11 @@ no width, however few they are; shares and changes therefore get at least the wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vismem.evaluation.intervals import bootstrap_mean
-
-Z = 1.959964  # of a 95 % interval
+from vismem.evaluation.intervals import bootstrap_mean, wilson
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,3 @@ def change(values: Sequence[float], others: Sequence[float], groups: Sequence[st
         return found
     bound = wilson(0.0, len(set(groups)))[1] * max(1.0, *map(abs, values))
     return Estimate(0.0, -bound, bound, found.n)
-
-
-def wilson(value: float, n: int) -> tuple[float, float]:
-    """The Wilson interval of a share of n."""
-    middle = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z * math.sqrt(value * (1 - value) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    return max(middle - half, 0.0), min(middle + half, 1.0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vismem import __version__
-from vismem.evaluation.intervals import bootstrap_average, bootstrap_mean, matrix
+from vismem.evaluation.intervals import bootstrap_average, bootstrap_mean, matrix, wilson
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ def measured(row: str, column: str, scores: Sequence[Sequence[float]]) -> Cell:
     """The cell of scores [seeds, questions]."""
     found = matrix(scores)
     value, low, high = bootstrap_mean(found)
+    if found.min() >= 0 and found.max() <= 1:  # a share: at least the width that so many questions have
+        least = wilson(value, found.shape[1])
+        low, high = min(low, least[0]), max(high, least[1])
     return Cell(row, column, *_rounded(value, low, high), found.shape[1], _rounded(*found.mean(1)))
 
 
@@ -132,14 +135,17 @@ def markdown(table: Table, command: str) -> str:
 
 
 def grid(table: Table) -> str:
-    """The table itself, in Markdown: shares in per cent with their interval."""
-    grouped = [f"{table.groups[c]}: {c}" if c in table.groups else c for c in table.columns]
-    lines = ["| " + " | ".join([table.first, *grouped]) + " |", "|" + " --- |" * (len(table.columns) + 1)]
-    for row in table.rows:
-        shown = [shown_cell(table.cell(row, column), table.units.get(column)) for column in table.columns]
-        if any(shown):
-            lines.append("| " + " | ".join([row, *shown]) + " |")
-    return "\n".join(lines)
+    """The table itself, in Markdown: shares in per cent with their interval; one with many columns lies on its side."""
+    headers = [f"{table.groups[c]}: {c}" if c in table.groups else c for c in table.columns]
+    lines = [
+        [row, *(shown_cell(table.cell(row, column), table.units.get(column)) for column in table.columns)]
+        for row in table.rows
+    ]
+    lines = [[table.first, *headers], *(line for line in lines if any(line[1:]))]
+    if len(table.columns) > max(len(table.rows), 8):
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    shown = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([shown[0], "|" + " --- |" * len(lines[0]), *shown[1:]])
 
 
 def shown_cell(cell: Cell | None, unit: str | None) -> str:

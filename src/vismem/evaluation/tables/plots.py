@@ -140,10 +140,10 @@ def when(table: Table, pyplot: Any) -> Any:
         values = [cell.value if (cell := table.cell(row, f"{kind} per answer")) else 0.0 for row in rows]
         axis.barh(rows, values, left=base, color=colour, label=f"{kind}-term", hatch=None if kind == "short" else "///")
         base = [a + b for a, b in zip(base, values, strict=True)]
-    axis.set(title="invocations per answer")
+    axis.set(xlabel="invocations per answer")
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.05), ncols=2)
     axes = right.subplots(len(table.rows), 1, sharex=True, squeeze=False)
     for axis, row in zip(axes[:, 0], table.rows, strict=True):
         under = [0] * bins
