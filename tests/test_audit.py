@@ -14,11 +14,14 @@ from vismem import cli
 from vismem.data import Row
 from vismem.decoding.invocation import Forced
 from vismem.evaluation.audit import run as running
+from vismem.evaluation.audit.bank import Bank
 from vismem.evaluation.audit.interventions import formed_by
 from vismem.evaluation.audit.names import INTERVENTIONS
 from vismem.evaluation.audit.questions import questions
+from vismem.evaluation.audit.reference import intact_answers
 from vismem.evaluation.audit.run import Options, audit
 from vismem.evaluation.audit.verdicts import NO, UNTESTED, YES
+from vismem.evaluation.records import RecordFile
 from vismem.pocket import MEMORY_PATH
 from vismem.training.rewards import load_rewards
 
@@ -161,6 +164,18 @@ def test_the_shipped_short_memory_is_of_the_image_and_worth_much(shipped, tmp_pa
     assert page.count("<svg") >= 5 and "pocket:late" in page and told(found, ORDER)["answer"] in page
     assert not re.search(r'(src|href)="(?!data:|#)', page.replace("xlink:href", "href")), "the page loads something"
     assert json.loads((tmp_path / "audit.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_rows_that_are_read_together_are_told_apart(shipped, tmp_path):
+    """Learned invocations let waiting prompts be read in one batch; each look is still noted as its own row's."""
+    rows = questions("pocket:late", 4, 1)
+    bank, store = Bank(shipped, rows, tmp_path / "bank"), RecordFile(tmp_path / "intact.jsonl", {})
+    intact_answers(bank, load_rewards("pocket"), store, batch_size=4, max_new_tokens=24)
+    for row_id, entry in bank.entries.items():
+        seen = bank.observation(row_id, 0)
+        query = shipped.memory.builder([seen.visual], [seen.states])[0]
+        assert torch.allclose(entry.queries[0], query, atol=1e-3)
+        assert torch.allclose(entry.visual, seen.visual, atol=1e-3)
 
 
 def test_both_kinds_are_replaced_apart(shipped, tmp_path):
