@@ -133,12 +133,13 @@ class Runs:
         """The method's answers, written now as far as an earlier run did not."""
         invocation = method.invocation or ("learned" if method.checkpoint or method.train else "off")
         tokens = benchmark.max_new_tokens or self.settings.max_new_tokens
-        asked = {name: value for name, value in asdict(benchmark).items() if name != "ability" and value}
+        apart = ("ability", "limit", "subtask")  # which questions are asked, and how they are grouped, may change
+        asked = {name: value for name, value in asdict(benchmark).items() if name not in apart and value}
         if benchmark.data.partition(":")[0] == POCKET:
             asked |= {"n": self.settings.n, "question_seed": self.settings.question_seed}
         known = {"base": self.settings.base, "checkpoint": method.checkpoint, "train": list(map(dict, method.train))}
         known |= {"invocation": invocation, "bound": method.bound, "seed": seed, "max_new_tokens": tokens}
-        known |= {"limit": self.settings.limit, "benchmark": asked}
+        known |= {"benchmark": asked}
         place = "base" if seed is None else f"seed{seed}"
         folder = Path(self.settings.output_dir) / "answers" / slug(method.name)
         file = RecordFile(folder / f"{slug(benchmark.name)}-{slug(invocation)}-{place}.jsonl", known)
@@ -156,9 +157,16 @@ class Runs:
                 max_new_tokens=tokens,
                 store=file,
                 label=f"{method.name}, {benchmark.name}",
-                keep=[benchmark.subtask] if benchmark.subtask else [],
+                keep=(),
             )
         return [file.records[row.id] for row in rows]
+
+    def subtasks(self, benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
+        """The sub-task of each record: a column of its question, or of the sample of a task of lmms-eval."""
+        if benchmark.task:
+            return [str(record.columns.get(benchmark.subtask, "")) for record in records]
+        columns = {row.id: row.columns for row in self.rows(benchmark)}
+        return [str(columns[record.id].get(benchmark.subtask, "")) for record in records]
 
     def task_records(
         self, method: Method, benchmark: Benchmark, seed: int | None, invocation: str, tokens: int, file: RecordFile
@@ -167,17 +175,9 @@ class Runs:
         from vismem.evaluation.lmms.run import task_records
 
         if not file.records:
+            asked = {"invocation": invocation, "batch_size": self.settings.batch_size, "max_new_tokens": tokens}
             limit = benchmark.limit if benchmark.limit is not None else self.settings.limit
-            file.add(
-                task_records(
-                    self.model(method, seed),
-                    benchmark.task,
-                    limit=limit,
-                    invocation=invocation,
-                    batch_size=self.settings.batch_size,
-                    max_new_tokens=tokens,
-                )
-            )
+            file.add(task_records(self.model(method, seed), benchmark.task, limit=limit, **asked))
         return list(file.records.values())
 
 

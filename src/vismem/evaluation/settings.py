@@ -206,8 +206,6 @@ def pocket() -> dict[str, Any]:
             {"name": "vanilla"},
             {"name": "bound", "bound": True},
             {"name": "LoRA, supervised", "train": [{**sft, "max_steps": 445}]},
-            # The updates of the memory's two stages of reinforcement learning, without a start from supervision.
-            {"name": "LoRA, GRPO", "train": [{"step": "grpo", "data": "pocket:stage2", "max_steps": 125}]},
             {
                 "name": "LoRA, supervised then GRPO",
                 "train": [{**sft, "max_steps": 320}, {"step": "grpo", "data": "pocket:stage2", "max_steps": 125}],

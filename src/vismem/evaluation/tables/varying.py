@@ -29,12 +29,10 @@ def subtasks(runs: Runs) -> Table:
     for benchmark in benchmarks:
         for label in methods:
             seeds = answers[label, benchmark.name]
-            names = dict.fromkeys(str(record.columns.get(benchmark.subtask, "")) for record in seeds[0])
-            for name in names:
+            told = runs.subtasks(benchmark, seeds[0])  # all seeds answer the same questions in the same order
+            for name in dict.fromkeys(told):
                 column = f"{benchmark.name}, {name}"
-                chosen = [
-                    [r.score for r in seed if str(r.columns.get(benchmark.subtask, "")) == name] for seed in seeds
-                ]
+                chosen = [[r.score for r, own in zip(seed, told, strict=True) if own == name] for seed in seeds]
                 cells.append(measured(label, column, chosen))
                 groups[column] = benchmark.name
                 if column not in columns:
