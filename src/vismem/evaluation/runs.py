@@ -146,7 +146,7 @@ class Runs:
         if benchmark.task:
             return self.task_records(method, benchmark, seed, invocation, tokens, file)
         rows = self.rows(benchmark, method.bound)
-        if len(file.done) < len(rows):
+        if any(row.id not in file.done for row in rows):
             model = self.model(method, seed)
             answer(
                 model,
