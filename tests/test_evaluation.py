@@ -357,6 +357,12 @@ TRAINED = {
 def test_tables_that_train_train_once_and_share(tmp_path, monkeypatch):
     settings = settings_of({**TRAINED, "output_dir": str(tmp_path)})
     make(["partial", "continual", "lengths"], settings, "{}")
+    assert {f.name for f in (tmp_path / "answers" / "lora-full").iterdir()} == {"one-off-seed0.jsonl"}
+    assert not Method("a", train=[{"step": "warmup"}, {"step": "grpo"}]).remembers
+    made = next(settings.runs.glob("sft*/adapter"))
+    assert Method("a", checkpoint=str(made)).policy == "off" == Method("a").policy
+    assert Method("a", checkpoint=str(made).replace("seed0", "seed{seed}")).policy == "off"
+    assert Method("a", checkpoint=str(MEMORY_PATH)).policy == "learned"
     rows = [row for row, _ in cells_of(tmp_path / "partial.json")]
     assert list(dict.fromkeys(rows)) == ["vanilla", "VisMem, full", "VisMem, partial", "LoRA, full", "LoRA, partial"]
     assert [p.name.partition("-")[0] for p in sorted(settings.runs.iterdir())] == ["sft"] * 4 + ["warmup"] * 4
@@ -424,8 +430,8 @@ def test_tables_say_what_they_lack(tmp_path):
     for name, settings, message in (
         ("partial", bare, "needs partial.data"),
         ("continual", bare, "needs continual.stages"),
-        ("lengths", bare, "no method has a checkpoint"),
-        ("invocation", bare, "no method has a checkpoint"),
+        ("lengths", bare, "no method has a memory"),
+        ("invocation", bare, "no method has a memory"),
         (
             "invocation",
             settings_of({**SMALL, "invocation": {"benchmarks": ["x"]}, "output_dir": str(tmp_path)}),

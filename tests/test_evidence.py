@@ -19,31 +19,36 @@ RESULTS = ROOT / "results" / "evaluation"
 
 
 def filling():
-    spec = importlib.util.spec_from_file_location("fill_evidence", ROOT / "docs" / "fill_evidence.py")
+    spec = importlib.util.spec_from_file_location("fill_tables", ROOT / "docs" / "fill_tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_page_has_the_tables_of_the_results():
+def test_pages_have_the_tables_of_the_results():
     module = filling()
-    text = module.PAGE.read_text(encoding="utf-8")
-    assert module.filled(text) == text, "run: python docs/fill_evidence.py"
-    named = {found["file"] for found in module.PLACE.finditer(text)}
+    texts = [page.read_text(encoding="utf-8") for page in module.PAGES]
+    assert [module.filled(text) for text in texts] == texts, "run: python docs/fill_tables.py"
+    named = {found["file"] for text in texts for found in module.PLACE.finditer(text)}
     assert {f"results/evaluation/{name}.json" for name in TABLES} <= named
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [*TABLES, "stages"])
 def test_tables_follow_from_the_kept_answers(name, tmp_path, monkeypatch):
     """Neither weights nor training: each table is made again from answers alone, cell for cell."""
-    shutil.copytree(RESULTS / "answers", tmp_path / "answers")
+    folder, file, given = RESULTS, None, ["preset=pocket"]
+    if name == "stages":
+        name, folder, file, given = "main", ROOT / "results" / "stages", ROOT / "configs" / "pocket-stages.yaml", []
+    shutil.copytree(folder / "answers", tmp_path / "answers")
     monkeypatch.setattr(Runs, "load", lambda *_: pytest.fail("a model was asked for"))
-    settings = load_settings(None, ["preset=pocket", f"output_dir={tmp_path}"])
+    settings = load_settings(file, [*given, f"output_dir={tmp_path}"])
     table = TABLES[name](Runs(settings))
     write(table, tmp_path, "")
-    assert read(tmp_path / f"{name}.json") == read(RESULTS / f"{name}.json")
+    assert read(tmp_path / f"{name}.json") == read(folder / f"{name}.json")
 
 
 def test_results_name_their_commands():
     for path in RESULTS.glob("*.json"):
         assert json.loads(path.read_text())["command"] == f"vismem eval tables {path.stem} preset=pocket"
+    stages = json.loads((ROOT / "results" / "stages" / "main.json").read_text())
+    assert stages["command"] == "vismem eval tables main configs/pocket-stages.yaml"

@@ -20,11 +20,10 @@ from vismem.data import Row, load_dataset_rows
 from vismem.decoding.invocation import Policy, read_policy
 from vismem.evaluation.answering import answer
 from vismem.evaluation.records import Record, RecordFile
-from vismem.evaluation.settings import POCKET, Benchmark, Method, Settings
+from vismem.evaluation.settings import ADAPTER_FILE, POCKET, Benchmark, Method, Settings
 from vismem.loading import device_of, load_base
 from vismem.model import VisMem
 from vismem.training.arguments import check_names
-from vismem.training.baselines import CONFIG_FILE as ADAPTER_FILE
 from vismem.training.baselines import load_adapter
 from vismem.training.run import train
 
@@ -131,7 +130,7 @@ class Runs:
 
     def records(self, method: Method, benchmark: Benchmark, seed: int | None) -> list[Record]:
         """The method's answers, written now as far as an earlier run did not."""
-        invocation = method.invocation or ("learned" if method.checkpoint or method.train else "off")
+        invocation = method.policy
         tokens = benchmark.max_new_tokens or self.settings.max_new_tokens
         apart = ("ability", "limit", "subtask")  # which questions are asked, and how they are grouped, may change
         asked = {name: value for name, value in asdict(benchmark).items() if name not in apart and value}

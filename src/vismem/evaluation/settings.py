@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vismem.training.arguments import read_change, read_mapping
+from vismem.training.baselines import CONFIG_FILE as ADAPTER_FILE
+from vismem.training.stages import BASELINES
 
 ABILITIES = ("understanding", "reasoning", "generation")
 POCKET = "pocket"
@@ -77,6 +79,24 @@ class Method:
         for step in self.train:
             if not isinstance(step, Mapping) or "step" not in step:
                 raise ValueError(f"method {self.name!r}: every entry of train needs a `step`, got {step!r}")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it is an adapter of the language model, so that there is no memory to invoke."""
+        if self.train:
+            return self.train[-1]["step"] in BASELINES
+        place = Path(self.checkpoint.replace("{seed}", "*"), ADAPTER_FILE)
+        return bool(self.checkpoint) and any(Path(place.anchor or ".").glob(str(place.relative_to(place.anchor))))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it has a memory."""
+        return bool(self.checkpoint or self.train) and not self.adapts
+
+    @property
+    def policy(self) -> str:
+        """Who invokes memory: as said, or else the model where there is a memory, and nobody where there is none."""
+        return self.invocation or ("learned" if self.remembers else "off")
 
     @property
     def seeded(self) -> bool:
@@ -164,9 +184,9 @@ class Settings:
             ValueError: if no method has a memory.
         """
         with_memory = [m for m in self.methods if m.name == self.memory] if self.memory else []
-        with_memory = with_memory or [m for m in self.methods if m.checkpoint or m.train]
+        with_memory = with_memory or [m for m in self.methods if m.remembers]
         if not with_memory:
-            raise ValueError("no method has a checkpoint or train, so there is no memory to look at")
+            raise ValueError("no method has a memory to look at: give one a checkpoint or train")
         return with_memory[-1]
 
 

@@ -38,8 +38,7 @@ class Way:
     @property
     def policy(self) -> str:
         """The policy's spelling."""
-        memory = self.method.checkpoint or self.method.train
-        return self.invocation or self.method.invocation or ("learned" if memory else "off")
+        return self.invocation or self.method.policy
 
 
 def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
