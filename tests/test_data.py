@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vismem.data import BadDataError, Rows, StreamingRows, load_dataset_rows, prompt_inputs, reward_columns
 from vismem.data.converters import convert_mulberry, convert_visual_cot, main
+from vismem.data.images import BadImage, open_image
 
 
 def png(seed: int = 0, size=(32, 32)) -> bytes:
@@ -250,6 +251,14 @@ BAD_IMAGES = {
     "large": (bomb(9_500), "more than 89,478,485 pixels"),
     "bomb": (bomb(20_000), "more than 89,478,485 pixels"),
 }
+
+
+def test_images_that_are_cut_off_are_bad_whatever_pillow_was_told(tmp_path, monkeypatch):
+    """lmms-eval, once imported, has Pillow fill up what is missing."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(BadImage, match="broken"):
+        open_image(png()[: len(png()) // 2], tmp_path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)

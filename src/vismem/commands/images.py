@@ -50,11 +50,13 @@ def decode(content: bytes, name: str):
     """Bytes as an RGB picture, turned as its EXIF data says."""
     from PIL import Image, ImageOps
 
+    from vismem.data.images import whole_images
+
     if not content:
         raise Failure(f"image {name} is empty")
     too_large = Failure(f"image {name} has more than {MOST_PIXELS:,} pixels, the limit; make it smaller first")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), whole_images():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(BytesIO(content)) as image:
                 if image.width * image.height > MOST_PIXELS:

@@ -5,17 +5,29 @@ from __future__ import annotations
 import base64
 import binascii
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 MOST_PIXELS = 89_478_485  # Pillow's own line between a large photograph and a decompression bomb
 
 
 class BadImage(ValueError):
     """An image that cannot be used; the message says which and why."""
+
+
+@contextmanager
+def whole_images() -> Iterator[None]:
+    """Lets Pillow refuse files that are cut off; other libraries (lmms-eval) tell it for good to fill them up."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def open_image(value: Any, folder: Path) -> Image.Image:
@@ -73,7 +85,7 @@ def _decode(content: bytes, name: str) -> Image.Image:
     if not content:
         raise BadImage(f"{name} is empty")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), whole_images():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_upright` draws the line
             with Image.open(BytesIO(content)) as image:
                 return _upright(image, name)
