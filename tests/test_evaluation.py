@@ -417,7 +417,9 @@ def test_questions_of_a_file_on_another_base(tmp_path):
         f"methods: [{{name: vanilla}}, {{name: ours, checkpoint: {tmp_path}/memory, invocation: 'random:1'}}]\n"
         f"benchmarks: [{{name: mine, data: {tmp_path}/q.jsonl, split: train, subtask: skill}}]\n"
     )
-    assert command_line(["eval", "tables", "main", "subtasks", str(file)]) == 0
+    assert command_line(["eval", "tables", "main", "subtasks", str(file), "latency={questions: 2}"]) == 0
+    command = read(tmp_path / "out" / "main.json")["command"]
+    assert command == f"vismem eval tables main {file} 'latency={{questions: 2}}'"
     assert set(cells_of(tmp_path / "out" / "main.json")) == {("vanilla", "mine"), ("ours", "mine")}
     assert ("both", "mine, s1") in cells_of(tmp_path / "out" / "subtasks.json")
     answers = (tmp_path / "out" / "answers" / "ours" / "mine-random-1-base.jsonl").read_text().splitlines()

@@ -36,7 +36,7 @@ def make(names: Sequence[str], settings: Settings, command: str) -> list[Path]:
     Args:
         names: of `TABLES`.
         settings: of the evaluation.
-        command: to be named in the files, with `{}` for the table's name.
+        command: to be named in the files; its first `{}` stands for the name of the table.
 
     Returns:
         The files.
@@ -48,7 +48,7 @@ def make(names: Sequence[str], settings: Settings, command: str) -> list[Path]:
     for name in names:
         table = TABLES[name](runs)
         folder = Path(settings.output_dir)
-        found += write(table, folder, command.format(name))
+        found += write(table, folder, command.replace("{}", name, 1))
         draw(table, folder / f"{name}.png")
         found.append(folder / f"{name}.png")
     return found
