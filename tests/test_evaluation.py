@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,6 +385,27 @@ def test_tables_that_train_train_once_and_share(tmp_path, monkeypatch):
     monkeypatch.setattr(vismem.evaluation.runs, "train", lambda *_, **__: pytest.fail("it is trained already"))
     make(["partial", "lengths"], settings, "{}")
     assert stage.is_dir()
+
+
+def test_every_step_goes_on_from_the_one_before_and_shares_what_is_alike(tmp_path, monkeypatch):
+    steps = []
+
+    def train(name, layers, resume):
+        steps.append((name, layers[-1]))
+        return Path(layers[-1]["output_dir"]) / "result"
+
+    monkeypatch.setattr(vismem.evaluation.runs, "train", train)
+    runs = Runs(settings_of({**SMALL, "output_dir": str(tmp_path), "training": {"preset": "pocket"}}))
+    first, second = {"step": "sft", "max_steps": 2}, {"step": "grpo"}
+    made = runs.artefact(Method("both", train=[first, second]), 3)
+    assert [name for name, _ in steps] == ["sft", "grpo"] and all(changes["seed"] == 3 for _, changes in steps)
+    assert "checkpoint" not in steps[0][1] and steps[1][1]["checkpoint"] == f"{steps[0][1]['output_dir']}/result"
+    assert made.parent == Path(steps[1][1]["output_dir"])
+    alone = runs.artefact(Method("alone", train=[first]), 3)
+    assert str(alone) == steps[1][1]["checkpoint"]
+    assert (
+        runs.artefact(Method("x", train=[second]), 3) != made and runs.artefact(Method("x", train=[first]), 4) != alone
+    )
 
 
 def test_a_method_of_each_seed(tmp_path):
