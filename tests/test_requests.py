@@ -448,3 +448,31 @@ def test_a_request_goes_on_without_a_row_that_was_given_up(model):
     assert [answer.finish for answer in answers] == ["cancelled", "cancelled", "length"]
     assert all(answer.tokens == row[: len(answer.tokens)] for answer, row in zip(answers, new, strict=True))
     assert answers[0].tokens == [] and answers[1].tokens and answers[2].sampled == 8
+
+
+def test_what_a_token_was_thought_of(model):
+    """`top` gives log-probabilities before temperature and truncation, and leaves out what was put in."""
+    each = prompts(model, 2)[1]
+    settings = {"do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 8, "eos_token_id": None}
+    asked = [
+        Request(each, top=2, seed=4),
+        Request(each, top=0, seed=4),
+        Request(each, seed=4),
+        Request(each, top=5, seed=4, invocation=Forced([(0, 3, "short")])),
+    ]
+    found = {id(a.request): a for a in model.stream_batch(asked, batch_size=4, invocation="off", **settings)}
+    out = model.generate(
+        **each, **settings, invocation="off", seed=[4], return_dict_in_generate=True, output_logits=True
+    )
+    two, none, nothing, forced = (found[id(request)] for request in asked)
+    assert two.tokens == none.tokens == nothing.tokens and nothing.tops == []
+    for token, logits, top, bare in zip(two.tokens, out.logits, two.tops, none.tops, strict=True):
+        expected = logits[0].log_softmax(-1)
+        assert top.log_prob == pytest.approx(float(expected[token]), abs=1e-4) and bare.likeliest == []
+        assert bare.log_prob == top.log_prob
+        values, ids = expected.topk(2)
+        assert [one for one, _ in top.likeliest] == ids.tolist()
+        assert [value for _, value in top.likeliest] == pytest.approx(values.tolist(), abs=1e-4)
+    (look,) = forced.invocations
+    assert [i for i, top in enumerate(forced.tops) if top is None] == [look.position, look.position + 1]
+    assert all(len(top.likeliest) == 5 for top in forced.tops if top is not None)

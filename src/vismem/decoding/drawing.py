@@ -16,7 +16,7 @@ from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.decoding.cache import Aligned, Slots, on_device
 from vismem.decoding.chance import pick
 from vismem.decoding.rows import Row, Settings
-from vismem.decoding.trace import Invocation
+from vismem.decoding.trace import Invocation, Top
 from vismem.tokens import MemoryTokens
 
 CHUNK = 64  # tokens that the table of ids grows by
@@ -32,6 +32,7 @@ class Drawn:
         raw, scores: [n, V], before and after processors.
         log_probs: [n] of the tokens, where rows are recorded.
         allowed: [n], which kinds each might have invoked.
+        tops: log-probabilities before processors, of the tokens [n], and the likeliest, [n, k] and their ids [n, k].
     """
 
     rows: list[Row]
@@ -40,6 +41,7 @@ class Drawn:
     scores: Tensor
     log_probs: Tensor | None = None
     allowed: list[list[bool]] = field(default_factory=list)
+    tops: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         places = range(len(self.raw)) if self.slots is None else {slot: at for at, slot in enumerate(self.slots)}
@@ -116,6 +118,10 @@ class Drawing:
             tokens = torch.multinomial(torch.softmax(drawn, dim=-1), 1, generator=settings.generator).squeeze(1)
         if any(row.settings.record for row in group.rows):
             group.log_probs = drawn.gather(1, tokens[:, None]).squeeze(1) - drawn.logsumexp(-1)
+        most = max((row.top for row in group.rows if row.top is not None), default=None)
+        if most is not None:
+            log_probs = logits.log_softmax(-1)
+            group.tops = log_probs.gather(1, tokens[:, None]).squeeze(1), *log_probs.topk(min(most, width))
         return tokens
 
     def processed(self, group: Drawn, logits: Tensor) -> Tensor:
@@ -178,6 +184,9 @@ class Drawing:
             if settings.keeps_scores:
                 self.keep(row, group.raw[at], group.scores[at])
             self.note(row, token, None if group.log_probs is None else group.log_probs[at], group.allowed[at])
+            if row.top is not None:
+                own, best, ids = (part[at].tolist() for part in group.tops)
+                row.tops.append(Top(own, list(zip(ids, best, strict=True))[: row.top]))
             if kind is not None:
                 row.invocations.append(Invocation(kind, len(row.tokens) - 1, 0, forced=False))
                 row.gap = 0
@@ -207,6 +216,8 @@ class Drawing:
             self.ids = torch.cat([self.ids, more], dim=1)
         self.ids[row.slot, row.length] = token
         self.note(row, token, None, [False, False])
+        if row.top is not None:
+            row.tops.append(None)
 
     def note(self, row: Row, token: int, log_prob: Tensor | None, allowed: list[bool]) -> None:
         """Appends a token to the row's answer, with what it was drawn with; `log_prob` is None where it was put in."""

@@ -19,7 +19,7 @@ from vismem.decoding.engine import Decoder
 from vismem.decoding.generation import Layout, Prepared, setting
 from vismem.decoding.invocation import Policy, policy_of
 from vismem.decoding.rows import Row, plain
-from vismem.decoding.trace import Invocation, Rollout
+from vismem.decoding.trace import Invocation, Rollout, Top
 
 if TYPE_CHECKING:
     from vismem.model import VisMem
@@ -37,6 +37,7 @@ class Request:
         seed: of the sampling; row n of the request draws from `seed + n`, or from entry n of a list. Without one,
             torch's global generator gives it. A row's words depend on its seed alone, not on what runs beside it.
         generation: generation keywords of its own.
+        top: keep each sampled token's log-probability, and those of that many likeliest ones; None keeps nothing.
         tag: anything; answers bring it back.
     """
 
@@ -44,6 +45,7 @@ class Request:
     invocation: str | Policy | None = None
     seed: int | list[int] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    top: int | None = None
     tag: Any = None
 
 
@@ -84,6 +86,11 @@ class Answer:
     def invocations(self) -> list[Invocation]:
         """The invocations so far."""
         return [] if self._row is None else self._row.invocations
+
+    @property
+    def tops(self) -> list[Top | None]:
+        """What the request's `top` asks for, for each token so far; None where it was put in."""
+        return [] if self._row is None else self._row.tops
 
     @property
     def rollout(self) -> Rollout:
@@ -280,7 +287,7 @@ class RequestQueue:
             if len(groups) > 1:
                 row.settings = copy.copy(row.settings)
                 row.settings.budget = budget
-            answer._row, row.tag = row, answer.tag
+            answer._row, row.tag, row.top = row, answer.tag, answer.request.top
             self.answers[id(row)] = answer
             if answer.finish is not None:  # given up while it waited, with others of its request going on
                 self.answers.pop(id(row))

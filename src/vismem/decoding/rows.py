@@ -15,7 +15,7 @@ from vismem.backbones import Image, Patches
 from vismem.config import VisMemConfig
 from vismem.decoding.chance import Draws
 from vismem.decoding.invocation import Policy
-from vismem.decoding.trace import Invocation, Rollout, VisMemOutput
+from vismem.decoding.trace import Invocation, Rollout, Top, VisMemOutput
 
 # Processors that look at scores alone: rows of different lengths and prompts can go through them together.
 BLIND = (
@@ -101,6 +101,8 @@ class Row:
         chosen: for each new token whether it was sampled (True) or put in.
         open: for each new token which kinds the row might have invoked instead, in the order of `KINDS`.
         log_probs: for each new token the log-probability that it was drawn with; None where it was put in.
+        top: keep each sampled token's log-probability and those of that many likeliest ones; None keeps nothing.
+        tops: for each new token what `top` asks for; None where it was put in.
         tag: its request's, or None.
     """
 
@@ -123,6 +125,8 @@ class Row:
     chosen: list[bool] = field(default_factory=list)
     open: list[list[bool]] = field(default_factory=list)
     log_probs: list[Tensor | None] = field(default_factory=list)
+    top: int | None = None
+    tops: list[Top | None] = field(default_factory=list)
     tag: Any = None
 
     @property

@@ -36,6 +36,19 @@ class Invocation:
         return {"kind": self.kind, "position": self.position, "length": self.length, "forced": self.forced}
 
 
+@dataclass(frozen=True)
+class Top:
+    """What the model thought of a token that it sampled, before temperature, penalties and truncation.
+
+    Args:
+        log_prob: of the token.
+        likeliest: ids and log-probabilities of the likeliest tokens, from the top.
+    """
+
+    log_prob: float
+    likeliest: list[tuple[int, float]]
+
+
 @dataclass
 class Rollout:
     """One answer as training needs it: what was sampled, what was put in, and with which chances.

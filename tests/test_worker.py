@@ -1,0 +1,187 @@
+"""The worker: words do not depend on who else asks, everything ends, and nothing is left behind."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+import pytest
+import tiny
+
+from vismem import Request
+from vismem.decoding.invocation import Forced
+from vismem.serving.worker import Closed, Full, Worker
+
+BOUND = 60  # seconds after which a test gives up
+
+
+class Inbox(queue.Queue):
+    """What a listener was told."""
+
+    def all(self, rows: int = 1) -> list:
+        """All news up to the last row's end."""
+        found = []
+        while sum(news.finish is not None for news in found) < rows:
+            found.append(self.get(timeout=BOUND))
+        return found
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.equip("idefics3")
+
+
+@pytest.fixture
+def worker(model):
+    made = Worker(model, batch_size=4, most_waiting=3, record=True, max_new_tokens=12, eos_token_id=None)
+    yield made
+    made.close()
+
+
+def prompt(model, text="look again!", *pictures):
+    return tiny.prompts(model.processor, [tiny.message(text, *pictures)])
+
+
+def test_words_are_those_of_generate(model, worker):
+    asked = [
+        Request(prompt(model, "one", tiny.picture(1)), invocation=Forced([(0, 2, "short"), (0, 5, "long")]), top=1),
+        Request(prompt(model, "another one"), generation={"do_sample": True}, seed=3),
+    ]
+    boxes = [Inbox() for _ in asked]
+    tickets = [worker.submit(request, box.put) for request, box in zip(asked, boxes, strict=True)]
+    for request, box, ticket in zip(asked, boxes, tickets, strict=True):
+        news = box.all()
+        policy, seed = request.invocation or "learned", [request.seed or 0]
+        settings = {"max_new_tokens": 12, "eos_token_id": None, **request.generation}
+        out = model.generate(
+            **request.inputs, **settings, invocation=policy, seed=seed, return_dict_in_generate=True, record=True
+        )
+        tokens = [token for each in news for token in each.tokens]
+        assert tokens == out.sequences[0, request.inputs["input_ids"].shape[1] :].tolist()
+        assert [one for each in news for one in each.invocations] == out.invocations[0]
+        assert [each.finish for each in news] == [None] * (len(news) - 1) + ["length"]
+        assert ticket.answers[0].rollout.tokens.tolist() == tokens
+        assert sum(len(each.tops) for each in news) == (len(tokens) if request.top else 0)
+    assert all(one.length for one in news[0].invocations)  # whole when they are told of
+    worker.call(lambda: None).result(BOUND)
+    assert worker.rows == 0 and not worker.tickets
+
+
+def test_several_rows(model, worker):
+    box = Inbox()
+    request = Request(prompt(model), generation={"num_return_sequences": 3, "do_sample": True}, seed=1)
+    worker.submit(request, box.put, rows=3)
+    ended = [news.index for news in box.all(3) if news.finish]
+    assert sorted(ended) == [0, 1, 2]
+
+
+def test_no_more_than_may_wait(model, worker):
+    hold = threading.Event()
+    worker.call(hold.wait, BOUND)
+    boxes = [Inbox() for _ in range(7)]
+    for box in boxes:
+        worker.submit(Request(prompt(model)), box.put)
+    assert worker.rows == 7
+    with pytest.raises(Full, match="7 rows are being written or wait; there is room for 3 to wait"):
+        worker.submit(Request(prompt(model)), print)
+    hold.set()
+    for box in boxes:
+        assert box.all()[-1].finish == "length"
+    with pytest.raises(ValueError, match="5 rows does not fit a batch of 4"):
+        worker.submit(Request(prompt(model)), print, rows=5)
+
+
+def test_cancel_waiting_and_under_way(model, worker):
+    long = {"max_new_tokens": 10_000}
+    boxes = [Inbox() for _ in range(6)]
+    tickets = [worker.submit(Request(prompt(model), generation=long), box.put) for box in boxes]
+    assert boxes[0].get(timeout=BOUND).finish is None
+    for ticket in tickets:
+        worker.cancel(ticket)
+    assert [box.all()[-1].finish for box in boxes] == ["cancelled"] * 6
+    worker.cancel(tickets[0])  # once more does no harm
+    box = Inbox()
+    worker.submit(Request(prompt(model)), box.put)
+    assert box.all()[-1].finish == "length"
+
+
+def test_a_bad_request_fails_alone(model, worker):
+    good, bad, wrong = Inbox(), Inbox(), Inbox()
+    worker.submit(Request(prompt(model)), good.put)
+    worker.submit(Request(prompt(model), invocation=Forced([(0, 0, "short")])), bad.put)  # no image to look at
+    worker.submit(Request(prompt(model), generation={"num_return_sequences": 2}), wrong.put)  # said to be one row
+    assert good.all()[-1].finish == "length"
+    (news,) = bad.all()
+    assert news.finish == "error" and "image" in str(news.error)
+    (news,) = wrong.all()
+    assert news.finish == "error" and "2 rows, not 1" in str(news.error)
+
+
+def test_a_failing_listener_costs_its_own_request(model, worker):
+    def listener(news):
+        raise RuntimeError("gone")
+
+    box = Inbox()
+    ticket = worker.submit(Request(prompt(model), generation={"max_new_tokens": 10_000}), listener)
+    worker.submit(Request(prompt(model)), box.put)
+    assert box.all()[-1].finish == "length"
+    worker.call(lambda: None).result(BOUND)
+    assert ticket.answers[0].finish == "cancelled" and worker.rows == 0
+
+
+def test_a_step_that_fails_is_not_the_end(model, worker, monkeypatch):
+    step = worker.queue.step
+
+    def failing():
+        monkeypatch.setattr(worker.queue, "step", step)
+        worker.queue.clear()
+        raise MemoryError("no room")
+
+    box = Inbox()
+    monkeypatch.setattr(worker.queue, "step", failing)
+    worker.submit(Request(prompt(model)), box.put)
+    assert box.all()[-1].finish == "cancelled"
+    worker.submit(Request(prompt(model)), box.put)
+    assert box.all()[-1].finish == "length"
+
+
+def test_calls_are_made_between_steps(model, worker):
+    box = Inbox()
+    worker.submit(Request(prompt(model), generation={"max_new_tokens": 10_000}), box.put)
+    assert worker.call(threading.current_thread).result(BOUND) is worker.thread
+    with pytest.raises(ZeroDivisionError):
+        worker.call(lambda: 1 / 0).result(BOUND)
+    assert worker.alive
+
+
+def test_close_lets_rows_finish(model):
+    worker = Worker(model, batch_size=2, max_new_tokens=12, eos_token_id=None)
+    box = Inbox()
+    worker.submit(Request(prompt(model)), box.put)
+    worker.close(finish_within=BOUND)
+    assert box.all()[-1].finish == "length" and not worker.alive
+    with pytest.raises(Closed):
+        worker.submit(Request(prompt(model)), box.put)
+    with pytest.raises(Closed):
+        worker.call(print)
+    worker.close()
+
+
+def test_close_cancels_what_takes_too_long(model):
+    worker = Worker(model, batch_size=1, max_new_tokens=1_000_000, eos_token_id=None)
+    boxes = [Inbox(), Inbox()]
+    for box in boxes:
+        worker.submit(Request(prompt(model)), box.put)
+    boxes[0].get(timeout=BOUND)
+    worker.close()
+    assert [box.all()[-1].finish for box in boxes] == ["cancelled", "cancelled"]
+
+
+def test_an_idle_worker_does_nothing(model, worker, monkeypatch):
+    box = Inbox()
+    worker.submit(Request(prompt(model)), box.put)
+    box.all()
+    monkeypatch.setattr(worker.queue, "step", lambda: pytest.fail("stepped with nothing to do"))
+    time.sleep(0.05)
+    assert worker.alive
