@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TextIO
 
+from vismem.decoding.text import Detokenizer
 from vismem.evaluation.marks import SHAPES
 
 COLOURS = {"short": "1;36", "long": "1;35", "faint": "2"}  # cyan, magenta, dim
@@ -59,8 +60,7 @@ class Paper:
 class Streamer:
     """A streamer in the sense of transformers' `generate`: writes one row's answer on `paper`, token by token.
 
-    Decodes from the last place where the text was whole, so that a character of several tokens comes out at once, and
-    an answer of n tokens costs n short decodings. Memory marks are written where they fall between the words.
+    Memory marks are written where they fall between the words.
 
     Args:
         tokenizer: of the processor.
@@ -69,10 +69,8 @@ class Streamer:
     """
 
     def __init__(self, tokenizer, tokens, paper: Paper) -> None:
-        self.tokenizer, self.paper = tokenizer, paper
+        self.words, self.paper = Detokenizer(tokenizer), paper
         self.kind_of, self.silent = tokens.kind_of, frozenset(tokens.end_ids.values())
-        self.ids: list[int] = []  # the answer's words so far
-        self.start = self.read = 0  # decoded from `start`; written up to `read`
 
     def put(self, value) -> None:
         """Takes the prompt [1, L], which is left out, then the new tokens [1] one by one."""
@@ -82,19 +80,7 @@ class Streamer:
             if token in self.kind_of:
                 self.paper.mark(self.kind_of[token])
             elif token not in self.silent:
-                self.ids.append(token)
-                self.advance()
-
-    def advance(self, last: bool = False) -> None:
-        """Writes what has become whole since the last call; with `last`, all that is left."""
-        written = len(self.decode(self.ids[self.start : self.read]))
-        text = self.decode(self.ids[self.start :])
-        if len(text) > written and (last or not text.endswith("\ufffd")):
-            self.paper.text(text[written:])
-            self.start, self.read = self.read, len(self.ids)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+                self.paper.text(self.words.put(token))
 
     def end(self) -> None:
-        self.advance(last=True)
+        self.paper.text(self.words.end())

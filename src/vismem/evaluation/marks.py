@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from vismem.config import KINDS, Kind
+from vismem.decoding.text import Detokenizer
 
 SHAPES: dict[Kind, str] = {"short": "◆", "long": "●"}
 INK: dict[Kind, str] = {"short": "#007d8c", "long": "#a0267e"}  # also apart for those who see red and green alike
@@ -45,26 +46,27 @@ def pieces(new_tokens: Sequence[int], tokenizer: Any, tokens: Any) -> list[Piece
         [Piece('Row 2', None, None), Piece('', 'short', 0), Piece(' red.', None, None)]
     """
     found: list[Piece] = []
-    words: list[int] = []
-    written = count = 0
-    ends = set(tokens.end_ids.values())
-
-    def advance(last: bool = False) -> None:
-        nonlocal written
-        text = tokenizer.decode(words, skip_special_tokens=True)
-        if len(text) > written and (last or not text.endswith("\ufffd")):  # a character of several tokens waits
-            found.append(Piece(text[written:]))
-            written = len(text)
-
+    words, count, ends = Detokenizer(tokenizer), 0, set(tokens.end_ids.values())
     for token in new_tokens:
         if token in tokens.kind_of:
-            advance()
             found.append(Piece("", tokens.kind_of[token], count))
             count += 1
-        elif token not in ends:
-            words.append(token)
-    advance(last=True)
-    return found
+        elif token not in ends and (text := words.put(token)):
+            found.append(Piece(text))
+    if text := words.end():
+        found.append(Piece(text))
+    return joined(found)
+
+
+def joined(found: Sequence[Piece]) -> list[Piece]:
+    """The same pieces, words that follow each other as one."""
+    merged: list[Piece] = []
+    for piece in found:
+        if merged and piece.kind is None and merged[-1].kind is None:
+            merged[-1] = Piece(merged[-1].text + piece.text)
+        else:
+            merged.append(piece)
+    return merged
 
 
 def plain(found: Sequence[Piece]) -> str:

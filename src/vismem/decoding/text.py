@@ -1,0 +1,45 @@
+"""Token ids as text, token by token: what has become whole comes out, what is half a character waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Detokenizer:
+    """Turns the words of one answer into text while it is written.
+
+    Decodes from the last place where the text was whole, so that a character of several tokens comes out at once, and
+    an answer of n tokens costs n short decodings. Invocation and end tokens are not words; leave them out.
+
+    Args:
+        tokenizer: of the processor.
+
+    Example:
+        >>> words = Detokenizer(processor.tokenizer)
+        >>> "".join([*map(words.put, ids), words.end()])
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = self.read = 0  # decoded from `start`; given out up to `read`
+
+    def put(self, token: int) -> str:
+        """Takes the next word's id and returns the text that is whole now."""
+        self.ids.append(token)
+        return self._advance()
+
+    def end(self) -> str:
+        """Returns all that is left, whole or not."""
+        return self._advance(last=True)
+
+    def _advance(self, last: bool = False) -> str:
+        written = len(self._decode(self.ids[self.start : self.read]))
+        text = self._decode(self.ids[self.start :])
+        if len(text) > written and (last or not text.endswith("\ufffd")):
+            self.start, self.read = self.read, len(self.ids)
+            return text[written:]
+        return ""
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
