@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import ModelOutput, PushToHubMixin
 
 from vismem import checkpoint
@@ -480,6 +479,8 @@ class VisMem(nn.Module, PushToHubMixin):
             ValueError: if the files are damaged, or were made for another base; names both.
             OSError: if the memory or its base cannot be found.
         """
+        from transformers import AutoModelForImageTextToText, AutoProcessor  # slow to import
+
         folder = checkpoint.locate(pretrained_model_name_or_path, revision, token)
         record = checkpoint.read_record(folder)
         name = checkpoint.base_location(record.base_name) if base is None else base.name_or_path

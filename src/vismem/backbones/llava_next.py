@@ -6,7 +6,6 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from vismem.backbones.base import Image
 from vismem.backbones.llava import LlavaBackbone
@@ -63,6 +62,8 @@ class LlavaNextBackbone(LlavaBackbone):
 
     def tiles(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the tiles of a picture of `size` (height, width)."""
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape  # slow to import
+
         config = self.base.config
         return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
@@ -90,6 +91,8 @@ class LlavaNextBackbone(LlavaBackbone):
 
 def inside(grid: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
     """Rows and columns of a padded `grid` of patches that show a picture of `size` (height, width)."""
+    from transformers.models.llava_next.modeling_llava_next import unpad_image  # slow to import
+
     cells = torch.arange(grid[0] * grid[1]).view(1, *grid)
     kept = unpad_image(cells, size)[0]  # the base's own rule; nothing may be left of a picture that is a mere line
     top, left = divmod(int(kept[0, 0]) if kept.numel() else 0, grid[1])

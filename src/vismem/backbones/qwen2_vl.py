@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_position_ids
 
 from vismem.backbones.base import Backbone, Image, Rotary, join_heads
@@ -77,6 +76,8 @@ class Qwen2VLBackbone(Backbone):
         return cos.unflatten(0, coordinates.shape[:-1]), sin.unflatten(0, coordinates.shape[:-1])
 
     def qkv(self, block: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision  # slow to import
+
         heads = block.attn.num_heads
         fused = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, heads, -1))  # [n, t, 3, heads, head_dim]
         query, key, value = fused.unbind(2)

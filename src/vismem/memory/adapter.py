@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 
@@ -52,6 +50,9 @@ class Adapter(nn.Module):
     def __init__(
         self, module: nn.Module, targets: tuple[str, ...], r: int, alpha: int, dropout: float, fused_qkv: bool = False
     ) -> None:
+        from peft import LoraConfig, inject_adapter_in_model  # slow to import
+        from peft.tuners.lora import LoraLayer
+
         super().__init__()
         if any(isinstance(layer, LoraLayer) for layer in module.modules()):
             raise ValueError(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vismem.backbones import Backbone
 from vismem.config import Kind
@@ -212,6 +211,8 @@ def recomputed(base: nn.Module) -> Iterator[None]:
     transformers asks for training mode; it is set on the layers themselves and on nothing within them. They may keep
     their cache, which is only read here.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     states = [(layer.training, layer.gradient_checkpointing, layer._can_checkpoint_with_cache) for layer in layers]
     try:
