@@ -1,0 +1,1 @@
+"""The viewer: what happened in an answer, as data, as HTML and as a page in the browser."""

@@ -1,0 +1,108 @@
+"""A conversation as one HTML file: pictures, answers with chips, and every panel, with nothing to load from elsewhere.
+
+Chips lead to their panels by address alone, so the page needs no script; printed, it shows all panels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup
+from PIL import Image
+
+import vismem
+from vismem.app.inspection import Inspection
+from vismem.app.panels import CSS, SHARED, answer_html, data_url, environment, panel, timeline
+from vismem.evaluation.marks import Piece
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer to a question.
+
+    Args:
+        name: what tells it from another answer to the same question, as `"with memory"` or `"without"`.
+        pieces: its words and marks (`Inspection.pieces`).
+        inspection: of it; None leaves out timeline and panels, as for an answer that was given up.
+        settings: how it was written, as text by name.
+    """
+
+    name: str
+    pieces: Sequence[Piece]
+    inspection: Inspection | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with its answers.
+
+    Args:
+        question: as it was asked.
+        answers: one, or several side by side.
+        pictures: those that came with this question.
+        settings: of all its answers, as text by name.
+    """
+
+    question: str
+    answers: Sequence[Reply]
+    pictures: Sequence[Image.Image] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is exported.
+
+    Args:
+        turns: in order.
+        title: of the page.
+        settings: of all turns, as the model and its memory, as text by name.
+    """
+
+    turns: Sequence[Turn]
+    title: str = "A conversation with memory"
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+def page(conversation: Conversation) -> str:
+    """A conversation as one self-contained HTML page.
+
+    Example:
+        >>> reply = Reply("with memory", inspection.pieces, inspection)
+        >>> Path("answer.html").write_text(page(Conversation([Turn(question, [reply], [picture])])), encoding="utf-8")
+    """
+    turns = [
+        {
+            "turn": turn,
+            "number": number,
+            "pictures": [picture_url(picture) for picture in turn.pictures],
+            "replies": [shown(reply, number, place) for place, reply in enumerate(turn.answers)],
+        }
+        for number, turn in enumerate(conversation.turns)
+    ]
+    return environment.get_template("page.html").render(
+        conversation=conversation, turns=turns, css=Markup(CSS), version=vismem.__version__
+    )
+
+
+def shown(reply: Reply, turn: int, place: int) -> dict[str, Any]:
+    """One answer's fragments."""
+    key = f"{turn}-{place}"
+    links = f"vm-{key}" if reply.inspection is not None else None
+    found: dict[str, Any] = {"reply": reply, "key": key, "timeline": "", "panels": []}
+    common = {"turn": turn, "side": reply.name, "links": links}
+    found["answer"] = Markup(answer_html(reply.pieces, **common))
+    if reply.inspection is not None:
+        found["timeline"] = Markup(timeline(reply.inspection.tokens, reply.inspection.attention, **common))
+        found["panels"] = [Markup(panel(reply.inspection, m.index, key=key)) for m in reply.inspection.moments]
+    return found
+
+
+def picture_url(picture: Image.Image) -> str:
+    """A picture as an address, of `SHARED` pixels at most."""
+    copy = picture.convert("RGB")
+    copy.thumbnail((SHARED, SHARED))
+    return data_url(copy)

@@ -1,0 +1,328 @@
+"""An inspected answer as HTML: chips in the text, a strip of its tokens, and a panel for each invocation.
+
+Fragments need `CSS` and nothing else: no script, no file, no network. Each can be read without colour, by keyboard, in
+light and dark, and on a narrow screen. What the numbers are is said in `inspection.py`; whole pages are `export.py`'s.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from vismem.app.inspection import HeatMap, Inspection, Map, Moment, Token
+from vismem.config import Kind
+from vismem.evaluation.drawing import HOT, PALE, enlarged, scale_end
+from vismem.evaluation.marks import SHAPES, Piece
+
+CSS: str = files("vismem.app").joinpath("templates/viewer.css").read_text(encoding="utf-8")
+SIDE = 560  # pixels of a picture under a map: twice what it is shown at
+SHARED = 720  # pixels of a picture on an exported page
+MOST_WORDS = 240  # tokens that a panel draws one by one
+STRONGEST = 3  # words that get their number
+
+environment = Environment(
+    loader=PackageLoader("vismem.app"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def answer_html(
+    pieces: Sequence[Piece],
+    *,
+    turn: int = 0,
+    side: str = "memory",
+    selected: int | None = None,
+    links: str | None = None,
+    writing: bool = False,
+) -> str:
+    """An answer's words, with a chip at each invocation.
+
+    Args:
+        pieces: as `evaluation.marks.pieces` gives them, or `Inspection.pieces`.
+        turn, side: what the chips carry as `data-turn` and `data-side`; `data-index` is the invocation's.
+        selected: the invocation whose panel is open.
+        links: chips lead to `#<links>-<index>` instead of being buttons, for pages without a script.
+        writing: the answer is still being written: a cursor stands at its end.
+    """
+    return environment.get_template("answer.html").render(
+        pieces=pieces, turn=turn, side=side, selected=selected, links=links, writing=writing, shapes=SHAPES
+    )
+
+
+def timeline(
+    tokens: Sequence[Token],
+    attention: Mapping[Kind, Sequence[float]] | None = None,
+    *,
+    turn: int = 0,
+    side: str = "memory",
+    selected: int | None = None,
+    links: str | None = None,
+) -> str:
+    """A strip of an answer's tokens with a mark at each invocation, and how much each token attended to memory.
+
+    Args:
+        tokens: `Inspection.tokens`, or `inspection.spelled(...)` of an answer that is still being written.
+        attention: `Inspection.attention`, where there is one.
+        turn, side, selected, links: as for `answer_html`.
+    """
+    attention = attention or {}
+    most = max(
+        (max(a + b for a, b in zip(*both, strict=True)) for both in [pair(attention, len(tokens))] if tokens), default=0
+    )
+    short, long = pair(attention, len(tokens))
+    return environment.get_template("timeline.html").render(
+        tokens=[
+            {"token": token, "name": named(token), "short": short[i], "long": long[i], "place": i}
+            for i, token in enumerate(tokens)
+        ],
+        count=sum(token.part == "mark" for token in tokens),
+        most=most,
+        turn=turn,
+        side=side,
+        selected=selected,
+        links=links,
+        shapes=SHAPES,
+    )
+
+
+def pair(attention: Mapping[Kind, Sequence[float]], count: int) -> tuple[Sequence[float], Sequence[float]]:
+    """The shares of short and of long memory, 0 where there is none."""
+    none = [0.0] * count
+    return attention.get("short", none), attention.get("long", none)
+
+
+def panel(inspection: Inspection, index: int, vector: int | None = None, *, key: str = "0") -> str:
+    """All that is known of one invocation, as one fragment.
+
+    Args:
+        inspection: the answer's.
+        index: of the invocation.
+        vector: of the memory, to be shown first; None is the mean of all.
+        key: tells this answer from others on the same page.
+
+    Raises:
+        ValueError: if there is no such invocation or vector.
+    """
+    if not 0 <= index < len(inspection.moments):
+        raise ValueError(f"there is no invocation {index}; the answer has {len(inspection.moments)}")
+    moment = inspection.moments[index]
+    if vector is not None and not 0 <= vector < moment.vectors:
+        raise ValueError(f"there is no vector {vector}; the memory has {moment.vectors}")
+    return environment.get_template("panel.html").render(
+        moment=moment,
+        key=f"vm-{key}-{index}",
+        shape=SHAPES[moment.kind],
+        before="".join(token.text for token in inspection.tokens[: moment.position] if token.part == "word")[-60:],
+        looks=[look(inspection, moment, each) for each in moment.looked.maps] if moment.looked else [],
+        total=len(inspection.moments),
+        several=len(inspection.pictures) > 1,
+        shares=shares(moment),
+        words=words(inspection, moment),
+        later=later(inspection, moment),
+        groups=groups(moment),
+        likely=likely(moment),
+        chosen=vector,
+    )
+
+
+# What a template is given.
+
+
+def look(inspection: Inspection, moment: Moment, found: HeatMap) -> dict[str, Any]:
+    """A short memory's maps over one picture."""
+    picture = inspection.pictures[found.picture]
+    pale = Image.fromarray(
+        (255 * (1 - PALE * (1 - np.asarray(picture.convert("L"), dtype=np.float64) / 255))).astype(np.uint8)
+    )
+    most = scale_end([found.mean, *([] if found.read is None else [found.read])])
+    each = scale_end(list(found.vectors))
+    return {
+        "ground": data_url(enlarged(pale, SIDE).convert("L")),
+        "ratio": picture.height / picture.width,
+        "number": found.picture + 1,
+        "share": found.share,
+        "views": [layer("mean of all vectors", "mean", found.mean, most)]
+        + [layer(f"vector {i + 1}", str(i + 1), heat, each) for i, heat in enumerate(found.vectors)],
+        "read": None if found.read is None else layer("what the answer read", "read", found.read, most),
+    }
+
+
+def layer(title: str, name: str, heat: Map, end: float) -> dict[str, Any]:
+    """One map: its image, its scale, and in words where it is highest."""
+    row, column = np.unravel_index(int(heat.argmax()), heat.shape)
+    return {
+        "title": title,
+        "name": name,
+        "url": data_url(painted(heat, end)),
+        "end": end,
+        "peak": float(heat.max()),
+        "place": place((row + 0.5) / heat.shape[0], (column + 0.5) / heat.shape[1]),
+    }
+
+
+def painted(heat: Map, end: float) -> Image.Image:
+    """A map as a small image of one colour, the more opaque the higher, to lie on a pale picture."""
+    strength = np.clip(heat / end, 0, 1)[..., None]
+    colour = np.broadcast_to(HOT, (*heat.shape, 3))
+    return Image.fromarray((255 * np.concatenate([colour, strength], -1)).round().astype(np.uint8), "RGBA")
+
+
+def place(down: float, across: float) -> str:
+    """Where a point lies in a picture, in words; from 0 to 1 each."""
+    rows, columns = ("at the top", "", "at the bottom"), ("left", "middle", "right")
+    row, column = rows[min(int(3 * down), 2)], columns[min(int(3 * across), 2)]
+    if not row:
+        return "in the middle" if column == "middle" else f"in the middle, {column}"
+    return row if column == "middle" else f"{row} {column}"
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as an address, in the smaller of two formats; maps, which are see-through, always as PNG."""
+    kinds = ["png"] if image.mode == "RGBA" else ["png", "jpeg"]
+    found = []
+    for kind in kinds:
+        held = io.BytesIO()
+        image.save(held, format=kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
+        found.append(f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}")
+    return min(found, key=len)
+
+
+SHARES = {
+    "picture": "picture",
+    "padding": "padding around it",
+    "class token": "class token",
+    "segment": "words of the segment",
+    "query": "its query",
+    "memory": "itself",
+}
+
+
+def shares(moment: Moment) -> list[dict[str, Any]]:
+    """Where a memory's attention went while it was formed."""
+    found = moment.looked or moment.read
+    return (
+        []
+        if found is None
+        else [{"name": SHARES[name], "share": share} for name, share in found.shares.items() if share > 0]
+    )
+
+
+def words(inspection: Inspection, moment: Moment) -> list[dict[str, Any]]:
+    """A long memory's segment: for the mean and for each vector its words with their strength."""
+    if moment.read is None:
+        return []
+    start = moment.read.start
+    tokens = inspection.tokens[start : start + len(moment.read.mean)]
+    rows = [("mean of all vectors", "mean", moment.read.mean)]
+    rows += [(f"vector {i + 1}", str(i + 1), row) for i, row in enumerate(moment.read.vectors)]
+    found = []
+    for title, name, weights in rows:
+        times = weights / max(float(weights.mean()), 1e-12)  # 1 is the even share within the segment
+        end = max(2.0, float(times.max()))
+        ranks = {int(place): rank for rank, place in enumerate(np.argsort(-times)[:STRONGEST])}
+        found.append(
+            {
+                "title": title,
+                "name": name,
+                "words": [
+                    {
+                        "name": named(token),
+                        "token": token,
+                        "times": float(t),
+                        "strength": float(t) / end,
+                        "rank": ranks.get(i),
+                    }
+                    for i, (token, t) in enumerate(zip(tokens, times, strict=True))
+                ],
+            }
+        )
+    return found
+
+
+def later(inspection: Inspection, moment: Moment) -> dict[str, Any] | None:
+    """The tokens after an invocation with what its slots got."""
+    if moment.later is None:
+        return None
+    values, start = moment.later.shares[:MOST_WORDS], moment.later.start
+    most = max(values)
+    strongest = set(np.argsort([-value for value in values])[:STRONGEST].tolist())
+    return {
+        "most": most,
+        "words": [
+            {
+                "name": named(inspection.tokens[start + i]),
+                "token": inspection.tokens[start + i],
+                "share": value,
+                "height": value / most if most else 0.0,
+                "strong": i in strongest,
+            }
+            for i, value in enumerate(values)
+        ],
+        "rest": len(moment.later.shares) - len(values),
+    }
+
+
+def groups(moment: Moment) -> list[dict[str, Any]]:
+    """Where the attention of later tokens went, and how many places each group has."""
+    if moment.later is None:
+        return []
+    found, places = moment.later.groups, moment.later.places
+    return [{"name": name, "share": share, "places": places[name]} for name, share in found.items() if places[name]]
+
+
+def likely(moment: Moment) -> dict[str, Any] | None:
+    """The next word's distribution with and without the memory, and what it comes to in a sentence."""
+    if moment.next is None:
+        return None
+    found = moment.next.candidates
+    given, without = max(found, key=lambda each: each.given), max(found, key=lambda each: each.without)
+    return {"rows": found, "kl": moment.next.kl, "given": given, "without": without, "put_in": moment.next.put_in}
+
+
+def named(token: Token) -> str:
+    """A token in words, for titles and screen readers."""
+    if token.part == "mark":
+        return f"{token.kind}-term memory {(token.index or 0) + 1}"
+    if token.part == "end":
+        return "end of the memory"
+    if token.part == "special":
+        return token.text
+    return visible(token.text) or "a part of a character"
+
+
+def visible(text: str) -> str:
+    """A token's text without the space before it, line ends as a sign."""
+    return text.replace("\r", "").replace("\n", "↵").replace("\t", "⇥").strip(" ") or ("space" if text else "")
+
+
+def percent(share: float) -> str:
+    """A share as text, of two digits at most where it is small.
+
+    Example:
+        >>> percent(0.1234), percent(0.00002)
+        ('12 %', '<0.1 %')
+    """
+    if 0 < share < 0.001:
+        return "<0.1\u202f%"
+    if share > 0.999 and share < 1:
+        return ">99.9\u202f%"
+    digits = 0 if share >= 0.0995 or share == 0 else 1
+    return f"{100 * share:.{digits}f}\u202f%"
+
+
+def times(value: float) -> str:
+    """How many times the even share."""
+    return f"{value:.1f}\u00d7" if value < 9.95 else f"{value:.0f}\u00d7"
+
+
+environment.filters |= {"percent": percent, "times": times, "visible": visible}
