@@ -13,9 +13,12 @@ from markupsafe import Markup
 from PIL import Image
 
 import vismem
-from vismem.app.inspection import Inspection
-from vismem.app.panels import CSS, SHARED, answer_html, data_url, environment, panel, timeline
+from vismem.app.findings import Inspection
+from vismem.app.maps import data_url
+from vismem.app.panels import CSS, answer_html, environment, panel, timeline
 from vismem.evaluation.marks import Piece
+
+LARGEST = 720  # pixels of the longer side of a picture
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def shown(reply: Reply, turn: int, place: int) -> dict[str, Any]:
 
 
 def picture_url(picture: Image.Image) -> str:
-    """A picture as an address, of `SHARED` pixels at most."""
+    """A picture as an address, of `LARGEST` pixels at most."""
     copy = picture.convert("RGB")
-    copy.thumbnail((SHARED, SHARED))
+    copy.thumbnail((LARGEST, LARGEST))
     return data_url(copy)

@@ -1,28 +1,26 @@
-"""Everything the viewer shows of one finished answer, as data: what memory looked at, read, and did to the words.
+"""One finished answer inspected: what its memories looked at, what they read, and what they did to the words.
 
-The numbers are those of `evaluation/` (looks, readings, attention, replaying), brought together for one answer; how
-they are drawn is for `panels.py`. What a model cannot show is left out, with the reason in one line.
+The numbers are those of `evaluation/` (looks, readings, attention, replaying), brought together as `findings.py` has
+them. What a model cannot show is left out, with the reason in one line. How it all is drawn is for `panels.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vismem.app.findings import Candidate, HeatMap, Inspection, Later, Looked, Moment, NextWord, Read, Token
 from vismem.config import KINDS, Kind
 from vismem.decoding.text import Detokenizer
 from vismem.decoding.trace import Rollout
 from vismem.evaluation.attention import SlotAttention, attention_to_slots
 from vismem.evaluation.looks import Look, looks
-from vismem.evaluation.marks import Piece, pieces
+from vismem.evaluation.marks import pieces
 from vismem.evaluation.readings import Reading, readings, segment_start
 from vismem.evaluation.replaying import Pair, distributions
 from vismem.model import VisMem
@@ -30,189 +28,8 @@ from vismem.model import VisMem
 LIKELIEST = 8  # tokens listed of the two distributions after an invocation
 LARGEST = 640  # pixels of the longer side of the pictures that are kept
 FINEST = 128  # cells of the longer side of a heat map, where a picture's patches do not lie on one plain grid
+PARTS: dict[Kind, tuple[str, ...]] = {"short": ("looked", "later", "next"), "long": ("read", "later", "next")}
 T = TypeVar("T")
-Map = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of an answer.
-
-    Args:
-        text: its text; of the first bytes of a character none, of a special token its name.
-        part: `"word"`, an invocation's `"mark"`, its `"end"`, or `"special"` as the end of an answer.
-        kind, index: of the invocation, for its mark and its end.
-    """
-
-    text: str
-    part: Literal["word", "mark", "end", "special"] = "word"
-    kind: Kind | None = None
-    index: int | None = None
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """Attention over one picture, in multiples of the even share, so that 1 everywhere is no preference.
-
-    Args:
-        picture: index among the prompt's pictures.
-        share: of memory's attention that went to this picture's patches, 0 to 1.
-        mean: [height, width], of all vectors.
-        vectors: [N, height, width], of each.
-        read: [height, width], what the answer read of this memory, each vector laid where it started; None where
-            vectors start nowhere, or nothing was read.
-    """
-
-    picture: int
-    share: float
-    mean: Map
-    vectors: Map
-    read: Map | None
-
-
-@dataclass(frozen=True)
-class Looked:
-    """Where a short-term memory looked.
-
-    Args:
-        maps: one for each picture that the vision tower saw.
-        shares: where its attention went, 1 in all: `"picture"`, `"padding"`, `"class token"`, `"query"`, `"memory"`.
-        layers: of the tower, which everything is a mean over.
-    """
-
-    maps: list[HeatMap]
-    shares: dict[str, float]
-    layers: int
-
-
-@dataclass(frozen=True)
-class Read:
-    """What a long-term memory read.
-
-    Args:
-        start: the segment's first token among the answer's; it has as many as there are weights.
-        mean: [z], attention to each of the segment's tokens, 0 to 1, mean over vectors.
-        vectors: [N, z], of each.
-        shares: where attention went, 1 in all: `"segment"`, `"query"`, `"memory"`.
-        layers: of the language model, which everything is a mean over.
-    """
-
-    start: int
-    mean: Map
-    vectors: Map
-    shares: dict[str, float]
-    layers: int
-
-
-@dataclass(frozen=True)
-class Later:
-    """How much the tokens after an invocation attend to its slots, mean over heads and layers.
-
-    Args:
-        start: the first of them among the answer's tokens, which is the end token.
-        shares: of each token's attention, as it is read.
-        slots: [N], what each slot got, mean over these tokens.
-        groups: where all of their attention went, 1 in all: `"this memory"`, `"other memories"`, `"picture"`,
-            `"prompt"`, `"answer"`.
-        places: how many places each group has, as the last token sees them.
-    """
-
-    start: int
-    shares: list[float]
-    slots: list[float]
-    groups: dict[str, float]
-    places: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A token that might come next: its probability with the memory in place and without it.
-
-    Args:
-        text: the token.
-        given, without: the probabilities.
-        written: whether the answer has it there.
-    """
-
-    text: str
-    given: float
-    without: float
-    written: bool
-
-
-@dataclass(frozen=True)
-class NextWord:
-    """The next-token distribution right after an invocation, with the memory and with its vectors taken out.
-
-    Args:
-        candidates: the likeliest tokens of either, by the higher probability.
-        kl: KL(with || without), in nats.
-        put_in: whether the token that follows was put in, not sampled, or nothing follows.
-    """
-
-    candidates: list[Candidate]
-    kl: float
-    put_in: bool
-
-
-@dataclass(frozen=True)
-class Moment:
-    """One invocation of an answer.
-
-    Args:
-        index: among the answer's invocations.
-        kind: `"short"` or `"long"`.
-        position: of its token among the answer's tokens.
-        forced: whether a policy put it in.
-        vectors: N, how many vectors were inserted; 0 if nothing was formed.
-        looked: of a short memory; read: of a long one; later, next: of both. None where `missing` says why.
-        missing: for each part that is not there the reason, in one line.
-    """
-
-    index: int
-    kind: Kind
-    position: int
-    forced: bool
-    vectors: int
-    looked: Looked | None = None
-    read: Read | None = None
-    later: Later | None = None
-    next: NextWord | None = None
-    missing: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What the viewer shows of one finished answer.
-
-    Args:
-        tokens: all tokens of the answer.
-        pieces: its words and marks, as `evaluation.marks` gives them.
-        moments: its invocations, in order.
-        attention: for each kind that was invoked, the share of each token's attention that all its slots got.
-        pictures: the prompt's pictures, the large ones smaller than they were.
-    """
-
-    tokens: list[Token]
-    pieces: list[Piece]
-    moments: list[Moment]
-    attention: dict[Kind, list[float]]
-    pictures: list[Image.Image] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, numbers of maps with four digits; the pictures are left out."""
-        return {name: plain(getattr(self, name)) for name in ("tokens", "pieces", "moments", "attention")}
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses and arrays as dictionaries and lists."""
-    if isinstance(value, np.ndarray):
-        return np.vectorize(lambda each: float(f"{each:.4g}"), otypes=[object])(value).tolist() if value.size else []
-    if dataclasses.is_dataclass(value):
-        return {each.name: plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list) else value
 
 
 @torch.no_grad()
@@ -226,7 +43,7 @@ def inspect_answer(
     """Inspects one answer; to be called where nothing else runs the model (`Worker.call`).
 
     Costs a formation of every memory, one forward with eager attention, and one more forward for each invocation and
-    one for all.
+    one for all. An answer without invocations costs nothing.
 
     Args:
         model: the model that wrote it.
@@ -245,64 +62,49 @@ def inspect_answer(
     if len(inputs["input_ids"]) != 1:
         raise ValueError(f"one answer is inspected at a time, but the inputs have {len(inputs['input_ids'])} prompts")
     inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
-    tokenizer, ids = model.processor.tokenizer, rollout.tokens.tolist()
-    tokens = spelled(ids, tokenizer, model.tokens)
-    formed = [i for i, invocation in enumerate(rollout.invocations) if invocation.length]
-    kinds = {rollout.invocations[index].kind for index in formed}
-    looked, read, seen, pairs = [attempted(lambda: None)] * 4
-    if "short" in kinds:
-        looked = attempted(
-            lambda: {
-                look.index: look for look in looks(model, inputs, [rollout.invocations], [pictures], **processor_kwargs)
-            }
-        )
-    if "long" in kinds:
-        read = attempted(lambda: {reading.index: reading for reading in readings(model, inputs, [rollout])})
+    tokenizer, ids, invocations = model.processor.tokenizer, rollout.tokens.tolist(), rollout.invocations
+    formed = {invocation.kind for invocation in invocations if invocation.length}
+
+    def all_looks() -> dict[int, Look]:
+        return {look.index: look for look in looks(model, inputs, [invocations], [pictures], **processor_kwargs)}
+
+    found: dict[str, tuple[Any, str]] = {}  # for each part what it is made of, or None and why
+    if "short" in formed:
+        found["looked"] = attempted(all_looks)
+    if "long" in formed:
+        found["read"] = attempted(lambda: {each.index: each for each in readings(model, inputs, [rollout])})
     if formed:
-        seen = attempted(lambda: attention_to_slots(model, inputs, [rollout])[0])
-        pairs = attempted(lambda: {p.index: p for p in distributions(model, inputs, [rollout], lambda *_: None)})
-    moments = []
-    for index, invocation in enumerate(rollout.invocations):
-        moment = {"index": index, "kind": invocation.kind, "position": invocation.position}
-        moment |= {"forced": invocation.forced, "vectors": invocation.length}
-        if index not in formed:
-            moments.append(
-                Moment(**moment, missing=dict.fromkeys(parts(invocation.kind), "this invocation formed no memory"))
-            )
-            continue
-        missing: dict[str, str] = {}
-
-        def part(
-            name: str, found: tuple[Any, str], make: Callable[[Any], Any], missing: dict[str, str] = missing
-        ) -> Any:
-            value, reason = found
-            if value is None:
-                missing[name] = reason
-                return None
-            return make(value)
-
-        if invocation.kind == "short":
-            moment["looked"] = part("looked", looked, lambda found, i=index: looked_of(found[i], seen[0]))
-        else:
-            moment["read"] = part("read", read, lambda found, i=index: read_of(found[i], segment_start(rollout, i)))
-        moment["later"] = part(
-            "later", seen, lambda found, i=index: later_of(found, i, inputs, model.backbone.image_token_id)
+        found["later"] = attempted(lambda: attention_to_slots(model, inputs, [rollout])[0])
+        found["next"] = attempted(
+            lambda: {p.index: p for p in distributions(model, inputs, [rollout], lambda *_: None)}
         )
-        moment["next"] = part("next", pairs, lambda found, i=index: next_of(found[i], rollout, model))
-        moments.append(Moment(**moment, missing=missing))
-    attention = {}
-    if seen[0] is not None:
-        for kind in KINDS:
-            mine = [slots.sum(-1).mean(0) for slots, of in zip(seen[0].slots, seen[0].kinds, strict=True) if of == kind]
-            if mine:
-                attention[kind] = sum(mine).tolist()
-    kept = [smaller(picture) for picture in pictures]
-    return Inspection(tokens, pieces(ids, tokenizer, model.tokens), moments, attention, kept)
-
-
-def parts(kind: Kind) -> tuple[str, ...]:
-    """Names of what there is to show of an invocation."""
-    return ("looked" if kind == "short" else "read", "later", "next")
+    seen: SlotAttention | None = found["later"][0] if formed else None
+    make: dict[str, Callable[[Any, int], Any]] = {
+        "looked": lambda every, index: looked_of(every[index], seen),
+        "read": lambda every, index: read_of(every[index], segment_start(rollout, index)),
+        "later": lambda slots, index: later_of(slots, index, inputs, model.backbone.image_token_id),
+        "next": lambda every, index: next_of(every[index], rollout, model),
+    }
+    moments = []
+    for index, invocation in enumerate(invocations):
+        shown, missing = {}, {}
+        for part in PARTS[invocation.kind]:
+            source, reason = found[part] if invocation.length else (None, "this invocation formed no memory")
+            if source is None:
+                missing[part] = reason
+            else:
+                shown[part] = make[part](source, index)
+        moment = Moment(
+            index, invocation.kind, invocation.position, invocation.forced, invocation.length, **shown, missing=missing
+        )
+        moments.append(moment)
+    return Inspection(
+        spelled(ids, tokenizer, model.tokens),
+        pieces(ids, tokenizer, model.tokens),
+        moments,
+        {} if seen is None else by_kind(seen),
+        [smaller(picture) for picture in pictures],
+    )
 
 
 def attempted(find: Callable[[], T]) -> tuple[T | None, str]:
@@ -320,6 +122,16 @@ def smaller(picture: Image.Image) -> Image.Image:
     copy = picture.convert("RGB")
     copy.thumbnail((LARGEST, LARGEST))
     return copy
+
+
+def by_kind(seen: SlotAttention) -> dict[Kind, list[float]]:
+    """For each kind that was invoked, the share of each token's attention that all its slots got."""
+    found = {}
+    for kind in KINDS:
+        mine = [slots.sum(-1).mean(0) for slots, of in zip(seen.slots, seen.kinds, strict=True) if of == kind]
+        if mine:
+            found[kind] = torch.stack(mine).sum(0).tolist()
+    return found
 
 
 def spelled(ids: Sequence[int], tokenizer: Any, tokens: Any) -> list[Token]:
@@ -342,6 +154,8 @@ def spelled(ids: Sequence[int], tokenizer: Any, tokens: Any) -> list[Token]:
             found.append(Token(str(tokenizer.convert_ids_to_tokens(each)), "special"))
         else:
             found.append(Token(words.put(each)))
+    if found and found[-1].part == "special":
+        found[-1] = Token(found[-1].text, "stop")
     return found
 
 
@@ -434,3 +248,6 @@ def word_after(before: list[int], token: int, model: VisMem) -> str:
     if token in tokenizer.all_special_ids:
         return str(tokenizer.convert_ids_to_tokens(token))
     return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) if before else 0 :]
+
+
+__all__ = ["Inspection", "Moment", "Token", "inspect_answer", "spelled"]

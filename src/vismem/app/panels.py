@@ -6,24 +6,19 @@ light and dark, and on a narrow screen. What the numbers are is said in `inspect
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
-from vismem.app.inspection import HeatMap, Inspection, Map, Moment, Token
+from vismem.app.findings import Inspection, Moment, Token
+from vismem.app.maps import data_url, look
 from vismem.config import Kind
-from vismem.evaluation.drawing import HOT, PALE, enlarged, scale_end
 from vismem.evaluation.marks import SHAPES, Piece
 
 CSS: str = files("vismem.app").joinpath("templates/viewer.css").read_text(encoding="utf-8")
-SIDE = 560  # pixels of a picture under a map: twice what it is shown at
-SHARED = 720  # pixels of a picture on an exported page
 MOST_WORDS = 240  # tokens that a panel draws one by one
 STRONGEST = 3  # words that get their number
 
@@ -76,10 +71,9 @@ def timeline(
         turn, side, selected, links: as for `answer_html`.
     """
     attention = attention or {}
-    most = max(
-        (max(a + b for a, b in zip(*both, strict=True)) for both in [pair(attention, len(tokens))] if tokens), default=0
-    )
-    short, long = pair(attention, len(tokens))
+    none = [0.0] * len(tokens)
+    short, long = attention.get("short", none), attention.get("long", none)
+    most = max((a + b for a, b in zip(short, long, strict=True)), default=0.0)
     return environment.get_template("timeline.html").render(
         tokens=[
             {"token": token, "name": named(token), "short": short[i], "long": long[i], "place": i}
@@ -93,12 +87,6 @@ def timeline(
         links=links,
         shapes=SHAPES,
     )
-
-
-def pair(attention: Mapping[Kind, Sequence[float]], count: int) -> tuple[Sequence[float], Sequence[float]]:
-    """The shares of short and of long memory, 0 where there is none."""
-    none = [0.0] * count
-    return attention.get("short", none), attention.get("long", none)
 
 
 def panel(inspection: Inspection, index: int, vector: int | None = None, *, key: str = "0") -> str:
@@ -123,11 +111,12 @@ def panel(inspection: Inspection, index: int, vector: int | None = None, *, key:
         key=f"vm-{key}-{index}",
         shape=SHAPES[moment.kind],
         before="".join(token.text for token in inspection.tokens[: moment.position] if token.part == "word")[-60:],
-        looks=[look(inspection, moment, each) for each in moment.looked.maps] if moment.looked else [],
+        looks=[look(each, inspection.pictures[each.picture]) for each in moment.looked.maps] if moment.looked else [],
         total=len(inspection.moments),
         several=len(inspection.pictures) > 1,
         shares=shares(moment),
         words=words(inspection, moment),
+        unread=0 if moment.read is None else max(len(moment.read.mean) - MOST_WORDS, 0),
         later=later(inspection, moment),
         groups=groups(moment),
         likely=likely(moment),
@@ -136,65 +125,6 @@ def panel(inspection: Inspection, index: int, vector: int | None = None, *, key:
 
 
 # What a template is given.
-
-
-def look(inspection: Inspection, moment: Moment, found: HeatMap) -> dict[str, Any]:
-    """A short memory's maps over one picture."""
-    picture = inspection.pictures[found.picture]
-    pale = Image.fromarray(
-        (255 * (1 - PALE * (1 - np.asarray(picture.convert("L"), dtype=np.float64) / 255))).astype(np.uint8)
-    )
-    most = scale_end([found.mean, *([] if found.read is None else [found.read])])
-    each = scale_end(list(found.vectors))
-    return {
-        "ground": data_url(enlarged(pale, SIDE).convert("L")),
-        "ratio": picture.height / picture.width,
-        "number": found.picture + 1,
-        "share": found.share,
-        "views": [layer("mean of all vectors", "mean", found.mean, most)]
-        + [layer(f"vector {i + 1}", str(i + 1), heat, each) for i, heat in enumerate(found.vectors)],
-        "read": None if found.read is None else layer("what the answer read", "read", found.read, most),
-    }
-
-
-def layer(title: str, name: str, heat: Map, end: float) -> dict[str, Any]:
-    """One map: its image, its scale, and in words where it is highest."""
-    row, column = np.unravel_index(int(heat.argmax()), heat.shape)
-    return {
-        "title": title,
-        "name": name,
-        "url": data_url(painted(heat, end)),
-        "end": end,
-        "peak": float(heat.max()),
-        "place": place((row + 0.5) / heat.shape[0], (column + 0.5) / heat.shape[1]),
-    }
-
-
-def painted(heat: Map, end: float) -> Image.Image:
-    """A map as a small image of one colour, the more opaque the higher, to lie on a pale picture."""
-    strength = np.clip(heat / end, 0, 1)[..., None]
-    colour = np.broadcast_to(HOT, (*heat.shape, 3))
-    return Image.fromarray((255 * np.concatenate([colour, strength], -1)).round().astype(np.uint8), "RGBA")
-
-
-def place(down: float, across: float) -> str:
-    """Where a point lies in a picture, in words; from 0 to 1 each."""
-    rows, columns = ("at the top", "", "at the bottom"), ("left", "middle", "right")
-    row, column = rows[min(int(3 * down), 2)], columns[min(int(3 * across), 2)]
-    if not row:
-        return "in the middle" if column == "middle" else f"in the middle, {column}"
-    return row if column == "middle" else f"{row} {column}"
-
-
-def data_url(image: Image.Image) -> str:
-    """An image as an address, in the smaller of two formats; maps, which are see-through, always as PNG."""
-    kinds = ["png"] if image.mode == "RGBA" else ["png", "jpeg"]
-    found = []
-    for kind in kinds:
-        held = io.BytesIO()
-        image.save(held, format=kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
-        found.append(f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}")
-    return min(found, key=len)
 
 
 SHARES = {
@@ -218,31 +148,25 @@ def shares(moment: Moment) -> list[dict[str, Any]]:
 
 
 def words(inspection: Inspection, moment: Moment) -> list[dict[str, Any]]:
-    """A long memory's segment: for the mean and for each vector its words with their strength."""
+    """A long memory's segment: for the mean and for each vector its last words with their strength."""
     if moment.read is None:
         return []
-    start = moment.read.start
-    tokens = inspection.tokens[start : start + len(moment.read.mean)]
+    end = moment.read.start + len(moment.read.mean)
     rows = [("mean of all vectors", "mean", moment.read.mean)]
     rows += [(f"vector {i + 1}", str(i + 1), row) for i, row in enumerate(moment.read.vectors)]
     found = []
     for title, name, weights in rows:
-        times = weights / max(float(weights.mean()), 1e-12)  # 1 is the even share within the segment
-        end = max(2.0, float(times.max()))
-        ranks = {int(place): rank for rank, place in enumerate(np.argsort(-times)[:STRONGEST])}
+        shares = (weights / max(float(weights.mean()), 1e-12))[-MOST_WORDS:]  # 1 is the even share within the segment
+        most, strongest = max(2.0, float(shares.max())), set(np.argsort(-shares)[:STRONGEST].tolist())
         found.append(
             {
                 "title": title,
                 "name": name,
                 "words": [
-                    {
-                        "name": named(token),
-                        "token": token,
-                        "times": float(t),
-                        "strength": float(t) / end,
-                        "rank": ranks.get(i),
-                    }
-                    for i, (token, t) in enumerate(zip(tokens, times, strict=True))
+                    {"token": token, "times": float(share), "strength": float(share) / most, "strong": i in strongest}
+                    for i, (token, share) in enumerate(
+                        zip(inspection.tokens[end - len(shares) : end], shares, strict=True)
+                    )
                 ],
             }
         )
@@ -297,6 +221,8 @@ def named(token: Token) -> str:
         return "end of the memory"
     if token.part == "special":
         return token.text
+    if token.part == "stop":
+        return "end of the answer"
     return visible(token.text) or "a part of a character"
 
 
@@ -326,3 +252,5 @@ def times(value: float) -> str:
 
 
 environment.filters |= {"percent": percent, "times": times, "visible": visible}
+
+__all__ = ["CSS", "answer_html", "data_url", "environment", "panel", "timeline"]

@@ -28,7 +28,8 @@ class Reading:
         row: index of the answer.
         index: of the invocation in that answer.
         tokens: ids [z] of the segment: what the answer wrote since its last invocation, the invocation token included.
-        weights: float32 [layers, N, z], attention of each memory vector's position to each token of the segment.
+        weights: float32 [layers, N, z], attention of each memory vector's position to each token of the segment; 0
+            where a layer's window does not reach.
         rest: for each other place that attention went to, float32 [layers, N]: `"query"`, and `"memory"`, which are
             the memory's own positions up to this one. With all of `weights` it adds up to 1.
         memory: the vectors that the reading formed [N, d].
