@@ -149,10 +149,10 @@ class Worker:
             self._order(lambda: self._enter(ticket))
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Gives a request up, waiting or under way; one that ended is left as it is."""
+    def cancel(self, ticket: Ticket, row: int | None = None) -> None:
+        """Gives a request up, or one row of it, waiting or under way; what ended is left as it is."""
         with self.awake:
-            self._order(lambda: self.queue.cancel(ticket.answers))
+            self._order(lambda: self.queue.cancel(ticket.answers if row is None else ticket.answers[row : row + 1]))
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Runs a function in the worker's thread, between two steps.

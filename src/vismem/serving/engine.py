@@ -1,0 +1,282 @@
+"""One model that answers chat requests: messages and images become a prompt, a worker's news become events.
+
+Knows nothing of HTTP. Several engines in processes of their own, behind the same three methods, are in `replicas.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from vismem.decoding.invocation import Forced, Policy, read_policy
+from vismem.decoding.requests import Request
+from vismem.model import VisMem
+from vismem.serving.errors import ApiError
+from vismem.serving.pictures import PictureLimits, fetch_picture
+from vismem.serving.prompts import context_of, marks_of
+from vismem.serving.worker import Closed, Full, News, Worker
+from vismem.serving.writing import Delta, Ended, Event, Invoked, Started, Writer
+
+__all__ = ["Answering", "Ask", "Delta", "Ended", "Engine", "Event", "Invoked", "Load", "Started"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A chat request that was checked, as plain values.
+
+    Args:
+        messages: turns: "role", and "content", a list of {"type": "text", "text"} and {"type": "image", "url"}.
+        n: choices; choice i draws from `seed + i`.
+        stops: strings that end a choice and are not part of it.
+        top: how many likeliest tokens to tell beside each word's log-probability; None tells nothing.
+        invocation: who invokes memory, as `read_policy` reads it.
+        max_tokens: of each choice; None for as many as there may be.
+        sampling: `temperature`, `top_p`, ...; empty for the base's own way of writing.
+    """
+
+    messages: list[dict[str, Any]]
+    n: int = 1
+    seed: int = 0
+    stops: tuple[str, ...] = ()
+    top: int | None = None
+    invocation: str = "learned"
+    max_tokens: int | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Rows, of all requests that were taken: how many wait, and how many are being written."""
+
+    waiting: int
+    writing: int
+
+
+class Answering(Protocol):
+    """What a server needs of one engine, or of many."""
+
+    def answer(self, ask: Ask) -> AsyncIterator[Event]:
+        """The events of an answer: `Started`, then every choice's, mixed, up to its `Ended`.
+
+        Closing the iterator gives the request up.
+
+        Raises:
+            ApiError: if the request cannot be taken, or goes wrong on the way.
+        """
+        ...
+
+    def load(self) -> Load:
+        """How busy it is."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether requests are answered."""
+        ...
+
+    async def close(self, finish_within: float = 0.0) -> None:
+        """Takes no more, lets answers finish for that many seconds, gives the rest up."""
+        ...
+
+
+COLDEST = 1e-3  # below this temperature all is greedy, and logits over it are more than a float holds
+
+
+class Engine:
+    """One model, in this process.
+
+    Args:
+        model: the `VisMem`.
+        batch_size: rows that are written at a time.
+        most_waiting: rows that may wait beside them.
+        context: most tokens of a prompt and its answer; by default what the base was made for.
+        max_tokens: most tokens of an answer.
+        pictures: what images may be, and where they may come from.
+        **generation: generation keywords for all requests.
+    """
+
+    def __init__(
+        self,
+        model: VisMem,
+        batch_size: int = 16,
+        most_waiting: int = 64,
+        context: int | None = None,
+        max_tokens: int = 4096,
+        pictures: PictureLimits | None = None,
+        **generation: Any,
+    ) -> None:
+        self.model, self.max_tokens, self.pictures = model, max_tokens, pictures or PictureLimits()
+        self.context = context or context_of(model)
+        self.worker = Worker(model, batch_size, most_waiting, **generation)
+        self.tokenizer = copy.deepcopy(model.processor.tokenizer)  # for text; the processor's is used in another thread
+        self.preparing = ThreadPoolExecutor(1, thread_name_prefix="vismem-prompts")
+        self.room, self.taken = batch_size + most_waiting, 0
+        self.marks = marks_of(model)
+
+    async def answer(self, ask: Ask) -> AsyncIterator[Event]:
+        """See `Answering`."""
+        if ask.n > self.worker.queue.batch_size:
+            raise ApiError(
+                400, f"n is {ask.n}, but this server writes at most {self.worker.queue.batch_size} rows", param="n"
+            )
+        if self.taken + ask.n > self.room:
+            raise full()
+        self.taken += ask.n
+        try:
+            inputs = await self._prompt(ask)
+            request = Request(
+                inputs,
+                invocation=policy_for(ask),
+                seed=ask.seed,
+                generation=self._generation(ask, inputs),
+                top=ask.top,
+            )
+            async for event in self._events(ask, request):
+                yield event
+        finally:
+            self.taken -= ask.n
+
+    def load(self) -> Load:
+        """See `Answering`."""
+        writing = self.worker.writing
+        return Load(max(self.taken - writing, 0), writing)
+
+    def ready(self) -> bool:
+        """See `Answering`."""
+        return self.worker.alive and not self.worker.closing
+
+    async def close(self, finish_within: float = 0.0) -> None:
+        """See `Answering`."""
+        await asyncio.to_thread(self.worker.close, finish_within)
+        self.preparing.shutdown(wait=False, cancel_futures=True)
+
+    async def _prompt(self, ask: Ask) -> dict[str, Tensor]:
+        """The processor's tensors for the messages, on the model's device."""
+        urls = [part["url"] for turn in ask.messages for part in turn["content"] if part["type"] == "image"]
+        if len(urls) > self.pictures.count:
+            message = f"{len(urls)} images; this server takes at most {self.pictures.count}"
+            raise ApiError(400, message, param="messages")
+        for text in (part["text"] for turn in ask.messages for part in turn["content"] if part["type"] == "text"):
+            for mark in self.marks:
+                if mark in text:
+                    raise ApiError(400, f"a text has the model's own mark {mark} in it", param="messages")
+        pictures = [await fetch_picture(url, self.pictures) for url in urls]
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self.preparing, self._processed, ask.messages, pictures)
+        except RuntimeError as error:
+            if not self.ready():
+                raise stopping() from error
+            raise
+
+    def _processed(self, messages: list[dict[str, Any]], pictures: list[Image.Image]) -> dict[str, Tensor]:
+        seen = iter(pictures)
+        shown = [
+            {
+                "role": "system" if turn["role"] == "developer" else turn["role"],
+                "content": [
+                    {"type": "image", "image": next(seen)} if part["type"] == "image" else part
+                    for part in turn["content"]
+                ],
+            }
+            for turn in messages
+        ]
+        try:
+            inputs = self.model.processor.apply_chat_template(
+                shown, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        except Exception as error:  # templates and processors raise what they like
+            raise ApiError(400, f"the model's processor refuses these messages: {error}", param="messages") from error
+        return dict(inputs.to(self.model.device, dtype=self.model.dtype))
+
+    def _generation(self, ask: Ask, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Generation keywords of a request.
+
+        Raises:
+            ApiError: if prompt and answer are longer than the model's context.
+        """
+        prompt = inputs["input_ids"].shape[1]
+        room = self.context - prompt
+        if ask.max_tokens is not None and ask.max_tokens > self.max_tokens:
+            raise ApiError(
+                400, f"max_tokens is {ask.max_tokens}; this server writes at most {self.max_tokens}", param="max_tokens"
+            )
+        if room < (ask.max_tokens or 1):
+            raise ApiError(
+                400,
+                f"the prompt has {prompt} tokens and the answer may have {ask.max_tokens or 1}, but the context is "
+                f"{self.context}",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        found: dict[str, Any] = {"max_new_tokens": ask.max_tokens or min(room, self.max_tokens), "num_beams": 1}
+        if ask.n > 1:
+            found["num_return_sequences"] = ask.n
+        sampling = dict(ask.sampling)
+        if sampling.get("temperature", 1.0) < COLDEST:
+            sampling = {name: value for name, value in sampling.items() if name == "repetition_penalty"}
+            found["do_sample"] = False
+        elif sampling.keys() - {"repetition_penalty"}:
+            found["do_sample"] = True
+        return {**found, **sampling}
+
+    async def _events(self, ask: Ask, request: Request) -> AsyncIterator[Event]:
+        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[News]()
+        try:
+            ticket = self.worker.submit(request, lambda news: loop.call_soon_threadsafe(inbox.put_nowait, news), ask.n)
+        except Full as error:
+            raise full() from error
+        except Closed as error:
+            raise stopping() from error
+        try:
+            yield Started(request.inputs["input_ids"].shape[1])
+            writers = [Writer(i, self.tokenizer, self.model.tokens, ask.stops, ask.top) for i in range(ask.n)]
+            writing = set(range(ask.n))
+            while writing:
+                news = await inbox.get()
+                writer = writers[news.index]
+                for event in writer.read(news):
+                    yield event
+                if writer.stopped and news.finish is None:
+                    self.worker.cancel(ticket, news.index)
+                if writer.stopped or news.finish is not None:
+                    writing.discard(news.index)
+                if not writer.stopped and news.finish in ("error", "cancelled"):
+                    raise failed(news)
+        finally:
+            self.worker.cancel(ticket)
+
+
+def policy_for(ask: Ask) -> str | Policy:
+    """The policy of a request; a schedule is kept by all its choices."""
+    policy = read_policy(ask.invocation, ask.seed)
+    if isinstance(policy, Forced) and ask.n > 1:
+        return Forced([(row, step, kind) for row in range(ask.n) for _, step, kind in policy.schedule])
+    return policy
+
+
+def full() -> ApiError:
+    """More is waiting than may wait."""
+    return ApiError(429, "too many requests are waiting; try again in a moment", headers={"Retry-After": "1"})
+
+
+def stopping() -> ApiError:
+    """The server is being stopped."""
+    return ApiError(503, "the server is stopping; try again when it is back")
+
+
+def failed(news: News) -> ApiError:
+    """What became of a row, as an error: the client's where the request could not be taken, else ours."""
+    if news.finish == "cancelled":
+        return stopping()
+    if isinstance(news.error, ValueError):
+        return ApiError(400, str(news.error))
+    if "out of memory" in str(news.error).lower():
+        return ApiError(503, "the model ran out of memory; ask for less, or later", headers={"Retry-After": "5"})
+    return ApiError(500, "the model failed while it wrote this answer; the server's log has the reason")

@@ -1,0 +1,423 @@
+"""The server as its users meet it: OpenAI's own client, many at once, and what goes wrong in between."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import tiny
+from PIL import Image
+
+from vismem.decoding.invocation import read_policy
+from vismem.loading import load_model
+from vismem.serving.engine import Engine
+from vismem.serving.running import Server, address_of, config_of, listening_socket, run
+from vismem.serving.server import Serving, application
+
+SHELF = Image.open(Path(__file__).parents[1] / "examples" / "shelf.png").convert("RGB")
+QUESTION = "What does row 1 cost with its promotion?"
+BOUND = 60  # seconds after which a test gives up
+
+
+@contextmanager
+def running(app, grace: float = 5) -> Iterator[str]:
+    """The application on a loopback port; its address."""
+    bound = listening_socket("127.0.0.1", 0)
+    server = Server(config_of(app, grace))
+    thread = threading.Thread(target=run, args=(server, bound))
+    thread.start()
+    try:
+        yield address_of(bound)
+    finally:
+        server.should_exit = True
+        thread.join(BOUND)
+        assert not thread.is_alive()
+
+
+def client_of(address: str, **more) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=BOUND, **more)
+
+
+def uri(picture: Image.Image) -> str:
+    held = io.BytesIO()
+    picture.save(held, format="png")
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+def user(text: str, *pictures: Image.Image) -> dict:
+    shown = [{"type": "image_url", "image_url": {"url": uri(picture)}} for picture in pictures]
+    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+
+
+def ask(client: openai.OpenAI, *turns: dict, **settings):
+    return client.chat.completions.create(
+        model=settings.pop("model", "pocket"), messages=list(turns) or [user(QUESTION, SHELF)], **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model().model
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return Engine(model, batch_size=4, most_waiting=6, max_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    with running(application(engine, Serving("pocket", answer_timeout=BOUND))) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with client_of(address) as found:
+        yield found
+
+
+def own(model, *turns: dict, pictures=(SHELF,), invocation="learned", seed=0, **settings) -> tuple[str, list]:
+    """What the model writes by itself, and its invocations."""
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    messages = list(turns) or [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
+    inputs = tiny.prompts(model.processor, [messages])
+    out = model.generate(
+        **inputs,
+        **{"max_new_tokens": 200, **settings},
+        invocation=read_policy(invocation, seed),
+        seed=[seed],
+        return_dict_in_generate=True,
+    )
+    new = out.sequences[0, inputs["input_ids"].shape[1] :]
+    return model.processor.decode(new, skip_special_tokens=True), out.invocations[0]
+
+
+@pytest.mark.parametrize("invocation", ["learned", "off", "long", "short@0,long@3", "random:0.5"])
+def test_the_words_are_the_models(client, model, invocation):
+    found = ask(client, seed=5, extra_body={"vismem": {"invocation": invocation}})
+    text, invocations = own(model, invocation=invocation, seed=5)
+    choice = found.choices[0]
+    assert choice.message.content == text and choice.finish_reason == "stop"
+    told = choice.vismem["invocations"]
+    assert [(i["kind"], i["position"], i["length"], i["forced"]) for i in told] == [
+        (i.kind, i.position, i.length, i.forced) for i in invocations
+    ]
+    assert found.vismem == {"seed": 5, "invocation": invocation}
+    memory = found.usage.model_extra["memory"]
+    for kind in ("short", "long"):
+        assert memory[f"{kind}_vectors"] == sum(i.length for i in invocations if i.kind == kind)
+    assert memory["invocation_tokens"] == 2 * len(invocations)
+    words = len(model.processor.tokenizer.encode(text, add_special_tokens=False)) + 1
+    assert found.usage.completion_tokens == words
+    assert found.usage.total_tokens == found.usage.prompt_tokens + words
+
+
+def test_a_stream_is_the_answer_in_pieces(client):
+    whole = ask(client, logprobs=True, top_logprobs=2)
+    chunks = list(ask(client, logprobs=True, top_logprobs=2, stream=True, stream_options={"include_usage": True}))
+    *parts, last = chunks
+    choices = [choice for chunk in parts for choice in chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content
+    assert choices[0].delta.role == "assistant" and choices[-1].finish_reason == "stop"
+    assert len({chunk.id for chunk in chunks}) == 1 and len(parts) > 10
+    traced = [choice.model_extra["vismem"]["invocations"] for choice in choices if "vismem" in choice.model_extra]
+    assert [one for some in traced for one in some] == whole.choices[0].vismem["invocations"] != []
+    written = ""
+    for choice in choices:  # each is told of where it happened
+        if "vismem" in choice.model_extra:
+            assert choice.model_extra["vismem"]["invocations"][0]["offset"] == len(written)
+        written += choice.delta.content or ""
+    assert last.choices == [] and last.usage == whole.usage
+    logprobs = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+    assert logprobs == whole.choices[0].logprobs.content and len(logprobs) > 10
+    assert all(len(entry.top_logprobs) == 2 for entry in logprobs)
+    assert parts[0].model_extra["vismem"].keys() == {"seed", "invocation"}
+
+
+def test_without_a_trace(client):
+    quiet = {"vismem": {"trace": False}}
+    assert ask(client, extra_body=quiet).choices[0].vismem is None
+    chunks = list(ask(client, extra_body=quiet, stream=True))
+    assert not any("vismem" in choice.model_extra for chunk in chunks for choice in chunk.choices)
+
+
+def test_choices_draw_from_seeds_in_turn(client, model):
+    settings = {"temperature": 1.3, "top_p": 0.95, "max_tokens": 20}
+    found = ask(client, n=3, seed=7, **settings, extra_body={"vismem": {"invocation": "short@1"}})
+    sampling = {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "max_new_tokens": 20}
+    for index, choice in enumerate(found.choices):
+        text, invocations = own(model, invocation="short@1", seed=7 + index, **sampling)
+        assert choice.index == index and choice.message.content == text
+        assert len(choice.vismem["invocations"]) == len(invocations) == 1
+    assert len({choice.message.content for choice in found.choices}) > 1
+    assert found.usage.completion_tokens <= 60
+    again = ask(
+        client, n=1, seed=found.vismem["seed"] + 2, **settings, extra_body={"vismem": {"invocation": "short@1"}}
+    )
+    assert again.choices[0].message.content == found.choices[2].message.content
+
+
+def test_a_drawn_seed_gives_the_same_again(client):
+    first = ask(client, temperature=1.5, max_tokens=20)
+    assert 0 <= first.vismem["seed"] < 2**53
+    second = ask(client, temperature=1.5, max_tokens=20, seed=first.vismem["seed"])
+    assert first.choices[0].message == second.choices[0].message
+
+
+def test_stop_and_length(client, model):
+    text, _ = own(model)
+    found = ask(client, stop=["So", "never"], max_tokens=100)
+    assert found.choices[0].message.content == text[: text.index("So")] and found.choices[0].finish_reason == "stop"
+    pieces = ask(client, stop="So", stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in pieces) == text[: text.index("So")]
+    short = ask(client, max_completion_tokens=5)
+    chosen = len(short.choices[0].vismem["invocations"])  # the model's own decisions are tokens that it sampled
+    assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens + chosen == 5
+
+
+def test_vanilla_is_the_base(client, model):
+    text, _ = own(model, invocation="off")
+    found = ask(client, model="pocket:vanilla")
+    assert found.choices[0].message.content == text and found.choices[0].vismem["invocations"] == []
+    assert found.vismem["invocation"] == "off"
+    with pytest.raises(openai.BadRequestError, match="no memory to invoke"):
+        ask(client, model="pocket:vanilla", extra_body={"vismem": {"invocation": "learned"}})
+
+
+def test_several_images_and_turns(client, model):
+    other = SHELF.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    turns = [
+        user("Read row 1.", SHELF, other),
+        {"role": "assistant", "content": "Row 1: 2 1 8 8."},
+        {"role": "user", "content": "Read row 2."},
+    ]
+    shown = [{"type": "image", "image": picture} for picture in (SHELF, other)]
+    said = [
+        {"role": "user", "content": [*shown, {"type": "text", "text": "Read row 1."}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Row 1: 2 1 8 8."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Read row 2."}]},
+    ]
+    text, _ = own(model, *said)
+    found = ask(client, *turns)
+    assert found.choices[0].message.content == text
+    alone = ask(client, {"role": "user", "content": "Read row 2."})
+    assert found.usage.prompt_tokens > alone.usage.prompt_tokens + 32
+
+
+def test_log_probabilities_are_the_models(client, model):
+    found = ask(client, logprobs=True, top_logprobs=3, temperature=1.0, seed=3, max_tokens=12)
+    content = [{"type": "image", "image": SHELF}, {"type": "text", "text": QUESTION}]
+    inputs = tiny.prompts(model.processor, [[{"role": "user", "content": content}]])
+    settings = {"do_sample": True, "temperature": 1.0, "max_new_tokens": 12}
+    out = model.generate(**inputs, **settings, seed=[3], record=True, return_dict_in_generate=True, output_scores=True)
+    (rollout,) = out.rollout
+    end = set(model.tokens.kind_of) | set(model.processor.tokenizer.all_special_ids)
+    expected = [
+        float(p)
+        for p, t, s in zip(rollout.log_probs, rollout.tokens, rollout.sampled, strict=True)
+        if s and int(t) not in end
+    ]
+    entries = found.choices[0].logprobs.content
+    assert [entry.logprob for entry in entries] == pytest.approx(expected, abs=1e-3)
+    assert "".join(entry.token for entry in entries) == found.choices[0].message.content
+    for entry in entries:
+        assert entry.top_logprobs[0].logprob >= entry.logprob and bytes(entry.bytes).decode() == entry.token
+
+
+def test_models_and_health(client, address):
+    assert [model.id for model in client.models.list()] == ["pocket", "pocket:vanilla"]
+    assert client.models.retrieve("pocket:vanilla").id == "pocket:vanilla"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
+        client.models.retrieve("gpt")
+    assert httpx.get(f"{address}/health").json() == {"status": "ok", "waiting": 0, "writing": 0}
+
+
+WRONG = {
+    "no model 'gpt'": {"model": "gpt"},
+    "temperature: ": {"temperature": 9},
+    "at most 4 rows": {"n": 5},
+    "unknown policy 'often'": {"extra_body": {"vismem": {"invocation": "often"}}},
+    "shelf: this server does not know this field": {"extra_body": {"shelf": 1}},
+    "max_tokens is 201; this server writes at most 200": {"max_tokens": 201},
+    "this server does not support logit_bias": {"logit_bias": {"3": 1}},
+    "this server does not support tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    "top_logprobs needs logprobs": {"top_logprobs": 2},
+    "stream_options needs stream": {"stream_options": {"include_usage": True}},
+    "messages: List should have at least 1": {"messages": []},
+    "messages.0.role": {"messages": [{"role": "robot", "content": "hi"}]},
+    "messages.0.content.0.image_url": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    "not images|user turns only": {
+        "messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    },
+    "the model's own mark <image>": {"messages": [{"role": "user", "content": "<image>"}]},
+    "the model's own mark <ms_I>": {"messages": [{"role": "user", "content": "<ms_I>"}]},
+    "short-term memory .* no image": {
+        "messages": [{"role": "user", "content": "hi"}],
+        "extra_body": {"vismem": {"invocation": "short@0"}},
+    },
+    "no Unicode": {"extra_body": {"messages": [{"role": "user", "content": "\ud800"}]}},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_wrong_is_said_in_one_line(client, address, message):
+    body = {"model": "pocket", "messages": [{"role": "user", "content": "hi"}], **WRONG[message]}
+    body.update(body.pop("extra_body", {}))
+    found = httpx.post(f"{address}/v1/chat/completions", content=json.dumps(body), headers=JSON, timeout=BOUND)
+    assert found.status_code in (400, 404)
+    error = found.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert re.search(message, error["message"]) and "\n" not in error["message"]
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", "null", '"text"', "[" * 100_000, '{"model": 1e999}', "\xff\xfe"])
+def test_bodies_that_are_no_request(address, body):
+    found = httpx.post(f"{address}/v1/chat/completions", content=body.encode("latin-1"), headers=JSON, timeout=BOUND)
+    assert found.status_code == 400 and found.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_no_such_route(address):
+    for method, path, status in [("GET", "/v1", 404), ("GET", "/", 404), ("GET", "/v1/chat/completions", 405)]:
+        found = httpx.request(method, address + path)
+        assert found.status_code == status and found.json()["error"]["message"]
+
+
+def wait_for(condition) -> None:
+    """Waits until something is so."""
+    end = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def slow(engine, monkeypatch):
+    """Steps that wait, so that answers are under way for as long as a test needs."""
+    gate, step = threading.Event(), engine.worker.queue.step
+
+    def waiting():
+        gate.wait(0.05)
+        return step()
+
+    monkeypatch.setattr(engine.worker.queue, "step", waiting)
+    yield gate
+    gate.set()
+    wait_for(lambda: engine.load().writing == engine.load().waiting == 0)
+
+
+def test_a_client_that_goes_away_frees_its_row(engine, client, address, slow):
+    stream = ask(client, stream=True)
+    next(iter(stream))
+    wait_for(lambda: engine.load().writing == 1)
+    stream.close()
+    wait_for(lambda: engine.load().writing == 0)
+    body = {"model": "pocket", "messages": [user(QUESTION, SHELF)]}
+    with pytest.raises(httpx.ReadTimeout):  # not streamed, and given up
+        httpx.post(f"{address}/v1/chat/completions", json=body, timeout=httpx.Timeout(BOUND, read=0.2))
+    wait_for(lambda: engine.load().writing == 0)
+    assert engine.taken == 0
+
+
+def test_more_than_may_wait(engine, client, slow):
+    streams = [ask(client, stream=True) for _ in range(10)]
+    with pytest.raises(openai.RateLimitError, match="too many requests") as refused:
+        ask(client)
+    assert refused.value.response.headers["retry-after"]
+    assert engine.load().writing <= 4
+    slow.set()
+    words = {"".join(c.choices[0].delta.content or "" for c in stream) for stream in streams}
+    assert len(words) == 1
+
+
+def test_an_answer_takes_too_long(engine, slow):
+    with (
+        running(application(Unclosed(engine), Serving("pocket", answer_timeout=0.3))) as place,
+        client_of(place) as client,
+    ):
+        with pytest.raises(openai.InternalServerError, match=r"not done within 0.3 seconds") as late:
+            ask(client)
+        assert late.value.status_code == 504
+        with pytest.raises(openai.APIError, match=r"not done within 0.3 seconds"):
+            list(ask(client, stream=True))
+        wait_for(lambda: engine.load().writing == 0)
+
+
+class Unclosed:
+    """An engine that outlives the server in front of it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.answer, self.load, self.ready = engine.answer, engine.load, engine.ready
+
+    async def close(self, finish_within: float = 0.0) -> None:
+        pass
+
+
+def test_a_step_that_fails_is_ours(engine, client, monkeypatch):
+    ask(client, max_tokens=2)  # so that there is a decoder
+    decoder = engine.worker.queue.decoder
+
+    def failing():
+        raise RuntimeError("secret of the house")
+
+    monkeypatch.setattr(decoder, "step", failing)
+    with pytest.raises(openai.InternalServerError, match="the model failed") as failed:
+        ask(client)
+    assert failed.value.status_code == 500 and "secret" not in str(failed.value)
+    monkeypatch.undo()
+    assert ask(client).choices[0].finish_reason == "stop"
+
+
+def test_stopping_lets_answers_finish(model):
+    engine = Engine(model, batch_size=2)
+    bound = listening_socket("127.0.0.1", 0)
+    server = Server(config_of(application(engine, Serving("pocket")), grace=BOUND))
+    thread = threading.Thread(target=run, args=(server, bound))
+    thread.start()
+    with client_of(address_of(bound)) as client:
+        stream = ask(client, stream=True)
+        first = next(iter(stream))
+        server.handle_exit(2, None)
+        rest = list(stream)
+        assert first.choices[0].delta.role == "assistant" and rest[-1].choices[0].finish_reason == "stop"
+    thread.join(BOUND)
+    assert not thread.is_alive() and not engine.worker.alive and not engine.ready()
+
+
+def test_stopping_gives_up_what_takes_too_long(model, monkeypatch):
+    engine = Engine(model, batch_size=2)
+    step = engine.worker.queue.step
+    monkeypatch.setattr(engine.worker.queue, "step", lambda: (time.sleep(0.2), step())[1])
+    bound = listening_socket("127.0.0.1", 0)
+    server = Server(config_of(application(engine, Serving("pocket")), grace=1))
+    thread = threading.Thread(target=run, args=(server, bound))
+    thread.start()
+    with client_of(address_of(bound)) as client:
+        stream = ask(client, stream=True)
+        next(iter(stream))
+        server.handle_exit(2, None)
+        with pytest.raises(Exception):  # noqa: B017  (the connection ends in the middle)
+            assert list(stream)[-1].choices[0].finish_reason == "stop"
+    thread.join(BOUND)
+    assert not thread.is_alive() and not engine.worker.alive
+
+
+def test_a_port_in_use():
+    with (
+        listening_socket("127.0.0.1", 0) as bound,
+        pytest.raises(ValueError, match=r"cannot listen on 127.0.0.1, port"),
+    ):
+        listening_socket("127.0.0.1", bound.getsockname()[1])
