@@ -372,7 +372,9 @@ def test_a_conversation_is_one_page():
     html = page(Conversation([first, second], "Two questions", {"model": "pocket"}))
     checked = Checker(html)
     links = [a["href"] for tag, a in checked.tags if tag == "a"]
-    assert len(links) == 4 and {link[1:] for link in links} <= set(checked.ids)  # a chip and a mark for each invocation
+    assert len(links) == 6 and {link[1:] for link in links} <= set(
+        checked.ids
+    )  # a chip, a mark and the way back, twice
     assert {"vm-0-0-0", "vm-0-0-1"} <= set(checked.ids)
     assert sum(tag == "button" for tag, _ in checked.tags) == 1  # of the answer that was not inspected
     for text in ("Two questions", "pocket", QUESTION, "And row 2?", "without", "seed", "7"):

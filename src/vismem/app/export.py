@@ -93,15 +93,14 @@ def page(conversation: Conversation) -> str:
 
 def shown(reply: Reply, turn: int, place: int) -> dict[str, Any]:
     """One answer's fragments."""
-    key = f"{turn}-{place}"
-    links = f"vm-{key}" if reply.inspection is not None else None
-    found: dict[str, Any] = {"reply": reply, "key": key, "timeline": "", "panels": []}
-    common = {"turn": turn, "side": reply.name, "links": links}
-    found["answer"] = Markup(answer_html(reply.pieces, **common))
-    if reply.inspection is not None:
-        found["timeline"] = Markup(timeline(reply.inspection.tokens, reply.inspection.attention, **common))
-        found["panels"] = [Markup(panel(reply.inspection, m.index, key=key)) for m in reply.inspection.moments]
-    return found
+    key, found = f"{turn}-{place}", reply.inspection
+    links = f"vm-{key}" if found is not None else None
+    answer = answer_html(reply.pieces, turn=turn, side=reply.name, links=links)
+    strip, panels = "", []
+    if found is not None:
+        strip = timeline(found.tokens, found.attention, turn=turn, side=reply.name, links=links)
+        panels = [Markup(panel(found, moment.index, key=key)) for moment in found.moments]
+    return {"reply": reply, "key": key, "answer": Markup(answer), "timeline": Markup(strip), "panels": panels}
 
 
 def picture_url(picture: Image.Image) -> str:

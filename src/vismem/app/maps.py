@@ -15,18 +15,17 @@ from PIL import Image
 from vismem.app.findings import HeatMap, Map
 from vismem.evaluation.drawing import HOT, PALE, enlarged, scale_end
 
-SIDE = 560  # pixels of a picture under a map: twice what it is shown at
+SIDE = 560  # pixels at most of a picture under a map: twice what it is shown at
 
 
 def look(found: HeatMap, picture: Image.Image) -> dict[str, Any]:
     """A short memory's maps over one picture, as the panel's template takes them."""
-    pale = Image.fromarray(
-        (255 * (1 - PALE * (1 - np.asarray(picture.convert("L"), dtype=np.float64) / 255))).astype(np.uint8)
-    )
+    grey = picture if SIDE // 2 <= max(picture.size) <= SIDE else enlarged(picture, SIDE)
+    pale = (255 * (1 - PALE * (1 - np.asarray(grey.convert("L"), dtype=np.float64) / 255))).round().astype(np.uint8)
     most = scale_end([found.mean, *([] if found.read is None else [found.read])])
     each = scale_end(list(found.vectors))
     return {
-        "ground": data_url(enlarged(pale, SIDE).convert("L")),
+        "ground": data_url(Image.fromarray(pale)),
         "ratio": picture.height / picture.width,
         "number": found.picture + 1,
         "share": found.share,
@@ -71,6 +70,6 @@ def data_url(image: Image.Image) -> str:
     found = []
     for kind in kinds:
         held = io.BytesIO()
-        image.save(held, format=kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
+        image.save(held, format=kind, quality=85)
         found.append(f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}")
     return min(found, key=len)

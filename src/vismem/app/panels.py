@@ -21,6 +21,8 @@ from vismem.evaluation.marks import SHAPES, Piece
 CSS: str = files("vismem.app").joinpath("templates/viewer.css").read_text(encoding="utf-8")
 MOST_WORDS = 240  # tokens that a panel draws one by one
 STRONGEST = 3  # words that get their number
+FEWEST = 12  # tokens drawn at least; then up to the last whose share is not faint
+FAINT = 0.001
 
 environment = Environment(
     loader=PackageLoader("vismem.app"),
@@ -174,25 +176,28 @@ def words(inspection: Inspection, moment: Moment) -> list[dict[str, Any]]:
 
 
 def later(inspection: Inspection, moment: Moment) -> dict[str, Any] | None:
-    """The tokens after an invocation with what its slots got."""
+    """The tokens after an invocation with what its slots got, up to the last that attended to them."""
     if moment.later is None:
         return None
-    values, start = moment.later.shares[:MOST_WORDS], moment.later.start
-    most = max(values)
-    strongest = set(np.argsort([-value for value in values])[:STRONGEST].tolist())
+    every, start = moment.later.shares, moment.later.start
+    most = max(every)
+    last = max((i for i, share in enumerate(every) if share >= FAINT), default=0)
+    shown = every[: min(max(last + 1, FEWEST), MOST_WORDS)]
+    strongest = set(np.argsort([-share for share in shown])[:STRONGEST].tolist())
     return {
         "most": most,
         "words": [
             {
                 "name": named(inspection.tokens[start + i]),
                 "token": inspection.tokens[start + i],
-                "share": value,
-                "height": value / most if most else 0.0,
-                "strong": i in strongest,
+                "share": share,
+                "height": share / most if most else 0.0,
+                "strong": i in strongest and share >= FAINT,
             }
-            for i, value in enumerate(values)
+            for i, share in enumerate(shown)
         ],
-        "rest": len(moment.later.shares) - len(values),
+        "rest": len(every) - len(shown),
+        "rest_most": max(every[len(shown) :], default=0.0),
     }
 
 
