@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,10 @@ class BadImage(ValueError):
     """An image that cannot be used; the message says which and why."""
 
 
+class TooManyPixels(BadImage):
+    """An image that is larger than images may be."""
+
+
 @contextmanager
 def whole_images() -> Iterator[None]:
     """Lets Pillow refuse files that are cut off; other libraries (lmms-eval) tell it for good to fill them up."""
@@ -30,35 +34,46 @@ def whole_images() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def open_image(value: Any, folder: Path) -> Image.Image:
+def open_image(
+    value: Any, folder: Path, most_pixels: int = MOST_PIXELS, formats: Sequence[str] | None = None
+) -> Image.Image:
     """The picture behind one entry of `images`.
 
     Args:
         value: a path (relative to `folder`, or absolute), a `data:image/...;base64,` URI, bytes, a PIL image, or a
             dictionary with "bytes" or "path", as `datasets.Image` gives.
         folder: what relative paths start from.
+        most_pixels: that an image may have; looked at before it is decoded.
+        formats: of files, by Pillow's names; None for all it knows.
 
     Raises:
-        BadImage: if there is no such file, or it is no whole image, or it has more than `MOST_PIXELS` pixels.
+        BadImage: if there is no such file, or it is no whole image, or of another format.
+        TooManyPixels: if it has more than `most_pixels` pixels.
     """
     if isinstance(value, Image.Image):
-        return _upright(value, "image")
+        return _upright(value, "image", most_pixels)
     if isinstance(value, dict):
         if value.get("bytes") is not None:
-            return _decode(value["bytes"], f"image {value.get('path') or 'in bytes'}")
+            return _decode(value["bytes"], f"image {value.get('path') or 'in bytes'}", most_pixels, formats)
         value = value.get("path")
     if isinstance(value, (bytes, bytearray)):
-        return _decode(bytes(value), "image in bytes")
+        return _decode(bytes(value), "image in bytes", most_pixels, formats)
     if isinstance(value, str) and value.startswith("data:"):
-        return _decode(_from_uri(value), "image in a data URI")
+        return _decode(read_data_uri(value), "image in a data URI", most_pixels, formats)
     if isinstance(value, (str, Path)) and str(value):
-        return _from_path(str(value), folder)
+        content, name = _from_path(str(value), folder)
+        return _decode(content, name, most_pixels, formats)
     raise BadImage(
         f"an image must be a path, bytes, a data URI, a picture or a dictionary of these, not {_short(value)}"
     )
 
 
-def _from_uri(uri: str) -> bytes:
+def read_data_uri(uri: str) -> bytes:
+    """What a `data:...;base64,` URI holds; blanks in it do not matter.
+
+    Raises:
+        BadImage: if it is not base64.
+    """
     head, mark, body = uri.partition(";base64,")
     if not mark:
         raise BadImage(f"the data URI {_short(head)} is not base64")
@@ -68,7 +83,7 @@ def _from_uri(uri: str) -> bytes:
         raise BadImage(f"the data URI is not valid base64: {error}") from error
 
 
-def _from_path(name: str, folder: Path) -> Image.Image:
+def _from_path(name: str, folder: Path) -> tuple[bytes, str]:
     if name.startswith(("http://", "https://")):
         raise BadImage(f"image {name} is a web address, which is not fetched; download it and give its path")
     path = folder / name.removeprefix("file://")
@@ -78,34 +93,39 @@ def _from_path(name: str, folder: Path) -> Image.Image:
         raise BadImage(f"no such image: {path}") from error
     except (OSError, ValueError) as error:
         raise BadImage(f"cannot read image {path}: {getattr(error, 'strerror', None) or error}") from error
-    return _decode(content, f"image {path}")
+    return content, f"image {path}"
 
 
-def _decode(content: bytes, name: str) -> Image.Image:
+def _decode(content: bytes, name: str, most_pixels: int, formats: Sequence[str] | None) -> Image.Image:
     if not content:
         raise BadImage(f"{name} is empty")
     try:
         with warnings.catch_warnings(), whole_images():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_upright` draws the line
-            with Image.open(BytesIO(content)) as image:
-                return _upright(image, name)
+            with Image.open(BytesIO(content), formats=None if formats is None else tuple(formats)) as image:
+                return _upright(image, name, most_pixels)
     except BadImage:
         raise
     except Image.UnidentifiedImageError as error:
-        raise BadImage(f"{name} is not an image, or of a format that Pillow does not know") from error
+        known = f"other than {', '.join(formats)}" if formats else "that Pillow does not know"
+        raise BadImage(f"{name} is not an image, or of a format {known}") from error
     except Image.DecompressionBombError as error:
-        raise BadImage(f"{name} has more than {MOST_PIXELS:,} pixels, the limit; make it smaller first") from error
+        raise _too_many_pixels(name, most_pixels) from error
     except Exception as error:  # Pillow's decoders raise many kinds, from OSError to struct.error
         raise BadImage(f"{name} is broken: {error or type(error).__name__}") from error
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    if image.width * image.height > MOST_PIXELS:
-        raise BadImage(f"{name} has more than {MOST_PIXELS:,} pixels, the limit; make it smaller first")
+def _upright(image: Image.Image, name: str, most_pixels: int) -> Image.Image:
+    if image.width * image.height > most_pixels:
+        raise _too_many_pixels(name, most_pixels)
     try:
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:
         raise BadImage(f"{name} is broken: {error or type(error).__name__}") from error
+
+
+def _too_many_pixels(name: str, most: int) -> TooManyPixels:
+    return TooManyPixels(f"{name} has more than {most:,} pixels, the limit; make it smaller first")
 
 
 def _short(value: Any) -> str:

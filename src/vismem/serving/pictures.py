@@ -1,0 +1,216 @@
+"""Images of requests: from a data URI or an allowed web address to a decoded picture, within limits.
+
+Fetching waits on the network and runs on the event loop; `decode` is work for the processor and belongs in a thread.
+Which addresses are fetched at all is in `addresses.py`; how a file becomes a picture, in `vismem.data.images`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+import anyio
+import httpx
+from PIL import Image
+
+from vismem import __version__
+from vismem.data.images import BadImage, TooManyPixels, open_image, read_data_uri
+from vismem.serving.addresses import Address, Place, Resolve, is_public, place_of, read_url, resolve
+from vismem.serving.errors import ApiError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whose decoders can be reached from outside; of GIF the first frame
+MOST_SCANS = 100  # of a JPEG: each goes over all of the picture, however few bytes it has
+DATA = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9-]+=[a-z0-9.+-]*)*;base64,", re.IGNORECASE)
+MOST_HEAD = 256  # characters of a data URI before its base64
+
+
+@dataclass(frozen=True)
+class PictureLimits:
+    """What images may be, and where they may come from.
+
+    Args:
+        count: most images of a request.
+        size: most bytes of an image's file.
+        pixels: most pixels of an image.
+        total_pixels: most pixels of all images of a request.
+        hosts: that images are fetched from, see `read_url`; none refuses every web address.
+        timeout: seconds for one fetch, name look-up and redirects included.
+        redirects: most of them; each is looked at like the first address.
+    """
+
+    count: int = 8
+    size: int = 20 * 2**20
+    pixels: int = 36_000_000
+    total_pixels: int = 72_000_000
+    hosts: tuple[str, ...] = ()
+    timeout: float = 10.0
+    redirects: int = 3
+
+
+class Pictures:
+    """Gets images.
+
+    Args:
+        limits: on them.
+        find: looks a host's addresses up.
+        permitted: which of these may be connected to.
+    """
+
+    def __init__(
+        self, limits: PictureLimits, *, find: Resolve = resolve, permitted: Callable[[Address], bool] = is_public
+    ) -> None:
+        self.limits, self.find, self.permitted = limits, find, permitted
+
+    async def fetch(self, urls: Sequence[str]) -> list[bytes]:
+        """The files of all images of a request, in order; not decoded.
+
+        Raises:
+            ApiError: if there are too many, or one is too large, refused, or cannot be had.
+        """
+        if len(urls) > self.limits.count:
+            raise ApiError(
+                413,
+                f"{len(urls)} images; this server takes at most {self.limits.count}",
+                code="too_many_images",
+                param="messages",
+            )
+        return [await self._file(url) for url in urls]
+
+    def decode(self, files: Sequence[bytes]) -> list[Image.Image]:
+        """Pictures of these files: RGB, upright. Sizes are read from the files' heads, before anything is decoded.
+
+        Raises:
+            ApiError: if one is no whole image of the `FORMATS`, or has too many pixels, or all have.
+        """
+        pictures, left = [], self.limits.total_pixels
+        for file in files:
+            if file[:2] == b"\xff\xd8" and file.count(b"\xff\xda") > MOST_SCANS:
+                raise _bad("it is a JPEG of too many scans")
+            try:
+                picture = open_image(file, Path(), most_pixels=min(self.limits.pixels, left), formats=FORMATS)
+            except TooManyPixels as error:
+                raise self._too_many_pixels() from error
+            except BadImage as error:
+                raise _bad(str(error)) from error
+            left -= picture.width * picture.height
+            pictures.append(picture)
+        return pictures
+
+    async def _file(self, url: str) -> bytes:
+        if url[:5].lower() == "data:":
+            return await asyncio.to_thread(self._from_data, url)
+        try:
+            with anyio.fail_after(self.limits.timeout):
+                return await self._from_web(read_url(url, self.limits.hosts))
+        except TimeoutError:
+            raise _unavailable(f"it did not come within {self.limits.timeout:g} seconds") from None
+        except httpx.HTTPError as error:
+            raise _unavailable(f"its host did not send it ({type(error).__name__})") from None
+
+    def _from_data(self, uri: str) -> bytes:
+        if len(uri) > 4 * self.limits.size:  # three bytes are four characters, or up to twelve where percent-encoded
+            raise self._too_large()
+        head = DATA.match(uri[:MOST_HEAD])
+        if head is None:
+            raise _bad("a data URI must begin with data:image/...;base64,")
+        body = uri[head.end() :]
+        if "%" in body:
+            body = unquote_to_bytes(body).decode("latin-1")
+        body = "".join(body.split())
+        if len(body) > 4 * (self.limits.size // 3 + 2):
+            raise self._too_large()
+        try:
+            file = read_data_uri(f"data:;base64,{body}")
+        except BadImage as error:
+            raise _bad(str(error)) from None
+        if len(file) > self.limits.size:
+            raise self._too_large()
+        return file
+
+    async def _from_web(self, url: httpx.URL) -> bytes:
+        for _ in range(self.limits.redirects + 1):
+            place = await place_of(url, self.find, self.permitted)
+            found = await self._get(place)
+            if isinstance(found, bytes):
+                return found
+            url = read_url(found, self.limits.hosts)
+        raise _unavailable(f"it is more than {self.limits.redirects} redirects away")
+
+    async def _get(self, place: Place) -> bytes | str:
+        """A file, or the address where it is said to be."""
+        host = place.url.netloc.decode("ascii")
+        request = httpx.Request(
+            "GET",
+            place.pinned,
+            headers={
+                "Host": host,
+                "User-Agent": f"vismem/{__version__}",
+                "Accept": "image/*",
+                "Accept-Encoding": "identity",
+            },
+            extensions={"sni_hostname": place.url.host, "timeout": httpx.Timeout(self.limits.timeout).as_dict()},
+        )
+        # No proxies and passwords of the environment: the connection must go to the address that was looked at.
+        async with httpx.AsyncClient(trust_env=False, verify=_tls()) as client:
+            response = await client.send(request, stream=True, follow_redirects=False)
+            try:
+                if response.is_redirect:
+                    return str(place.url.join(response.headers["location"]))
+                if response.status_code != 200:
+                    raise _unavailable(f"its host answered {response.status_code}")
+                if response.headers.get("content-encoding", "identity").lower() != "identity":
+                    raise _unavailable("its host sent it compressed, which was not asked for")
+                return await self._read(response)
+            finally:
+                await response.aclose()
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        told = response.headers.get("content-length", "")
+        if told.isdecimal() and int(told) > self.limits.size:
+            raise self._too_large()
+        file = bytearray()
+        async for piece in response.aiter_raw(65536):
+            file += piece
+            if len(file) > self.limits.size:
+                raise self._too_large()
+        return bytes(file)
+
+    def _too_large(self) -> ApiError:
+        message = f"an image's file has more than {self.limits.size} bytes, the limit; make it smaller"
+        return ApiError(413, message, code="image_too_large", param="messages")
+
+    def _too_many_pixels(self) -> ApiError:
+        message = (
+            f"an image has more than {self.limits.pixels} pixels, or all have more than {self.limits.total_pixels}; "
+            "make them smaller"
+        )
+        return ApiError(413, message, code="image_too_large", param="messages")
+
+
+async def fetch_picture(url: str, limits: PictureLimits) -> Image.Image:
+    """One picture; see `Pictures`, which takes those of a request together.
+
+    Raises:
+        ApiError: if it is refused, cannot be had, or is no image.
+    """
+    pictures = Pictures(limits)
+    return (await asyncio.to_thread(pictures.decode, await pictures.fetch([url])))[0]
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
+
+
+def _bad(why: str) -> ApiError:
+    return ApiError(400, f"an image cannot be used: {why}", code="invalid_image", param="messages")
+
+
+def _unavailable(why: str) -> ApiError:
+    return ApiError(400, f"an image could not be fetched: {why}", code="image_unavailable", param="messages")
