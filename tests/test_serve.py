@@ -21,7 +21,7 @@ from PIL import Image
 from vismem.decoding.invocation import read_policy
 from vismem.loading import load_model
 from vismem.serving.engine import Engine
-from vismem.serving.running import Server, address_of, config_of, listening_socket, run
+from vismem.serving.running import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.server import Serving, application
 
 SHELF = Image.open(Path(__file__).parents[1] / "examples" / "shelf.png").convert("RGB")
@@ -34,7 +34,7 @@ def running(app, grace: float = 5) -> Iterator[str]:
     """The application on a loopback port; its address."""
     bound = listening_socket("127.0.0.1", 0)
     server = Server(config_of(app, grace))
-    thread = threading.Thread(target=run, args=(server, bound))
+    thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
     try:
         yield address_of(bound)
@@ -385,7 +385,7 @@ def test_stopping_lets_answers_finish(model):
     engine = Engine(model, batch_size=2)
     bound = listening_socket("127.0.0.1", 0)
     server = Server(config_of(application(engine, Serving("pocket")), grace=BOUND))
-    thread = threading.Thread(target=run, args=(server, bound))
+    thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
     with client_of(address_of(bound)) as client:
         stream = ask(client, stream=True)
@@ -403,7 +403,7 @@ def test_stopping_gives_up_what_takes_too_long(model, monkeypatch):
     monkeypatch.setattr(engine.worker.queue, "step", lambda: (time.sleep(0.2), step())[1])
     bound = listening_socket("127.0.0.1", 0)
     server = Server(config_of(application(engine, Serving("pocket")), grace=1))
-    thread = threading.Thread(target=run, args=(server, bound))
+    thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
     with client_of(address_of(bound)) as client:
         stream = ask(client, stream=True)

@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from PIL import Image
 from torch import Tensor
 
 from vismem.decoding.invocation import Forced, Policy, read_policy
 from vismem.decoding.requests import Request
 from vismem.model import VisMem
 from vismem.serving.errors import ApiError
-from vismem.serving.pictures import PictureLimits, fetch_picture
+from vismem.serving.pictures import PictureLimits, Pictures
 from vismem.serving.prompts import context_of, marks_of
 from vismem.serving.worker import Closed, Full, News, Worker
 from vismem.serving.writing import Delta, Ended, Event, Invoked, Started, Writer
@@ -111,7 +110,7 @@ class Engine:
         pictures: PictureLimits | None = None,
         **generation: Any,
     ) -> None:
-        self.model, self.max_tokens, self.pictures = model, max_tokens, pictures or PictureLimits()
+        self.model, self.max_tokens, self.pictures = model, max_tokens, Pictures(pictures or PictureLimits())
         self.context = context or context_of(model)
         self.worker = Worker(model, batch_size, most_waiting, **generation)
         self.tokenizer = copy.deepcopy(model.processor.tokenizer)  # for text; the processor's is used in another thread
@@ -158,25 +157,21 @@ class Engine:
 
     async def _prompt(self, ask: Ask) -> dict[str, Tensor]:
         """The processor's tensors for the messages, on the model's device."""
-        urls = [part["url"] for turn in ask.messages for part in turn["content"] if part["type"] == "image"]
-        if len(urls) > self.pictures.count:
-            message = f"{len(urls)} images; this server takes at most {self.pictures.count}"
-            raise ApiError(400, message, param="messages")
-        for text in (part["text"] for turn in ask.messages for part in turn["content"] if part["type"] == "text"):
-            for mark in self.marks:
-                if mark in text:
-                    raise ApiError(400, f"a text has the model's own mark {mark} in it", param="messages")
-        pictures = [await fetch_picture(url, self.pictures) for url in urls]
+        parts = [part for turn in ask.messages for part in turn["content"]]
+        for mark in self.marks:
+            if any(mark in part["text"] for part in parts if part["type"] == "text"):
+                raise ApiError(400, f"a text has the model's own mark {mark} in it", param="messages")
+        files = await self.pictures.fetch([part["url"] for part in parts if part["type"] == "image"])
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self.preparing, self._processed, ask.messages, pictures)
+            return await loop.run_in_executor(self.preparing, self._processed, ask.messages, files)
         except RuntimeError as error:
             if not self.ready():
                 raise stopping() from error
             raise
 
-    def _processed(self, messages: list[dict[str, Any]], pictures: list[Image.Image]) -> dict[str, Tensor]:
-        seen = iter(pictures)
+    def _processed(self, messages: list[dict[str, Any]], files: list[bytes]) -> dict[str, Tensor]:
+        seen = iter(self.pictures.decode(files))
         shown = [
             {
                 "role": "system" if turn["role"] == "developer" else turn["role"],

@@ -19,16 +19,28 @@ log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, whose signals are an orderly end and not a crash, and which tells when it begins to end.
+    """uvicorn's server, whose signals are an orderly end and not a crash.
 
     Args:
         config: uvicorn's.
+        on_start: called once it answers.
         on_stop: called when the first signal comes.
     """
 
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_start: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
-        self.on_stop = on_stop
+        self.on_start, self.on_stop = on_start, on_stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to answer."""
+        await super().startup(sockets)
+        if self.started:
+            self.on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal ends in order, the second at once."""
@@ -73,7 +85,7 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(server: Server, bound: socket.socket) -> None:
+def serve(server: Server, bound: socket.socket) -> None:
     """Serves until a signal comes, and then ends in order."""
     asyncio.run(server.serve(sockets=[bound]))
 
@@ -93,6 +105,5 @@ def config_of(app: Any, grace: float, **more: Any) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=max(round(grace), 1),
         lifespan="on",
-        ws="none",
         **more,
     )

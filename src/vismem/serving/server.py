@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -109,13 +109,14 @@ def application(engine: Answering, serving: Serving, metrics: Metrics | None = N
         redoc_url=None,
         lifespan=lifespan,
     )
+    app.state.stopping = False  # whoever runs the server says when
     add_error_handlers(app)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={**ERRORS, 200: STREAMED})
     async def chat_completions(request: Request, body: ChatRequest) -> Response | ChatCompletion:
         """Answers a conversation about images, in one piece or as server-sent events."""
         invocation = serving.invocation_for(body)
-        if not engine.ready():
+        if app.state.stopping or not engine.ready():
             raise ApiError(503, "the server is stopping; try again when it is back")
         assembly = Assembly(body, ask_of(body, invocation))
         events = metrics.watched(within(engine.answer(assembly.ask), serving.answer_timeout))
@@ -145,8 +146,10 @@ def application(engine: Answering, serving: Serving, metrics: Metrics | None = N
     async def health(response: Response) -> Health:
         """Whether requests are answered."""
         ready, load = engine.ready(), engine.load()
-        response.status_code = 200 if ready else 503
-        return Health(status="ok" if ready else "stopping", waiting=load.waiting, writing=load.writing)
+        status: Literal["ok", "stopping", "failed"] = "ok" if ready else "failed"
+        status = "stopping" if app.state.stopping else status
+        response.status_code = 200 if status == "ok" else 503
+        return Health(status=status, waiting=load.waiting, writing=load.writing)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **some(401)})
     async def counts() -> Response:
