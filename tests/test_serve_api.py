@@ -1,0 +1,244 @@
+"""The whole server: its own description against what it does, the command, and rough handling from outside."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from test_serve import BOUND, JSON, QUESTION, SHELF, ask, client_of, user, wait_for
+
+from vismem.cli import main
+from vismem.loading import load_model
+from vismem.serving.checks import hosts_for
+from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.engine import Engine
+from vismem.serving.guards import Guards, guarded
+from vismem.serving.metrics import Counted, Metrics
+from vismem.serving.running import Server, address_of, config_of, listening_socket, serve
+from vismem.serving.server import Serving, application
+
+KEY = "open-sesame"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(load_model().model, batch_size=8, most_waiting=8, max_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    """The server as `vismem serve` puts it together."""
+    metrics = Metrics(engine.load)
+    app = application(engine, Serving("pocket", answer_timeout=BOUND, keyed=True), metrics)
+    guards = Guards([KEY], hosts=hosts_for("127.0.0.1"), max_body=2**20, body_timeout=2)
+    patience = Patience(head=2, write=2, connections=150, dropped=metrics.dropped)
+    server = Server(config_of(Counted(guarded(app, guards), metrics), 5, **uvicorn_settings(patience)))
+    bound = listening_socket("127.0.0.1", 0)
+    thread = threading.Thread(target=serve, args=(server, bound))
+    thread.start()
+    yield address_of(bound)
+    server.should_exit = True
+    thread.join(BOUND)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with client_of(address).with_options(api_key=KEY) as found:
+        yield found
+
+
+def operations(address: str) -> dict:
+    schema = schemathesis.openapi.from_url(f"{address}/openapi.json", headers=BEARER)
+    return {found.ok().label: found.ok() for found in schema.get_all_operations()}
+
+
+BEARER = {"Authorization": f"Bearer {KEY}"}
+CHAT = "POST /v1/chat/completions"
+# What only the model can tell (a picture that is none, a prompt that is too long) no schema can; hence without it.
+EXCLUDED = [positive_data_acceptance]
+
+
+@pytest.mark.parametrize("label", [CHAT, "GET /v1/models", "GET /v1/models/{name}", "GET /health", "GET /metrics"])
+def test_it_does_as_it_is_described(address, label):
+    found = operations(address)
+    assert len(found) == 5
+    run_through(found[label], schemathesis.GenerationMode.POSITIVE, 60)
+
+
+def test_it_refuses_what_is_not_described(address):
+    run_through(operations(address)[CHAT], schemathesis.GenerationMode.NEGATIVE, 80)
+
+
+def run_through(operation, mode, examples: int) -> None:
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case):
+        case.call_and_validate(headers=BEARER, excluded_checks=EXCLUDED)
+
+    check()
+
+
+def test_keys(address):
+    for key, message in [("wrong", "not one of this server's"), (KEY + "x", "not one of this server's")]:
+        with (
+            client_of(address).with_options(api_key=key) as client,
+            pytest.raises(openai.AuthenticationError, match=message),
+        ):
+            ask(client)
+    assert httpx.get(f"{address}/v1/models").status_code == httpx.get(f"{address}/metrics").status_code == 401
+    assert httpx.get(f"{address}/health").status_code == 200
+    described = httpx.get(f"{address}/openapi.json", headers=BEARER).json()
+    assert described["security"] == [{"key": []}] and described["paths"]["/health"]["get"]["security"] == []
+
+
+def test_bodies_and_images_that_are_too_large(address, client):
+    with pytest.raises(openai.APIStatusError, match="1048576 bytes, the limit") as refused:
+        ask(client, {"role": "user", "content": "x" * 2**20})
+    assert refused.value.status_code == 413
+    with pytest.raises(openai.APIStatusError, match="9 images; this server takes at most 8") as refused:
+        ask(client, user(QUESTION, *[SHELF] * 9))
+    assert refused.value.status_code == 413
+    for url, message in [
+        ("https://example.org/a.png", "does not fetch images from there"),
+        ("file:///etc/passwd", "data URI|http"),
+        ("data:image/png;base64,AAAA", "cannot be used"),
+    ]:
+        turn = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+        with pytest.raises(openai.APIStatusError, match=message) as refused:
+            ask(client, turn)
+        assert refused.value.status_code in (400, 403)
+
+
+def test_paths_that_lead_elsewhere(address):
+    host = address.removeprefix("http://")
+    for path in [
+        "/v1/models/../../etc/passwd",
+        "//v1/models",
+        "/v1/models/%2e%2e%2fetc",
+        "/%00",
+        "/v1/models?x=" + "y" * 9000,
+    ]:
+        connection = http.client.HTTPConnection(host, timeout=BOUND)
+        connection.request("GET", path, headers=BEARER)
+        answer = connection.getresponse()
+        assert answer.status in (200, 404) and b"root:" not in answer.read()
+        connection.close()
+
+
+def test_two_hundred_connections_at_once(engine, address, client):
+    """Slow, silent, hasty and wrong ones: those that ask properly are answered or told to come again."""
+    host, port = address.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port)), timeout=BOUND) for _ in range(60)]
+    for number, each in enumerate(idle):
+        if number % 2:
+            each.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Le")
+    body = {"model": "pocket", "messages": [user(QUESTION, SHELF)], "max_tokens": 12}
+
+    def one(number: int) -> int:
+        try:
+            with httpx.Client(timeout=BOUND, headers=BEARER | JSON) as own:
+                if number % 10 == 3:
+                    return own.post(f"{address}/v1/chat/completions", content=b'{"model": ').status_code
+                if number % 10 == 7:  # goes away in the middle
+                    with own.stream("POST", f"{address}/v1/chat/completions", json={**body, "stream": True}) as found:
+                        next(found.iter_raw(), None)
+                        return found.status_code
+                return own.post(f"{address}/v1/chat/completions", json=body).status_code
+        except httpx.TransportError:
+            return 0  # turned away before the request was read
+
+    with ThreadPoolExecutor(140) as pool:
+        found = list(pool.map(one, range(140)))
+    assert set(found) <= {0, 200, 400, 429, 503} and found.count(200) >= 8 and found.count(400) >= 1
+    wait_for(lambda: engine.load().writing == engine.load().waiting == 0)
+    for each in idle:  # those that never said anything whole are cut off
+        each.settimeout(BOUND)
+        while each.recv(4096):
+            pass
+        each.close()
+    assert ask(client, max_tokens=2).choices[0].finish_reason == "length"
+    counts = httpx.get(f"{address}/metrics", headers=BEARER).text
+    assert 'vismem_refused_total{reason="slow_head"}' in counts and "vismem_rows_writing 0.0" in counts
+
+
+# The command.
+
+
+def started(*options: str, **more) -> tuple[subprocess.Popen, str]:
+    """`vismem serve` in a process of its own, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vismem", "serve", "--port", "0", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **more},
+    )
+    line = process.stdout.readline()
+    assert line.startswith("Serving "), line + process.stderr.read()
+    return process, line.split(" on ")[1].split("/v1")[0]
+
+
+def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
+    (tmp_path / "keys").write_text("# ours\nfirst\nsecond\n")
+    process, place = started(
+        "--name", "shelves", "--api-key-file", str(tmp_path / "keys"), "--invocation", "off", VISMEM_API_KEY="third"
+    )
+    try:
+        for key in ("first", "second", "third"):
+            with client_of(place).with_options(api_key=key) as client:
+                found = ask(client, model="shelves", max_tokens=8)
+                assert found.vismem["invocation"] == "off"
+        with client_of(place) as client, pytest.raises(openai.AuthenticationError):
+            ask(client, model="shelves")
+        with httpx.Client(headers={"Host": "evil.example"}) as rebound:
+            assert rebound.get(f"{place}/health").status_code == 403
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(BOUND) == 0
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--port", "70000"], 2, "from 0 to 65535"),
+        (["--invocation", "often"], 2, "unknown policy 'often'"),
+        (["--replica-gpus", "1"], 2, "give --replicas too"),
+        (["--api-key", ""], 1, "empty"),
+        (["--api-key-file", "no-such-file"], 1, "cannot read API keys from no-such-file"),
+        (["--host", "256.1.1.1"], 1, "cannot listen on 256.1.1.1"),
+        (["--base", "no-such-folder"], 1, "no base no-such-folder"),
+    ],
+)
+def test_a_wrong_command_says_why(capsys, options, code, message):
+    assert main(["serve", "--port", "0", *options]) == code
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_a_port_that_is_taken(capsys):
+    with listening_socket("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 1
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
