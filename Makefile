@@ -11,11 +11,11 @@ QUESTION ?= What does row 1 cost with its promotion?
 INVOCATION ?= learned
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs clean distclean
+.PHONY: help setup demo test lint types format docs docs-serve figures clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY)  ## make .venv and install the pinned dependencies
 	@:
@@ -32,21 +32,31 @@ demo: $(READY)  ## ask the pocket model about a picture (IMAGE=..., QUESTION=...
 	@$(BIN)/vismem ask "$(IMAGE)" "$$QUESTION" --invocation "$(INVOCATION)"
 
 test: $(READY)  ## run the whole test suite
-	@$(BIN)/python -m pytest -n auto
+	@$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(READY)  ## check style, change nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
+types: $(READY)  ## check types: the package, and a user's code that is held to everything
+	@$(BIN)/mypy
+
 format: $(READY)  ## mend style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(READY)  ## draw the pictures in docs/images again
-	@$(BIN)/python docs/draw_mechanism.py
+docs: $(READY)  ## build the documentation into site/
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+docs-serve: $(READY)  ## show the documentation on this machine, and follow changes
+	@$(BIN)/mkdocs serve
+
+figures: $(READY)  ## draw the figures in docs/images again
+	@for name in mechanism sequence stages; do $(BIN)/python docs/draw_$$name.py || exit 1; done
 
 clean:  ## remove caches and build products
-	@rm -rf build dist .pytest_cache .ruff_cache
+	@rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache
 	@find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## remove .venv as well

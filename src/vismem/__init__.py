@@ -36,12 +36,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "invocation":
-        return import_module("vismem.invocation")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'vismem' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or a misspelt name would have a type
+
+    def __getattr__(name: str) -> Any:
+        if name == "invocation":
+            return import_module("vismem.invocation")
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name]), name)
+        raise AttributeError(f"module 'vismem' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,6 +22,9 @@ from torch import nn
 from vismem.backbones import backbone_of
 from vismem.config import VisMemConfig
 from vismem.pocket import BASE_PATH
+
+if TYPE_CHECKING:
+    from vismem.model import VisMem
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "vismem_config.json", "vismem.safetensors", "README.md"
 FORMAT = 1
@@ -64,7 +67,7 @@ def facts_of(base: nn.Module) -> BaseFacts:
 
 def recorded_name(base: nn.Module) -> str:
     """The name by which a checkpoint remembers its base; the pocket model's is the same on every machine."""
-    name = base.name_or_path
+    name: str = getattr(base, "name_or_path", "")
     return POCKET if name and Path(name).expanduser().resolve() == BASE_PATH.resolve() else name
 
 
@@ -73,19 +76,19 @@ def base_location(name: str) -> str:
     return str(BASE_PATH) if name == POCKET else name
 
 
-def token_ids(model) -> dict[str, int]:
+def token_ids(model: VisMem) -> dict[str, int]:
     """Id of each of the model's four tokens, by `"short_invocation"`, `"short_end"`, ..."""
     tables = {"invocation": model.tokens.invocation_ids, "end": model.tokens.end_ids}
     return {f"{kind}_{part}": index for part, table in tables.items() for kind, index in table.items()}
 
 
-def trained_state(model) -> dict[str, torch.Tensor]:
+def trained_state(model: VisMem) -> dict[str, torch.Tensor]:
     """The tensors that a checkpoint holds: `memory.*` and `tokens.*`."""
     parts = {"memory": model.memory, "tokens": model.tokens}
     return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
 
 
-def save(model, folder: Path) -> None:
+def save(model: VisMem, folder: Path) -> None:
     """Writes a checkpoint of `model` into `folder`, each file whole or not at all."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
@@ -174,7 +177,7 @@ def check_base(record: Record, base: nn.Module, folder: Path) -> None:
         )
 
 
-def load_weights(model, folder: Path, record: Record) -> None:
+def load_weights(model: VisMem, folder: Path, record: Record) -> None:
     """Loads `vismem.safetensors` into an equipped model.
 
     Raises:
@@ -200,7 +203,7 @@ def load_weights(model, folder: Path, record: Record) -> None:
             tensor.copy_(state[name])
 
 
-def model_card(model) -> str:
+def model_card(model: VisMem) -> str:
     """The README.md of a checkpoint, with the front matter that the hub reads."""
     config, facts = model.memory_config, facts_of(model.base)
     name = recorded_name(model.base) or facts.model_type

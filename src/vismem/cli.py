@@ -65,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         vismem 0.1.0
         0
     """
-    arguments, debug = list(sys.argv[1:] if argv is None else argv), []
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug: list[bool] = []
     with contextlib.suppress(AttributeError):  # a character that the terminal cannot show is no reason to stop
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         with warnings.catch_warnings():
             code = dispatch(arguments, debug)

@@ -10,8 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-KINDS = ("short", "long")
 Kind = Literal["short", "long"]
+KINDS: tuple[Kind, ...] = ("short", "long")
 ALLOWED_LENGTHS = (2, 4, 8, 16, 32)
 
 

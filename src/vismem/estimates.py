@@ -8,6 +8,7 @@ is `sizes.py`'s matter; `docs/sizes.md` has the formulas in one place and how fa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vismem.config import VisMemConfig
 from vismem.sizes import Shape
@@ -182,7 +183,7 @@ def inference(shape: Shape, parts: dict[str, int], config: VisMemConfig, load: L
 
 def training(
     shape: Shape, parts: dict[str, int], config: VisMemConfig, load: Load, stage: str, checkpointing: bool
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """One update of a stage on one device.
 
     The base stays in its dtype. All of the memory and the four rows are kept in float32, what the stage trains with

@@ -10,10 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vismem.config import VisMemConfig
 from vismem.pocket import BASE_PATH, MEMORY_PATH
+
+if TYPE_CHECKING:
+    import torch
+
+    from vismem.model import VisMem
 
 POCKET = "pocket"  # the name of the model that comes with the package
 NETWORK_TIMEOUT = 5  # seconds; huggingface_hub's own retries take half a minute
@@ -37,7 +42,7 @@ class Loaded:
         base, checkpoint: names to show; None for an untrained memory.
     """
 
-    model: Any
+    model: VisMem
     base: str
     checkpoint: str | None
 
@@ -103,13 +108,14 @@ def load_base(
     dtype = "float32" if pocket and dtype == "auto" else dtype  # the file is bfloat16 to be small
     try:
         backbone_of(SimpleNamespace(config=AutoConfig.from_pretrained(found, **common)))
-        base, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             found,
             dtype=dtype,
             output_loading_info=True,
             device_map=None if device.type == "cpu" else {"": device},
             **common,
         )
+        base, report = loaded
         processor = AutoProcessor.from_pretrained(found, **common)
     except (ImportError, MemoryError):
         raise
@@ -136,7 +142,7 @@ def checkpoint_folder(name: str, say: Callable[[str], None]) -> Path:
         return Path(found)
     from huggingface_hub import try_to_load_from_cache
 
-    return Path(try_to_load_from_cache(found, checkpoint.CONFIG_FILE)).parent
+    return Path(str(try_to_load_from_cache(found, checkpoint.CONFIG_FILE))).parent
 
 
 def locate(name: str, file: str, what: str, say: Callable[[str], None]) -> tuple[str, bool]:
@@ -190,7 +196,7 @@ def is_pocket(name: str) -> bool:
     return name == POCKET or Path(name).parts[-4:] == ("vismem", *BASE_PATH.parts[-3:])
 
 
-def device_of(name: str):
+def device_of(name: str) -> torch.device:
     """The torch device of that name; `"auto"` is the first GPU, or else the CPU."""
     import torch
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers.utils import ModelOutput, PushToHubMixin
 
 from vismem import checkpoint
-from vismem.backbones import Backbone, Image, Patches, backbone_of
+from vismem.backbones import Backbone, Image, backbone_of
 from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.decoding.engine import Decoder
 from vismem.decoding.generation import Layout, Prepared, prepared
@@ -41,7 +41,7 @@ class VisMemForwardOutput(ModelOutput):
     Args:
         loss: mean cross-entropy over `labels`, where given.
         logits: [B, L, vocabulary], aligned with `input_ids`: slots are read but not listed. End tokens are -inf.
-        memories: for each row its memory vectors [N, d], in order of invocation.
+        memories: for each row its memory vectors [N, d], in order of invocation; None where a kind forms nothing.
         states: for each row and invocation the observed states [z, d] that the query was built from.
         log_probs: with `sampled`, float32 [B, L]: of the sampled tokens, and 0 elsewhere.
         last_hidden_state: [B, L, d], the last layer's states at the tokens of `input_ids`.
@@ -49,7 +49,7 @@ class VisMemForwardOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    memories: list[list[Tensor]] | None = None
+    memories: list[list[Tensor | None]] | None = None
     states: list[list[Tensor]] | None = None
     log_probs: Tensor | None = None
     last_hidden_state: Tensor | None = None
@@ -79,7 +79,8 @@ class VisMem(nn.Module, PushToHubMixin):
     def __init__(self, base: nn.Module, processor: Any, config: VisMemConfig | None = None) -> None:
         super().__init__()
         self.memory_config = config or VisMemConfig()
-        self.base, self.processor = base.eval().requires_grad_(False), processor
+        self.processor = processor
+        self.base: Any = base.eval().requires_grad_(False)
         self.backbone = backbone_of(base)
         refuse_offloaded(self.backbone)
         tokenizer = processor.tokenizer
@@ -138,8 +139,8 @@ class VisMem(nn.Module, PushToHubMixin):
 
         Soft prompts have no builder: that part is empty there.
         """
-        parts = {"builder": self.memory.builder, "short": self.memory.short, "long": self.memory.long}
-        parts["tokens"] = self.tokens
+        parts: dict[str, nn.Module] = {"builder": self.memory.builder, "short": self.memory.short}
+        parts |= {"long": self.memory.long, "tokens": self.tokens}
         if part not in parts:
             raise ValueError(f"unknown part {part!r}; there are {', '.join(parts)}")
         return list(parts[part].parameters())
@@ -314,7 +315,9 @@ class VisMem(nn.Module, PushToHubMixin):
         if written.any():
             # The base finds image places by their embedding; an image token that an answer wrote is only a word.
             embeds = torch.where(written[..., None], embeds * (1 + 2 * torch.finfo(embeds.dtype).eps), embeds)
-        patches = self._encode(places, images, copies) if "short" in forms and memories is None else {}
+        patches: dict[int, list[Any]] = {}
+        if "short" in forms and memories is None:
+            patches = self._encode(places, images, copies)
 
         def observation(row: int, place: Place, states: Tensor) -> Observation:
             segment = embeds[row, place.segment : place.index + 1]
@@ -354,6 +357,7 @@ class VisMem(nn.Module, PushToHubMixin):
                         if turn < len(found):  # the state at position t produced token t + 1
                             states[row].append(hidden[row, found[turn].segment - 1 : found[turn].index])
         if memories is None:
+            assert states is not None  # given, or recomputed above
             memories = form(states)
         hidden = read(memories)
         if sampled is not None:
@@ -432,7 +436,7 @@ class VisMem(nn.Module, PushToHubMixin):
             input_ids, {**inputs, **answers, "input_ids": input_ids, "attention_mask": attention_mask}
         )
 
-    def _encode(self, places: list[list[Place]], images: list[list[Image]], copies: int) -> dict[int, list[Patches]]:
+    def _encode(self, places: list[list[Place]], images: list[list[Image]], copies: int) -> dict[int, list[Any]]:
         """Images of the prompts whose rows look at them, through the short former's adapter, in one batch."""
         looking = [row for row, found in enumerate(places) if any(place.kind == "short" for place in found)]
         for row in looking:
@@ -483,7 +487,7 @@ class VisMem(nn.Module, PushToHubMixin):
 
         folder = checkpoint.locate(pretrained_model_name_or_path, revision, token)
         record = checkpoint.read_record(folder)
-        name = checkpoint.base_location(record.base_name) if base is None else base.name_or_path
+        name = checkpoint.base_location(record.base_name) if base is None else str(getattr(base, "name_or_path", ""))
         if base is None:
             base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
         if processor is None:
@@ -506,9 +510,10 @@ def refuse_offloaded(backbone: Backbone) -> None:
 
     Layers of the language model may be offloaded (`device_map`); of a base that is all shapes, sizes can be counted.
     """
-    embeddings, head = backbone.embeddings.weight, backbone.head.weight
+    embeddings: Tensor = backbone.embeddings.weight
+    head: Any = backbone.head.weight
     language = {id(weight) for weight in (*backbone.language_model.parameters(), head)}
-    parts = {
+    parts: dict[str, list[Tensor]] = {
         "token embeddings": [embeddings],
         "output head": [head],
         "vision encoder or projector": [w for w in backbone.base.parameters() if id(w) not in language],

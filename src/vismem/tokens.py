@@ -6,16 +6,18 @@ happens when a token is met is the decoder's business (`decoding/engine.py`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from vismem.config import KINDS, Kind
 
-INVOCATION_TOKENS: dict[str, str] = {"short": "<ms_I>", "long": "<ml_I>"}
-END_TOKENS: dict[str, str] = {"short": "<ms_E>", "long": "<ml_E>"}
+INVOCATION_TOKENS: dict[Kind, str] = {"short": "<ms_I>", "long": "<ml_I>"}
+END_TOKENS: dict[Kind, str] = {"short": "<ms_E>", "long": "<ml_E>"}
 
 
-def add_memory_tokens(tokenizer) -> tuple[dict[str, int], dict[str, int]]:
+def add_memory_tokens(tokenizer: Any) -> tuple[dict[Kind, int], dict[Kind, int]]:
     """Adds the four tokens to `tokenizer` (a no-op where it has them) and returns their ids by kind.
 
     Returns:
@@ -27,7 +29,7 @@ def add_memory_tokens(tokenizer) -> tuple[dict[str, int], dict[str, int]]:
     return {kind: ids[INVOCATION_TOKENS[kind]] for kind in KINDS}, {kind: ids[END_TOKENS[kind]] for kind in KINDS}
 
 
-def single_token_id(tokenizer, strings: tuple[str, ...]) -> int:
+def single_token_id(tokenizer: Any, strings: tuple[str, ...]) -> int:
     """The id of the first string that `tokenizer` writes as one token."""
     for text in strings:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -36,7 +38,7 @@ def single_token_id(tokenizer, strings: tuple[str, ...]) -> int:
     raise ValueError(f"none of the delimiters {strings} is a single token of this tokenizer; set config.delimiters")
 
 
-def delimiter_ids(tokenizer, strings: tuple[str, ...]) -> frozenset[int]:
+def delimiter_ids(tokenizer: Any, strings: tuple[str, ...]) -> frozenset[int]:
     """All ids whose text, spaces apart, is one of the delimiter strings (so '.', ' .' and '.\\n' for '.')."""
     wanted = {text.strip(" ") for text in strings}
     bare = {text.strip() for text in strings} - {""}
@@ -65,8 +67,8 @@ class MemoryTokens(nn.Module):
         self,
         table: nn.Embedding,
         head: nn.Module,
-        invocation_ids: dict[str, int],
-        end_ids: dict[str, int],
+        invocation_ids: dict[Kind, int],
+        end_ids: dict[Kind, int],
         delimiter: int,
         noise: float,
         scale: float = 1.0,
@@ -76,7 +78,8 @@ class MemoryTokens(nn.Module):
         self.kind_of: dict[int, Kind] = {index: kind for kind, index in invocation_ids.items()}
         self.ids = [*(invocation_ids[kind] for kind in KINDS), *(end_ids[kind] for kind in KINDS)]
         self._sent: dict[torch.device, Tensor] = {}
-        self._base = {"table": table, "head": head}  # a dict, so that the base is not registered a second time
+        base: dict[str, Any] = {"table": table, "head": head}
+        self._base = base  # a dict, so that the base is not registered a second time
 
         def start(weight: Tensor) -> nn.Parameter:
             row = weight[delimiter].detach().float()
@@ -84,9 +87,9 @@ class MemoryTokens(nn.Module):
             return nn.Parameter((row + size * torch.randn(2, row.numel(), device=row.device)).to(weight.dtype))
 
         self.invocation, self.end = start(table.weight), start(table.weight)
-        self.tied = head.weight is table.weight
+        self.tied = base["head"].weight is table.weight
         if not self.tied:
-            self.invocation_output, self.end_output = start(head.weight), start(head.weight)
+            self.invocation_output, self.end_output = start(base["head"].weight), start(base["head"].weight)
 
     @property
     def base_vocabulary(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from torch import nn
 
 from vismem.backbones.base import Backbone, Image, Patches
@@ -44,8 +46,8 @@ def register(family: type[Backbone]) -> type[Backbone]:
     return family
 
 
-def backbone_of(base: nn.Module) -> Backbone:
-    """The backbone that fits `base`, by its `config.model_type`.
+def backbone_of(base: nn.Module | SimpleNamespace) -> Backbone:
+    """The backbone that fits `base`, by its `config.model_type`; of a config alone, in a namespace, sizes can be asked.
 
     Raises:
         ValueError: if no family answers to that name; lists those that do.

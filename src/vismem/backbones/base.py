@@ -73,7 +73,7 @@ class Backbone:
     fused_qkv: bool = False
 
     def __init__(self, base: nn.Module) -> None:
-        self.base = base
+        self.base: Any = base  # of whatever family: its attributes are known to the family alone
 
     # What all families share in transformers.
 
@@ -186,7 +186,7 @@ class Backbone:
             for place, index in enumerate(members):
                 embedded = raster[place][images[index].part]
                 found[index] = Patches(embedded, [layer[place] for layer in kept], images[index].tokens)
-        return found  # type: ignore[return-value]
+        return [patches for patches in found if patches is not None]
 
     def read_block(self, depth: int, grid: tuple[int, int], rotary: Rotary, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Block `depth` on patches [n, patches, d_vision]: its keys and values [n, 2, heads, patches, head_dim], and

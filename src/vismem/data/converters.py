@@ -124,7 +124,9 @@ def _mulberry(record: dict[str, Any]) -> dict[str, Any]:
     return _row(prompt, reply, answer, _paths(record.get("images")), others)
 
 
-def _row(prompt: list, reply: dict, answer: str, images: list[str], columns: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    prompt: list[dict[str, Any]], reply: dict[str, Any], answer: str, images: list[str], columns: dict[str, Any]
+) -> dict[str, Any]:
     if reply.get("role") != "assistant":
         raise BadRow("the last turn is not the model's")
     content = [{**message, "content": _parts(message["content"])} for message in prompt]

@@ -51,7 +51,7 @@ class Reports:
         logger.warning("skipped a bad row: %s", message)
 
 
-class Rows(Dataset):
+class Rows(Dataset[Row]):
     """Rows by index. Made by `load_dataset_rows`.
 
     A row whose image turns out to be broken is replaced by the next good one, always the same. `Rows[i]` does not
@@ -94,7 +94,7 @@ class Rows(Dataset):
         raise BadDataError(f"{self.source.name} has no good row left ({self.reports.count} bad)")
 
 
-class StreamingRows(IterableDataset):
+class StreamingRows(IterableDataset[Row]):
     """Rows in order, without an index. Made by `load_dataset_rows(..., streaming=True)`.
 
     Each DataLoader worker reads its own part, and counts its own bad rows, anew in every epoch.

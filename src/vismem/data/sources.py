@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ class Table:
 
     def scan(self) -> Iterator[tuple[int, int, str | None]]:
         """Each row's index and what is wrong with it; a dataset's image columns are left for later, for speed."""
-        rows, check = self.rows, read_row
+        rows: Any = self.rows
+        check: Callable[[Any], object] = read_row
         if hasattr(rows, "select_columns"):
             names = [name for name in ("prompt", "answer", "completion") if name in rows.column_names]
             absent = {"prompt", "answer"} - set(names)

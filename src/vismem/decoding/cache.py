@@ -138,7 +138,7 @@ class Slots:
         self.cache = Cache(layers=[SlotLayer(self, kind == "sliding_attention") for kind in types])
         self.offset: Tensor | None = None  # [..., rows, 1]: position ids less columns
         self.where: Tensor | None = None  # [n, w]: the columns of the reading under way
-        self.user: weakref.ref | None = None  # the decoder whose rows lie here
+        self.user: weakref.ref[Any] | None = None  # the decoder whose rows lie here
         self.begin = self.end = 0  # columns that are read: up to `end`, and in sliding layers from `begin` on
         self._step = self._read
         if compiled is not None:
@@ -270,7 +270,7 @@ class Slots:
         self.columns += more
 
 
-def on_device(values: list, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def on_device(values: list[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Plain numbers as a tensor there, sent without waiting for what the device is doing."""
     found = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":

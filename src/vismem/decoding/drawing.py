@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class Drawing:
 
     def draw(self, rows: list[Row]) -> list[Drawn]:
         """Draws each row's next token into `next` and `ids`, on the device; rows of like settings together."""
-        groups: dict = {}
+        groups: dict[Any, list[Row]] = {}
         for row in rows:
             groups.setdefault((row.settings.key, row.draws is None), []).append(row)
         logits, drawn = self.backbone.head(self.hidden), []

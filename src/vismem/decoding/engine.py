@@ -15,6 +15,7 @@ import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.decoding.cache import Aligned, Slots, on_device
 from vismem.decoding.chance import Draws
 from vismem.decoding.drawing import Drawing, look
-from vismem.decoding.invocation import Opening
+from vismem.decoding.invocation import Opening, Policy
 from vismem.decoding.rows import Row, Settings, Sight
 from vismem.decoding.trace import Invocation
-from vismem.memory import Memory, Observation
+from vismem.memory import Memory, Observation, SoftMemory
 from vismem.tokens import MemoryTokens
 
 
@@ -63,7 +64,7 @@ class Decoder(Drawing):
         self,
         backbone: Backbone,
         tokens: MemoryTokens,
-        memory: Memory,
+        memory: Memory | SoftMemory,
         config: VisMemConfig,
         slots: Slots | None = None,
     ) -> None:
@@ -74,7 +75,7 @@ class Decoder(Drawing):
 
     # Rows enter.
 
-    def read_prompts(self, base, input_ids: Tensor, kwargs: dict, images: list[list[Image]]) -> Prompts:
+    def read_prompts(self, base: Any, input_ids: Tensor, kwargs: dict[str, Any], images: list[list[Image]]) -> Prompts:
         """Reads a batch of prompts as transformers prepared it."""
         features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         inputs = base.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
@@ -293,12 +294,14 @@ def widened(known: Tensor | None, width: int, lines: list[int], values: Tensor) 
         shape[1] = max(values.shape[1], known.shape[1])
     found = values.new_zeros(shape)
     if known is not None:
-        found[(slice(len(known)), *map(slice, known.shape[1:]))] = known
-    found[(lines, *map(slice, values.shape[1:]))] = values
+        there: tuple[Any, ...] = (slice(len(known)), *map(slice, known.shape[1:]))
+        found[there] = known
+    new: tuple[Any, ...] = (lines, *map(slice, values.shape[1:]))
+    found[new] = values
     return found
 
 
-def check_schedule(policy, rows: list[Row]) -> None:
+def check_schedule(policy: Policy, rows: list[Row]) -> None:
     """Refuses a schedule that names a row that is not there, or asks a blind row to look; and too few seeds."""
     seeds = getattr(policy, "seed", None)
     if isinstance(seeds, Sequence) and len(seeds) < len(rows):

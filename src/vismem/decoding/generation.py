@@ -179,8 +179,7 @@ class Layout:
         if self.compiled is None:
             return Slots(config, rows, columns, device)
         kept = KEPT.get(base)
-        fits = kept is not None and kept.rows == rows and kept.columns >= columns and kept.compiled == self.compiled
-        if not fits or kept.in_use:
+        if kept is None or kept.in_use or (kept.rows, kept.compiled) != (rows, self.compiled) or kept.columns < columns:
             kept = KEPT[base] = Slots(config, rows, columns, device, self.compiled)
         kept.clear()
         return kept
@@ -212,7 +211,7 @@ def for_copies(processors: LogitsProcessorList, prompts: int, copies: int) -> Lo
     return found
 
 
-def refuse_unsupported(config: GenerationConfig, kwargs: dict) -> None:
+def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
     """Refuses, in one line, what this decoder cannot honour."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

@@ -9,9 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vismem.config import KINDS, Kind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Place(Protocol):
@@ -25,11 +28,20 @@ class Place(Protocol):
         tokens: the row's new tokens so far, sampled or put in.
     """
 
-    index: int
-    sampled: int
-    sighted: bool
-    at_delimiter: bool
-    tokens: list[int]
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def sampled(self) -> int: ...
+
+    @property
+    def sighted(self) -> bool: ...
+
+    @property
+    def at_delimiter(self) -> bool: ...
+
+    @property
+    def tokens(self) -> list[int]: ...
 
 
 class Policy(Protocol):
@@ -42,10 +54,17 @@ class Policy(Protocol):
         guarded: whether `max_invocations` and `min_gap` also bind what `inject` puts in.
     """
 
-    samples: bool
-    injects: bool
-    forms: tuple[Kind, ...]
-    guarded: bool
+    @property
+    def samples(self) -> bool: ...
+
+    @property
+    def injects(self) -> bool: ...
+
+    @property
+    def forms(self) -> tuple[Kind, ...]: ...
+
+    @property
+    def guarded(self) -> bool: ...
 
     def start(self) -> None:
         """Called at the start of every decode, on a shallow copy of the object that was given.
@@ -160,9 +179,10 @@ class Forced:
     _pending: dict[tuple[int, int], list[Kind]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.schedule = [tuple(entry) for entry in self.schedule]
-        self.injects = bool(self.schedule)
-        for entry in self.schedule:
+        entries: list[Any] = [tuple(entry) for entry in self.schedule]
+        self.schedule = entries
+        self.injects = bool(entries)
+        for entry in entries:
             if len(entry) != 3 or not all(isinstance(n, int) and n >= 0 for n in entry[:2]) or entry[2] not in KINDS:
                 raise ValueError(f"Forced takes (row, step, 'short' or 'long') with row and step >= 0, got {entry!r}")
 
@@ -178,7 +198,7 @@ class Forced:
 
     def swapped(self) -> Forced:
         """The same schedule with kinds exchanged, the counterfactual of stage II."""
-        other = {"short": "long", "long": "short"}
+        other: dict[Kind, Kind] = {"short": "long", "long": "short"}
         return Forced([(row, step, other[kind]) for row, step, kind in self.schedule])
 
 
@@ -228,7 +248,7 @@ class Opening:
     prompt: int
     tokens: tuple[int, ...]
     kind: Kind
-    states: object
+    states: Tensor
 
 
 @dataclass(frozen=True)
@@ -243,7 +263,7 @@ class Counterfactual(Learned):
     swaps: bool = True
 
 
-NAMES = {"learned": Learned(), "off": Off(), "short": Only(kind="short"), "long": Only(kind="long")}
+NAMES: dict[str, Policy] = {"learned": Learned(), "off": Off(), "short": Only(kind="short"), "long": Only(kind="long")}
 
 
 def policy_of(invocation: str | Policy) -> Policy:
@@ -286,8 +306,9 @@ def read_policy(text: str, seed: int = 0) -> str | Policy:
     try:
         if text.startswith("random:"):
             rate, _, where = text.removeprefix("random:").partition("@")
-            return Random(float(rate), where or "delimiter", seed)  # NaN lies in no range either
-        entries = [entry.strip().split("@") for entry in text.split(",")]
+            place: Any = where or "delimiter"  # Random says what it may be
+            return Random(float(rate), place, seed)  # NaN lies in no range either
+        entries: list[Any] = [entry.strip().split("@") for entry in text.split(",")]
         if all(len(e) == 2 and e[0] in KINDS and e[1].isascii() and e[1].isdigit() for e in entries):
             return Forced([(0, int(step), kind) for kind, step in entries])
     except ValueError as error:

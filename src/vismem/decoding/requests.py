@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from vismem.decoding.cache import Slots
 from vismem.decoding.engine import Decoder
 from vismem.decoding.generation import Layout, Prepared, setting
 from vismem.decoding.invocation import Policy, policy_of
@@ -95,6 +96,8 @@ class Answer:
     @property
     def rollout(self) -> Rollout:
         """What training needs of the answer; of a queue with `record=True`, once it is done."""
+        if self._row is None:
+            raise ValueError("no rollout: the answer has no token yet")
         return self._row.rollout()
 
 
@@ -130,7 +133,9 @@ class RequestQueue:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         generation["cache_implementation"] = "static"
-        self.layout = Layout.wanted(model.base, generation)
+        layout = Layout.wanted(model.base, generation)
+        assert layout is not None  # as it is static
+        self.layout = layout
         self.model, self.batch_size, self.invocation, self.record = model, batch_size, invocation, record
         self.generation = generation
         self.waiting: deque[list[Answer]] = deque()
@@ -174,7 +179,7 @@ class RequestQueue:
         self.waiting = deque(group for group in self.waiting if any(answer.finish is None for answer in group))
         for row in rows:
             del self.answers[id(row)]
-        if rows:
+        if rows and self.decoder is not None:
             self.decoder.leave(rows)
 
     def clear(self) -> None:
@@ -207,7 +212,7 @@ class RequestQueue:
         except BaseException as error:  # in the middle of a step, so that no row is whole any more
             failed([*self.answers.values(), *(answer for group in groups for answer in group)], error)
             self.answers = {}
-            if self.decoder is not None:
+            if self.decoder is not None and isinstance(self.decoder.cache, Slots):
                 self.decoder.cache.user, self.decoder = None, None
             raise
         for row in rows:
@@ -268,7 +273,8 @@ class RequestQueue:
             if self.decoder is None:
                 slots = self.layout.slots(call, self.batch_size, model.memory_config)
                 self.decoder = Decoder(model.backbone, model.tokens, model.memory, model.memory_config, slots)
-            elif self.layout.compiled is not None:  # growing now and then would compile each time
+            elif self.layout.compiled is not None and isinstance(self.decoder.cache, Slots):
+                # Growing now and then would compile each time.
                 self.decoder.cache.reserve(self.layout.columns(call, model.memory_config))
             prompts = self.decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
             seeds = [seed for group in groups for seed in seeds_of(group)] if settings.config.do_sample else None
@@ -291,7 +297,8 @@ class RequestQueue:
             self.answers[id(row)] = answer
             if answer.finish is not None:  # given up while it waited, with others of its request going on
                 self.answers.pop(id(row))
-                self.decoder.leave([row])
+                if self.decoder is not None:
+                    self.decoder.leave([row])
 
 
 def seeds_of(group: list[Answer]) -> list[int]:
@@ -333,7 +340,8 @@ def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]])
         ValueError: if a request cannot be taken; names it by its tag where that is a text, else by its number. Answers
             given before are complete.
     """
-    source, taken, names = iter(requests), 0, {}
+    taken, names = 0, {}
+    source: Iterator[Request | dict[str, Tensor]] | None = iter(requests)
     try:
         while True:
             while source is not None and queue.hungry:

@@ -136,7 +136,7 @@ class Row:
 
     @property
     def sighted(self) -> bool:
-        return bool(self.sight.images)
+        return self.sight is not None and bool(self.sight.images)
 
     @property
     def ended(self) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -31,7 +31,7 @@ class Invocation:
     memory: Tensor | None = field(default=None, repr=False, compare=False)
     states: Tensor | None = field(default=None, repr=False, compare=False)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {"kind": self.kind, "position": self.position, "length": self.length, "forced": self.forced}
 
@@ -81,8 +81,8 @@ class VisMemOutput(ModelOutput):
         rollout: with `record=True`, for each row a `Rollout`.
     """
 
-    sequences: torch.LongTensor | None = None
+    sequences: Tensor = None  # type: ignore[assignment]  # is always there; ModelOutput asks for a default
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
-    invocations: list[list[Invocation]] | None = None
+    invocations: list[list[Invocation]] = None  # type: ignore[assignment]  # is always there too
     rollout: list[Rollout] | None = None

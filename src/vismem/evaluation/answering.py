@@ -116,7 +116,7 @@ def record_of(model: VisMem, row: Row, written: Answer, rewards: Rewards, keep: 
         sampled=written.sampled,
         delimiters=sum(token in model.delimiters for token in written.tokens) + sampled,
         invocations=[invocation.to_dict() for invocation in written.invocations],
-        finish=written.finish,
+        finish=str(written.finish),
         columns={name: row.columns[name] for name in keep if name in row.columns},
     )
 

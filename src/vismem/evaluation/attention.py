@@ -180,7 +180,7 @@ def attention_layers(model: VisMem) -> list[nn.Module]:
         ValueError: if it has layers of another kind.
     """
     layers = getattr(model.backbone.language_model, "layers", None) or []
-    found = [getattr(layer, "self_attn", None) for layer in layers]
+    found: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
     if not found or any(attention is None for attention in found):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise ValueError(
@@ -193,7 +193,7 @@ def attention_layers(model: VisMem) -> list[nn.Module]:
 @contextmanager
 def eager(model: VisMem) -> Iterator[None]:
     """Eager attention in the base's language model while the context lasts, and then what it had before."""
-    config = model.backbone.language_model.config
+    config: Any = model.backbone.language_model.config
     before = config._attn_implementation
     config._attn_implementation = "eager"  # as `set_attn_implementation` does, which refuses code that came along
     try:

@@ -51,7 +51,7 @@ def draws(scores: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
 
 def interval(drawn: ArrayLike) -> tuple[float, float]:
     """The middle 95 % of draws."""
-    low, high = np.percentile(drawn, LEVEL)
+    low, high = np.percentile(np.asarray(drawn, dtype=float), LEVEL)
     return float(low), float(high)
 
 

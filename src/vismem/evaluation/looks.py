@@ -74,8 +74,8 @@ class Look:
         """Where attention went, float32 [layers, P] each, 1 in all: `"picture"` (patches that show it), `"padding"`
         (patches that do not), `"class token"`, `"query"`, `"memory"`."""
         shown = [torch.from_numpy(view.shown).to(w) for view, w in zip(self.views, self.weights, strict=True)]
-        picture = sum((w * s).sum((-2, -1)) for w, s in zip(self.weights, shown, strict=True))
-        patches = sum(w.sum((-2, -1)) for w in self.weights)
+        picture: Any = sum((w * s).sum((-2, -1)) for w, s in zip(self.weights, shown, strict=True))
+        patches: Any = sum(w.sum((-2, -1)) for w in self.weights)
         return {"picture": picture, "padding": patches - picture, **self.rest}
 
     def on(
@@ -206,7 +206,8 @@ def looks(
     """
     if model.memory_config.content != "formed":
         raise ValueError(f"memory with content={model.memory_config.content!r} looks at nothing: it is not formed")
-    backbone, former, prompts = model.backbone, model.memory.short, len(inputs["input_ids"])
+    backbone, prompts = model.backbone, len(inputs["input_ids"])
+    former: Any = model.memory.short
     if len(pictures) != prompts or not invocations or len(invocations) % prompts:
         raise ValueError(
             f"{prompts} prompts, {len(pictures)} lists of pictures and {len(invocations)} answers do not fit: give "

@@ -92,7 +92,8 @@ def readings(model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[Rollou
             )
     if not wanted:
         return []
-    former, copies = model.memory.long, len(rollouts) // prompts
+    former: Any = model.memory.long
+    copies = len(rollouts) // prompts
     visual = visual_states(model, inputs)
     segments = [segment_of(rollouts[row], index) for row, index, _ in wanted]
     found: list[Reading] = []

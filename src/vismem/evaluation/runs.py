@@ -110,7 +110,7 @@ class Runs:
             from vismem.pocket.suites import rows
 
             return rows(suite, settings.n, settings.question_seed, bound)[:limit]
-        found = load_dataset_rows(benchmark.data, split=benchmark.split, limit=limit)
+        found: Any = load_dataset_rows(benchmark.data, split=benchmark.split, limit=limit)
         return [found[index] for index in range(len(found))]
 
     def has(self, method: Method, benchmark: Benchmark) -> bool:
@@ -136,7 +136,11 @@ class Runs:
         asked = {name: value for name, value in asdict(benchmark).items() if name not in apart and value}
         if benchmark.data.partition(":")[0] == POCKET:
             asked |= {"n": self.settings.n, "question_seed": self.settings.question_seed}
-        known = {"base": self.settings.base, "checkpoint": method.checkpoint, "train": list(map(dict, method.train))}
+        known: dict[str, Any] = {
+            "base": self.settings.base,
+            "checkpoint": method.checkpoint,
+            "train": list(map(dict, method.train)),
+        }
         known |= {"invocation": invocation, "bound": method.bound, "seed": seed, "max_new_tokens": tokens}
         known |= {"benchmark": asked}
         place = "base" if seed is None else f"seed{seed}"

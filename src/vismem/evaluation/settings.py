@@ -313,7 +313,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     check_names(values, [each.name for each in dataclasses.fields(Settings)], "setting ")
     for section, known in SECTIONS.items():
         check_names(values.get(section) or {}, known, f"setting {section}.")
-    plain = {
+    plain: dict[str, Any] = {
         n: tuple(v) if isinstance(v, list) and n not in ("methods", "benchmarks") else v for n, v in values.items()
     }
     return Settings(

@@ -136,8 +136,9 @@ def spent(model: VisMem, row: Row, policy: Any, tokens: int, clock: Any) -> tupl
     watch = FirstToken(clock)
     synchronize(model.device)
     start = clock()
-    out = model.generate(
-        **inputs,
+    keywords: dict[str, Any] = inputs
+    out: Any = model.generate(
+        **keywords,
         invocation=policy,
         max_new_tokens=tokens,
         do_sample=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class QueryValueUp(nn.Linear):
     Maps [..., r] to [..., 3 * d] with a weight of [2 * d, r].
     """
 
-    def __init__(self, rank: int, fused: int, **factory) -> None:
+    def __init__(self, rank: int, fused: int, **factory: Any) -> None:
         super().__init__(rank, fused // 3 * 2, bias=False, **factory)
         nn.init.zeros_(self.weight)
 

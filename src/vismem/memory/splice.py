@@ -199,7 +199,7 @@ class Reader:
         return splice.gather(torch.cat([self.prefix, hidden], dim=1))
 
 
-def join(layer: Any, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+def join(layer: Any, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """A cache layer's `update` that leaves the layer as it is, so that one prefix serves many readings."""
     return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
 

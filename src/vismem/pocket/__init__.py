@@ -7,6 +7,10 @@ a long conversation. `load_base` gives the model and its processor; the world an
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 BASE_PATH = Path(__file__).parent / "weights" / "base"
 MEMORY_PATH = Path(__file__).parent / "weights" / "memory"
@@ -14,7 +18,7 @@ MEMORY_PATH = Path(__file__).parent / "weights" / "memory"
 __all__ = ["BASE_PATH", "MEMORY_PATH", "load_base"]
 
 
-def load_base(dtype="float32", path: str | Path = BASE_PATH):
+def load_base(dtype: str | torch.dtype = "float32", path: str | Path = BASE_PATH) -> tuple[Any, Any]:
     """Load the pocket VLM.
 
     Args:

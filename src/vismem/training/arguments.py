@@ -112,7 +112,8 @@ class MemoryTrainingArguments(TrainingArguments):
             if kind == "bool" and not isinstance(value, bool):
                 raise ValueError(f"{each.name} must be true or false, got {value!r}")
         # Each process reads its own share: rows hold images, which are not tensors that could be sent around.
-        self.accelerator_config = {"dispatch_batches": False, **(self.accelerator_config or {})}
+        own: Any = self.accelerator_config or {}
+        self.accelerator_config = {"dispatch_batches": False, **own}
         super().__post_init__()
         one_of = {
             "stage": tuple(PLANS),
@@ -239,7 +240,8 @@ def load_settings(path: str | Path | None, overrides: list[str]) -> list[dict[st
         ValueError: if the file is not a YAML mapping, or a name is unknown (the nearest one is named).
         OSError: if the file cannot be read.
     """
-    settings, given = read_mapping(path), {}
+    settings: dict[str, Any] = read_mapping(path)
+    given: dict[str, Any] = {}
     for override in overrides:
         name, value = read_change(override)
         section, _, key = name.rpartition(".")

@@ -80,7 +80,7 @@ class WholeCheckpoints:
         else:
             self.save_result(output_dir or Path(self.args.output_dir) / self.args.plan.result)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The learner's weights, for going on, and the settings in words."""
         if not self.args.should_save:  # asked of every process where parameters are sharded
             return

@@ -125,7 +125,7 @@ class Collector:
         trained = [not (args.skip_solved and done) for done in solved.tolist()]
         return Experience(rows, prompts, rollouts, advantages, trained)
 
-    def policy(self, places: str, seeds: list[int]) -> str | Policy:
+    def policy(self, places: Any, seeds: list[int]) -> str | Policy:
         """Who invokes memory in this stage's rollouts: chance in stage I, the model in stage II, or nobody."""
         if self.args.plan.invokes == "model":
             return "learned"

@@ -39,7 +39,7 @@ class Figures:
     def note(self, name: str, values: Tensor) -> None:
         """Keeps the mean of some values; nothing, where there are none."""
         if len(values):
-            self.add(name, values.float().mean())
+            self.add(name, float(values.float().mean()))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

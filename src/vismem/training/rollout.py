@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from vismem.config import KINDS
 from vismem.decoding.invocation import Counterfactual, Opening, Policy
-from vismem.decoding.trace import Rollout
+from vismem.decoding.trace import Rollout, VisMemOutput
 from vismem.model import VisMem
 
 
@@ -70,13 +70,15 @@ def write(
     """
     settings = copy.deepcopy(settings)
     settings.num_return_sequences = copies
+    keywords: dict[str, Any] = {**inputs}
     out = model.generate(
-        **inputs,
+        **keywords,
         generation_config=settings,
         invocation=policy,
         seed=seeds,
         record=True,
     )
+    assert isinstance(out, VisMemOutput) and out.rollout is not None  # as `sampling` and `record` ask for
     return out.rollout
 
 
@@ -107,6 +109,7 @@ def counterfactuals(
         first = rollout.invocations[0]
         other = KINDS[1 - KINDS.index(first.kind)]
         words = tuple(rollout.tokens[: first.position].tolist())
+        assert first.states is not None  # rollouts record them
         openings.append(Opening(index // copies, words, other, first.states))
         wanted.append(index)
     if not wanted:

@@ -46,7 +46,7 @@ def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Pat
     if stage != "all":
         args = arguments_for(stage, layers)
         return run_stage(args, resume)
-    output = arguments_for("stage1", layers).output_dir
+    output = str(arguments_for("stage1", layers).output_dir)
     memory = None
     for name in STAGES:
         if arguments_for(name, layers, output_dir=output).max_steps == 0:
@@ -56,16 +56,18 @@ def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Pat
         if memory is not None:
             fixed["checkpoint"] = str(memory)
         memory = run_stage(arguments_for(name, layers, **fixed), resume)
+    if memory is None:
+        raise ValueError(f"nothing to train: max_steps is 0 in each of {', '.join(STAGES)}")
     return memory
 
 
 def run_stage(args: MemoryTrainingArguments, resume: bool) -> Path:
     """Trains one stage and returns the folder of its memory or adapter."""
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     result, done = folder / args.plan.result, folder / "done.json"
     checkpoint = last_checkpoint(folder)
-    for record in (done, *([Path(checkpoint) / "training_args.json"] if checkpoint else [])):
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["stage"] != args.stage:
+    for earlier in (done, *([Path(checkpoint) / "training_args.json"] if checkpoint else [])):
+        if earlier.is_file() and json.loads(earlier.read_text(encoding="utf-8"))["stage"] != args.stage:
             raise ValueError(f"{folder} holds a run of another stage; choose another output_dir for {args.stage}")
     if done.is_file() and resume:
         log.info("%s is done already; its %s is in %s", args.stage, args.plan.result, result)
@@ -88,7 +90,7 @@ def run_stage(args: MemoryTrainingArguments, resume: bool) -> Path:
 
 def load_model(args: MemoryTrainingArguments) -> VisMem:
     """The base with the memory, or the adapter, that the stage starts from."""
-    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    options: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.plan.adapts:
@@ -100,7 +102,9 @@ def load_model(args: MemoryTrainingArguments) -> VisMem:
             baselines.load_adapter(model, args.checkpoint)
         return model
     if args.checkpoint:
-        given = {} if not args.base else dict(zip(("base", "processor"), load_base(args.base, options), strict=True))
+        given: dict[str, Any] = (
+            {} if not args.base else dict(zip(("base", "processor"), load_base(args.base, options), strict=True))
+        )
         options = {} if given else options
         return VisMem.from_pretrained(args.checkpoint, memory_dtype=torch.float32, **given, **options)
     if not args.base:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vismem.config import KINDS
+from vismem.config import KINDS, Kind
 from vismem.model import VisMem
 from vismem.training.arguments import MemoryTrainingArguments
 
@@ -36,7 +36,7 @@ def with_invocations(
     named = any(word in tokens.kind_of for word in words)
     made, gap = 0, config.min_gap
 
-    def invoke(kind: str) -> None:
+    def invoke(kind: Kind) -> None:
         ids.extend((tokens.invocation_ids[kind], tokens.end_ids[kind]))
         learned.extend((False, False))
 

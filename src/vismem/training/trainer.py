@@ -10,7 +10,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,15 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         >>> MemoryTrainer(model, args, rows, reward_funcs="exact").train()
     """
 
+    args: MemoryTrainingArguments
     sampler: PromptSampler | None = None
 
     def __init__(
         self,
         model: VisMem,
         args: MemoryTrainingArguments,
-        train_dataset: Dataset,
-        reward_funcs: str | Callable | list | None = None,
+        train_dataset: Dataset[Row],
+        reward_funcs: str | Callable[..., Any] | list[str | Callable[..., Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vismem = model
@@ -71,7 +72,9 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         for part in ("builder", "short", "long", "tokens"):
             for parameter in model.parameters_of(part):
                 parameter.requires_grad_(part in args.plan.trains)
-        super().__init__(Learner(model, adapter), args, data_collator=list, train_dataset=train_dataset, **kwargs)
+        super().__init__(
+            Learner(model, adapter), args, data_collator=cast(Any, list), train_dataset=train_dataset, **kwargs
+        )
         if getattr(model.base, "hf_device_map", None) is None and not getattr(model.base, "is_quantized", False):
             model.base.to(args.device)
         if self.is_deepspeed_enabled:  # its engine steps at each backward, and an update has several
@@ -79,7 +82,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         self.numbers = make_shardable(self.learner) if self.is_fsdp_enabled else set()
         self.kl = grpo.AdaptiveKL(args.kl_coef, args.target_kl, args.kl_horizon)
         self.start = {name: p.detach().clone() for name, p in self.trained()}
-        self.figures, self.samples = Figures(), Samples(args.output_dir)
+        self.figures, self.samples = Figures(), Samples(str(args.output_dir))
         self.collector: Collector | None = None
         if not args.plan.supervised:
             rewards = load_rewards(args.rewards if reward_funcs is None else reward_funcs)
@@ -107,8 +110,8 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         finally:
             self.learner.eval()
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         if not hasattr(dataset, "__len__"):
             return None
         args = self.args
@@ -127,8 +130,9 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group of parameters; in stage II the end tokens' rows are a second one, at a lower rate."""
         if self.optimizer is None:
+            trained: Any = model or self.model
             kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
-            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
             ends = [p for n, p in named if n.rpartition(".")[2] in ("end", "end_output")]
             rest = [p for n, p in named if n.rpartition(".")[2] not in ("end", "end_output")]
             groups = [{"params": rest, "weight_decay": self.args.weight_decay}]
@@ -138,7 +142,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def training_step(self, model: nn.Module, inputs: list[Row], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One batch of prompts: trajectories and their gradient, or supervised examples and theirs."""
         args, step = self.args, self.state.global_step
         self.vismem.base.eval()
@@ -190,7 +194,8 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
     def update(self, model: nn.Module, experience: Experience) -> Tensor:
         """Replays the trajectories and adds up the gradient of their loss; returns the loss."""
         args, figures = self.args, self.figures
-        total, sums = torch.zeros(()), defaultdict(float)
+        total = torch.zeros(())
+        sums: defaultdict[str, float] = defaultdict(float)
         with figures.timed("update"):
             chunks = self.micro_batches(experience)
             turns = self.turns(len(chunks))
@@ -309,7 +314,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         """Stops at a loss or gradient that is no number, and says where and what to go back to."""
         if torch.isfinite(value.detach()).all():
             return
-        last = last_checkpoint(self.args.output_dir)
+        last = last_checkpoint(str(self.args.output_dir))
         raise TrainingDivergedError(
             f"loss or gradient is {float(value.detach().sum())} at step {self.state.global_step}, rows "
             f"{', '.join(row.id for row in rows[:8])}; last good checkpoint: {last or 'none yet'}. "

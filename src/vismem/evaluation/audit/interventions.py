@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,7 +222,7 @@ def resampled(memory: Tensor, length: int) -> Tensor:
     return memory[torch.linspace(0, len(memory) - 1, length).round().long().to(memory.device)]
 
 
-def _formed(form: Form, kind: Kind, wanted: list[tuple[Observation, object, Callable]]) -> Found:
+def _formed(form: Form, kind: Kind, wanted: list[tuple[Observation, object, Callable[..., Any]]]) -> Found:
     """Memories of changed observations, in one batch; None where there is nothing to change to."""
     changed = [change(one, other) for one, other, change in wanted if other is not None]
     memories = iter(form(kind, changed) if changed else [])

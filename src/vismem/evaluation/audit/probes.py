@@ -108,7 +108,7 @@ def probe(
             kept.append(target)
     folds = [folds_of(groups, FOLDS, seed + repeat) for repeat in range(REPEATS)]
     components = most_components(sources, folds)
-    right: dict[str, dict[str, list[NDArray]]] = {target.name: {} for target in kept}
+    right: dict[str, dict[str, list[NDArray[Any]]]] = {target.name: {} for target in kept}
     with tqdm(total=len(folds) * FOLDS * len(sources), desc=label, delay=2, mininterval=1) as bar:
         for repeat, fold in enumerate(folds if kept else []):
             shuffles = {t.name: shuffled(t.values, groups, seed + repeat) for t in kept}
@@ -153,19 +153,19 @@ def folds_of(groups: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
     return np.array([of_group[group] for group in groups])
 
 
-def most_components(sources: Mapping[str, NDArray], folds: Sequence[NDArray]) -> int:
+def most_components(sources: Mapping[str, NDArray[Any]], folds: Sequence[NDArray[Any]]) -> int:
     """Dimensions that all sources are brought to: at most half as many as rows to train on."""
     fewest = min(int((fold != number).sum()) for fold in folds for number in range(FOLDS))
     return max(1, min(MOST_COMPONENTS, fewest // 2, *(values.shape[1] for values in sources.values())))
 
 
-def reduced(values: NDArray, train: NDArray, components: int, seed: int) -> NDArray:
+def reduced(values: NDArray[Any], train: NDArray[Any], components: int, seed: int) -> NDArray[Any]:
     """All rows in the training rows' principal components, each of unit variance."""
     parts = PCA(components, svd_solver="randomized", random_state=seed)
     return make_pipeline(StandardScaler(), parts, StandardScaler()).fit(values[train]).transform(values)
 
 
-def hits(prepared: Sequence[NDArray], fold: NDArray, values: Sequence[str | None]) -> NDArray[np.float64]:
+def hits(prepared: Sequence[NDArray[Any]], fold: NDArray[Any], values: Sequence[str | None]) -> NDArray[np.float64]:
     """Whether each row was read rightly by a probe that did not train on it [rows]; nan where nothing is known."""
     wanted = np.array(["" if value is None else value for value in values])
     known, found = np.array([value is not None for value in values]), np.full(len(values), np.nan)
@@ -183,7 +183,7 @@ def hits(prepared: Sequence[NDArray], fold: NDArray, values: Sequence[str | None
     return found
 
 
-def commonest(fold: NDArray, values: Sequence[str | None]) -> NDArray[np.float64]:
+def commonest(fold: NDArray[Any], values: Sequence[str | None]) -> NDArray[np.float64]:
     """As `hits`, of a probe that always says the training rows' commonest value."""
     found = np.full(len(values), np.nan)
     for number in range(FOLDS):
@@ -207,7 +207,9 @@ def shuffled(values: Sequence[str | None], groups: Sequence[str], seed: int) -> 
     return [values[place] for place in rng.permutation(len(values))]
 
 
-def summary(members: Sequence[Target], right: Mapping[str, Mapping[str, list[NDArray]]], groups) -> dict[str, Any]:
+def summary(
+    members: Sequence[Target], right: Mapping[str, Mapping[str, list[NDArray[Any]]]], groups: Any
+) -> dict[str, Any]:
     """A family's accuracies: over targets and repeats row by row, then over rows."""
     reads = {name for target in members for name in right[target.name]}
 

@@ -128,7 +128,9 @@ def replacements(bank: Bank, name: str, ids: Sequence[str]) -> dict[tuple[int, i
 
 
 @torch.no_grad()
-def _formed(bank: Bank, form: Any, name: str, kind: Kind, seen: list, places: list) -> dict[tuple[int, int], Tensor]:
+def _formed(
+    bank: Bank, form: Any, name: str, kind: Kind, seen: list[Any], places: list[Any]
+) -> dict[tuple[int, int], Tensor]:
     vectors = list(form(kind, seen)) if name == INTACT else stand_ins(bank, form, name, kind, seen)
     return {place: memory for place, memory in zip(places, vectors, strict=True) if memory is not None}
 

@@ -221,7 +221,14 @@ class Audit:
         self.note("attention", len(self.asked), earlier)
         return gazes(lines.rows, self.bank)
 
-    def effects(self, todo: Sequence, intact: dict, off: dict, found: dict, shifts: dict) -> dict[str, list[dict]]:
+    def effects(
+        self,
+        todo: Sequence[Any],
+        intact: dict[str, Any],
+        off: dict[str, Any],
+        found: dict[str, Any],
+        shifts: dict[str, Any],
+    ) -> dict[str, list[dict[str, Any]]]:
         """Rows of the tables, by `"all"` and, where each was replaced by itself, by kind."""
         parts: dict[str, list[dict[str, Any]]] = {}
         for one, _ in todo:

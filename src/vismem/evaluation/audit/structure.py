@@ -28,7 +28,9 @@ MOST_MAPPED = 12  # values that a map can have colours for
 Map = Literal["pca", "tsne"]
 
 
-def structure(bank: Bank, ids: Sequence[str], wanted: Sequence[Target], how: Map = "pca", seed: int = 0) -> dict:
+def structure(
+    bank: Bank, ids: Sequence[str], wanted: Sequence[Target], how: Map = "pca", seed: int = 0
+) -> dict[str, Any]:
     """Similarities and maps of the rows' memories; of an answer its first memory of each kind.
 
     Args:
@@ -45,7 +47,7 @@ def structure(bank: Bank, ids: Sequence[str], wanted: Sequence[Target], how: Map
         variance that they show.
     """
     found: dict[str, Any] = {"kinds": {}, "maps": {}, "bins": [round(float(edge), 4) for edge in BINS]}
-    means: dict[Kind, dict[str, NDArray]] = {}
+    means: dict[Kind, dict[str, NDArray[Any]]] = {}
     for kind in KINDS:
         own = [i for i in ids if bank.entries[i].of_kind(kind)]
         if len(own) < FEWEST:
@@ -66,7 +68,7 @@ def structure(bank: Bank, ids: Sequence[str], wanted: Sequence[Target], how: Map
     return found
 
 
-def similarities(flat: NDArray, images: Sequence[str], asked: Sequence[str], seed: int) -> dict[str, Any]:
+def similarities(flat: NDArray[Any], images: Sequence[str], asked: Sequence[str], seed: int) -> dict[str, Any]:
     """Cosines of all pairs of rows [n, values], sorted into `PAIRS`; those that there are none of are left out."""
     image, question = np.array(images), np.array(asked)
     same_image, same_question = image[:, None] == image[None], question[:, None] == question[None]
@@ -81,14 +83,14 @@ def similarities(flat: NDArray, images: Sequence[str], asked: Sequence[str], see
     return found
 
 
-def cosine(vectors: NDArray) -> NDArray:
+def cosine(vectors: NDArray[Any]) -> NDArray[Any]:
     """Cosines [n, n] of all pairs; 0 where a vector has no length."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 1e-12)
     return np.clip(unit @ unit.T, -1, 1)
 
 
-def described(values: NDArray, mask: NDArray, groups: Sequence[str], seed: int) -> dict[str, Any]:
+def described(values: NDArray[Any], mask: NDArray[Any], groups: Sequence[str], seed: int) -> dict[str, Any]:
     """Mean of the masked pairs with its interval (images are drawn), percentiles, and counts."""
     names = {name: at for at, name in enumerate(dict.fromkeys(groups))}
     member = np.array([names[name] for name in groups])
@@ -107,7 +109,7 @@ def described(values: NDArray, mask: NDArray, groups: Sequence[str], seed: int) 
     }
 
 
-def between(means: dict[Kind, dict[str, NDArray]]) -> dict[str, Any]:
+def between(means: dict[Kind, dict[str, NDArray[Any]]]) -> dict[str, Any]:
     """Cosines of short and long memories' mean vectors, of one answer and of different answers."""
     both = [i for i in means["short"] if i in means["long"]]
     if len(both) < FEWEST:
@@ -122,7 +124,7 @@ def between(means: dict[Kind, dict[str, NDArray]]) -> dict[str, Any]:
     }
 
 
-def mapped(flat: NDArray, how: Map, seed: int) -> dict[str, Any]:
+def mapped(flat: NDArray[Any], how: Map, seed: int) -> dict[str, Any]:
     """Points [n, 2] of a map."""
     if how == "tsne":
         close = min(30, (len(flat) - 1) / 3)
@@ -133,7 +135,7 @@ def mapped(flat: NDArray, how: Map, seed: int) -> dict[str, Any]:
     return {"how": how, "points": parts.transform(flat).round(3).tolist(), "shown": shown}
 
 
-def coloured(flat: NDArray, facts: Sequence[Target], images: Sequence[str], how: Map, seed: int) -> dict[str, Any]:
+def coloured(flat: NDArray[Any], facts: Sequence[Target], images: Sequence[str], how: Map, seed: int) -> dict[str, Any]:
     """What colours a kind's map: the images where they recur, else the fact that tells points apart the most."""
     counts = {image: list(images).count(image) for image in dict.fromkeys(images)}
     recurring = sorted((name for name, count in counts.items() if count > 1), key=lambda name: -counts[name])
@@ -149,7 +151,7 @@ def coloured(flat: NDArray, facts: Sequence[Target], images: Sequence[str], how:
     return {"colour": fact.name, "values": fact.values, "apart": round(share, 4)}
 
 
-def apart(points: NDArray, values: Sequence[str | None]) -> float | None:
+def apart(points: NDArray[Any], values: Sequence[str | None]) -> float | None:
     """The share of the points' variance that lies between values; None for facts with too many values, or one."""
     known = np.array([value is not None for value in values])
     names = {value for value in values if value is not None}

@@ -205,7 +205,9 @@ class VisMemChat(lmms):
 
     # Writing.
 
-    def _messages(self, name: str, to_messages: Callable, task: str, split: str, doc_id: int) -> Callable:
+    def _messages(
+        self, name: str, to_messages: Callable[..., Any], task: str, split: str, doc_id: int
+    ) -> Callable[..., Any]:
         """Reads a sample when it is called; what goes wrong names it."""
 
         def read() -> Sequence[dict[str, Any]]:

@@ -203,7 +203,9 @@ def alone(aggregation: Any, value: Any) -> Any:
     return aggregation([value])
 
 
-def records_of(name: str, samples: Sequence[Mapping[str, Any]], score: Callable, written: Mapping) -> list[Record]:
+def records_of(
+    name: str, samples: Sequence[Mapping[str, Any]], score: Callable[..., Any], written: Mapping[str, Any]
+) -> list[Record]:
     """Records of a task's logged samples and what was written for them; of several filters the first one's score."""
     found: dict[int, Record] = {}
     for sample in samples:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from vismem.evaluation.intervals import interval
@@ -27,7 +29,7 @@ def continual(runs: Runs) -> Table:
     for method in trained:
         if not method.train:
             continue
-        steps: list[dict] = []
+        steps: list[dict[str, Any]] = []
         for name, changes in stages.items():
             steps = [*steps, *({**step, **changes} for step in method.train)]
             label = f"{method.name}, after {name}"

@@ -195,7 +195,9 @@ def _value(match: re.Match[str]) -> float | None:
     try:
         value = float((match["whole"] or "0").replace(",", "") + (match["part"] or ""))
         if match["power"]:
-            value *= 10.0 ** int(re.search(r"[-+]?\d+\s*\}?$", match["power"]).group().strip(" }"))
+            power = re.search(r"[-+]?\d+\s*\}?$", match["power"])
+            assert power is not None  # the pattern has a number there
+            value *= 10.0 ** int(power.group().strip(" }"))
         if match["mixed"]:
             above, below = match["mixed"].split("/")
             value += int(above) / int(below)

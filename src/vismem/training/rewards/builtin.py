@@ -65,7 +65,7 @@ def _references(answer: Any) -> list[str]:
     return [str(one) for one in several if one is not None and str(one).strip()]
 
 
-def _any(hits: list[bool | None]) -> float | None:
+def _any(hits: Sequence[bool | None]) -> float | None:
     """1.0 if one of the references was met, None if none of them can be compared."""
     known = [hit for hit in hits if hit is not None]
     return float(any(known)) if known else None

@@ -85,6 +85,7 @@ def judge(
     for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value!r}")
+    ask: Callable[[str, str, str], float | None]
     if url is not None:
         ask = endpoint(url, model, key_env, template, timeout, retries, backoff, max_tokens)
     elif isinstance(function, str):

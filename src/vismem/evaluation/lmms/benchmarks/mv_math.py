@@ -77,7 +77,9 @@ def judged_results(doc: dict[str, Any], replies: Sequence[str]) -> dict[str, Any
     return _results(doc, replies[0], same_by_judge, same_by_judge)
 
 
-def _results(doc: dict[str, Any], reply: str, same_letter: Callable, same: Callable) -> dict[str, Any]:
+def _results(
+    doc: dict[str, Any], reply: str, same_letter: Callable[..., Any], same: Callable[..., Any]
+) -> dict[str, Any]:
     """`accuracy` counts a question in steps where all its parts are right, as the authors' total does."""
     found, reference = kind(doc), str(doc["answer"]).strip()
     if found != "multi-step":
@@ -113,7 +115,7 @@ def same_value(question: str, reference: str, reply: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _equal() -> Callable:
+def _equal() -> Callable[..., Any]:
     return math()
 
 
