@@ -1,0 +1,34 @@
+// What is clicked in the conversation goes to Python; arrow keys walk from chip to chip.
+element.addEventListener('click', (event) => {
+  const at = event.target.closest('button');
+  if (!at) return;
+  if (at.dataset.index !== undefined) {
+    const { turn, side, index } = at.dataset;
+    window.vismemChip = { turn, side, index };
+    trigger('inspect', { turn, side, index, closes: true });
+  } else if (at.dataset.example !== undefined) trigger('example', { example: at.dataset.example });
+  else if (at.dataset.ask !== undefined) trigger('follow', { question: at.dataset.ask });
+  else if (at.dataset.do === 'dismiss') trigger('dismiss', {});
+});
+element.addEventListener('keydown', (event) => {
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  const at = event.target.closest('.vm-chip');
+  if (!step || !at || event.altKey || event.ctrlKey || event.metaKey) return;
+  const strip = at.classList.contains('vm-mark');
+  const all = [...document.querySelectorAll('#ui-past .vm-chip, #ui-live .vm-chip')]
+    .filter((each) => each.classList.contains('vm-mark') === strip);
+  const next = all[all.indexOf(at) + step];
+  if (next) {
+    next.focus();
+    event.preventDefault();
+  }
+});
+// While an answer is written, its last line stays above the question's box.
+let writing = false;
+watch('value', () => {
+  const turn = element.closest('#ui-live')?.querySelector('.ui-turn');
+  const busy = Boolean(turn?.querySelector('[aria-busy]'));
+  const over = turn ? turn.getBoundingClientRect().bottom - document.querySelector('#ui-dock').getBoundingClientRect().top : 0;
+  if ((busy || writing) && over > 0) window.scrollBy(0, over);
+  writing = busy;
+});

@@ -1,0 +1,203 @@
+"""A model that many conversations take turns with: what is asked is checked and put to its worker.
+
+Conversations themselves are `session.py`'s, pages `page.py`'s. What happened at an invocation is found by
+`inspection.py`, in the worker's thread, when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from vismem.app.findings import Inspection
+from vismem.app.inspection import inspect_answer
+from vismem.app.session import Conversation, Refused, Reply, Settings, Side, Turn, one_line
+from vismem.data.images import BadImage, open_image
+from vismem.decoding.invocation import Policy
+from vismem.decoding.requests import Request
+from vismem.loading import Loaded
+from vismem.serving.prompts import context_of, marks_of
+from vismem.serving.worker import Closed, Full, Worker
+
+MOST_PICTURES = 8  # of a conversation
+MOST_VISITORS = 256  # conversations that are kept; the oldest goes first
+LONGEST_QUESTION = 8000  # characters
+
+
+class Studio:
+    """A model that conversations take turns with, all in one live batch.
+
+    Args:
+        loaded: the model and its names.
+        batch_size: answers that are written at a time.
+        most_waiting: answers that may wait beside them.
+
+    Example:
+        >>> studio = Studio(load_model())
+        >>> turn = studio.ask(Conversation(), "Read row 1.", [picture])
+        >>> turn.main.over.wait()
+        >>> studio.inspect(turn, "memory").result().moments
+    """
+
+    def __init__(self, loaded: Loaded, batch_size: int = 16, most_waiting: int = 64) -> None:
+        self.loaded, self.model = loaded, loaded.model
+        self.worker = Worker(self.model, batch_size, most_waiting, record=True)
+        # Fast tokenizers are not to be used by two threads at a time: the model's is the worker's.
+        self.processor, self.preparing = copy.deepcopy(self.model.processor), threading.Lock()
+        self.context, self.marks = context_of(self.model), marks_of(self.model)
+        self.visitors: OrderedDict[str, Conversation] = OrderedDict()
+
+    def conversation(self, visitor: str, new: bool = False) -> Conversation:
+        """A visitor's conversation; with `new` a fresh one in its place."""
+        if new:
+            self.leave(visitor)
+        if visitor not in self.visitors:
+            self.visitors[visitor] = Conversation()
+            while len(self.visitors) > MOST_VISITORS:
+                self.leave(next(iter(self.visitors)))
+        self.visitors.move_to_end(visitor)
+        return self.visitors[visitor]
+
+    def leave(self, visitor: str) -> None:
+        """Forgets a visitor's conversation, and stops what is being written for it."""
+        gone = self.visitors.pop(visitor, None)
+        if gone is not None and gone.busy:
+            self.stop(gone.turns[-1])
+
+    def leave_all(self) -> None:
+        """Forgets all conversations."""
+        for visitor in list(self.visitors):
+            self.leave(visitor)
+
+    def ask(
+        self,
+        conversation: Conversation,
+        question: str,
+        pictures: Sequence[Image.Image] = (),
+        settings: Settings | None = None,
+    ) -> Turn:
+        """Puts a question; the answers of the turn grow while the worker writes them.
+
+        Raises:
+            Refused: if it cannot be asked; the conversation is then as it was.
+        """
+        question, settings = question.strip(), settings or Settings()
+        if conversation.busy:
+            raise Refused("An answer is still being written: wait for it, or stop it first.")
+        if not question:
+            raise Refused("The question is empty: type one, or pick an example.")
+        if len(question) > LONGEST_QUESTION:
+            raise Refused(f"The question has {len(question):,} characters; {LONGEST_QUESTION:,} is the limit.")
+        for mark in self.marks:
+            if mark in question:
+                raise Refused(f"The question has the model's own mark {mark} in it: leave that out.")
+        seen = [*conversation.pictures, *pictures]
+        if len(seen) > MOST_PICTURES:
+            raise Refused(f"That makes {len(seen)} images; a conversation may have {MOST_PICTURES}. Start a new one.")
+        policy = settings.policy(bool(seen))
+        inputs = self.prompt(conversation.messages(question, pictures))
+        room = self.context - inputs["input_ids"].shape[1] - settings.max_new_tokens
+        if room < 0:
+            raise Refused(
+                f"The conversation is too long: with this answer it could have {self.context - room:,} tokens, and "
+                f"the model takes {self.context:,}. Start a new one, or ask for a shorter answer."
+            )
+        turn = Turn(question, list(pictures), settings, seen=seen)
+        plan: list[tuple[Side, str | Policy]] = [("memory", policy)]
+        if settings.compare and policy != "off":
+            plan.insert(0, ("vanilla", "off"))
+        try:
+            for side, each in plan:
+                turn.replies.append(self.begin(side, each, inputs, settings))
+        except (Full, Closed) as error:
+            self.stop(turn)
+            waits = "The model is busy with other questions: ask again in a moment."
+            raise Refused(waits if isinstance(error, Full) else "The viewer is being stopped.") from error
+        conversation.turns.append(turn)
+        return turn
+
+    def begin(self, side: Side, policy: str | Policy, inputs: dict[str, Tensor], settings: Settings) -> Reply:
+        """Queues one answer. Raises Full or Closed."""
+        reply = Reply(side, self.model.processor.tokenizer, self.model.tokens)
+        generation: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "num_beams": 1, "do_sample": False}
+        if settings.temperature > 0:
+            generation |= {"do_sample": True, "temperature": settings.temperature}
+        request = Request(dict(inputs), invocation=policy, seed=settings.seed, generation=generation)
+        reply.inputs, reply.ticket = inputs, self.worker.submit(request, reply.read)
+        return reply
+
+    def prompt(self, messages: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The processor's tensors for a conversation, on the model's device.
+
+        Raises:
+            Refused: if the processor does not take it.
+        """
+        try:
+            with self.preparing:
+                inputs = self.processor.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                )
+                return dict(inputs.to(self.model.device, dtype=self.model.dtype))
+        except Exception as error:  # templates and processors raise what they like
+            raise Refused(f"The model's processor does not take this: {one_line(error)}") from error
+
+    def stop(self, turn: Turn) -> None:
+        """Gives up what is being written of a turn."""
+        for reply in turn.replies:
+            if reply.ticket is not None and not reply.over.is_set():
+                self.worker.cancel(reply.ticket)
+
+    def inspect(self, turn: Turn, side: str) -> Future[Inspection]:
+        """What happened in a finished answer; found once, in the worker's thread.
+
+        Raises:
+            Refused: if there is no such answer, or nothing to see in it.
+        """
+        reply = {reply.side: reply for reply in turn.replies}.get(side)
+        if reply is None or not reply.inspectable:
+            raise Refused("There is nothing to look into yet: wait until the answer is written.")
+        if reply.inspection is None or reply.inspection.cancelled():
+
+            def find() -> Inspection:
+                return inspect_answer(self.model, reply.inputs, reply.ticket.answers[0].rollout, turn.seen)
+
+            def forget(future: Future[Inspection]) -> None:
+                if not future.cancelled() and future.exception() is None:
+                    reply.inputs, reply.ticket = {}, None  # large, and of no more use
+
+            try:
+                reply.inspection = self.worker.call(find)
+            except Closed as error:
+                raise Refused("The viewer is being stopped.") from error
+            reply.inspection.add_done_callback(forget)
+        return reply.inspection
+
+    def close(self) -> None:
+        """Stops the worker; answers that are being written end here."""
+        self.worker.close()
+
+
+def read_picture(path: str | Path, name: str | None = None) -> Image.Image:
+    """A picture from a file, upright and in colour.
+
+    Args:
+        path: where it lies.
+        name: what its owner calls it.
+
+    Raises:
+        Refused: if it is no whole image, or too large.
+    """
+    path = Path(path)
+    try:
+        return open_image(path, Path())
+    except BadImage as error:
+        message = str(error).replace(f"image {path}", f"image {name or path.name}").replace(str(path), path.name)
+        raise Refused(f"{message[0].upper()}{message[1:]}.") from error
