@@ -96,14 +96,14 @@ def read_url(text: str, hosts: Sequence[str]) -> httpx.URL:
         raise _wrong("it has characters that must be percent-encoded")
     try:
         url = httpx.URL(text)
-        host, port = url.host.lower(), url.port or PORTS.get(url.scheme, 0)
+        host, port = url.host.lower(), PORTS.get(url.scheme) if url.port is None else url.port
     except (httpx.InvalidURL, ValueError, UnicodeError):
         raise _wrong("it cannot be read") from None
     if url.scheme not in PORTS:
         raise _wrong("only data:image/...;base64, http and https are taken")
     if not host:
         raise _wrong("it has no host")
-    if url.userinfo or "@" in text.partition("://")[2].partition("/")[0]:
+    if url.userinfo or "@" in re.split("[/?#]", text.partition("://")[2])[0]:
         raise _wrong("it has a user in it")
     if not _is_literal(host) and (len(host) > 253 or not NAME.fullmatch(host) or _ends_in_number(host)):
         raise _wrong("its host is neither a name nor a plain IP address")

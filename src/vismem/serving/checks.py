@@ -46,6 +46,8 @@ class WellFormed(Check):
 
     def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
         """See `Check`."""
+        if scope["http_version"] not in ("1.0", "1.1"):
+            return ApiError(505, "this server speaks HTTP/1.1", code="bad_http")
         size = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
         size += sum(len(name) + len(value) + 4 for name, value in headers.raw)
         if len(headers.raw) > self.max_headers:

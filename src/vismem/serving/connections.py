@@ -150,7 +150,7 @@ class ImpatientProtocol(H11Protocol):
         self.head_timer.stop()
         self.patience.dropped("bad_http")
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
-            self._say(ApiError(400, "this is not a valid HTTP/1.1 request", code="bad_http"))
+            self._say(ApiError(400, "what was sent is no valid request of HTTP", code="bad_http"))
         self.transport.close()
 
     def _await_head(self) -> None:

@@ -47,7 +47,7 @@ class Guards:
     max_body: int = 32 * 2**20
     body_timeout: float = 30.0
     together: int = 256 * 2**20
-    parts: int = 100_000
+    parts: int = 50_000
     max_headers: int = 100
     max_head: int = 16 * 2**10
 
@@ -79,7 +79,7 @@ class BodyLimit:
     """
 
     def __init__(
-        self, app: ASGIApp, most: int, timeout: float = 30.0, together: int = 256 * 2**20, parts: int = 100_000
+        self, app: ASGIApp, most: int, timeout: float = 30.0, together: int = 256 * 2**20, parts: int = 50_000
     ) -> None:
         self.app, self.most, self.timeout, self.together, self.parts = app, most, timeout, together, parts
         self.held = 0

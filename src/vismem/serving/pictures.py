@@ -1,7 +1,8 @@
 """Images of requests: from a data URI or an allowed web address to a decoded picture, within limits.
 
 Fetching waits on the network and runs on the event loop; `decode` is work for the processor and belongs in a thread.
-Which addresses are fetched at all is in `addresses.py`; how a file becomes a picture, in `vismem.data.images`.
+Which addresses are fetched at all is in `addresses.py`, what of a file is looked at in `stripping.py`, and how that
+becomes a picture in `vismem.data.images`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,18 @@ from vismem import __version__
 from vismem.data.images import BadImage, TooManyPixels, open_image, read_data_uri
 from vismem.serving.addresses import Address, Place, Resolve, is_public, place_of, read_url, resolve
 from vismem.serving.errors import ApiError
+from vismem.serving.stripping import stripped
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whose decoders can be reached from outside; of GIF the first frame
-MOST_SCANS = 100  # of a JPEG: each goes over all of the picture, however few bytes it has
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 DATA = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9-]+=[a-z0-9.+-]*)*;base64,", re.IGNORECASE)
 MOST_HEAD = 256  # characters of a data URI before its base64
 
@@ -90,16 +100,15 @@ class Pictures:
         """
         pictures, left = [], self.limits.total_pixels
         for file in files:
-            if file[:2] == b"\xff\xd8" and file.count(b"\xff\xda") > MOST_SCANS:
-                raise _bad("it is a JPEG of too many scans")
             try:
-                picture = open_image(file, Path(), most_pixels=min(self.limits.pixels, left), formats=FORMATS)
+                plain, orientation = stripped(file)
+                picture = open_image(plain, Path(), most_pixels=min(self.limits.pixels, left), formats=FORMATS)
             except TooManyPixels as error:
                 raise self._too_many_pixels() from error
             except BadImage as error:
                 raise _bad(str(error)) from error
             left -= picture.width * picture.height
-            pictures.append(picture)
+            pictures.append(picture.transpose(TURNS[orientation]) if orientation in TURNS else picture)
         return pictures
 
     async def _file(self, url: str) -> bytes:
@@ -110,7 +119,7 @@ class Pictures:
                 return await self._from_web(read_url(url, self.limits.hosts))
         except TimeoutError:
             raise _unavailable(f"it did not come within {self.limits.timeout:g} seconds") from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _unavailable(f"its host did not send it ({type(error).__name__})") from None
 
     def _from_data(self, uri: str) -> bytes:
@@ -156,11 +165,11 @@ class Pictures:
             },
             extensions={"sni_hostname": place.url.host, "timeout": httpx.Timeout(self.limits.timeout).as_dict()},
         )
-        # No proxies and passwords of the environment: the connection must go to the address that was looked at.
-        async with httpx.AsyncClient(trust_env=False, verify=_tls()) as client:
-            response = await client.send(request, stream=True, follow_redirects=False)
+        # A transport and no client: no proxies, passwords and cookies, and redirects are followed by nobody but us.
+        async with httpx.AsyncHTTPTransport(verify=_tls(), trust_env=False) as transport:
+            response = await transport.handle_async_request(request)
             try:
-                if response.is_redirect:
+                if response.has_redirect_location:
                     return str(place.url.join(response.headers["location"]))
                 if response.status_code != 200:
                     raise _unavailable(f"its host answered {response.status_code}")
