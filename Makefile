@@ -46,11 +46,11 @@ format: $(READY)  ## mend style
 	@$(BIN)/ruff format .
 
 docs: $(READY)  ## build the documentation into site/
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html"
 
 docs-serve: $(READY)  ## show the documentation on this machine, and follow changes
-	@$(BIN)/mkdocs serve
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 figures: $(READY)  ## draw the figures in docs/images again
 	@for name in mechanism sequence stages; do $(BIN)/python docs/draw_$$name.py || exit 1; done

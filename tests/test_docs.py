@@ -1,0 +1,372 @@
+"""The documentation: the site builds, its links hold, it loads nothing from elsewhere, and what it says to run runs."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import http.server
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from importlib import import_module
+from pathlib import Path
+
+import documents
+import pytest
+import yaml
+from documents import DOCS, PAGES, ROOT, Block, blocks, command_lines
+
+import vismem
+from vismem.backbones import FAMILIES
+from vismem.commands import COMMANDS
+from vismem.config import VisMemConfig
+
+ELSEWHERE = ("curl", "git", "cd", "ls", "mkdir")  # programs that are not ours to check
+
+
+# The site.
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The documentation, built as `make docs` builds it."""
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    ran = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder.resolve()
+
+
+def test_no_link_or_anchor_is_broken(site):
+    pages = documents.read_site(site)
+    assert len(pages) > 30
+    assert documents.broken(site, pages) == []
+
+
+def test_nothing_is_loaded_from_another_host(site):
+    pages = documents.read_site(site)
+    foreign = [(path.name, load) for path, page in pages.items() for load in page.loads if re.match(r"(\w+:)?//", load)]
+    assert foreign == []
+    for style in site.rglob("*.css"):
+        asked = re.findall(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^'\")]+)", style.read_text(encoding="utf-8"))
+        assert asked == [], style
+    # The theme's script would fetch a library for these, and for nothing else that this site has.
+    assert not any("mermaid" in page.classes for page in pages.values())
+
+
+def test_figures_are_in_the_page_and_help_is_the_commands_own(site):
+    concept = (site / "concept.html").read_text(encoding="utf-8")
+    assert concept.count('<svg xmlns="http://www.w3.org/2000/svg" class="figure"') == 3
+    helps = (site / "cli.html").read_text(encoding="utf-8")
+    assert "<!-- help" not in helps and "usage: vismem ask" in helps
+    mapped = (site / "paper-to-code.html").read_text(encoding="utf-8")
+    assert 'href="api/memory.html#vismem.memory.builder.QueryBuilder"' in mapped
+    assert "autoref" not in re.sub(r'class="[^"]*"', "", mapped)
+
+
+def test_the_site_in_a_browser(site):
+    """Search works without a network, the page has a dark side, and no request leaves this machine."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    if chromium is None:
+        pytest.skip("needs a chromium on the path")
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, playwright.sync_playwright() as play:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = f"http://127.0.0.1:{server.server_port}/"
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        try:
+            page = browser.new_page(viewport={"width": 360, "height": 800}, color_scheme="light")
+            asked: list[str] = []
+            page.on("request", lambda request: asked.append(request.url))
+            for name in ("index", "concept", "paper-to-code", "evidence", "cli", "api/training"):
+                page.goto(f"{home}{name}.html")
+                page.wait_for_selector("article h1")
+                assert page.evaluate("document.documentElement.scrollWidth") == 360, f"{name} is wider than the screen"
+            page.set_viewport_size({"width": 1280, "height": 800})
+            page.goto(f"{home}index.html")
+            page.fill("input.md-search__input", "counterfactual")
+            page.wait_for_selector("a.md-search-result__link[href*='.html']", timeout=20_000)
+            page.keyboard.press("Escape")
+            page.click("label[title='Switch to the dark page']")
+            assert page.evaluate("document.body.dataset.mdColorScheme") == "slate"
+            assert [url for url in asked if not url.startswith((home, "data:", "blob:"))] == []
+        finally:
+            browser.close()
+            server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+# Code in the pages.
+
+
+def pages_with(*languages: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, *languages)]
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=documents.name)
+def test_python_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page share their names and run in a folder of their own, on the pocket model."""
+    monkeypatch.chdir(tmp_path)
+    documents.write_files(tmp_path, page)
+    known: dict = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        code = compile(block.text, str(block), "exec")
+        check_names(block)
+        if block.reason is None:
+            exec(code, known)
+
+
+def check_names(block: Block) -> None:
+    """Every name of the package that a block speaks of is there."""
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vismem":
+            for alias in node.names:
+                found(f"{node.module}.{alias.name}", block)
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "vismem":
+                    import_module(alias.name)
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            if re.fullmatch(r"vismem(\.\w+)+", dotted):
+                found(dotted, block)
+
+
+def found(dotted: str, where: object) -> object:
+    """The object of a dotted name."""
+    parts, thing = dotted.split("."), vismem
+    for depth, part in enumerate(parts[1:], 2):
+        if not hasattr(thing, part):
+            with contextlib.suppress(ModuleNotFoundError):
+                import_module(".".join(parts[:depth]))
+        assert hasattr(thing, part), f"{where}: there is no {dotted}"
+        thing = getattr(thing, part)
+    return thing
+
+
+@pytest.mark.parametrize("page", pages_with("bash"), ids=documents.name)
+def test_command_lines_are_understood(page, tmp_path, monkeypatch):
+    """Every command line is parsed by the command's own parser, and its settings are read; nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    documents.write_files(tmp_path, page)
+    for block in blocks(page, "bash"):
+        for words in command_lines(block):
+            check_command(words, f"{block}: {' '.join(words)}")
+        for inner in re.findall(r"\$\((vismem [^)]*)\)", block.text):
+            check_command(inner.split(), f"{block}: {inner}")
+
+
+def check_command(words: list[str], where: str) -> None:
+    """Checks one command line as far as it is ours."""
+    if "-m" in words and words[words.index("-m") + 1] == "vismem.cli":
+        for option in ("--config_file",):
+            if option in words:
+                assert Path(words[words.index(option) + 1]).is_file(), where
+        return check_command(["vismem", *words[words.index("-m") + 2 :]], where)
+    if words[0] == "taskset":
+        return check_command(words[3:], where)
+    program, rest = Path(words[0]).name, words[1:]
+    if program == "vismem":
+        return check_ours(rest, where)
+    if program == "make":
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+        assert {word for word in rest if "=" not in word} <= targets, where
+    elif program == "pip":
+        check_wheel(rest, where)
+    elif program.startswith("python"):
+        check_python(rest, where)
+    elif program == "lmms-eval" or words[:2] == ["accelerate", "launch"]:
+        check_model_arguments(words, where)
+    else:
+        assert program in ELSEWHERE, f"{where}: what is {program}?"
+
+
+def check_ours(words: list[str], where: str) -> None:
+    """A line of `vismem`: parsed, and for training and tables its settings made."""
+    command, rest = words[0], words[1:]
+    assert command in COMMANDS, where
+    try:
+        options = import_module(f"vismem.commands.{command}").parse(rest)
+    except Exception as error:
+        raise AssertionError(f"{where}: {error}") from error
+    if command == "train":
+        from vismem.training.arguments import STAGES, arguments_for, load_settings
+
+        layers = load_settings(options.file, options.changes)
+        for stage in STAGES if options.stage == "all" else (options.stage,):
+            arguments_for(stage, layers, use_cpu=True, bf16=False)
+    if command == "eval" and options.step == "tables":
+        from vismem.evaluation.settings import load_settings as evaluation_settings
+
+        evaluation_settings(options.file, options.changes)
+
+
+def check_wheel(words: list[str], where: str) -> None:
+    """What pip is to install: the extras are there, the wheel is of this version."""
+    text = " ".join(words)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = set(re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.M))
+    for named in re.findall(r"\[([a-z,]+)\]", text):
+        assert set(named.split(",")) <= extras, where
+    for version in re.findall(r"vismem-(\d[^-]*)-", text):
+        assert version == vismem.__version__, where
+
+
+def check_python(words: list[str], where: str) -> None:
+    """A script or a module of the repository is there."""
+    if words[:1] == ["-m"]:
+        if words[1] == "vismem.data.converters":
+            from vismem.data.converters import main
+
+            with pytest.raises(SystemExit) as stop:
+                main([words[2], "--help"])
+            assert stop.value.code == 0, where
+        else:
+            files = [word for word in words[2:] if word.startswith("tests/")]
+            assert words[1] in ("pytest", "build", "http.server") and all((ROOT / file).exists() for file in files), (
+                where
+            )
+    else:
+        assert (ROOT / words[0]).is_file(), where
+
+
+def check_model_arguments(words: list[str], where: str) -> None:
+    """The model arguments of an lmms-eval line are arguments of our plug-in."""
+    from vismem.loading import load_model
+
+    tree = ast.parse((ROOT / "src/vismem/evaluation/lmms/model.py").read_text(encoding="utf-8"))
+    (chat,) = (node for node in tree.body if getattr(node, "name", "") == "VisMemChat")
+    made = next(node for node in chat.body if getattr(node, "name", "") == "__init__")
+    known = {argument.arg for argument in made.args.args} | set(inspect.signature(load_model).parameters)
+    given = words[words.index("--model_args") + 1]
+    assert {pair.partition("=")[0] for pair in given.split(",")} <= known, where
+
+
+@pytest.mark.parametrize("page", pages_with("yaml", "json"), ids=documents.name)
+def test_files_are_read(page, tmp_path, monkeypatch):
+    """Settings are loaded by what they are for, rows by the reader of data."""
+    from vismem.data import load_dataset_rows
+    from vismem.evaluation.settings import load_settings as evaluation_settings
+    from vismem.training.arguments import STAGES, arguments_for, load_settings
+
+    monkeypatch.chdir(tmp_path)
+    documents.write_files(tmp_path, page)
+    for number, block in enumerate(blocks(page, "yaml", "json")):
+        path = tmp_path / (block.title or f"{number}.{'jsonl' if block.language == 'json' else 'yaml'}")
+        path.write_text(block.text, encoding="utf-8")
+        if block.language == "json":
+            lines = [json.loads(line) for line in block.text.splitlines()]
+            rows = load_dataset_rows(str(path), strict=True)
+            assert [rows[index].id for index in range(len(lines))] and len(rows) == len(lines), str(block)
+            continue
+        values = yaml.safe_load(block.text)
+        if "benchmarks" in values:
+            evaluation_settings(path, [])
+        elif "include" in values:  # a task of lmms-eval
+            assert set(values) >= {"task", "dataset_path"}, str(block)
+        else:
+            layers = load_settings(path, [])
+            for stage in STAGES:
+                arguments_for(stage, layers, use_cpu=True, bf16=False, output_dir=str(tmp_path / "out"))
+
+
+def test_marks_of_code_that_is_not_run_are_before_python():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        marked = sum(block.reason is not None for block in blocks(page, "python"))
+        assert text.count("\n<!-- not run:") == marked, f"{page}: a mark that stands before no block of Python"
+
+
+# What pages say of the code.
+
+
+def rows_of(page: str, columns: int) -> list[list[str]]:
+    """The cells of all tables of a page with so many columns, heads left out."""
+    lines = [line for line in (DOCS / page).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [row for row in cells if len(row) == columns and not set("".join(row)) <= set("-")]
+
+
+def test_the_map_from_paper_to_code_is_true():
+    rows = [row for columns in (4, 5) for row in rows_of("paper-to-code.md", columns) if row[-2] != "file"]
+    assert len(rows) > 50
+    for *_, file, names in rows:
+        path = ROOT / "src" / "vismem" / file.strip("`")
+        assert path.is_file(), f"there is no {file}"
+        module = import_module(".".join(("vismem", *path.relative_to(ROOT / "src/vismem").with_suffix("").parts)))
+        listed = re.findall(r"`([^`]+)`", names)
+        assert listed and re.sub(r"`[^`]+`|[, ]", "", names) == "", f"objects of {file}: {names}"
+        for each in listed:
+            owner, _, attribute = each.partition(".")
+            assert hasattr(module, owner), f"{file} has no {owner}"
+            thing = getattr(module, owner)
+            assert getattr(thing, "__module__", module.__name__) in (module.__name__, None), f"{owner} is not of {file}"
+            if attribute:
+                assert is_part(thing, attribute), f"{owner} has no {attribute}"
+
+
+def is_part(owner: type, name: str) -> bool:
+    """Whether a class has something of that name: a method, a field, or what its `__init__` sets."""
+    if hasattr(owner, name) or name in getattr(owner, "__dataclass_fields__", {}):
+        return True
+    source = Path(sys.modules[owner.__module__].__file__).read_text(encoding="utf-8")
+    body = next(node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == owner.__name__)
+    return f"self.{name}" in ast.unparse(body)
+
+
+def test_every_setting_is_in_the_configuration_page():
+    from transformers import TrainingArguments
+
+    from vismem.evaluation.settings import Benchmark, Method, Settings
+    from vismem.training.arguments import MemoryTrainingArguments
+
+    said = {
+        name: row[1:]
+        for columns in (2, 3, 4, 5)
+        for row in rows_of("configuration.md", columns)
+        for name in re.findall(r"`(\w+)`", row[0])
+    }
+    inherited = {each.name for each in dataclasses.fields(TrainingArguments)}
+    for kind in (VisMemConfig, MemoryTrainingArguments):
+        for each in dataclasses.fields(kind):
+            if kind is MemoryTrainingArguments and each.name in inherited:
+                continue
+            assert each.name in said, f"configuration.md lacks {each.name} of {kind.__name__}"
+            if isinstance(each.default, (bool, int, float)) or each.default not in ("", None):
+                shown = said[each.name][0].strip("`")
+                if isinstance(each.default, (bool, int, float, str)):
+                    assert shown.lower() == str(each.default).lower(), f"{each.name}: {shown} is not {each.default}"
+    for kind in (Settings, Method, Benchmark):
+        assert {each.name for each in dataclasses.fields(kind)} <= set(said), kind.__name__
+
+
+def test_every_command_and_family_has_its_place():
+    helps = re.findall(r"^<!-- help: vismem ?(.*) -->$", (DOCS / "cli.md").read_text(encoding="utf-8"), re.M)
+    assert {each.split()[0] for each in helps if each} == set(COMMANDS)
+    models = (DOCS / "models.md").read_text(encoding="utf-8")
+    assert all(f"`{kind}`" in models for family in FAMILIES for kind in family.model_types)
+
+
+def test_figures_are_those_that_the_scripts_draw(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    for name in ("mechanism", "sequence", "stages"):
+        drawn = import_module(f"draw_{name}").draw().svg()
+        kept = (DOCS / "images" / f"{name}.svg").read_text(encoding="utf-8")
+        assert drawn == kept, f"run `make figures`: {name}.svg is old"
