@@ -27,7 +27,7 @@ from PIL import GifImagePlugin, Image, ImageFile
 
 from vismem.data.images import BadImage, TooManyPixels, open_image
 from vismem.serving import pictures as module
-from vismem.serving.addresses import is_public, read_url
+from vismem.serving.addresses import is_public, read_hosts, read_url
 from vismem.serving.errors import ApiError
 from vismem.serving.pictures import FORMATS, PictureLimits, Pictures, fetch_picture
 from vismem.serving.stripping import orientation_of, stripped
@@ -498,30 +498,45 @@ def test_addresses_that_are_public(address: str) -> None:
     ],
 )
 def test_addresses_that_are_not_taken(url: str, status: int) -> None:
-    hosts = ("good.example.org", "*.all.example.org", "other.example.org:8443")
+    hosts = ("good.example.org", "http://good.example.org", "*.all.example.org", "other.example.org:8443")
     with refused(status):
-        read_url(url, hosts)
+        read_url(url, read_hosts(hosts))
     with refused(status):
         fetched(url, PictureLimits(hosts=hosts))
 
 
 def test_addresses_that_are_taken() -> None:
-    hosts = ("Good.example.org", "*.all.example.org", "other.example.org:8443", "8.8.8.8", "[2606:4700::1]:8080", "::2")
+    hosts = read_hosts(
+        ["Good.example.org", "*.all.example.org", "http://other.example.org:8080", "8.8.8.8", "[2606:4700::1]:8443"]
+    )
     for url in (
-        "http://good.example.org/a.png",
+        "https://good.example.org/a.png",
         "HTTPS://GOOD.example.org:443/a.png?x=%20y#z",
         "https://a.b.all.example.org/",
-        "https://other.example.org:8443/",
-        "http://8.8.8.8/",
-        "http://[2606:4700::1]:8080/",
-        "http://[::2]/",
+        "http://other.example.org:8080/",
+        "https://8.8.8.8/",
+        "https://[2606:4700::1]:8443/",
     ):
         assert read_url(url, hosts).fragment == ""
-    for url in ("https://other.example.org/", "http://[2606:4700::1]/", "http://8.8.4.4/"):
+    for url in (
+        "http://good.example.org/a.png",
+        "http://other.example.org/",
+        "https://other.example.org:8080/",
+        "https://[2606:4700::1]/",
+        "https://8.8.4.4/",
+    ):
         with refused(403):
             read_url(url, hosts)
     with refused(403, "send a data URI"):
         read_url("https://good.example.org/a.png", ())
+
+
+@pytest.mark.parametrize(
+    "host", ["", "*", "*.", "a b", "ftp://a.org", "a.org/", "a.org:0", "a.org:x", "a.org:70000", "::1", "b@a.org"]
+)
+def test_a_host_written_wrongly_is_found_out_at_the_start(host: str) -> None:
+    with pytest.raises(ValueError, match="no host to fetch images from"):
+        PictureLimits(hosts=("a.example.org", host))
 
 
 # Fetching, from a server on loopback: what lets it in is said in so many words.
@@ -587,7 +602,9 @@ def fetch(web: Web, *paths: str, found: tuple[str, ...] = ("127.0.0.1",), **sett
         looked_up.append(host)
         return list(found)
 
-    limits = PictureLimits(**{"size": 50_000, "hosts": (f"{HOST}:{web.port}",), "timeout": 10.0, **settings})
+    limits = PictureLimits(
+        **{"size": 50_000, "hosts": (f"http://{HOST}:{web.port}", f"{HOST}:{web.port}"), "timeout": 10.0, **settings}
+    )
     pictures = Pictures(limits, find=find, permitted=lambda ip: ip == ipaddress.ip_address("127.0.0.1"))
     files = asyncio.run(pictures.fetch([path if "://" in path else web.url(path) for path in paths]))
     assert set(looked_up) <= {HOST}
@@ -619,7 +636,7 @@ def test_a_name_is_looked_up_once_and_every_address_must_be_public(web: Web) -> 
     async def find(host: str, port: int) -> list[str]:
         return next(answers)
 
-    limits = PictureLimits(hosts=(f"{HOST}:{web.port}",))
+    limits = PictureLimits(hosts=(f"http://{HOST}:{web.port}", f"{HOST}:{web.port}"))
     pictures = Pictures(limits, find=find, permitted=lambda ip: str(ip) == "127.0.0.1")
     assert asyncio.run(pictures.fetch([web.url("/a")])) == [b"file"]
 
@@ -627,11 +644,11 @@ def test_a_name_is_looked_up_once_and_every_address_must_be_public(web: Web) -> 
 def test_private_addresses_are_refused_whatever_is_allowed(web: Web) -> None:
     web.answers["/a"] = (200, {}, b"file")
     hosts = ("localhost", "127.0.0.1", "[::1]", "10.0.0.1", "[::ffff:127.0.0.1]", "169.254.169.254")
-    limits = PictureLimits(hosts=tuple(f"{host}:{web.port}" for host in hosts) + hosts, timeout=5.0)
-    for host in hosts:
-        for port in ("", f":{web.port}"):
-            with refused(403, "not public"):
-                fetched(f"http://{host}{port}/a", limits)
+    allowed = [f"{scheme}{host}{port}" for scheme in ("http://", "") for host in hosts for port in ("", f":{web.port}")]
+    limits = PictureLimits(hosts=tuple(allowed), timeout=5.0)
+    for each in allowed:
+        with refused(403, "not public"):
+            fetched(f"{each if '://' in each else 'https://' + each}/a", limits)
     assert web.asked == []
 
 
@@ -669,7 +686,7 @@ def test_a_redirect_whose_name_leads_inside_is_refused(web: Web) -> None:
     async def find(host: str, port: int) -> list[str]:
         return ["127.0.0.1"] if host == HOST else ["127.0.0.2"]
 
-    limits = PictureLimits(hosts=(f"{HOST}:{web.port}", f"inner.example.org:{web.port}"))
+    limits = PictureLimits(hosts=(f"http://{HOST}:{web.port}", f"http://inner.example.org:{web.port}"))
     pictures = Pictures(limits, find=find, permitted=lambda ip: str(ip) == "127.0.0.1")
     with refused(403, "not public"):
         asyncio.run(pictures.fetch([web.url("/a")]))
@@ -707,7 +724,7 @@ def test_a_name_server_that_does_not_answer_is_given_up(web: Web) -> None:
         await asyncio.sleep(60)
         return []
 
-    limits = PictureLimits(hosts=(f"{HOST}:{web.port}",), timeout=0.1)
+    limits = PictureLimits(hosts=(f"http://{HOST}:{web.port}", f"{HOST}:{web.port}"), timeout=0.1)
     with refused(400, "within 0.1 seconds"):
         asyncio.run(Pictures(limits, find=find).fetch([web.url("/a")]))
 

@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import httpx
 
@@ -21,6 +22,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 MOST_CHARACTERS = 4096  # of a web address
 PORTS = {"http": 80, "https": 443}
+ALLOWED = re.compile(r"(?:(https?)://)?(\[[0-9a-f:.]+\]|(?:\*\.)?[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
 NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
 
 # Not left to `is_global`, whose answer has changed between versions of Python.
@@ -80,12 +82,45 @@ class Place:
         return self.url.copy_with(host=str(self.address))
 
 
-def read_url(text: str, hosts: Sequence[str]) -> httpx.URL:
+class Host(NamedTuple):
+    """A host that images may be fetched from; of a name that begins with `*.`, all below it."""
+
+    scheme: str
+    name: str
+    port: int
+
+    def takes(self, scheme: str, name: str, port: int) -> bool:
+        """Whether an address of these parts lies there."""
+        named = name.endswith(self.name[1:]) if self.name.startswith("*.") else name == self.name
+        return named and (scheme, port) == (self.scheme, self.port)
+
+
+def read_hosts(texts: Sequence[str]) -> tuple[Host, ...]:
+    """Hosts as they are written in an option.
+
+    Args:
+        texts: `"pictures.example.org"`, which is by https alone; `"*.example.org"` for all below one;
+            `"example.org:8443"` for another port; `"http://example.org"` where it has to be without protection.
+
+    Raises:
+        ValueError: if one is written in another way.
+    """
+    hosts = []
+    for text in texts:
+        found = ALLOWED.fullmatch(text.lower())
+        if found is None or int(found[3] or 1) not in range(1, 65536):
+            raise ValueError(f"{text!r} is no host to fetch images from; write it as in pictures.example.org:443")
+        scheme = found[1] or "https"
+        hosts.append(Host(scheme, found[2].strip("[]"), int(found[3] or PORTS[scheme])))
+    return tuple(hosts)
+
+
+def read_url(text: str, hosts: Sequence[Host]) -> httpx.URL:
     """A web address whose host is one of those allowed.
 
     Args:
         text: as the client wrote it.
-        hosts: names; `"*.example.org"` for all below one; with `:8443` for another port than the scheme's own.
+        hosts: of `read_hosts`.
 
     Raises:
         ApiError: 400 where it is no address that is taken, 403 where it is not allowed.
@@ -96,7 +131,7 @@ def read_url(text: str, hosts: Sequence[str]) -> httpx.URL:
         raise _wrong("it has characters that must be percent-encoded")
     try:
         url = httpx.URL(text)
-        host, port = url.host.lower(), PORTS.get(url.scheme) if url.port is None else url.port
+        host, port = url.host.lower(), PORTS.get(url.scheme, 0) if url.port is None else url.port
     except (httpx.InvalidURL, ValueError, UnicodeError):
         raise _wrong("it cannot be read") from None
     if url.scheme not in PORTS:
@@ -107,15 +142,8 @@ def read_url(text: str, hosts: Sequence[str]) -> httpx.URL:
         raise _wrong("it has a user in it")
     if not _is_literal(host) and (len(host) > 253 or not NAME.fullmatch(host) or _ends_in_number(host)):
         raise _wrong("its host is neither a name nor a plain IP address")
-    own = port == PORTS[url.scheme]
-    for allowed in (each.lower() for each in hosts):
-        name, marked, of_port = (
-            allowed.rpartition(":") if re.search(r"[^:\]]:\d+$|\]:\d+$", allowed) else (allowed, "", "")
-        )
-        right_port = port == int(of_port) if marked else own
-        name = name.strip("[]")
-        if right_port and (host == name or (name.startswith("*.") and host.endswith(name[1:]))):
-            return url.copy_with(fragment=None)
+    if any(each.takes(url.scheme, host, port) for each in hosts):
+        return url.copy_with(fragment=None)
     raise ApiError(
         403, "this server does not fetch images from there; send a data URI", code="image_url_refused", param="messages"
     )

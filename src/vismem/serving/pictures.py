@@ -22,7 +22,7 @@ from PIL import Image
 
 from vismem import __version__
 from vismem.data.images import BadImage, TooManyPixels, open_image, read_data_uri
-from vismem.serving.addresses import Address, Place, Resolve, is_public, place_of, read_url, resolve
+from vismem.serving.addresses import Address, Place, Resolve, is_public, place_of, read_hosts, read_url, resolve
 from vismem.serving.errors import ApiError
 from vismem.serving.stripping import stripped
 
@@ -49,9 +49,12 @@ class PictureLimits:
         size: most bytes of an image's file.
         pixels: most pixels of an image.
         total_pixels: most pixels of all images of a request.
-        hosts: that images are fetched from, see `read_url`; none refuses every web address.
+        hosts: that images are fetched from, see `read_hosts`; none refuses every web address.
         timeout: seconds for one fetch, name look-up and redirects included.
         redirects: most of them; each is looked at like the first address.
+
+    Raises:
+        ValueError: if a host is not written as hosts are.
     """
 
     count: int = 8
@@ -61,6 +64,9 @@ class PictureLimits:
     hosts: tuple[str, ...] = ()
     timeout: float = 10.0
     redirects: int = 3
+
+    def __post_init__(self) -> None:
+        read_hosts(self.hosts)
 
 
 class Pictures:
@@ -76,6 +82,7 @@ class Pictures:
         self, limits: PictureLimits, *, find: Resolve = resolve, permitted: Callable[[Address], bool] = is_public
     ) -> None:
         self.limits, self.find, self.permitted = limits, find, permitted
+        self.hosts = read_hosts(limits.hosts)
 
     async def fetch(self, urls: Sequence[str]) -> list[bytes]:
         """The files of all images of a request, in order; not decoded.
@@ -116,7 +123,7 @@ class Pictures:
             return await asyncio.to_thread(self._from_data, url)
         try:
             with anyio.fail_after(self.limits.timeout):
-                return await self._from_web(read_url(url, self.limits.hosts))
+                return await self._from_web(read_url(url, self.hosts))
         except TimeoutError:
             raise _unavailable(f"it did not come within {self.limits.timeout:g} seconds") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -148,7 +155,7 @@ class Pictures:
             found = await self._get(place)
             if isinstance(found, bytes):
                 return found
-            url = read_url(found, self.limits.hosts)
+            url = read_url(found, self.hosts)
         raise _unavailable(f"it is more than {self.limits.redirects} redirects away")
 
     async def _get(self, place: Place) -> bytes | str:

@@ -1,0 +1,230 @@
+"""What a server counts: read as Prometheus reads it, and with no more labels than there are names in the code."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+
+pytest.importorskip("prometheus_client")
+pytest.importorskip("uvicorn")
+
+from loopback import connected, exchanged, get, listening, post, response, until
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.engine import Load
+from vismem.serving.errors import ApiError
+from vismem.serving.guards import Guards, guarded
+from vismem.serving.metrics import Counted, Metrics
+from vismem.serving.protocol import InvocationTrace, MemoryUsage
+from vismem.serving.writing import Delta, Ended, Event, Invoked, Started
+
+
+def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """All values, by name and values of labels, in the order of the labels' names."""
+    content, kind = metrics.render()
+    assert kind.startswith("text/plain")
+    return {
+        (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
+        for family in text_string_to_metric_families(content.decode())
+        for sample in family.samples
+    }
+
+
+def idle() -> Load:
+    return Load(0, 0)
+
+
+EVENTS: list[Event] = [
+    Started(30),
+    Invoked(0, InvocationTrace(kind="short", position=0, offset=0, length=8, forced=False)),
+    Delta(0, "a"),
+    Delta(1, "b"),
+    Delta(0, "c"),
+    Invoked(1, InvocationTrace(kind="long", position=1, offset=1, length=8, forced=True)),
+    Delta(0, "d"),
+    Ended(0, "stop", 5, MemoryUsage(invocation_tokens=2, short_vectors=8)),
+    Ended(1, "length", 7, MemoryUsage(invocation_tokens=2, long_vectors=8)),
+]
+
+
+async def stream(*events: Event, error: BaseException | None = None, closed: list[bool] | None = None):
+    try:
+        for event in events:
+            await asyncio.sleep(0)
+            yield event
+        if error is not None:
+            raise error
+    finally:
+        if closed is not None:
+            closed.append(True)
+
+
+async def drained(events: AsyncIterator[Event]) -> list[Event]:
+    async with aclosing(events) as each:
+        return [event async for event in each]
+
+
+def test_an_answers_tokens_times_and_memory_are_counted_and_its_events_unchanged() -> None:
+    metrics = Metrics(idle)
+    assert asyncio.run(drained(metrics.watched(stream(*EVENTS)))) == EVENTS
+    found = read(metrics)
+    tokens = {kind: found["vismem_tokens_total", kind] for kind in ("prompt", "completion", "invocation")}
+    assert tokens == {"prompt": 30, "completion": 12, "invocation": 4}
+    assert found["vismem_tokens_total", "short"] == found["vismem_tokens_total", "long"] == 8
+    assert found["vismem_invocations_total", "false", "short"] == 1
+    assert found["vismem_invocations_total", "true", "long"] == 1
+    assert found["vismem_invocations_total", "false", "long"] == 0
+    assert found[("vismem_time_to_first_token_seconds_count",)] == 1
+    assert found[("vismem_inter_token_seconds_count",)] == 2  # of choice 0; choice 1 wrote once
+    assert found[("vismem_answer_seconds_count",)] == 1
+    assert found["vismem_answers_total", "done"] == 1
+
+
+@pytest.mark.parametrize(
+    "error, outcome",
+    [
+        (ApiError(504, "late"), "timeout"),
+        (ApiError(429, "full"), "refused"),
+        (ApiError(400, "wrong"), "refused"),
+        (ApiError(503, "stopping"), "error"),
+        (RuntimeError("broken"), "error"),
+    ],
+)
+def test_answers_that_fail_are_told_apart(error: Exception, outcome: str) -> None:
+    metrics = Metrics(idle)
+    with pytest.raises(type(error)) as caught:
+        asyncio.run(drained(metrics.watched(stream(EVENTS[0], error=error))))
+    assert caught.value is error
+    outcomes = {name[1]: value for name, value in read(metrics).items() if name[0] == "vismem_answers_total"}
+    assert outcomes == {**dict.fromkeys(["done", "cancelled", "timeout", "refused", "error"], 0), outcome: 1}
+
+
+def test_an_answer_that_is_given_up_is_closed_and_counted_as_cancelled() -> None:
+    metrics, closed = Metrics(idle), []
+
+    async def left_early() -> None:
+        async with aclosing(metrics.watched(stream(*EVENTS, closed=closed))) as events:
+            async for _ in events:
+                break
+
+    async def cancelled() -> None:
+        async def waits():
+            yield EVENTS[0]
+            await asyncio.Event().wait()
+
+        task = asyncio.create_task(drained(metrics.watched(waits())))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(left_early())
+    assert closed == [True]
+    asyncio.run(cancelled())
+    assert read(metrics)["vismem_answers_total", "cancelled"] == 2
+
+
+def test_rows_are_asked_for_when_the_counts_are_read() -> None:
+    now = [Load(3, 4)]
+    metrics = Metrics(lambda: now[0])
+    assert (read(metrics)[("vismem_rows_waiting",)], read(metrics)[("vismem_rows_writing",)]) == (3, 4)
+    now[0] = Load(0, 1)
+    assert (read(metrics)[("vismem_rows_waiting",)], read(metrics)[("vismem_rows_writing",)]) == (0, 1)
+
+
+def test_two_applications_count_apart() -> None:
+    one, other = Metrics(idle), Metrics(idle)
+    one.dropped("slow_head")
+    assert read(one)["vismem_refused_total", "slow_head"] == 1
+    assert read(other)["vismem_refused_total", "slow_head"] == 0
+
+
+@pytest.fixture
+def site():
+    """A server with guards and counts; the counts, its port, and what holds its slow answers back."""
+    free = threading.Event()
+
+    async def echo(request: Request) -> Response:
+        return PlainTextResponse(str(len(await request.body())))
+
+    async def slow(request: Request) -> Response:
+        while not free.is_set():
+            await asyncio.sleep(0.01)
+        return PlainTextResponse("at last")
+
+    async def broken(request: Request) -> Response:
+        raise RuntimeError("on purpose")
+
+    routes = [
+        Route("/v1/chat/completions", echo, methods=["POST"]),
+        Route("/health", slow),
+        Route("/v1/models", broken),
+        Route("/v1/models/{name:path}", echo),
+    ]
+    metrics = Metrics(idle)
+    app = Counted(guarded(Starlette(routes=routes), Guards(keys=["sk-right"], max_body=1000)), metrics)
+    with listening(app, **uvicorn_settings(Patience(head=0.3, dropped=metrics.dropped))) as port:
+        yield metrics, port, free
+        free.set()
+
+
+def test_requests_and_refusals_are_counted_by_route_method_and_status(site) -> None:
+    metrics, port, _ = site
+    key = "Authorization: Bearer sk-right"
+    assert exchanged(port, post("/v1/chat/completions", b"{}", key))[0] == 200
+    assert exchanged(port, post("/v1/chat/completions", b"{}"))[0] == 401
+    assert exchanged(port, post("/v1/chat/completions", b"x" * 1001, key))[0] == 413
+    assert exchanged(port, get("/v1/models/a/b?c=d", key))[0] == 200
+    assert exchanged(port, get("/v1/models", key))[0] == 500
+    assert exchanged(port, b"not HTTP\r\n\r\n")[0] == 400
+    with connected(port) as raw:
+        raw.sendall(b"GET /")
+        assert response(raw)[0] == 408
+    requests = {name[1:]: value for name, value in read(metrics).items() if name[0] == "vismem_requests_total"}
+    assert requests == {
+        ("POST", "/v1/chat/completions", "200"): 1,
+        ("POST", "/v1/chat/completions", "401"): 1,
+        ("POST", "/v1/chat/completions", "413"): 1,
+        ("GET", "/v1/models/{name}", "200"): 1,
+        ("GET", "/v1/models", "500"): 1,
+    }
+    refused = {name[1]: value for name, value in read(metrics).items() if name[0] == "vismem_refused_total" and value}
+    assert refused == {"key": 1, "too_large": 1, "bad_http": 1, "slow_head": 1}
+
+
+def test_what_clients_write_makes_no_new_labels(site) -> None:
+    metrics, port, _ = site
+    for i in range(30):
+        exchanged(port, get(f"/wp-admin/{i}"))
+        exchanged(port, get(f"/v1/models/{i}", "Authorization: Bearer sk-right"))
+        exchanged(port, get(f"/v1/models{i}").replace(b"GET", b"BREW%d" % i, 1))
+    size = len(read(metrics))
+    for i in range(30, 60):
+        exchanged(port, get(f"/wp-admin/{i}"))
+        exchanged(port, get(f"/v1/models/{i}", "Authorization: Bearer sk-right"))
+        exchanged(port, get(f"/v1/models{i}").replace(b"GET", b"BREW%d" % i, 1))
+    found = read(metrics)
+    assert len(found) == size
+    assert found["vismem_requests_total", "GET", "other", "401"] == 60
+    assert found["vismem_requests_total", "other", "other", "401"] == 60
+    metrics.dropped("a reason of nobody's")
+    assert read(metrics)["vismem_refused_total", "other"] == 1
+
+
+def test_requests_in_flight_go_up_and_down_again_also_where_clients_leave(site) -> None:
+    metrics, port, free = site
+    with connected(port) as one, connected(port) as other:
+        one.sendall(get("/health"))
+        other.sendall(get("/health"))
+        until(lambda: read(metrics)[("vismem_requests_in_flight",)] == 2)
+    free.set()
+    until(lambda: read(metrics)[("vismem_requests_in_flight",)] == 0)
