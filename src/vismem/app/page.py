@@ -136,9 +136,9 @@ def build(studio: Studio) -> gr.Blocks:
                         }
                     await asyncio.sleep(PAUSE)
             finally:
-                if not turn.over:  # the page was closed
-                    studio.stop(turn)
-            yield all_of(conversation)
+                studio.stop(turn)  # as when the page was closed
+            if studio.visitors.get(str(request.session_hash)) is conversation:  # and not begun anew meanwhile
+                yield all_of(conversation)
 
         def composing(busy: bool, clear: bool = False) -> Any:
             more = {"value": {"text": "", "files": []}} if clear else {}
@@ -212,8 +212,8 @@ def build(studio: Studio) -> gr.Blocks:
         for talk in (past, live):
             talk.example(pick, switches, outputs, **quiet)
             talk.follow(follow, switches, outputs, **quiet)
-            talk.inspect(inspect, None, outputs, **quiet)
-        inspector.inspect(inspect, None, outputs, **quiet)
+            talk.inspect(inspect, None, outputs, trigger_mode="multiple", **quiet)
+        inspector.inspect(inspect, None, outputs, trigger_mode="multiple", **quiet)
         inspector.closing(close, None, outputs, **quiet)
         notice.dismiss(lambda: "", None, notice, **quiet)
         bar.renew(renew, None, outputs, **quiet)

@@ -19,7 +19,7 @@ from vismem.app.studio import Studio
 from vismem.evaluation.drawing import enlarged
 from vismem.evaluation.marks import SHAPES
 
-THUMBNAIL = 192  # pixels of a picture's longer side; it is shown at half of that
+THUMBNAIL = 256  # pixels of a picture's longer side; it is shown at half of that
 WHO = {"learned": "model decides", "off": "no memory", "short": "only short forms", "long": "only long forms"}
 
 

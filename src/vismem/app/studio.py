@@ -24,10 +24,12 @@ from vismem.data.images import BadImage, open_image
 from vismem.decoding.invocation import Policy
 from vismem.decoding.requests import Request
 from vismem.loading import Loaded
+from vismem.serving.pictures import FORMATS
 from vismem.serving.prompts import context_of, marks_of
 from vismem.serving.worker import Closed, Full, Worker
 
 MOST_PICTURES = 8  # of a conversation
+MOST_PIXELS = 36_000_000  # of a picture
 MOST_VISITORS = 256  # conversations that are kept; the oldest goes first
 LONGEST_QUESTION = 8000  # characters
 
@@ -197,7 +199,7 @@ def read_picture(path: str | Path, name: str | None = None) -> Image.Image:
     """
     path = Path(path)
     try:
-        return open_image(path, Path())
+        return open_image(path, Path(), MOST_PIXELS, FORMATS)
     except BadImage as error:
         message = str(error).replace(f"image {path}", f"image {name or path.name}").replace(str(path), path.name)
         raise Refused(f"{message[0].upper()}{message[1:]}.") from error

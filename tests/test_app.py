@@ -1,0 +1,434 @@
+"""The viewer without a browser: conversations on the pocket model, what goes wrong, exports, colours, the command."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the viewer's extra is not installed")
+
+from vismem import cli
+from vismem.app import rendering
+from vismem.app import studio as studios
+from vismem.app.examples import examples
+from vismem.app.page import settings_of
+from vismem.app.session import Conversation, Refused, Settings
+from vismem.app.sharing import exported
+from vismem.app.studio import MOST_PICTURES, Studio, read_picture
+from vismem.commands import app as command
+from vismem.loading import load_model
+from vismem.serving.running import listening_socket
+
+BOUND = 60  # seconds after which a test gives up
+BOTH = examples()[1]  # invokes short, then long
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def studio(loaded):
+    made = Studio(loaded, batch_size=4, most_waiting=4)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def held(studio):
+    """Keeps the worker from writing until it is set."""
+    gate = threading.Event()
+    studio.worker.call(gate.wait, BOUND)
+    yield gate
+    gate.set()
+    studio.worker.call(lambda: None).result(BOUND)
+
+
+def answered(studio, conversation, question, pictures=(), settings=None):
+    turn = studio.ask(conversation, question, pictures, settings)
+    assert all(reply.over.wait(BOUND) for reply in turn.replies)
+    return turn
+
+
+def generated(model, conversation, question, pictures, **more):
+    """What `generate` writes: text and invocations."""
+    inputs = model.processor.apply_chat_template(
+        conversation.messages(question, pictures),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=256, return_dict_in_generate=True, **more)
+    new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    ends = set(model.tokens.end_ids.values())
+    words = [token for token in new if token not in ends and token not in model.tokens.kind_of]
+    return model.processor.decode(words, skip_special_tokens=True), out.invocations[0]
+
+
+# Conversations.
+
+
+def test_answers_are_those_of_generate(studio):
+    for settings, invocation in ((None, "learned"), (Settings("off"), "off"), (Settings("long"), "long")):
+        turn = answered(studio, Conversation(), BOTH.question, BOTH.open(), settings)
+        text, invocations = generated(studio.model, Conversation(), BOTH.question, BOTH.open(), invocation=invocation)
+        reply = turn.main
+        assert (reply.text, reply.invocations, reply.finish) == (text, invocations, "stop")
+        assert [piece.kind for piece in reply.pieces if piece.kind] == [one.kind for one in invocations]
+        assert [token.index for token in reply.strip if token.part == "mark"] == list(range(len(invocations)))
+
+
+def right(scene, question):
+    """The answer that the pocket world has to one of the examples' questions."""
+    from vismem.pocket import tasks
+    from vismem.pocket.world import PROMOTION_RULES
+
+    given = re.match(r"Row \d, (\w+) label: (\d) (\d) (\d) (\d)", question)
+    if given:
+        return tasks.promotion_reply(given[1], PROMOTION_RULES[given[1]], [int(each) for each in given.groups()[1:]])
+    if "all tags" in question:
+        rows = [zip(*pair, strict=True) for pair in zip(scene.colours, scene.shapes, strict=True)]
+        return " ".join(f"Row {i}: {', '.join(map(' '.join, row))}." for i, row in enumerate(rows, 1))
+    row = int(re.search(r"row (\d)", question)[1]) - 1
+    prices, label = list(scene.prices[row]), scene.labels[row]
+    if place := re.search(r"column (\d)", question):
+        column = int(place[1]) - 1
+        return f"{scene.colours[row][column]} {scene.shapes[row][column]} {prices[column]}."
+    if "promotion" in question:
+        return tasks.promotion_reply(label, PROMOTION_RULES[label], prices)
+    if "sum" in question:
+        return tasks.sum_reply(prices)
+    if "label" in question:
+        return f"{label}."
+    return f"{' '.join(scene.colours[row]) if 'colours' in question else tasks.spaced(prices)}."
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda each: each.title)
+def test_examples_show_what_their_cards_say(studio, example):
+    world = pytest.importorskip("vismem.pocket.world")
+    pytest.importorskip("sklearn")
+    scene = example.scene and world.sample_scene(Random(example.scene), "test")
+    assert [np.asarray(each).tolist() for each in example.open()] == (
+        [world.render_array(scene).tolist()] if scene else []
+    )
+    conversation, pictures = Conversation(), example.open()
+    for question in (example.question, *example.next):
+        turn = answered(studio, conversation, question, pictures)
+        said, wanted = (" ".join(text.replace(":", " ").split()) for text in (turn.main.text, right(scene, question)))
+        assert said.endswith(wanted)
+        if question == example.question:
+            assert {one.kind for one in turn.main.invocations} == set(example.kinds)
+        pictures = []
+    assert sum(path.stat().st_size for path in Path(studios.__file__).parent.glob("examples/*.png")) < 100_000
+
+
+def test_later_turns_have_the_picture_and_earlier_answers_in_words(studio):
+    conversation = Conversation()
+    answered(studio, conversation, BOTH.question, BOTH.open())
+    answered(studio, conversation, "Read the prices of row 2.")
+    messages = conversation.messages("And row 3?", [])
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+    kinds = [part["type"] for message in messages for part in message["content"]]
+    assert kinds == ["image", "text", "text", "text", "text", "text"]
+    assert messages[1]["content"][0]["text"].startswith("Row 2 mint third double.")  # no marks
+    turn = answered(studio, conversation, "What is at row 3, column 4?")
+    assert turn.main.text.endswith("blue cross 7.") and len(turn.seen) == 1
+
+
+def test_vanilla_beside_it_is_the_base(studio, monkeypatch):
+    rows, step = [], studio.worker.queue.step
+
+    def counted():
+        found = step()
+        rows.append(len(studio.worker.queue.answers) + len(found))
+        return found
+
+    monkeypatch.setattr(studio.worker.queue, "step", counted)
+    turn = answered(studio, Conversation(), BOTH.question, BOTH.open(), Settings(compare=True))
+    assert [reply.side for reply in turn.replies] == ["vanilla", "memory"] and max(rows) == 2  # in one live batch
+    vanilla, _ = generated(studio.model, Conversation(), BOTH.question, BOTH.open(), invocation="off")
+    memory, invocations = generated(studio.model, Conversation(), BOTH.question, BOTH.open())
+    assert (turn.reply("vanilla").text, turn.main.text) == (vanilla, memory) and vanilla != memory
+    assert not turn.reply("vanilla").invocations and turn.main.invocations == invocations
+    assert "The answers differ." in rendering.turn_html(conversation_of(turn), 0)
+    assert len(answered(studio, Conversation(), "Hello.", (), Settings("off", compare=True)).replies) == 1
+
+
+def conversation_of(*turns):
+    return Conversation(list(turns))
+
+
+def test_a_seed_is_a_seed(studio):
+    texts = [
+        answered(studio, Conversation(), BOTH.question, BOTH.open(), Settings(temperature=1.5, seed=seed)).main.text
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_schedules_and_chance(studio):
+    turn = answered(studio, Conversation(), "Read row 1.", BOTH.open(), Settings("short@0,long@2,long@99"))
+    assert [(one.kind, one.position, one.forced) for one in turn.main.invocations] == [
+        ("short", 0, True),
+        ("long", 4, True),  # behind the short one's two tokens and two words
+    ]
+    assert turn.unreached == 1 and "1 scheduled after the answer" in rendering.turn_html(conversation_of(turn), 0)
+    turn = answered(studio, Conversation(), "Read row 1.", BOTH.open(), Settings("random:1@anywhere", max_new_tokens=3))
+    assert turn.main.invocations and all(one.forced for one in turn.main.invocations)
+    assert turn.main.finish == "length" and "cut off" in rendering.turn_html(conversation_of(turn), 0)
+
+
+def test_the_page_s_switches_as_settings():
+    rest = (0.25, "anywhere", 0.5, 3, 64)
+    assert settings_of(True, "schedule", " short@0, long@12 ", *rest) == Settings("short@0,long@12", True, 0.5, 3, 64)
+    assert settings_of(False, "random", "", *rest).invocation == "random:0.25@anywhere"
+    assert settings_of(False, "learned", "nonsense", *rest).invocation == "learned"
+    with pytest.raises(Refused, match="schedule is empty"):
+        settings_of(False, "schedule", "  ", *rest)
+    with pytest.raises(Refused, match="need a number"):
+        settings_of(False, "learned", "", 0.25, "anywhere", 0, None, 64)
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    ("question", "pictures", "settings", "message"),
+    [
+        (" \n", 0, {}, "question is empty"),
+        ("What is <image> this?", 1, {}, "own mark <image>"),
+        ("x" * 9000, 0, {}, "9,000 characters"),
+        ("Read row 1.", 0, {"invocation": "short@0"}, "there is none: add one"),
+        ("Read row 1.", 1, {"invocation": "shirt@0"}, "unknown policy 'shirt@0'"),
+        ("Read row 1.", 1, {"invocation": "random:2"}, "rate from 0 to 1"),
+        ("Read row 1.", 1, {"temperature": -1.0}, "temperature must be"),
+        ("Read row 1.", 1, {"seed": -1}, "seed must be"),
+        ("Read row 1.", 1, {"max_new_tokens": 0}, "1 to 4096 tokens"),
+        ("Read row 1.", 1, {"max_new_tokens": 4090}, "conversation is too long"),
+        ("Read row 1.", MOST_PICTURES + 1, {}, "9 images; a conversation may have 8"),
+    ],
+)
+def test_refused_in_one_line(studio, question, pictures, settings, message):
+    conversation = Conversation()
+    with pytest.raises(Refused, match=re.escape(message)) as caught:
+        studio.ask(conversation, question, BOTH.open() * pictures, Settings(**settings))
+    assert "\n" not in str(caught.value) and not conversation.turns and not studio.worker.rows
+
+
+def test_one_question_at_a_time_and_stop(studio, held):
+    conversation = Conversation()
+    turn = studio.ask(conversation, BOTH.question, BOTH.open())
+    with pytest.raises(Refused, match="still being written"):
+        studio.ask(conversation, "And now?")
+    with pytest.raises(Refused, match="nothing to look into yet"):
+        studio.inspect(turn, "memory")
+    studio.stop(turn)
+    held.set()
+    assert turn.main.over.wait(BOUND) and turn.main.finish == "cancelled" and not conversation.busy
+    assert "stopped" in rendering.turn_html(conversation, 0)
+    messages = conversation.messages("Read the prices of row 2.", [])  # nothing was said: its picture goes on
+    assert [part["type"] for part in messages[0]["content"]] == ["image", "text"] and len(messages) == 1
+
+
+def test_stopped_half_way(studio):
+    conversation = Conversation()
+    turn = studio.ask(conversation, "Describe all tags.", examples()[3].open(), Settings(compare=True))
+    while len(turn.main.tokens) < 12:
+        assert not turn.main.over.wait(0.001)
+    studio.stop(turn)
+    assert all(reply.over.wait(BOUND) for reply in turn.replies) and turn.main.finish == "cancelled"
+    assert turn.main.text.startswith("Row 1")
+    assert studio.inspect(turn, "memory").result(BOUND).moments[0].looked is not None
+    assert len(conversation.messages("More?", [])) == 3
+
+
+def test_a_full_queue_says_so(loaded):
+    small = Studio(loaded, batch_size=1, most_waiting=1)
+    try:
+        gate = threading.Event()
+        small.worker.call(gate.wait, BOUND)
+        first, second = Conversation(), Conversation()
+        turn = small.ask(first, "Hello.")
+        with pytest.raises(Refused, match="busy with other questions"):
+            small.ask(second, "Hello.", (), Settings(compare=True))  # room for one of the two
+        assert not second.turns
+        gate.set()
+        assert turn.main.over.wait(BOUND) and turn.main.finish == "stop"
+        small.worker.call(lambda: None).result(BOUND)
+        assert answered(small, second, "Hello.").main.finish == "stop"  # the half that had been queued is gone
+    finally:
+        small.close()
+    with pytest.raises(Refused, match="being stopped"):
+        small.ask(Conversation(), "Hello.")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "ran out of memory"),
+        (RuntimeError("<b>no\nluck</b>"), "failed while it wrote this (&lt;b&gt;no luck&lt;/b&gt;)"),
+    ],
+)
+def test_a_failing_model_says_so(studio, monkeypatch, error, message):
+    def failing(groups):
+        raise error
+
+    queue = studio.worker.queue
+    conversation = Conversation()
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "admit", failing)
+        turn = answered(studio, conversation, "Hello.")
+    assert turn.main.finish == "error" and turn.main.trouble and "\n" not in turn.main.trouble
+    assert message in rendering.turn_html(conversation, 0)
+    with pytest.raises(Refused):
+        studio.inspect(turn, "memory")
+    assert answered(studio, conversation, "Hello.").main.finish == "stop"
+
+
+def test_pictures_that_cannot_be_used(tmp_path, monkeypatch):
+    good, broken, text = tmp_path / "good.png", tmp_path / "broken.png", tmp_path / "text.png"
+    Image.new("RGB", (40, 30), "red").save(good)
+    broken.write_bytes(good.read_bytes()[:60])
+    text.write_text("no picture")
+    assert read_picture(good).size == (40, 30)
+    for path, message in ((broken, "Image broken.png is broken"), (text, "Image text.png is not an image")):
+        with pytest.raises(Refused, match=message) as caught:
+            read_picture(path)
+        assert str(tmp_path) not in str(caught.value)
+    monkeypatch.setattr(studios, "MOST_PIXELS", 100)
+    with pytest.raises(Refused, match="more than 100 pixels"):
+        read_picture(good)
+
+
+# Looking into answers, and several visitors.
+
+
+def test_an_inspection_is_made_once_and_frees_what_it_needed(studio):
+    conversation = Conversation()
+    turn = answered(studio, conversation, BOTH.question, BOTH.open(), Settings(compare=True))
+    future = studio.inspect(turn, "memory")
+    assert [moment.kind for moment in future.result(BOUND).moments] == ["short", "long"]
+    assert studio.inspect(turn, "memory") is future
+    studio.worker.call(lambda: None).result(BOUND)
+    assert turn.main.ticket is None and not turn.main.inputs
+    with pytest.raises(Refused, match="nothing to look into"):
+        studio.inspect(turn, "vanilla")  # no invocation
+    conversation.selected = (0, "memory", 1)
+    assert 'aria-expanded="true"' in rendering.turn_html(conversation, 0)
+    assert "vm-panel vm-long" in rendering.inspector(conversation, future.result())
+    assert "Reading the answer again" in rendering.inspector(conversation, None)
+
+
+def test_visitors_do_not_meet(studio, held, monkeypatch):
+    one, two = studio.conversation("one"), studio.conversation("two")
+    assert one is not two and studio.conversation("one") is one
+    turn, other = studio.ask(one, "Hello."), studio.ask(two, "Hello.")
+    studio.leave("one")
+    held.set()
+    assert turn.main.over.wait(BOUND) and other.main.over.wait(BOUND)
+    assert (turn.main.finish, other.main.finish) == ("cancelled", "stop")
+    assert studio.conversation("one") is not one
+    assert studio.conversation("two", new=True) is not two
+    monkeypatch.setattr(studios, "MOST_VISITORS", 3)
+    for number in range(5):
+        studio.conversation(f"visitor {number}")
+    assert list(studio.visitors) == ["visitor 2", "visitor 3", "visitor 4"]
+
+
+def test_an_export_holds_everything_by_itself(studio):
+    conversation = Conversation()
+    answered(studio, conversation, BOTH.question, BOTH.open())
+    answered(studio, conversation, "What is <i>row</i> 4?", (), Settings(compare=True, temperature=0.7, seed=3))
+    html = exported(studio, conversation)
+    assert "What is &lt;i&gt;row&lt;/i&gt; 4?" in html and BOTH.question in html
+    assert "without memory" in html and "seed" in html
+    marks = sum(len(turn.main.invocations) for turn in conversation.turns)
+    assert marks >= 2 and len(re.findall(r'<section class="vm vm-panel', html)) == marks
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", html) and "<script" not in html
+
+
+# Looks.
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, two):
+    high, low = sorted((luminance(one), luminance(two)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("selector", [r":root", r"\.dark"])
+def test_colours_can_be_read(selector):
+    css = rendering.static("page.css")
+    block = re.search(rf"^{selector} {{(.*?)}}", css, re.S | re.M)[1]
+    colours = dict(re.findall(r"--ui-([\w-]+): (#[0-9a-f]{6})", block))
+    grounds = {name: colours[name] for name in ("ground", "card", "well")}
+    pairs = [(ink, ground) for ink in ("ink", "faint", "short", "long") for ground in grounds]
+    pairs += [("on", "short"), ("ink", "tint-bad"), ("long", "tint-long"), ("short", "tint-short")]
+    low = {pair: contrast(colours[pair[0]], colours[pair[1]]) for pair in pairs}
+    assert {pair: ratio for pair, ratio in low.items() if ratio < 4.5} == {}
+    edges = {(one, two): contrast(colours[one], colours[two]) for one in ("edge", "focus", "bad") for two in grounds}
+    assert {pair: ratio for pair, ratio in edges.items() if ratio < 3} == {}  # of what is no text
+
+
+# The command.
+
+
+def test_help_and_misuse(capsys, monkeypatch):
+    assert cli.main(["app", "--help"]) == 0
+    assert "vismem app --checkpoint" in capsys.readouterr().out
+    assert cli.main(["app", "--port", "99999"]) == 2
+    assert cli.main(["app", "--share"]) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert cli.main(["app"]) == 1
+    assert capsys.readouterr().err == 'vismem: error: the viewer needs gradio: pip install "vismem[app]"\n'
+
+
+def test_ports(capsys, monkeypatch):
+    taken = listening_socket("127.0.0.1", 0)
+    port = taken.getsockname()[1]
+    try:
+        assert cli.main(["app", "--port", str(port)]) == 1
+        assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+        monkeypatch.setattr(command, "FIRST_PORT", port)
+        with command.free_socket("127.0.0.1", None) as found:
+            assert found.getsockname()[1] != port
+        assert cli.main(["app", "--host", "no.such.host.invalid"]) == 1
+        assert "cannot listen on no.such.host.invalid" in capsys.readouterr().err
+    finally:
+        taken.close()
+
+
+def test_ctrl_c_stops_it():
+    words = [sys.executable, "-m", "vismem", "app", "--port", "0", "--no-browser", "--device", "cpu"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            address = re.fullmatch(r"VisMem is at (http://127\.0\.0\.1:\d+) - Ctrl-C stops it\n", line)[1]
+            with urllib.request.urlopen(address, timeout=BOUND) as answer:
+                assert answer.status == 200 and "default-src 'self'" in answer.headers["Content-Security-Policy"]
+            strange = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(strange, timeout=BOUND)
+            process.send_signal(signal.SIGINT)
+            out, errors = process.communicate(timeout=BOUND)
+        finally:
+            process.kill()
+    assert (process.returncode, out, errors) == (0, "", "")
