@@ -291,6 +291,14 @@ def test_numbers_and_sizes_of_files_are_limited() -> None:
             fetched(body)
 
 
+def test_all_files_together_have_a_limit_too(web: Web) -> None:
+    web.answers["/a"] = (200, {}, b"x" * 600)
+    assert len(fetch(web, "/a", uri(b"y" * 400), size=600, total_size=1000)) == 2
+    for second in ("/a", uri(b"y" * 401), "data:image/png;base64," + "%41" * 4000):
+        with refused(413, "1000"):
+            fetch(web, "/a", second, size=600, total_size=1000)
+
+
 def test_bombs_of_metadata_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import PngImagePlugin, TiffImagePlugin
 
@@ -606,7 +614,7 @@ def fetch(web: Web, *paths: str, found: tuple[str, ...] = ("127.0.0.1",), **sett
         **{"size": 50_000, "hosts": (f"http://{HOST}:{web.port}", f"{HOST}:{web.port}"), "timeout": 10.0, **settings}
     )
     pictures = Pictures(limits, find=find, permitted=lambda ip: ip == ipaddress.ip_address("127.0.0.1"))
-    files = asyncio.run(pictures.fetch([path if "://" in path else web.url(path) for path in paths]))
+    files = asyncio.run(pictures.fetch([path if ":" in path else web.url(path) for path in paths]))
     assert set(looked_up) <= {HOST}
     return files
 

@@ -47,6 +47,7 @@ class PictureLimits:
     Args:
         count: most images of a request.
         size: most bytes of an image's file.
+        total_size: most bytes of all files of a request.
         pixels: most pixels of an image.
         total_pixels: most pixels of all images of a request.
         hosts: that images are fetched from, see `read_hosts`; none refuses every web address.
@@ -59,6 +60,7 @@ class PictureLimits:
 
     count: int = 8
     size: int = 20 * 2**20
+    total_size: int = 64 * 2**20
     pixels: int = 36_000_000
     total_pixels: int = 72_000_000
     hosts: tuple[str, ...] = ()
@@ -97,7 +99,11 @@ class Pictures:
                 code="too_many_images",
                 param="messages",
             )
-        return [await self._file(url) for url in urls]
+        files, left = [], self.limits.total_size
+        for url in urls:
+            files.append(await self._file(url, min(self.limits.size, left)))
+            left -= len(files[-1])
+        return files
 
     def decode(self, files: Sequence[bytes]) -> list[Image.Image]:
         """Pictures of these files: RGB, upright. Sizes are read from the files' heads, before anything is decoded.
@@ -118,19 +124,19 @@ class Pictures:
             pictures.append(picture.transpose(TURNS[orientation]) if orientation in TURNS else picture)
         return pictures
 
-    async def _file(self, url: str) -> bytes:
+    async def _file(self, url: str, most: int) -> bytes:
         if url[:5].lower() == "data:":
-            return await asyncio.to_thread(self._from_data, url)
+            return await asyncio.to_thread(self._from_data, url, most)
         try:
             with anyio.fail_after(self.limits.timeout):
-                return await self._from_web(read_url(url, self.hosts))
+                return await self._from_web(read_url(url, self.hosts), most)
         except TimeoutError:
             raise _unavailable(f"it did not come within {self.limits.timeout:g} seconds") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _unavailable(f"its host did not send it ({type(error).__name__})") from None
 
-    def _from_data(self, uri: str) -> bytes:
-        if len(uri) > 4 * self.limits.size:  # three bytes are four characters, or up to twelve where percent-encoded
+    def _from_data(self, uri: str, most: int) -> bytes:
+        if len(uri) > 4 * (most + MOST_HEAD):  # three bytes are four characters, or up to twelve where percent-encoded
             raise self._too_large()
         head = DATA.match(uri[:MOST_HEAD])
         if head is None:
@@ -139,26 +145,26 @@ class Pictures:
         if "%" in body:
             body = unquote_to_bytes(body).decode("latin-1")
         body = "".join(body.split())
-        if len(body) > 4 * (self.limits.size // 3 + 2):
+        if len(body) > 4 * (most // 3 + 2):
             raise self._too_large()
         try:
             file = read_data_uri(f"data:;base64,{body}")
         except BadImage as error:
             raise _bad(str(error)) from None
-        if len(file) > self.limits.size:
+        if len(file) > most:
             raise self._too_large()
         return file
 
-    async def _from_web(self, url: httpx.URL) -> bytes:
+    async def _from_web(self, url: httpx.URL, most: int) -> bytes:
         for _ in range(self.limits.redirects + 1):
             place = await place_of(url, self.find, self.permitted)
-            found = await self._get(place)
+            found = await self._get(place, most)
             if isinstance(found, bytes):
                 return found
             url = read_url(found, self.hosts)
         raise _unavailable(f"it is more than {self.limits.redirects} redirects away")
 
-    async def _get(self, place: Place) -> bytes | str:
+    async def _get(self, place: Place, most: int) -> bytes | str:
         """A file, or the address where it is said to be."""
         host = place.url.netloc.decode("ascii")
         request = httpx.Request(
@@ -182,23 +188,26 @@ class Pictures:
                     raise _unavailable(f"its host answered {response.status_code}")
                 if response.headers.get("content-encoding", "identity").lower() != "identity":
                     raise _unavailable("its host sent it compressed, which was not asked for")
-                return await self._read(response)
+                return await self._read(response, most)
             finally:
                 await response.aclose()
 
-    async def _read(self, response: httpx.Response) -> bytes:
+    async def _read(self, response: httpx.Response, most: int) -> bytes:
         told = response.headers.get("content-length", "")
-        if told.isdecimal() and int(told) > self.limits.size:
+        if told.isdecimal() and int(told) > most:
             raise self._too_large()
         file = bytearray()
         async for piece in response.aiter_raw(65536):
             file += piece
-            if len(file) > self.limits.size:
+            if len(file) > most:
                 raise self._too_large()
         return bytes(file)
 
     def _too_large(self) -> ApiError:
-        message = f"an image's file has more than {self.limits.size} bytes, the limit; make it smaller"
+        message = (
+            f"an image's file has more than {self.limits.size} bytes, or all have more than {self.limits.total_size}; "
+            "make them smaller"
+        )
         return ApiError(413, message, code="image_too_large", param="messages")
 
     def _too_many_pixels(self) -> ApiError:
