@@ -1,0 +1,329 @@
+"""The viewer in a real browser: clicked, typed and looked at as a visitor would, on the pocket model."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import threading
+
+import pytest
+
+pytest.importorskip("gradio", reason="the viewer's extra is not installed")
+pytest.importorskip("playwright", reason="playwright is not installed")
+from playwright.sync_api import expect, sync_playwright
+
+from vismem.app.examples import examples
+from vismem.app.studio import Studio
+from vismem.app.web import uploads, web
+from vismem.loading import load_model
+from vismem.serving.running import Server, address_of, config_of, listening_socket
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
+    pytest.mark.xdist_group("viewer"),  # one server and one browser
+]
+BOUND = 60  # seconds after which a test gives up
+WIDE, NARROW = {"width": 1360, "height": 860}, {"width": 360, "height": 740}
+CHIP, PANEL = ".vm-answer .vm-chip", "#ui-right .vm-panel"
+expect.set_options(timeout=BOUND * 1000)
+
+
+@pytest.fixture(scope="module")
+def studio():
+    made = Studio(load_model(device="cpu"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def address(studio):
+    """Where the viewer is served while these tests last."""
+    with uploads():
+        bound = listening_socket("127.0.0.1", 0)
+        server = Server(config_of(web(studio, "127.0.0.1"), grace=1))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
+        thread.start()
+        yield address_of(bound)
+        server.should_exit = True
+        thread.join(BOUND)
+        bound.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens the page as a new visitor; in the end nothing may have been asked of another host, or gone wrong."""
+    contexts, wrong = [], []
+
+    def opened(size=WIDE, **settings):
+        context = browser.new_context(viewport=size, accept_downloads=True, **settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(BOUND * 1000)
+        page.on("console", lambda told: wrong.append(told.text) if told.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda asked: wrong.append(asked.url) if elsewhere(asked.url) else None)
+        page.goto(address)
+        expect(page.locator(".ui-card")).to_have_count(len(examples()))
+        return page
+
+    def elsewhere(url):
+        return not url.startswith((f"{address}/", "data:", "blob:"))
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+@pytest.fixture
+def held(studio):
+    """Keeps the worker from writing until it is set."""
+    gate = threading.Event()
+    studio.worker.call(gate.wait, BOUND)
+    yield gate
+    gate.set()
+
+
+def ask(page, question):
+    page.locator("#ui-composer textarea").fill(question)
+    page.keyboard.press("Enter")
+
+
+def written(page, turns=1):
+    """Waits until that many turns are written."""
+    expect(page.locator(".ui-turn:has(.ui-facts)")).to_have_count(turns)
+    expect(page.locator("[aria-busy]")).to_have_count(0)
+
+
+def test_a_newcomer_s_path(visit, tmp_path):
+    page = visit()
+    expect(page.locator("h1")).to_contain_text("remember")
+    page.locator("[data-example='1']").click()
+    written(page)
+    expect(page.locator(CHIP)).to_have_text([re.compile("short"), re.compile("long")])
+    expect(page.locator(".vm-answer")).to_contain_text("So 27.")
+    expect(page.locator(".vm-timeline .vm-mark")).to_have_count(2)
+
+    page.locator(CHIP).first.click()
+    expect(page.locator(f"{PANEL}.vm-short")).to_be_visible()
+    heat = page.locator(f"{PANEL} img").first
+    expect(heat).to_be_visible()
+    assert heat.evaluate("each => each.complete && each.naturalWidth > 1")
+    assert heat.bounding_box()["width"] > 100 and heat.bounding_box()["x"] > page.viewport_size["width"] / 3  # beside
+    expect(page.locator(CHIP).first).to_have_attribute("aria-expanded", "true")
+    page.locator(CHIP).last.click()
+    expect(page.locator(f"{PANEL}.vm-long")).to_contain_text("The next word, with this memory and without")
+    page.locator(CHIP).last.click()  # once more closes it
+    expect(page.locator(PANEL)).to_have_count(0)
+
+    page.locator(".ui-pill").first.click()
+    written(page, 2)
+    ask(page, "What is at row 3, column 4?")
+    written(page, 3)
+    expect(page.locator(".vm-answer").last).to_contain_text("blue cross 7.")
+    expect(page.locator("#ui-composer textarea")).to_have_value("")
+    page.locator("#ui-past .vm-timeline .vm-mark").first.click()  # an earlier turn's, in its timeline
+    expect(page.locator(f"{PANEL}.vm-short")).to_be_visible()
+
+    with page.expect_download() as download:
+        page.locator("#ui-export").click()
+    download.value.save_as(tmp_path / "conversation.html")
+    kept = (tmp_path / "conversation.html").read_text(encoding="utf-8")
+    assert download.value.suggested_filename == "vismem-conversation.html"
+    assert "What is at row 3, column 4?" in kept and kept.count('<section class="vm vm-panel') == 4
+
+    page.locator("#ui-renew").click()
+    expect(page.locator(".ui-card").first).to_be_visible()
+    expect(page.locator(PANEL)).to_have_count(0)
+
+
+def test_compare_and_who_invokes(visit):
+    page = visit()
+    page.locator("#ui-compare input").check()
+    page.locator("[data-example='1']").click()
+    written(page)
+    expect(page.locator(".ui-pair .ui-side")).to_have_text(["Without memory", re.compile("With memory")])
+    expect(page.locator(".ui-vanilla .vm-chip")).to_have_count(0)
+    expect(page.locator(".ui-memory .vm-answer .vm-chip")).to_have_count(2)
+    expect(page.locator(".ui-differ")).to_have_text("The answers differ.")
+    left, right = (page.locator(f".ui-{side}").bounding_box() for side in ("vanilla", "memory"))
+    assert abs(left["y"] - right["y"]) < 2 and left["x"] < right["x"]  # side by side
+
+    page.locator("#ui-compare input").uncheck()
+    page.get_by_label("Schedule", exact=True).check()
+    page.locator("#ui-plan :is(input, textarea)").fill("long@0, short@1")
+    ask(page, "Read the prices of row 2.")
+    written(page, 2)
+    expect(page.locator(f"#ui-live {CHIP}")).to_have_text([re.compile("long"), re.compile("short")])
+    expect(page.locator("#ui-live .ui-facts")).to_contain_text("long@0, short@1")
+    page.locator(f"#ui-live {CHIP}").first.click()
+    expect(page.locator(PANEL)).to_contain_text("put in by the policy")
+
+    page.get_by_label("Off", exact=True).check()
+    expect(page.locator("#ui-plan")).to_have_count(0)
+    ask(page, "Read the prices of row 2.")
+    written(page, 3)
+    expect(page.locator("#ui-live .vm-chip")).to_have_count(0)
+
+
+def test_own_pictures_good_and_bad(visit, tmp_path):
+    for number in (1, 2):
+        examples()[0].open()[0].save(tmp_path / f"shelf {number}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "shelf 1.png").read_bytes()[:200])
+    page = visit()
+    page.locator("#ui-composer input[type=file]").set_input_files(tmp_path / "broken.png")
+    expect(page.locator("#ui-composer .thumbnail-item")).to_have_count(1)
+    ask(page, "What is this?")
+    expect(page.locator(".ui-notice")).to_contain_text("Image broken.png is broken")
+    expect(page.locator(".ui-turn")).to_have_count(0)
+    page.locator(".ui-notice button").click()
+    expect(page.locator(".ui-notice")).to_have_count(0)
+    page.locator("#ui-composer .thumbnail-item button, #ui-composer .delete-button").first.click()
+    page.locator("#ui-composer input[type=file]").set_input_files([tmp_path / "shelf 1.png", tmp_path / "shelf 2.png"])
+    expect(page.locator("#ui-composer .thumbnail-item")).to_have_count(2)
+    ask(page, "Which shelf is dearer at row 1 column 1?")
+    written(page)
+    expect(page.locator(".ui-pictures img")).to_have_count(2)
+    expect(page.locator("#ui-composer .thumbnail-item")).to_have_count(0)
+
+
+def test_what_goes_wrong_is_one_line(visit, studio, monkeypatch):
+    page = visit()
+    ask(page, "   ")
+    expect(page.locator(".ui-notice")).to_contain_text("The question is empty")
+    page.get_by_label("Schedule", exact=True).check()
+    ask(page, "Hello.")
+    expect(page.locator(".ui-notice")).to_contain_text("short@0 asks for a look at a picture, and there is none")
+    expect(page.locator("#ui-composer textarea")).to_have_value("Hello.")  # it is not lost
+
+    def failing(groups):
+        raise RuntimeError("no luck")
+
+    page.get_by_label("Model decides", exact=True).check()
+    with monkeypatch.context() as patch:
+        patch.setattr(studio.worker.queue, "admit", failing)
+        ask(page, "Hello.")
+        expect(page.locator(".ui-trouble")).to_contain_text("The model failed while it wrote this (no luck)")
+    expect(page.locator(".ui-notice")).to_have_count(0)
+    ask(page, "Hello.")
+    written(page, 2)
+    assert "Traceback" not in page.content()
+
+
+def test_keyboard_alone(visit):
+    page = visit()
+    page.keyboard.press("Tab")
+    expect(page.locator(".ui-skip")).to_be_focused()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.dataset.example === '1'"):
+            break
+    page.keyboard.press("Enter")
+    written(page)
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('.vm-answer .vm-chip')"):
+            break
+    expect(page.locator(CHIP).first).to_be_focused()
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Space")
+    expect(page.locator(f"{PANEL}.vm-short")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator(PANEL)).to_have_count(0)
+    expect(page.locator(CHIP).first).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(CHIP).last).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator(f"{PANEL}.vm-long")).to_be_focused()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_screens(visit, scheme):
+    page = visit(NARROW, color_scheme=scheme)
+
+    def fits():
+        return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+    assert fits() and page.locator("h1").bounding_box()["y"] < 200  # what it is comes first
+    page.locator("#ui-compare input").check()
+    page.locator("[data-example='3']").click()
+    written(page)
+    above, below = (page.locator(f".ui-{side}").bounding_box() for side in ("vanilla", "memory"))
+    assert fits() and above["y"] + above["height"] <= below["y"]
+    page.locator(CHIP).first.click()
+    expect(page.locator(f"{PANEL} img").first).to_be_in_viewport()
+    assert fits() and page.locator(PANEL).bounding_box()["width"] <= NARROW["width"]
+
+
+def test_light_and_dark_are_kept(visit):
+    page = visit(color_scheme="light")
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.locator("#ui-theme").click()
+    assert page.evaluate("document.body.classList.contains('dark')")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
+    page.reload()
+    expect(page.locator(".ui-card").first).to_be_visible()
+    page.wait_for_function("document.body.classList.contains('dark')")
+
+
+def test_stop_and_visitors_apart(visit, studio, held):
+    one, two = visit(), visit()
+    one.locator("[data-example='0']").click()
+    two.locator("[data-example='1']").click()
+    expect(one.locator(".ui-turn [aria-busy]")).to_have_count(1)
+    expect(two.locator(".ui-turn [aria-busy]")).to_have_count(1)
+    one.locator("#ui-composer .stop-button").click()
+    held.set()
+    written(one)
+    written(two)
+    expect(one.locator(".ui-facts")).to_contain_text("stopped")
+    expect(two.locator(".vm-answer")).to_contain_text("So 27.")
+    one.locator("#ui-renew").click()
+    expect(one.locator(".ui-turn")).to_have_count(0)
+    expect(two.locator(".ui-turn")).to_have_count(1)
+
+
+def test_new_while_writing_and_closing(visit, studio, held):
+    page, other = visit(), visit()
+    page.locator("[data-example='1']").click()
+    expect(page.locator(".ui-turn [aria-busy]")).to_have_count(1)
+    other.locator("[data-example='1']").click()
+    expect(other.locator(".ui-turn [aria-busy]")).to_have_count(1)
+    leaving = [conversation for conversation in studio.visitors.values() if conversation.busy]
+    assert len(leaving) == 2
+    other.close()
+    held.set()
+    page.locator("#ui-theme").click()  # still alive
+    for conversation in leaving:
+        assert conversation.turns[0].main.over.wait(BOUND)
+    written(page)
+    page.locator("#ui-renew").click()
+    expect(page.locator(".ui-card").first).to_be_visible()
+
+
+def test_nothing_can_be_had_from_elsewhere(browser, address):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(address)
+    told = page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'fetched', (error) => String(error))")
+    assert told == "TypeError: Failed to fetch"
+    refused = page.evaluate(
+        """new Promise((done) => {
+          document.addEventListener('securitypolicyviolation', (event) => done(event.blockedURI));
+          const image = new Image();
+          image.src = 'http://127.0.0.1:9/picture.png';
+        })"""
+    )
+    assert refused.startswith("http://127.0.0.1:9/")
+    context.close()
