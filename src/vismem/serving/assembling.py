@@ -6,7 +6,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +122,7 @@ class Assembly:
             for name, value in event.memory.model_dump().items():
                 setattr(self.memory, name, getattr(self.memory, name) + value)
 
-    async def whole(self, events: AsyncIterator[Event]) -> ChatCompletion:
+    async def whole(self, events: AsyncGenerator[Event, None]) -> ChatCompletion:
         """The answer in one piece."""
         parts = [Parts() for _ in range(self.ask.n)]
         async for event in events:
@@ -153,7 +153,7 @@ class Assembly:
             vismem=self.provenance,
         )
 
-    async def chunks(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+    async def chunks(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events, without the last one that says it is done."""
         async for event in events:
             self.count(event)

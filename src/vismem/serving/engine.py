@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -61,7 +61,7 @@ class Load:
 class Answering(Protocol):
     """What a server needs of one engine, or of many."""
 
-    def answer(self, ask: Ask) -> AsyncIterator[Event]:
+    def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """The events of an answer: `Started`, then every choice's, mixed, up to its `Ended`.
 
         Closing the iterator gives the request up.
@@ -118,7 +118,7 @@ class Engine:
         self.room, self.taken = batch_size + most_waiting, 0
         self.marks = marks_of(model)
 
-    async def answer(self, ask: Ask) -> AsyncIterator[Event]:
+    async def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """See `Answering`."""
         if ask.n > self.worker.queue.batch_size:
             raise ApiError(
@@ -221,7 +221,7 @@ class Engine:
             found["do_sample"] = True
         return {**found, **sampling}
 
-    async def _events(self, ask: Ask, request: Request) -> AsyncIterator[Event]:
+    async def _events(self, ask: Ask, request: Request) -> AsyncGenerator[Event, None]:
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[News]()
         try:
             ticket = self.worker.submit(request, lambda news: loop.call_soon_threadsafe(inbox.put_nowait, news), ask.n)

@@ -6,7 +6,7 @@ Every label has few values: what clients write never becomes one.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -93,12 +93,12 @@ class Metrics:
         """Counts a connection that was ended; for `Patience.dropped`."""
         self.refused.labels(reason if reason in DROPS else "other").inc()
 
-    async def watched(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    async def watched(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """The same events, counted. Closing this closes them, and counts a cancelled answer."""
         begin, outcome = time.perf_counter(), "cancelled"
         last: dict[int, float] = {}
         try:
-            async with aclosing(events) as each:  # type: ignore[type-var]
+            async with aclosing(events) as each:
                 async for event in each:
                     self._count(event, begin, last)
                     yield event

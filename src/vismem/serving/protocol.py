@@ -68,7 +68,7 @@ class Message(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], Field(min_length=1)] | Text
-    name: str | None = Field(None, description="Accepted, and without effect.")
+    name: str | None = Field(default=None, description="Accepted, and without effect.")
 
     @model_validator(mode="after")
     def _images_are_shown_by_users(self) -> Message:
@@ -87,19 +87,19 @@ class Memory(Strict):
     """Who invokes memory, and whether the answer tells of it."""
 
     invocation: Annotated[str, AfterValidator(_policy), Field(max_length=4096)] | None = Field(
-        None,
+        default=None,
         description=f"One of: {SPELLINGS}. By default the server's own, which is learned unless it was started with "
         "another.",
         examples=["learned", "off", "short@0,long@12"],
     )
-    trace: bool = Field(True, description="Tell of each invocation in the answer's own field `vismem`.")
+    trace: bool = Field(default=True, description="Tell of each invocation in the answer's own field `vismem`.")
 
 
 class StreamOptions(Strict):
     """Of a streamed answer."""
 
-    include_usage: bool | None = Field(None, description="Count tokens in a last chunk.")
-    include_obfuscation: bool | None = Field(None, description="Accepted, and without effect.")
+    include_usage: bool | None = Field(default=None, description="Count tokens in a last chunk.")
+    include_obfuscation: bool | None = Field(default=None, description="Accepted, and without effect.")
 
 
 class ResponseFormat(Strict):
@@ -116,18 +116,22 @@ class ChatRequest(Strict):
     max_tokens: int | None = Field(
         None, ge=1, description="Most tokens of each choice: words, and the model's own invocations."
     )
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same by its newer name.")
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0 is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=1, le=2**31 - 1, description="Not OpenAI's: the likeliest tokens to draw from.")
-    repetition_penalty: float | None = Field(None, ge=0.1, le=10, allow_inf_nan=False, description="Not OpenAI's.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Choice n draws from `seed + n`.")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="The same by its newer name.")
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False, description="0 is greedy.")
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(
+        default=None, ge=1, le=2**31 - 1, description="Not OpenAI's: the likeliest tokens to draw from."
+    )
+    repetition_penalty: float | None = Field(
+        default=None, ge=0.1, le=10, allow_inf_nan=False, description="Not OpenAI's."
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="Choice n draws from `seed + n`.")
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: bool | None = Field(None, description="Of the words, before temperature and truncation.")
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOPS)
+    logprobs: bool | None = Field(default=None, description="Of the words, before temperature and truncation.")
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOPS)
     vismem: Memory = Memory()
     # Accepted where they ask for nothing that changes an answer.
     response_format: ResponseFormat | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -97,7 +97,7 @@ def application(engine: Answering, serving: Serving, metrics: Metrics | None = N
     created = int(time.time())
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         yield
         await engine.close()
 
@@ -167,10 +167,12 @@ STREAMED = {
 }
 
 
-async def streamed(assembly: Assembly, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+async def streamed(
+    assembly: Assembly, first: Event, events: AsyncGenerator[Event, None]
+) -> AsyncGenerator[bytes, None]:
     """A stream's body; an error in the middle is its last event."""
 
-    async def all_events() -> AsyncIterator[Event]:
+    async def all_events() -> AsyncGenerator[Event, None]:
         yield first
         async for event in events:
             yield event
@@ -187,7 +189,7 @@ async def streamed(assembly: Assembly, first: Event, events: AsyncIterator[Event
             yield server_sent(ApiError(500, "the server failed; its log has the reason").body())
 
 
-async def within(events: AsyncIterator[T], seconds: float) -> AsyncIterator[T]:
+async def within(events: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T, None]:
     """The same events, as long as they come within that many seconds in all.
 
     Raises:

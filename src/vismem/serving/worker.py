@@ -20,7 +20,8 @@ from vismem.decoding.trace import Invocation, Top
 from vismem.model import VisMem
 
 Finish = Literal["stop", "length", "cancelled", "error"]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
@@ -66,7 +67,7 @@ class Ticket:
 
     request: Request
     rows: int
-    listener: Callable[[News], None]
+    listener: Callable[[News], object]
     answers: list[Answer] = field(default_factory=list)
     told: list[tuple[int, int]] = field(default_factory=list)  # tokens and invocations that the listener knows of
     over: set[int] = field(default_factory=set)  # rows whose end it knows of
@@ -123,7 +124,7 @@ class Worker:
         """Whether requests are still worked on."""
         return self.thread.is_alive()
 
-    def submit(self, request: Request, listener: Callable[[News], None], rows: int = 1) -> Ticket:
+    def submit(self, request: Request, listener: Callable[[News], object], rows: int = 1) -> Ticket:
         """Queues a request.
 
         Args:
