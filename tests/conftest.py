@@ -13,6 +13,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): run by one worker; pytest-xdist's, also where it is off")
+
+
 def pytest_generate_tests(metafunc) -> None:
     """Gives `family` its values: every family in modules that say `EVERY_FAMILY = True`, elsewhere two unlike ones."""
     if "family" in metafunc.fixturenames and not any(

@@ -1,0 +1,277 @@
+"""Two replicas of the pocket model under Ray Serve: the words of one engine, whichever writes; deaths and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import time
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("needs Ray Serve: vismem[replicas]", allow_module_level=True)
+
+from vismem.loading import CannotLoad, load_model
+from vismem.serving.engine import Ask, Engine
+from vismem.serving.errors import ApiError
+from vismem.serving.replica import gathered, told
+from vismem.serving.replicas import start_replicas
+from vismem.serving.writing import Delta, Ended, Started
+
+pytestmark = pytest.mark.xdist_group("replicas")  # one cluster for all
+PICTURE = {"type": "image", "url": ""}
+SETTINGS = {"batch_size": 2, "suppress_tokens": [3]}  # never an end, so that answers are as long as they may be
+SMALL = 80 * 2**20  # bytes of shared memory
+
+
+def ask(tokens: int = 12, **more: object) -> Ask:
+    turn = {"role": "user", "content": [{"type": "text", "text": "Describe the shelf."}]}
+    return Ask([turn], max_tokens=tokens, sampling={"temperature": 1.0}, **more)
+
+
+async def read(engine, asked: Ask) -> tuple[list[str], list[object]]:
+    """The texts of all choices, and the other events."""
+    texts, others = [""] * asked.n, []
+    async for event in engine.answer(asked):
+        if isinstance(event, Delta):
+            texts[event.index] += event.text
+        else:
+            others.append(event)
+    return texts, others
+
+
+async def until(true, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.05)
+
+
+async def begun(engine, tokens: int = 3000):
+    """An answer that is being written, and will be for long."""
+    events = engine.answer(ask(tokens))
+    while not isinstance(await anext(events), Delta):
+        pass
+    return events
+
+
+def family() -> set[int]:
+    """All processes that descend from this one and have not ended."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+    found, todo = set(), [os.getpid()]
+    while todo:
+        children = parents.get(todo.pop(), [])
+        found.update(children)
+        todo += children
+    return found
+
+
+def listening(pids: set[int]) -> set[str]:
+    """The addresses, in the kernel's spelling, that these processes listen on."""
+    sockets = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                sockets.add(os.readlink(entry))
+            except OSError:
+                continue
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    earlier = family()
+    found = start_replicas({"device": "cpu"}, 2, threads=1, object_store=SMALL, most_waiting=1, **SETTINGS)
+    found.processes = family() - earlier
+    yield found
+    asyncio.run(found.close())
+
+
+@pytest.fixture(scope="module")
+def local():
+    found = Engine(load_model(device="cpu").model, most_waiting=1, **SETTINGS)
+    yield found
+    asyncio.run(found.close())
+
+
+def test_replicas_write_what_one_engine_writes(engine, local):
+    asked = [ask(seed=seed, top=1, invocation="short@0" if seed == 5 else "long@2") for seed in range(4)]
+    asked.append(ask(n=2, seed=9, stops=("mint",)))
+
+    async def both():
+        for one in asked:
+            assert await read(engine, one) == await read(local, one)
+        texts, others = await read(engine, asked[0])
+        assert texts[0] and isinstance(others[0], Started) and isinstance(others[-1], Ended)
+
+    asyncio.run(both())
+
+
+def test_both_write_and_the_load_is_that_of_both(engine):
+    async def run():
+        held = [await begun(engine) for _ in range(4)]  # two rows each: with one of them alone, two would wait
+        assert [place.rows for place in engine.places] == [2, 2]
+        assert engine.load().writing == 4 and engine.load().waiting == 0
+        assert engine.ready()
+        for events in held:
+            await events.aclose()
+        assert engine.load().writing == engine.load().waiting == 0
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_nobody_reads_frees_its_row(engine):
+    async def run():
+        for _ in range(3):  # what is left of a round would hold up the next, and two on one replica each other
+            held = await asyncio.wait_for(asyncio.gather(*(begun(engine) for _ in range(4))), 8)
+            for events in held:
+                await events.aclose()
+        end = time.monotonic() + 20
+        for index in range(2):
+            while max([message.writing async for message in engine.cluster.answer(index, ask(4))]) > 1:
+                assert time.monotonic() < end
+
+    asyncio.run(run())
+
+
+def test_what_does_not_fit_is_refused_in_front(engine):
+    async def run():
+        held = [await begun(engine) for _ in range(4)]
+        waiting = [asyncio.ensure_future(read(engine, ask(seed=1))) for _ in range(2)]
+        await until(lambda: engine.load().waiting == 2)
+        with pytest.raises(ApiError, match="too many requests") as caught:
+            await read(engine, ask())
+        assert caught.value.status == 429 and caught.value.headers == {"Retry-After": "1"}
+        for events in held:
+            await events.aclose()
+        first, second = await asyncio.gather(*waiting)
+        assert first == second
+
+    asyncio.run(run())
+
+
+def test_errors_of_a_replica_cross_intact(engine, local):
+    def told_by(which, asked: Ask) -> dict:
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(read(which, asked))
+        return vars(caught.value)
+
+    for asked in (ask(n=3), ask(10**6), Ask([{"role": "user", "content": [PICTURE]}], max_tokens=4)):
+        assert told_by(engine, asked) == told_by(local, asked)
+    assert told(None) is None
+    assert told(ZeroDivisionError("secret"))["message"] == "the server failed; its log has the reason"
+
+
+def test_messages_hold_what_came_meanwhile_and_closing_them_closes_the_answer():
+    closed = []
+
+    async def events(error: bool):
+        try:
+            for number in range(5):
+                yield number
+                await asyncio.sleep(0)
+            if error:
+                raise ApiError(503, "over")
+            await asyncio.sleep(60)
+        finally:
+            closed.append(error)
+
+    async def run():
+        found = [each async for each in gathered(events(True), lambda: 0.05)]
+        assert found[0][0][0] == 0 and len(found) < 5
+        assert [number for numbers, _ in found for number in numbers] == list(range(5))
+        assert [error is None for _, error in found] == [True] * (len(found) - 1) + [False]
+        async with aclosing(gathered(events(False), lambda: 0.0)) as parts:
+            await anext(parts)
+        assert closed == [True, False]
+
+    asyncio.run(run())
+
+
+def test_the_service_outlives_a_replica(engine):
+    import ray
+
+    async def run():
+        held = [await begun(engine), await begun(engine)]
+        assert [place.rows for place in engine.places] == [1, 1]
+        victim = f"SERVE_REPLICA::{engine.cluster.apps[0]}#"
+        actors = [each for each in ray.util.list_named_actors(all_namespaces=True) if each["name"].startswith(victim)]
+        ray.kill(ray.get_actor(**actors[0]))
+        ends = []
+        for events in held:
+            try:
+                for _ in range(20):
+                    await asyncio.wait_for(anext(events), 30)
+                ends.append(None)
+            except ApiError as error:
+                ends.append(error)
+        assert sorted(error is None for error in ends) == [False, True]
+        (died,) = (error for error in ends if error is not None)
+        assert died.status == 503 and "died" in died.message
+        for events in held:
+            await events.aclose()
+        # New answers, at once, from the one that is left; and then from another that takes the dead one's place.
+        for seed in range(4):
+            assert (await read(engine, ask(seed=seed)))[0][0]
+        assert engine.load().writing == engine.load().waiting == 0
+        await until(lambda: all(place.running for place in engine.places))
+        held = [await begun(engine), await begun(engine)]
+        assert engine.load().writing == 2
+        for events in held:
+            await events.aclose()
+
+    asyncio.run(run())
+
+
+def test_nothing_listens_beyond_loopback(engine):
+    assert listening(engine.processes | {os.getpid()}) <= {
+        "0100007F",
+        "0000000000000000FFFF00000100007F",
+        "0" * 24 + "01000000",
+    }
+
+
+def test_the_end_is_orderly_and_leaves_nothing(engine):
+    async def run():
+        short, long = asyncio.ensure_future(read(engine, ask(30))), await begun(engine)
+        await until(lambda: engine.load().writing == 2)
+        closing = asyncio.ensure_future(engine.close(finish_within=5))
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="stopping") as caught:
+            await read(engine, ask())
+        assert caught.value.status == 503 and not engine.ready()
+        assert (await short)[0][0]
+        with pytest.raises(ApiError, match="stopping"):
+            async for _ in long:
+                pass
+        await closing
+
+    folder = Path(engine.cluster.folder)
+    assert folder.is_dir()
+    asyncio.run(run())
+    assert not folder.exists()
+    asyncio.run(until(lambda: not engine.processes & family(), 20))
+
+
+def test_what_cannot_be_had_is_said_in_one_line():
+    with pytest.raises(ValueError, match="1 replica or more, got 0"):
+        start_replicas({}, 0)
+    with pytest.raises(CannotLoad, match="need more than the 0 that Ray has"):
+        start_replicas({"device": "cpu"}, 2, gpus=1, object_store=SMALL)
+    with pytest.raises(CannotLoad, match=r"cannot use Ray at 127\.0\.0\.1:9: "):
+        start_replicas({"device": "cpu"}, 2, address="127.0.0.1:9")
+    with pytest.raises(CannotLoad, match="no-such-folder"):
+        start_replicas({"device": "cpu", "checkpoint": "/no-such-folder"}, 1, object_store=SMALL)
