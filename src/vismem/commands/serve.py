@@ -175,6 +175,7 @@ def engine_of(options: argparse.Namespace):
         model = {
             name: getattr(options, name) for name in ("checkpoint", "base", "device", "dtype", "trust_remote_code")
         }
+        say(f"starting {options.replicas} replicas")
         return start_replicas(model, options.replicas, options.ray_address, options.replica_gpus, **settings)
 
     from vismem.serving.engine import Engine
