@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import lru_cache
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from vismem.app.export import Conversation, Reply, Turn, page
 from vismem.app.inspection import inspect_answer, spelled
+from vismem.app.maps import layer, place
 from vismem.app.panels import CSS, answer_html, panel, percent, timeline
 from vismem.decoding.invocation import Forced
 from vismem.decoding.requests import Request, RequestQueue
@@ -91,7 +93,8 @@ def test_the_pocket_answer_has_the_evaluations_numbers():
         (chosen,) = (c for c in moment.next.candidates if c.written)
         assert chosen.text == found.tokens[moment.position + 2].text and not moment.next.put_in
     assert long.next.kl > 0.1  # this memory matters, and taking out another would show
-    assert found.attention["short"] == pytest.approx(seen.slots[0].sum(-1).mean(0).tolist(), abs=1e-6)
+    for kind, slots in zip(("short", "long"), seen.slots, strict=True):
+        assert found.attention[kind] == pytest.approx(slots.sum(-1).mean(0).tolist(), abs=1e-6)
     assert set(json.loads(json.dumps(found.to_dict()))) == {"tokens", "pieces", "moments", "attention"}
 
 
@@ -129,6 +132,18 @@ def test_maps_of_tiles_lie_where_the_look_lies():
     (look,) = looks(model, batch, [rollout.invocations], [[picture]])
     assert heat.mean.shape == (43, 64) and np.allclose(heat.mean, look.on(0, (64, 43)))
     assert heat.mean.mean() == pytest.approx(1, abs=0.1)
+
+
+def test_maps_of_whole_pictures_have_a_cell_for_each_patch():
+    model = tiny.equip("qwen2_5_vl")
+    picture = tiny.picture(3, (96, 32))
+    batch, rollout = written(model, tiny.message("look", picture), Forced([(0, 1, "short")]), eos_token_id=None)
+    (heat,) = inspect_answer(model, batch, rollout, [picture]).moments[0].looked.maps
+    (look,) = looks(model, batch, [rollout.invocations], [[picture]])
+    rows, columns = look.views[0].grid
+    assert heat.mean.shape == (rows, columns) and columns == 3 * rows
+    weights = look.mean(0).numpy()
+    assert np.allclose(heat.mean, weights / weights.mean(), rtol=0.02)
 
 
 def test_answers_without_memory_cost_nothing(monkeypatch):
@@ -208,6 +223,16 @@ def test_an_answer_that_was_stopped_right_after_an_invocation():
     assert moment.later.start == len(found.tokens) - 1 and len(moment.later.shares) == 1
     assert moment.next.put_in and not any(candidate.written for candidate in moment.next.candidates)
     assert "nothing was sampled here" in panel(found, 0)
+
+
+def test_the_word_that_was_written_is_always_listed():
+    model, picture, batch, rollout, _ = pocket()
+    rare = model.processor.tokenizer.convert_tokens_to_ids("Hello")
+    tokens = rollout.tokens.clone()
+    tokens[rollout.invocations[1].position + 2] = rare
+    moment = inspect_answer(model, batch, replace(rollout, tokens=tokens), [picture]).moments[1]
+    (written_,) = (candidate for candidate in moment.next.candidates if candidate.written)
+    assert written_.text == "Hello" and len(moment.next.candidates) == 8 and written_ is moment.next.candidates[-1]
 
 
 def test_tokens_are_spelled_as_they_are_written():
@@ -307,6 +332,13 @@ def test_a_panel_says_everything_in_words():
         assert percent(max(moment.later.shares)) in checked.text
         assert f"{moment.next.kl:.2g} nats" in checked.text
         assert checked.text.count("does not say") + checked.text.count("not what it saw there") >= 1
+    rows = re.findall(r"<tr.*?</tr>", panel(found, 1), re.S)[1:]
+    for row, candidate in zip(rows, found.moments[1].next.candidates, strict=True):
+        cells = [unescape(re.sub(r"<[^>]+>", "", cell)).strip() for cell in re.findall(r"<t[dh].*?</t[dh]>", row, re.S)]
+        assert cells[0] == percent(candidate.given) and cells[2] == percent(candidate.without)
+        assert candidate.text.strip() in cells[1] and ("(written)" in cells[1]) == candidate.written
+    segment = re.search(r'class="vm-segment.*?</p>', panel(found, 1), re.S)[0]
+    assert "dotted" in segment and "last" not in segment and segment.count("vm-word") == 2
     best = max(found.moments[1].next.candidates, key=lambda c: c.given)
     assert f"With the memory “{best.text.strip()}” comes first ({percent(best.given)})" in long.text
     assert "comes first either way" in short.text
@@ -314,6 +346,29 @@ def test_a_panel_says_everything_in_words():
     assert len(images) == 17 + 16 + 1  # large maps, the sheet, what was read
     assert all(a["src"].startswith("data:image/png") for a in images)
     assert "What it read" in long.text and "img" not in [tag for tag, _ in long.tags]
+
+
+def test_later_tokens_are_drawn_as_far_as_they_attend():
+    *_, found = pocket()
+    later = replace(found.moments[0].later, shares=[0.2] * 14 + [0.0] * 3 + [0.05, 0.0005, 0.0, 0.0004])
+    html = panel(replace(found, moments=[replace(found.moments[0], later=later)]), 0)
+    assert html.count('<span class="vm-column') == 18 and "3 tokens after these got &lt;0.1" in html
+    later = replace(later, shares=[0.0] * 21)
+    html = panel(replace(found, moments=[replace(found.moments[0], later=later)]), 0)
+    assert html.count('<span class="vm-column') == 12 and "vm-column vm-strong" not in html
+    later = replace(later, shares=[0.3])
+    assert "ends right after the memory" in panel(replace(found, moments=[replace(found.moments[0], later=later)]), 0)
+
+
+def test_places_and_shares_in_words():
+    assert place(0.1, 0.1) == "at the top left" and place(0.9, 0.5) == "at the bottom"
+    assert place(0.5, 0.5) == "in the middle" and place(0.5, 0.9) == "in the middle, right"
+    heat = np.ones((4, 6), dtype=np.float32)
+    heat[3, 0] = 3
+    assert layer("", "", heat, 3.0)["place"] == "at the bottom left" and layer("", "", heat, 3.0)["peak"] == 3
+    assert [percent(share) for share in (0, 0.00001, 0.004, 0.12, 0.9999, 1)] == [
+        f"{text}\u202f%" for text in ("0", "<0.1", "0.4", "12", ">99.9", "100")
+    ]
 
 
 def test_a_vector_can_be_chosen_and_must_exist():

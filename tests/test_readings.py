@@ -121,6 +121,8 @@ def test_a_memory_that_forms_nothing_is_still_the_end_of_a_segment():
     (reading,) = readings(model, batch, out.rollout)
     assert reading.index == 1 and len(reading.tokens) == 4
     assert torch.allclose(reading.memory, out.invocations[0][1].memory, atol=1e-5)
+    schedule.forms = ("short",)
+    assert readings(model, batch, written(model, batch, schedule).rollout) == []
 
 
 def test_the_pocket_model():

@@ -168,7 +168,7 @@ def looked_of(look: Look, seen: SlotAttention | None) -> Looked:
         mean = look.on(picture, size)
         vectors = np.stack([look.on(picture, size, vector=vector) for vector in range(len(look.memory))])
         read = None
-        if got is not None and got.shape[1] and any(look.views[view].picture == picture for view, _ in look.starts):
+        if got is not None and any(look.views[view].picture == picture for view, _ in look.starts):
             read = look.read(got.mean((0, 1)), picture, size)
         share = sum(
             float((weights * torch.from_numpy(view.shown)).sum((-2, -1)).mean())
@@ -185,9 +185,10 @@ def map_size(look: Look, picture: int) -> tuple[int, int]:
     (wide, high), finest = shown[0].size, 0.0
     for view in shown:
         (left, top, right, bottom), (rows, columns) = view.box, view.grid
-        if len(shown) == 1 and np.allclose(view.box, (0, 0, wide, high), atol=0.01 * max(wide, high)):
+        patch = min((right - left) / columns, (bottom - top) / rows)
+        if len(shown) == 1 and np.allclose(view.box, (0, 0, wide, high), atol=patch / 4):
             return columns, rows
-        finest = max(finest, max(wide, high) / min((right - left) / columns, (bottom - top) / rows))
+        finest = max(finest, max(wide, high) / patch)
     longer = min(max(2 * round(finest), FINEST // 2), FINEST)
     scale = longer / max(wide, high)
     return max(round(wide * scale), 1), max(round(high * scale), 1)
