@@ -7,6 +7,7 @@ their looks. Nothing here knows gradio.
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Any
 
 from PIL import Image
 
@@ -36,7 +37,7 @@ def bar(studio: Studio, conversation: Conversation | None) -> str:
         base=loaded.base,
         checkpoint=loaded.checkpoint,
         device=str(studio.model.device),
-        export=conversation.key if begun else None,
+        export=conversation.key if begun and conversation is not None else None,
         shapes=SHAPES,
     )
 
@@ -70,7 +71,7 @@ def turn_html(conversation: Conversation, number: int) -> str:
     )
 
 
-def answer(conversation: Conversation, turn: Turn, number: int, reply: Reply) -> dict:
+def answer(conversation: Conversation, turn: Turn, number: int, reply: Reply) -> dict[str, Any]:
     """What the template needs of one answer."""
     selected = None
     if conversation.selected is not None and conversation.selected[:2] == (number, reply.side):

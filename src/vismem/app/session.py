@@ -180,7 +180,8 @@ class Turn:
 
     def reply(self, side: str) -> Reply:
         """The answer of that side. Raises KeyError if there is none."""
-        return {reply.side: reply for reply in self.replies}[side]
+        sides: dict[str, Reply] = {reply.side: reply for reply in self.replies}
+        return sides[side]
 
 
 @dataclass(eq=False)

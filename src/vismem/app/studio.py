@@ -163,12 +163,13 @@ class Studio:
         Raises:
             Refused: if there is no such answer, or nothing to see in it.
         """
-        reply = {reply.side: reply for reply in turn.replies}.get(side)
+        reply = next((reply for reply in turn.replies if reply.side == side), None)
         if reply is None or not reply.inspectable:
             raise Refused("There is nothing to look into yet: wait until the answer is written.")
         if reply.inspection is None or reply.inspection.cancelled():
 
             def find() -> Inspection:
+                assert reply.ticket is not None  # until it was looked into
                 return inspect_answer(self.model, reply.inputs, reply.ticket.answers[0].rollout, turn.seen)
 
             def forget(future: Future[Inspection]) -> None:
