@@ -169,7 +169,7 @@ def test_errors_of_a_replica_cross_intact(engine, local):
             asyncio.run(read(which, asked))
         return vars(caught.value)
 
-    for asked in (ask(n=3), ask(10**6), Ask([{"role": "user", "content": [PICTURE]}], max_tokens=4)):
+    for asked in (ask(n=3), ask(n=100), ask(10**6), Ask([{"role": "user", "content": [PICTURE]}], max_tokens=4)):
         assert told_by(engine, asked) == told_by(local, asked)
     assert told(None) is None
     assert told(ZeroDivisionError("secret"))["message"] == "the server failed; its log has the reason"

@@ -53,11 +53,12 @@ class ReplicatedEngine:
     Args:
         cluster: what holds the replicas.
         count: how many there are.
-        rows: that each may hold, waiting or being written.
+        batch_size: rows that each writes at a time.
+        most_waiting: rows that may wait beside them, for each.
     """
 
-    def __init__(self, cluster: Cluster, count: int, rows: int) -> None:
-        self.cluster, self.rows, self.closing = cluster, rows, False
+    def __init__(self, cluster: Cluster, count: int, batch_size: int, most_waiting: int) -> None:
+        self.cluster, self.batch_size, self.most_waiting, self.closing = cluster, batch_size, most_waiting, False
         self.places = [Place() for _ in range(count)]
         self.readings: set[tuple[asyncio.Future[None], asyncio.Queue[Any]]] = set()  # of answers under way
         self.stopped = threading.Event()
@@ -102,8 +103,8 @@ class ReplicatedEngine:
         if not running:
             raise ApiError(503, "no replica is running just now; try again soon", headers={"Retry-After": "5"})
         least = min(running, key=lambda place: place.rows)
-        if least.rows + rows > self.rows:
-            raise full()
+        if rows <= self.batch_size and least.rows + rows > self.batch_size + self.most_waiting:
+            raise full()  # what is more than any batch, the replica refuses
         return least
 
     async def close(self, finish_within: float = 0.0) -> None:
@@ -219,4 +220,4 @@ def start_replicas(
     except BaseException:
         cluster.stop()
         raise
-    return ReplicatedEngine(cluster, count, batch_size + most_waiting)
+    return ReplicatedEngine(cluster, count, batch_size, most_waiting)
