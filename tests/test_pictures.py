@@ -506,7 +506,8 @@ def test_addresses_that_are_public(address: str) -> None:
     ],
 )
 def test_addresses_that_are_not_taken(url: str, status: int) -> None:
-    hosts = ("good.example.org", "http://good.example.org", "*.all.example.org", "other.example.org:8443")
+    names = ("good.example.org", "*.all.example.org", "other.example.org:8443")
+    hosts = tuple(scheme + name for scheme in ("http://", "https://") for name in names)
     with refused(status):
         read_url(url, read_hosts(hosts))
     with refused(status):

@@ -132,7 +132,9 @@ class BodyLimit:
                 body += piece
                 self.held += len(piece)
             if body.count(b",") > self.parts:
-                raise ApiError(413, f"the body has more than {self.parts} values; send less in one request")
+                raise ApiError(
+                    413, f"the body has more than {self.parts} commas, which separate values in JSON; send less at once"
+                )
             return True
         raise ApiError(408, f"the body did not come within {self.timeout:g} seconds")
 
