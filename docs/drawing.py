@@ -1,7 +1,7 @@
 """Shapes and colours of the figures: SVG that fits a light page and a dark one. Standard library only.
 
-A colour is a role (`"ink"`, `"short"`, ...), drawn in its light or its dark shade: by the reader's setting where the file
-stands alone, by the page's where the site puts it into the page. A colour that starts with # stays as it is.
+A colour is a role (`"ink"`, `"short"`, ...), drawn in its light or its dark shade: by the reader's setting where the
+file stands alone, by the page's where the site puts it into the page. A colour that starts with # stays as it is.
 """
 
 from __future__ import annotations

@@ -370,3 +370,17 @@ def test_figures_are_those_that_the_scripts_draw(monkeypatch):
         drawn = import_module(f"draw_{name}").draw().svg()
         kept = (DOCS / "images" / f"{name}.svg").read_text(encoding="utf-8")
         assert drawn == kept, f"run `make figures`: {name}.svg is old"
+
+
+def test_the_checker_finds_what_is_broken(tmp_path):
+    (tmp_path / "one.html").write_text('<h1 id="top"></h1><a href="two.html#here">a</a><a href="#top">b</a>')
+    (tmp_path / "two.html").write_text(
+        '<a href="one.html#gone">a</a><a href="three.html">b</a><img src="x.png"><a href="https://a.org">c</a>'
+    )
+    said = documents.broken(tmp_path, documents.read_site(tmp_path))
+    assert [line.partition(" (")[0] for line in said] == [
+        "one.html: two.html#here",
+        "two.html: one.html#gone",
+        "two.html: three.html",
+        "two.html: x.png",
+    ]
