@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("ray") is None:
-    pytest.skip("needs Ray Serve: vismem[replicas]", allow_module_level=True)
+if importlib.util.find_spec("ray") is None or not Path("/proc/net/tcp").exists():
+    pytest.skip("needs Ray Serve (vismem[replicas]) and Linux's /proc", allow_module_level=True)
 
 from vismem.loading import CannotLoad, load_model
 from vismem.serving.engine import Ask, Engine

@@ -128,7 +128,7 @@ async def gathered(
 
     async def read() -> None:
         try:
-            async with aclosing(events):  # type: ignore[type-var]
+            async with aclosing(events):
                 async for event in events:
                     queue.put_nowait(event)
         except Exception as error:
