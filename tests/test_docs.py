@@ -34,6 +34,9 @@ ELSEWHERE = ("curl", "git", "cd", "ls", "mkdir")  # programs that are not ours t
 # The site.
 
 
+OF_THE_SITE = pytest.mark.xdist_group("site")  # built once
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The documentation, built as `make docs` builds it."""
@@ -47,12 +50,14 @@ def site(tmp_path_factory):
     return folder.resolve()
 
 
+@OF_THE_SITE
 def test_no_link_or_anchor_is_broken(site):
     pages = documents.read_site(site)
     assert len(pages) > 30
     assert documents.broken(site, pages) == []
 
 
+@OF_THE_SITE
 def test_nothing_is_loaded_from_another_host(site):
     pages = documents.read_site(site)
     foreign = [(path.name, load) for path, page in pages.items() for load in page.loads if re.match(r"(\w+:)?//", load)]
@@ -64,6 +69,7 @@ def test_nothing_is_loaded_from_another_host(site):
     assert not any("mermaid" in page.classes for page in pages.values())
 
 
+@OF_THE_SITE
 def test_figures_are_in_the_page_and_help_is_the_commands_own(site):
     concept = (site / "concept.html").read_text(encoding="utf-8")
     assert concept.count('<svg xmlns="http://www.w3.org/2000/svg" class="figure"') == 3
@@ -74,6 +80,7 @@ def test_figures_are_in_the_page_and_help_is_the_commands_own(site):
     assert "autoref" not in re.sub(r'class="[^"]*"', "", mapped)
 
 
+@OF_THE_SITE
 def test_the_site_in_a_browser(site):
     """Search works without a network, the page has a dark side, and no request leaves this machine."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -285,6 +292,21 @@ def test_files_are_read(page, tmp_path, monkeypatch):
             layers = load_settings(path, [])
             for stage in STAGES:
                 arguments_for(stage, layers, use_cpu=True, bf16=False, output_dir=str(tmp_path / "out"))
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """The README is no page of the site: its links are to files, and to headings in them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:\]\(|src=\")([^)\s\"]+)", text):
+        if ":" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = ROOT / file if file else ROOT / "README.md"
+        assert path.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in slugs, target
 
 
 def test_marks_of_code_that_is_not_run_are_before_python():

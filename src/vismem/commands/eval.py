@@ -20,7 +20,7 @@ NAMES = {
     "latency": "what an answer takes (Tab. 12)",
     "when": "how often memory is invoked, and where (Fig. 5, 9)",
 }
-SETTINGS = """settings (docs/evaluation.md lists them all):
+SETTINGS = """settings (docs/configuration.md lists them all):
   methods, benchmarks          what is compared, on what
   output_dir                   where answers, tables and plots go
   preset=pocket                all of it on the model in the package

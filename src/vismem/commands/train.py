@@ -11,7 +11,7 @@ from vismem.commands.parsing import Failure, Misuse, command_parser
 
 EXTRA = ("yaml", "tqdm")
 STEPS = ("warmup", "stage1", "stage2", "all", "sft", "grpo")
-SETTINGS = """settings (docs/training.md lists them all):
+SETTINGS = """settings (docs/configuration.md lists them all):
   base, data, output_dir       what is trained, on what, and where it goes
   checkpoint                   the memory, or the baseline's adapter, to start from
   rewards                      exact, choice, numeric, ... or module:function
