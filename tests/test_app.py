@@ -13,6 +13,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the viewer's extra is not installed")
@@ -21,12 +22,12 @@ from vismem import cli
 from vismem.app import rendering
 from vismem.app import studio as studios
 from vismem.app.examples import examples
-from vismem.app.page import settings_of
+from vismem.app.handlers import settings_of
 from vismem.app.session import Conversation, Refused, Settings
 from vismem.app.sharing import exported
 from vismem.app.studio import MOST_PICTURES, Studio, read_picture
 from vismem.commands import app as command
-from vismem.loading import load_model
+from vismem.loading import Loaded, load_model
 from vismem.serving.running import listening_socket
 
 BOUND = 60  # seconds after which a test gives up
@@ -199,6 +200,25 @@ def test_the_page_s_switches_as_settings():
         settings_of(False, "schedule", "  ", *rest)
     with pytest.raises(Refused, match="need a number"):
         settings_of(False, "learned", "", 0.25, "anywhere", 0, None, 64)
+
+
+@pytest.mark.parametrize("family", tiny.UNLIKE)
+def test_any_family(family):
+    made = Studio(Loaded(tiny.equip(family), family, None), batch_size=2)
+    try:
+        conversation, pictures = Conversation(), [tiny.picture(1), tiny.picture(2)]
+        settings = Settings("short@1,long@3", compare=True, max_new_tokens=6)
+        for question in ("Look here.", "And again?"):
+            turn = answered(made, conversation, question, pictures, settings)
+            pictures = []
+        found = made.inspect(turn, "memory").result(BOUND)
+        assert [moment.kind for moment in found.moments] == ["short", "long"]
+        assert len(found.moments[0].looked.maps) == 2 and not found.moments[1].missing
+        conversation.selected = (1, "memory", 0)
+        assert "vm-panel" in rendering.inspector(conversation, found)
+        assert "untrained" in rendering.bar(made, conversation) and "Drop in" in rendering.welcome(made)
+    finally:
+        made.close()
 
 
 # What goes wrong.

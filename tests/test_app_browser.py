@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -191,6 +193,7 @@ def test_own_pictures_good_and_bad(visit, tmp_path):
     page.locator("#ui-composer .thumbnail-item button, #ui-composer .delete-button").first.click()
     page.locator("#ui-composer input[type=file]").set_input_files([tmp_path / "shelf 1.png", tmp_path / "shelf 2.png"])
     expect(page.locator("#ui-composer .thumbnail-item")).to_have_count(2)
+    assert len(list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("shelf*.png"))) == 2  # in the folder that goes away
     ask(page, "Which shelf is dearer at row 1 column 1?")
     written(page)
     expect(page.locator(".ui-pictures img")).to_have_count(2)

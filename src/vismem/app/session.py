@@ -208,6 +208,18 @@ class Conversation:
         """All pictures, in the order in which they were shown."""
         return [picture for turn in self.turns for picture in turn.pictures]
 
+    def invocation(self, number: int, side: str, index: int) -> tuple[Turn, str, Invocation]:
+        """One invocation: its turn, the answer's side, and itself.
+
+        Raises:
+            Refused: if there is none.
+        """
+        if 0 <= number < len(self.turns):
+            for reply in self.turns[number].replies:
+                if reply.side == side and 0 <= index < len(reply.invocations):
+                    return self.turns[number], side, reply.invocations[index]
+        raise Refused("That invocation is gone: the conversation was begun anew.")
+
     def messages(self, question: str, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
         """Chat messages that end with this question. A turn without an answer leaves its pictures to the next."""
         found: list[dict[str, Any]] = []

@@ -53,7 +53,7 @@ class Studio:
         self.loaded, self.model = loaded, loaded.model
         self.worker = Worker(self.model, batch_size, most_waiting, record=True)
         # Fast tokenizers are not to be used by two threads at a time: the model's is the worker's.
-        self.processor, self.preparing = copy.deepcopy(self.model.processor), threading.Lock()
+        self.processor, self.asking = copy.deepcopy(self.model.processor), threading.Lock()
         self.context, self.marks = context_of(self.model), marks_of(self.model)
         self.visitors: OrderedDict[str, Conversation] = OrderedDict()
 
@@ -92,6 +92,31 @@ class Studio:
             Refused: if it cannot be asked; the conversation is then as it was.
         """
         question, settings = question.strip(), settings or Settings()
+        with self.asking:  # one at a time, as the processor takes them
+            policy = settings.policy(self.check(conversation, question, pictures))
+            turn = Turn(question, list(pictures), settings, seen=[*conversation.pictures, *pictures])
+            inputs = self.prompt(conversation.messages(question, pictures))
+            room = self.context - inputs["input_ids"].shape[1] - settings.max_new_tokens
+            if room < 0:
+                raise Refused(
+                    f"The conversation is too long: with this answer it could have {self.context - room:,} tokens, and "
+                    f"the model takes {self.context:,}. Start a new one, or ask for a shorter answer."
+                )
+            plan: list[tuple[Side, str | Policy]] = [("memory", policy)]
+            if settings.compare and policy != "off":
+                plan.insert(0, ("vanilla", "off"))
+            try:
+                for side, each in plan:
+                    turn.replies.append(self.begin(side, each, inputs, settings))
+            except (Full, Closed) as error:
+                self.stop(turn)
+                waits = "The model is busy with other questions: ask again in a moment."
+                raise Refused(waits if isinstance(error, Full) else "The viewer is being stopped.") from error
+            conversation.turns.append(turn)
+            return turn
+
+    def check(self, conversation: Conversation, question: str, pictures: Sequence[Image.Image]) -> bool:
+        """Whether the question has a picture to look at, once it was found fit to be asked. Raises Refused."""
         if conversation.busy:
             raise Refused("An answer is still being written: wait for it, or stop it first.")
         if not question:
@@ -104,27 +129,7 @@ class Studio:
         seen = [*conversation.pictures, *pictures]
         if len(seen) > MOST_PICTURES:
             raise Refused(f"That makes {len(seen)} images; a conversation may have {MOST_PICTURES}. Start a new one.")
-        policy = settings.policy(bool(seen))
-        inputs = self.prompt(conversation.messages(question, pictures))
-        room = self.context - inputs["input_ids"].shape[1] - settings.max_new_tokens
-        if room < 0:
-            raise Refused(
-                f"The conversation is too long: with this answer it could have {self.context - room:,} tokens, and "
-                f"the model takes {self.context:,}. Start a new one, or ask for a shorter answer."
-            )
-        turn = Turn(question, list(pictures), settings, seen=seen)
-        plan: list[tuple[Side, str | Policy]] = [("memory", policy)]
-        if settings.compare and policy != "off":
-            plan.insert(0, ("vanilla", "off"))
-        try:
-            for side, each in plan:
-                turn.replies.append(self.begin(side, each, inputs, settings))
-        except (Full, Closed) as error:
-            self.stop(turn)
-            waits = "The model is busy with other questions: ask again in a moment."
-            raise Refused(waits if isinstance(error, Full) else "The viewer is being stopped.") from error
-        conversation.turns.append(turn)
-        return turn
+        return bool(seen)
 
     def begin(self, side: Side, policy: str | Policy, inputs: dict[str, Tensor], settings: Settings) -> Reply:
         """Queues one answer. Raises Full or Closed."""
@@ -143,11 +148,10 @@ class Studio:
             Refused: if the processor does not take it.
         """
         try:
-            with self.preparing:
-                inputs = self.processor.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-                )
-                return dict(inputs.to(self.model.device, dtype=self.model.dtype))
+            inputs = self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            return dict(inputs.to(self.model.device, dtype=self.model.dtype))
         except Exception as error:  # templates and processors raise what they like
             raise Refused(f"The model's processor does not take this: {one_line(error)}") from error
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
@@ -141,8 +144,15 @@ def web(studio: Studio, address: str) -> ASGIApp:
     return Sealed(guarded)
 
 
-def uploads() -> tempfile.TemporaryDirectory[str]:
-    """A folder for what is dropped into the page, gone with the viewer."""
-    folder = tempfile.TemporaryDirectory(prefix="vismem-app-")
-    os.environ["GRADIO_TEMP_DIR"] = folder.name
-    return folder
+@contextmanager
+def uploads() -> Iterator[Path]:
+    """A folder for what is dropped into the page; it is gone afterwards."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="vismem-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before

@@ -1,0 +1,248 @@
+"""What happens when something on the page is used: questions go to the studio, and what is to be shown comes back.
+
+What is shown is made by `rendering.py`, for the components of `page.py`. One visitor is one browser tab, by the session
+that gradio gives it; nothing here is kept between two calls but the studio's conversations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vismem.app import rendering
+from vismem.app.examples import examples
+from vismem.app.session import Conversation, Refused, Settings, one_line
+from vismem.app.studio import Studio, read_picture
+
+PAUSE = 0.05  # seconds between two looks at an answer that is being written
+log = logging.getLogger(__name__)
+Updates = dict[Any, Any]  # by component
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The page's components.
+
+    Args:
+        bar, past, live, notice, composer, inspector: what changes with a conversation. The latest turn is in `live`, as
+            it is sent again with every word; all earlier ones are in `past`.
+        invocation: who invokes memory; `scheduling` and `chance` say more where that is a schedule or chance.
+        switches: what `settings_of` takes, in its order.
+    """
+
+    bar: Any
+    past: Any
+    live: Any
+    notice: Any
+    composer: Any
+    inspector: Any
+    invocation: Any
+    scheduling: Any
+    chance: Any
+    switches: list[Any]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What changes with a conversation."""
+        return [self.bar, self.past, self.live, self.notice, self.composer, self.inspector]
+
+
+class Handlers:
+    """What the page's events call.
+
+    Args:
+        studio: what is asked.
+        parts: what is shown.
+    """
+
+    def __init__(self, studio: Studio, parts: Parts) -> None:
+        self.studio, self.parts = studio, parts
+
+    # Asking.
+
+    async def submit(self, request: gr.Request, value: dict[str, Any] | None, *said: Any) -> AsyncIterator[Updates]:
+        """Asks what was typed, about what was dropped in."""
+        value = value or {}
+        async for updates in self.put(request, value.get("text") or "", value.get("files") or [], said):
+            yield updates
+
+    async def pick(self, request: gr.Request, event: gr.EventData, *said: Any) -> AsyncIterator[Updates]:
+        """Asks an example."""
+        async for updates in self.put(request, "", [], said, int(event.example)):
+            yield updates
+
+    async def follow(self, request: gr.Request, event: gr.EventData, *said: Any) -> AsyncIterator[Updates]:
+        """Asks what was suggested."""
+        async for updates in self.put(request, str(event.question), [], said):
+            yield updates
+
+    async def put(
+        self, request: gr.Request, question: str, files: list[Any], said: tuple[Any, ...], example: int | None = None
+    ) -> AsyncIterator[Updates]:
+        """Asks, and shows the answer as it grows."""
+        parts, conversation = self.parts, self.of(request)
+        try:
+            settings = settings_of(*said)
+            if example is not None:
+                question, pictures = examples()[example].question, examples()[example].open()
+            else:
+                pictures = [await asyncio.to_thread(read_picture, *named(each)) for each in files]
+            turn = await asyncio.to_thread(self.studio.ask, conversation, question, pictures, settings)
+        except Refused as error:
+            yield {parts.notice: rendering.notice(str(error))}
+            return
+        except Exception as error:
+            log.exception("a question could not be put")
+            yield {parts.notice: rendering.notice(f"That went wrong: {one_line(error)}. The terminal has the details.")}
+            return
+        if example is not None:
+            conversation.suggestions = list(examples()[example].next)
+        elif question in conversation.suggestions:
+            conversation.suggestions.remove(question)
+        conversation.selected, size = None, -1
+        try:
+            yield {**self.all_of(conversation), parts.composer: composing(True, clear=True), parts.inspector: ""}
+            while not turn.over and self.current(request, conversation):
+                if turn.size != size:
+                    size = turn.size
+                    yield {parts.live: self.shown(conversation)[parts.live]}
+                await asyncio.sleep(PAUSE)
+        finally:
+            self.studio.stop(turn)  # as when the page was closed
+        if self.current(request, conversation):
+            yield self.all_of(conversation)
+
+    async def deepen(self, request: gr.Request) -> Updates:
+        """Looks into the answer just written, if nobody waits for the model; its timeline shows more then."""
+        conversation = self.of(request)
+        turn = conversation.turns[-1] if conversation.turns else None
+        if turn is None or not turn.main.inspectable or self.studio.worker.rows:
+            return {self.parts.live: gr.skip()}
+        try:
+            await asyncio.shield(asyncio.wrap_future(self.studio.inspect(turn, "memory")))
+        except Exception:  # its chips will say so
+            log.debug("an answer could not be inspected", exc_info=True)
+        still = self.current(request, conversation) and conversation.turns[-1] is turn
+        return self.shown(conversation) if still else {self.parts.live: gr.skip()}
+
+    def stop(self, request: gr.Request) -> None:
+        """Stops what is being written."""
+        conversation = self.of(request)
+        if conversation.busy:
+            self.studio.stop(conversation.turns[-1])
+
+    def renew(self, request: gr.Request) -> Updates:
+        """Begins another conversation."""
+        conversation = self.studio.conversation(str(request.session_hash), new=True)
+        cleared = {self.parts.composer: composing(False, clear=True), self.parts.inspector: ""}
+        return {**self.all_of(conversation), **cleared}
+
+    def leave(self, request: gr.Request) -> None:
+        """Forgets a visitor who closed the page."""
+        self.studio.leave(str(request.session_hash))
+
+    # Looking into an answer.
+
+    async def inspect(self, request: gr.Request, event: gr.EventData) -> AsyncIterator[Updates]:
+        """Opens an invocation's panel, or closes it if it is open."""
+        parts, conversation = self.parts, self.of(request)
+        chosen, found, note = (int(event.turn), str(event.side), int(event.index)), None, ""
+        if conversation.selected == chosen and event.closes:
+            yield self.close(request)
+            return
+        try:
+            future = self.studio.inspect(*conversation.invocation(*chosen)[:2])
+            conversation.selected = chosen
+            yield {**self.shown(conversation), parts.inspector: rendering.inspector(conversation, None)}
+            found = await asyncio.shield(asyncio.wrap_future(future))
+        except Refused as error:
+            yield {parts.notice: rendering.notice(str(error))}
+            return
+        except Exception as error:
+            log.exception("an answer could not be inspected")
+            note = f"This answer cannot be read again: {one_line(error)}"
+        if self.current(request, conversation) and conversation.selected == chosen:
+            yield {**self.shown(conversation), parts.inspector: rendering.inspector(conversation, found, note)}
+
+    def close(self, request: gr.Request) -> Updates:
+        """Closes the open panel."""
+        conversation = self.of(request)
+        conversation.selected = None
+        return {**self.shown(conversation), self.parts.inspector: ""}
+
+    # What is shown.
+
+    def of(self, request: gr.Request) -> Conversation:
+        """The visitor's conversation."""
+        return self.studio.conversation(str(request.session_hash))
+
+    def current(self, request: gr.Request, conversation: Conversation) -> bool:
+        """Whether the visitor has not begun anew meanwhile, or left."""
+        return self.studio.visitors.get(str(request.session_hash)) is conversation
+
+    def all_of(self, conversation: Conversation) -> Updates:
+        """The whole page as it is now, without the inspector."""
+        return {
+            self.parts.bar: rendering.bar(self.studio, conversation),
+            **self.shown(conversation),
+            self.parts.notice: "",
+            self.parts.composer: composing(conversation.busy),
+        }
+
+    def shown(self, conversation: Conversation) -> Updates:
+        """The conversation as it is now."""
+        count = len(conversation.turns)
+        return {
+            self.parts.past: rendering.turns(conversation, 0, max(count - 1, 0)),
+            self.parts.live: rendering.turns(conversation, count - 1, count)
+            if count
+            else rendering.welcome(self.studio),
+        }
+
+    def switched(self, choice: str) -> tuple[Any, Any]:
+        """Shows what there is to say about a way to invoke memory."""
+        return gr.update(visible=choice == "schedule"), gr.update(visible=choice == "random")
+
+
+def composing(busy: bool, clear: bool = False) -> Any:
+    """The question's box with its button: stop while an answer is written, else ask."""
+    more = {"value": {"text": "", "files": []}} if clear else {}
+    return gr.update(submit_btn=not busy, stop_btn=busy, **more)
+
+
+def settings_of(
+    compare: bool,
+    invocation: str,
+    schedule: str,
+    rate: float,
+    where: str,
+    temperature: float | None,
+    seed: float | None,
+    most: float | None,
+) -> Settings:
+    """The switches of the page as settings.
+
+    Raises:
+        Refused: if one is empty.
+    """
+    if invocation == "schedule":
+        invocation = "".join((schedule or "").split())
+        if not invocation:
+            raise Refused("The schedule is empty: write one such as short@0,long@12.")
+    elif invocation == "random":
+        invocation = f"random:{rate:g}@{where}"
+    if temperature is None or seed is None or most is None:
+        raise Refused("Temperature, seed and most tokens each need a number: see Advanced.")
+    return Settings(invocation, bool(compare), float(temperature), int(seed), int(most))
+
+
+def named(file: Any) -> tuple[str, str]:
+    """Path and name of an upload."""
+    path = file if isinstance(file, str) else file["path"]
+    return path, Path(path).name
