@@ -5,6 +5,7 @@
 - `<!-- help: vismem ask -->` becomes what that command prints with `--help`.
 - `<!-- not run: reason -->` before a code block becomes a line that says so.
 - In `paper-to-code.md` names of objects lead to their place in the API's pages.
+- The index of the search is written as a script too, for pages that are opened from a folder.
 - Figures of `drawing.py` are put into the page, so that they follow its light or dark side.
 """
 
@@ -17,6 +18,7 @@ import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +67,14 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(html, page, config, files):
     """Puts figures into the page."""
     return DRAWN.sub(lambda found: figure(found, page.file.src_uri), html)
+
+
+@event_priority(-100)  # after the search has written its own
+def on_post_build(config):
+    """Writes the search's index once more, as the script that the theme loads where there is no server."""
+    folder = Path(config.site_dir) / "search"
+    index = (folder / "search_index.json").read_text(encoding="utf-8")
+    (folder / "search_index.js").write_text(f"var __index = {index}", encoding="utf-8")
 
 
 # Links.

@@ -102,15 +102,28 @@ def test_the_site_in_a_browser(site):
                 assert page.evaluate("document.documentElement.scrollWidth") == 360, f"{name} is wider than the screen"
             page.set_viewport_size({"width": 1280, "height": 800})
             page.goto(f"{home}index.html")
-            page.fill("input.md-search__input", "counterfactual")
-            page.wait_for_selector("a.md-search-result__link[href*='.html']", timeout=20_000)
+            search(page, "counterfactual", "training.html")
             page.keyboard.press("Escape")
             page.click("label[title='Switch to the dark page']")
             assert page.evaluate("document.body.dataset.mdColorScheme") == "slate"
             assert [url for url in asked if not url.startswith((home, "data:", "blob:"))] == []
+            asked.clear()
+            page.goto((site / "faq.html").as_uri())  # opened from the folder, with no server at all
+            search(page, "retrieval", "faq.html")
+            assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
         finally:
             browser.close()
             server.shutdown()
+
+
+def search(page, word: str, found: str) -> None:
+    """Types a word into the search, as a reader does, and waits until it names a page."""
+    page.click("input.md-search__input")
+    page.wait_for_function(
+        "document.querySelector('.md-search-result__meta').textContent.trim() != 'Initializing search'"
+    )
+    page.keyboard.type(word, delay=20)
+    page.wait_for_selector(f"a.md-search-result__link[href*='{found}']")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
