@@ -147,6 +147,15 @@ def test_exif_is_dropped_and_the_orientation_kept(kind: str) -> None:
     assert decoded(file)[0].size == (30, 40)
 
 
+def test_comments_and_profiles_are_dropped() -> None:
+    for kind, mark in (("gif, comment", b"xxxx"), ("jpeg, comment and profile", b"xxxx"), ("webp, profile", b"pppp")):
+        file = KINDS[kind]()
+        assert mark in file and mark not in stripped(file)[0]
+    plain = stripped(KINDS["webp, profile"]())[0]
+    assert plain[12:16] == b"VP8X" and not plain[20] & 0b101100  # it does not tell of what is no longer there
+    assert stripped(plain) == (plain, 1)
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"II", b"II*\0", b"XX" + turned(6)[2:], turned(9), turned(6)[:14], b"MM\0*\xff\xff\xff\xff" + bytes(99)],
@@ -241,6 +250,12 @@ def test_a_file_that_is_cut_off_is_refused_wherever(kind: str) -> None:
     for part in (0.3, 0.6, 0.9):
         with refused(400):
             decoded(file[: int(len(file) * part)])
+
+
+def test_a_png_ends_with_its_own_end() -> None:
+    for missing in range(1, 16):
+        with refused(400, "breaks off"):
+            decoded(KINDS["png"]()[:-missing])
 
 
 def test_a_cut_file_is_refused_though_another_library_told_pillow_to_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
