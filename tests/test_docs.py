@@ -78,6 +78,8 @@ def test_figures_are_in_the_page_and_help_is_the_commands_own(site):
     mapped = (site / "paper-to-code.html").read_text(encoding="utf-8")
     assert 'href="api/memory.html#vismem.memory.builder.QueryBuilder"' in mapped
     assert "autoref" not in re.sub(r'class="[^"]*"', "", mapped)
+    for page in (site / "api").glob("*.html"):  # the docstrings' examples are code, not quotations in quotations
+        assert "<blockquote" not in page.read_text(encoding="utf-8"), page
 
 
 @OF_THE_SITE
