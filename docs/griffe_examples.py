@@ -1,4 +1,4 @@
-"""For the reference: the docstrings' `Example:` is what mkdocstrings knows as `Examples:`, code in a section of its own."""
+"""For the reference: `Example:` in docstrings is what mkdocstrings knows as `Examples:`, a section with code in it."""
 
 from __future__ import annotations
 
