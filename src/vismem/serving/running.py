@@ -100,7 +100,7 @@ def config_of(app: Any, grace: float, **more: Any) -> uvicorn.Config:
     """
     return uvicorn.Config(
         app,
-        log_level="warning",
+        log_level="error",  # a warning for each malformed request would let anyone fill the log
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(round(grace), 1),
