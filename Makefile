@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 # What `make demo` asks, and who invokes memory; all can be given on the command line.
 IMAGE ?= examples/shelf.png
-QUESTION ?= What does row 1 cost with its promotion?
+QUESTION ?= What does row 2 cost with its promotion?
 INVOCATION ?= learned
 
 .DEFAULT_GOAL := help
