@@ -78,7 +78,7 @@ class Serving:
             names = ", ".join(self.names)
             raise ApiError(404, f"no model {request.model!r}; there are {names}", param="model", code="model_not_found")
         wanted = request.vismem.invocation
-        if not request.model.endswith(VANILLA):
+        if request.model == self.name:
             return wanted or self.invocation
         if wanted not in (None, "off"):
             raise ApiError(400, f"{request.model} has no memory to invoke; ask {self.name}", param="vismem.invocation")
@@ -276,13 +276,15 @@ def explained(error: RequestValidationError) -> ApiError:
         return ApiError(400, "the request is not valid")
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {found.get('ctx', {}).get('error', found['msg'])}")
-    path = [str(step) for step in places(found["loc"][1:])]
+    unknown = found["type"] == "extra_forbidden"  # its place ends with whatever the client wrote
+    path = [str(step) for step in places(found["loc"][1 : -1 if unknown else None])]
+    path += [str(found["loc"][-1])[:64]] if unknown else []
     place, message = ".".join(path), found["msg"].removeprefix("Value error, ")
     if not path and found["type"] != "value_error":
         message = "the body must be a JSON object, sent as application/json"
     elif path and path[0] in UNSUPPORTED:
         message = f"this server does not support {path[0]}"
-    elif found["type"] == "extra_forbidden":
+    elif unknown:
         message = "this server does not know this field"
     return ApiError(400, f"{place}: {message}" if place else message, param=place or None)
 
