@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -9,7 +10,8 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,7 +22,8 @@ from PIL import Image
 
 from vismem.decoding.invocation import read_policy
 from vismem.loading import load_model
-from vismem.serving.engine import Engine
+from vismem.serving.engine import Ask, Ended, Engine, Load, Started
+from vismem.serving.protocol import ChatRequest
 from vismem.serving.running import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.server import Serving, application
 
@@ -195,6 +198,12 @@ def test_vanilla_is_the_base(client, model):
         ask(client, model="pocket:vanilla", extra_body={"vismem": {"invocation": "learned"}})
 
 
+def test_a_name_that_ends_like_the_vanilla_ones():
+    request = ChatRequest(model="a:vanilla", messages=[{"role": "user", "content": "hi"}])
+    assert Serving("a:vanilla").invocation_for(request) == "learned"
+    assert Serving("a").invocation_for(request) == "off"
+
+
 def test_several_images_and_turns(client, model):
     other = SHELF.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     turns = [
@@ -262,10 +271,27 @@ WRONG = {
     },
     "the model's own mark <image>": {"messages": [{"role": "user", "content": "<image>"}]},
     "the model's own mark <ms_I>": {"messages": [{"role": "user", "content": "<ms_I>"}]},
-    "short-term memory .* no image": {
+    "the model's own mark <ms_E>": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": part} for part in ("<ms", "_E>")]}]
+    },
+    "the model's own mark <ml_I>": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "<ml"},
+                    {"type": "image_url", "image_url": {"url": uri(SHELF)}},
+                    {"type": "text", "text": "_I>"},
+                ],
+            }
+        ]
+    },
+    "short-term memory, but no message has an image": {
+        "stream": True,  # refused before the stream begins
         "messages": [{"role": "user", "content": "hi"}],
         "extra_body": {"vismem": {"invocation": "short@0"}},
     },
+    "a name: this server does not know this field": {"extra_body": {"a name": 1}},
     "no Unicode": {"extra_body": {"messages": [{"role": "user", "content": "\ud800"}]}},
 }
 
@@ -330,6 +356,41 @@ def test_a_client_that_goes_away_frees_its_row(engine, client, address, slow):
         httpx.post(f"{address}/v1/chat/completions", json=body, timeout=httpx.Timeout(BOUND, read=0.2))
     wait_for(lambda: engine.load().writing == 0)
     assert engine.taken == 0
+
+
+def test_a_slow_reader_takes_nobodys_place(engine):
+    """Once it is written, an answer that is still being read counts no more."""
+
+    hello = Ask([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+
+    async def read() -> None:
+        async with aclosing(engine.answer(hello)) as it:
+            assert isinstance(await anext(it), Started)
+            while engine.worker.rows:
+                await asyncio.sleep(0.01)
+            assert engine.load() == Load(0, 0)
+            *_, last = [event async for event in it]
+            assert isinstance(last, Ended)
+
+    asyncio.run(asyncio.wait_for(read(), BOUND))
+
+
+def test_words_do_not_wait_for_others_pictures(engine, client, monkeypatch):
+    decode, gate = engine.pictures.decode, threading.Event()
+
+    def waiting(files):
+        assert gate.wait(BOUND)
+        return decode(files)
+
+    monkeypatch.setattr(engine.pictures, "decode", waiting)
+    with ThreadPoolExecutor() as pool:
+        shown = pool.submit(ask, client)
+        try:
+            assert ask(client, user("Hello")).choices[0].message.content
+            assert not shown.done()
+        finally:
+            gate.set()
+        assert shown.result().choices[0].message.content
 
 
 def test_more_than_may_wait(engine, client, slow):

@@ -9,9 +9,11 @@ import asyncio
 import copy
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from PIL.Image import Image
 from torch import Tensor
 
 from vismem.decoding.invocation import Forced, Policy, read_policy
@@ -115,7 +117,8 @@ class Engine:
         self.worker = Worker(model, batch_size, most_waiting, **generation)
         self.tokenizer = copy.deepcopy(model.processor.tokenizer)  # for text; the processor's is used in another thread
         self.preparing = ThreadPoolExecutor(1, thread_name_prefix="vismem-prompts")
-        self.room, self.taken = batch_size + most_waiting, 0
+        self.decoding = ThreadPoolExecutor(1, thread_name_prefix="vismem-pictures")
+        self.room, self.taken = batch_size + most_waiting, 0  # taken: rows whose prompts are being made
         self.marks = marks_of(model)
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
@@ -124,27 +127,25 @@ class Engine:
             raise ApiError(
                 400, f"n is {ask.n}, but this server writes at most {self.worker.queue.batch_size} rows", param="n"
             )
-        if self.taken + ask.n > self.room:
+        policy = policy_for(ask)
+        if self.taken + self.worker.rows + ask.n > self.room:
             raise full()
         self.taken += ask.n
         try:
             inputs = await self._prompt(ask)
-            request = Request(
-                inputs,
-                invocation=policy_for(ask),
-                seed=ask.seed,
-                generation=self._generation(ask, inputs),
-                top=ask.top,
-            )
-            async for event in self._events(ask, request):
-                yield event
         finally:
             self.taken -= ask.n
+        request = Request(
+            inputs, invocation=policy, seed=ask.seed, generation=self._generation(ask, inputs), top=ask.top
+        )
+        async with aclosing(self._events(ask, request)) as events:
+            async for event in events:
+                yield event
 
     def load(self) -> Load:
         """See `Answering`."""
         writing = self.worker.writing
-        return Load(max(self.taken - writing, 0), writing)
+        return Load(max(self.taken + self.worker.rows - writing, 0), writing)
 
     def ready(self) -> bool:
         """See `Answering`."""
@@ -153,25 +154,33 @@ class Engine:
     async def close(self, finish_within: float = 0.0) -> None:
         """See `Answering`."""
         await asyncio.to_thread(self.worker.close, finish_within)
-        self.preparing.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.decoding, self.preparing):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _prompt(self, ask: Ask) -> dict[str, Tensor]:
         """The processor's tensors for the messages, on the model's device."""
-        parts = [part for turn in ask.messages for part in turn["content"]]
+        # Templates put the texts of a turn together, some with its images elsewhere, so a mark may come in parts.
+        texts = ["".join(part["text"] for part in turn["content"] if part["type"] == "text") for turn in ask.messages]
         for mark in self.marks:
-            if any(mark in part["text"] for part in parts if part["type"] == "text"):
+            if any(mark in text for text in texts):
                 raise ApiError(400, f"a text has the model's own mark {mark} in it", param="messages")
-        files = await self.pictures.fetch([part["url"] for part in parts if part["type"] == "image"])
+        files = await self.pictures.fetch(urls_of(ask))
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self.preparing, self._processed, ask.messages, files)
+            if files:
+                return await loop.run_in_executor(self.decoding, self._shown, ask.messages, files)
+            return await loop.run_in_executor(self.preparing, self._processed, ask.messages, [])
         except RuntimeError as error:
             if not self.ready():
                 raise stopping() from error
             raise
 
-    def _processed(self, messages: list[dict[str, Any]], files: list[bytes]) -> dict[str, Tensor]:
-        seen = iter(self.pictures.decode(files))
+    def _shown(self, messages: list[dict[str, Any]], files: list[bytes]) -> dict[str, Tensor]:
+        """Words of others do not wait while files are decoded; pictures of one request at a time are in memory."""
+        return self.preparing.submit(self._processed, messages, self.pictures.decode(files)).result()
+
+    def _processed(self, messages: list[dict[str, Any]], pictures: list[Image]) -> dict[str, Tensor]:
+        seen = iter(pictures)
         shown = [
             {
                 "role": "system" if turn["role"] == "developer" else turn["role"],
@@ -248,12 +257,24 @@ class Engine:
             self.worker.cancel(ticket)
 
 
+def urls_of(ask: Ask) -> list[str]:
+    """Where the images of a request are, in order."""
+    return [part["url"] for turn in ask.messages for part in turn["content"] if part["type"] == "image"]
+
+
 def policy_for(ask: Ask) -> str | Policy:
-    """The policy of a request; a schedule is kept by all its choices."""
+    """The policy of a request; a schedule is kept by all its choices.
+
+    Raises:
+        ApiError: if the schedule has a look at an image that is not there.
+    """
     policy = read_policy(ask.invocation, ask.seed)
-    if isinstance(policy, Forced) and ask.n > 1:
-        return Forced([(row, step, kind) for row in range(ask.n) for _, step, kind in policy.schedule])
-    return policy
+    if not isinstance(policy, Forced):
+        return policy
+    if any(kind == "short" for _, _, kind in policy.schedule) and not urls_of(ask):
+        message = "the schedule asks for short-term memory, but no message has an image"
+        raise ApiError(400, message, param="vismem.invocation")
+    return Forced([(row, step, kind) for row in range(ask.n) for _, step, kind in policy.schedule])
 
 
 def full() -> ApiError:
