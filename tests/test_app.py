@@ -284,10 +284,12 @@ def test_a_full_queue_says_so(loaded):
         with pytest.raises(Refused, match="busy with other questions"):
             small.ask(second, "Hello.", (), Settings(compare=True))  # room for one of the two
         assert not second.turns
+        half = list(small.worker.tickets)[-1]
         gate.set()
         assert turn.main.over.wait(BOUND) and turn.main.finish == "stop"
         small.worker.call(lambda: None).result(BOUND)
-        assert answered(small, second, "Hello.").main.finish == "stop"  # the half that had been queued is gone
+        assert half.answers[0].finish == "cancelled"  # nobody would read it
+        assert answered(small, second, "Hello.").main.finish == "stop"
     finally:
         small.close()
     with pytest.raises(Refused, match="being stopped"):

@@ -222,6 +222,16 @@ def test_what_goes_wrong_is_one_line(visit, studio, monkeypatch):
     written(page, 2)
     assert "Traceback" not in page.content()
 
+    page.locator("#ui-renew").click()
+    with monkeypatch.context() as patch:
+        patch.setattr("vismem.app.studio.inspect_answer", lambda *given: 1 / 0)
+        page.locator("[data-example='1']").click()
+        written(page)
+        page.locator(CHIP).first.click()
+        expect(page.locator(".ui-inspector .ui-trouble")).to_have_text(
+            "This answer cannot be read again: division by zero"
+        )
+
 
 def test_keyboard_alone(visit):
     page = visit()
@@ -297,22 +307,40 @@ def test_stop_and_visitors_apart(visit, studio, held):
     expect(two.locator(".ui-turn")).to_have_count(1)
 
 
-def test_new_while_writing_and_closing(visit, studio, held):
-    page, other = visit(), visit()
+def test_new_while_an_answer_is_written(visit, studio):
+    page = visit()
     page.locator("[data-example='1']").click()
-    expect(page.locator(".ui-turn [aria-busy]")).to_have_count(1)
-    other.locator("[data-example='1']").click()
-    expect(other.locator(".ui-turn [aria-busy]")).to_have_count(1)
-    leaving = [conversation for conversation in studio.visitors.values() if conversation.busy]
-    assert len(leaving) == 2
-    other.close()
-    held.set()
-    page.locator("#ui-theme").click()  # still alive
-    for conversation in leaving:
-        assert conversation.turns[0].main.over.wait(BOUND)
     written(page)
+    gate = threading.Event()
+    studio.worker.call(gate.wait, BOUND)
+    page.locator(".ui-pill").first.click()
+    expect(page.locator(".ui-turn [aria-busy]")).to_have_count(1)
+    (left,) = [conversation for conversation in studio.visitors.values() if conversation.busy]
     page.locator("#ui-renew").click()
     expect(page.locator(".ui-card").first).to_be_visible()
+    gate.set()
+    assert left.turns[1].main.over.wait(BOUND) and left.turns[1].main.finish == "cancelled"
+    page.wait_for_timeout(300)  # what belongs to the old one does not come back
+    expect(page.locator(".ui-turn")).to_have_count(0)
+    page.locator("[data-example='0']").click()
+    written(page)
+
+
+def test_closing_the_page_stops_its_answer(visit, studio, held):
+    page, other = visit(), visit()
+    for each in (page, other):
+        each.locator("[data-example='1']").click()
+        expect(each.locator(".ui-turn [aria-busy]")).to_have_count(1)
+    stays, leaves = [conversation for conversation in studio.visitors.values() if conversation.busy]
+    other.close()
+    for _ in range(BOUND * 10):
+        if leaves not in studio.visitors.values():
+            break
+        page.wait_for_timeout(100)
+    held.set()
+    assert leaves.turns[0].main.over.wait(BOUND) and leaves.turns[0].main.finish == "cancelled"
+    assert stays.turns[0].main.over.wait(BOUND) and stays.turns[0].main.finish == "stop"
+    written(page)
 
 
 def test_nothing_can_be_had_from_elsewhere(browser, address):

@@ -21,6 +21,7 @@ from vismem.app.session import Conversation, Refused, Settings, one_line
 from vismem.app.studio import Studio, read_picture
 
 PAUSE = 0.05  # seconds between two looks at an answer that is being written
+BEAT = 20  # pauses after which it is shown again even if nothing was written
 log = logging.getLogger(__name__)
 Updates = dict[Any, Any]  # by component
 
@@ -105,18 +106,20 @@ class Handlers:
             conversation.suggestions = list(examples()[example].next)
         elif question in conversation.suggestions:
             conversation.suggestions.remove(question)
-        conversation.selected, size = None, -1
+        conversation.selected, size, pauses = None, -1, 0
         try:
             yield {**self.all_of(conversation), parts.composer: composing(True, clear=True), parts.inspector: ""}
             while not turn.over and self.current(request, conversation):
+                pauses += 1
                 if turn.size != size:
                     size = turn.size
                     yield {parts.live: self.shown(conversation)[parts.live]}
+                elif pauses % BEAT == 0:  # an older event's answer may have come in between
+                    yield self.shown(conversation)
                 await asyncio.sleep(PAUSE)
         finally:
             self.studio.stop(turn)  # as when the page was closed
-        if self.current(request, conversation):
-            yield self.all_of(conversation)
+        yield self.all_of(self.of(request))  # as it is now: gradio shows once more what an event showed last
 
     async def deepen(self, request: gr.Request) -> Updates:
         """Looks into the answer just written, if nobody waits for the model; its timeline shows more then."""
@@ -152,23 +155,23 @@ class Handlers:
     async def inspect(self, request: gr.Request, event: gr.EventData) -> AsyncIterator[Updates]:
         """Opens an invocation's panel, or closes it if it is open."""
         parts, conversation = self.parts, self.of(request)
-        chosen, found, note = (int(event.turn), str(event.side), int(event.index)), None, ""
+        chosen = int(event.turn), str(event.side), int(event.index)
         if conversation.selected == chosen and event.closes:
             yield self.close(request)
             return
         try:
             future = self.studio.inspect(*conversation.invocation(*chosen)[:2])
-            conversation.selected = chosen
-            yield {**self.shown(conversation), parts.inspector: rendering.inspector(conversation, None)}
-            found = await asyncio.shield(asyncio.wrap_future(future))
         except Refused as error:
             yield {parts.notice: rendering.notice(str(error))}
             return
-        except Exception as error:
+        conversation.selected = chosen
+        yield {**self.shown(conversation), parts.inspector: self.panel(conversation)}
+        try:
+            await asyncio.shield(asyncio.wrap_future(future))
+        except Exception:  # the panel says so
             log.exception("an answer could not be inspected")
-            note = f"This answer cannot be read again: {one_line(error)}"
-        if self.current(request, conversation) and conversation.selected == chosen:
-            yield {**self.shown(conversation), parts.inspector: rendering.inspector(conversation, found, note)}
+        conversation = self.of(request)  # another may have been begun, or another panel opened
+        yield {**self.shown(conversation), parts.inspector: self.panel(conversation)}
 
     def close(self, request: gr.Request) -> Updates:
         """Closes the open panel."""
@@ -204,6 +207,18 @@ class Handlers:
             if count
             else rendering.welcome(self.studio),
         }
+
+    def panel(self, conversation: Conversation) -> str:
+        """The open panel as it is now."""
+        if conversation.selected is None:
+            return ""
+        future = conversation.turns[conversation.selected[0]].reply(conversation.selected[1]).inspection
+        if future is None or not future.done() or future.cancelled():
+            return rendering.inspector(conversation, None)
+        error = future.exception()
+        if error is not None:
+            return rendering.inspector(conversation, None, f"This answer cannot be read again: {one_line(error)}")
+        return rendering.inspector(conversation, future.result())
 
     def switched(self, choice: str) -> tuple[Any, Any]:
         """Shows what there is to say about a way to invoke memory."""
