@@ -293,6 +293,14 @@ def test_pixels_up_to_the_limit_are_taken_and_all_together_have_one_too() -> Non
         decoded(file, png(300, 500), png(1, 1))
 
 
+@pytest.mark.parametrize("size", [(1, 201), (201, 1), (2, 500)])
+def test_lines_are_no_pictures(size: tuple[int, int]) -> None:
+    """Made as wide as models want pictures, one pixel by millions would take gigabytes."""
+    with refused(400, "200 times its shorter"):
+        decoded(png(*size))
+    assert decoded(png(1, 200))[0].size == (1, 200)
+
+
 def test_numbers_and_sizes_of_files_are_limited() -> None:
     pictures, small = Pictures(LIMITS), uri(KINDS["png"]())
     assert len(asyncio.run(pictures.fetch([small] * 3))) == 3

@@ -37,6 +37,7 @@ TURNS = {  # by EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 DATA = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9-]+=[a-z0-9.+-]*)*;base64,", re.IGNORECASE)
+MOST_STRETCHED = 200  # a line of many pixels, made as wide as models want pictures, is many times its size
 MOST_HEAD = 256  # characters of a data URI before its base64
 
 
@@ -109,7 +110,8 @@ class Pictures:
         """Pictures of these files: RGB, upright. Sizes are read from the files' heads, before anything is decoded.
 
         Raises:
-            ApiError: if one is no whole image of the `FORMATS`, or has too many pixels, or all have.
+            ApiError: if one is no whole image of the `FORMATS`, or hardly more than a line, or has too many pixels, or
+                all have.
         """
         pictures, left = [], self.limits.total_pixels
         for file in files:
@@ -120,6 +122,8 @@ class Pictures:
                 raise self._too_many_pixels() from error
             except BadImage as error:
                 raise _bad(str(error)) from error
+            if max(picture.size) > MOST_STRETCHED * min(picture.size):
+                raise _bad(f"its longer side is more than {MOST_STRETCHED} times its shorter one")
             left -= picture.width * picture.height
             pictures.append(picture.transpose(TURNS[orientation]) if orientation in TURNS else picture)
         return pictures
