@@ -291,17 +291,50 @@ def test_an_error_in_the_middle_of_a_step(model, error, ahead, monkeypatch):
 
 
 def test_an_error_while_a_prompt_is_read(model, monkeypatch):
-    """Whatever it is, no answer is left behind without an end."""
-    queue = RequestQueue(model, max_new_tokens=4)
-    (answer,) = queue.submit(Request(prompts(model, 1)[0]))
+    """Whatever it is, it ends that request alone; those that are being written do not notice."""
+    one, two = prompts(model, 2)
+    settings = {"max_new_tokens": 6, "eos_token_id": None}
+    queue = RequestQueue(model, batch_size=2, **settings)
+    (answer,) = queue.submit(Request(one))
+    queue.step()
+    (failing,) = queue.submit(Request(two))
     with monkeypatch.context() as patch:
         patch.setattr(engine.Decoder, "read_prompts", lambda *_: 1 / 0)
+        assert queue.step() == [failing]
+    assert failing.finish == "error" and isinstance(failing.error, ZeroDivisionError) and not failing.taken
+    while not answer.finish:
+        queue.step()
+    assert answer.taken and (answer.tokens, answer.invocations) == alone(model, one, **settings)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(engine.Decoder, "read_prompts", lambda *_: 1 / 0)
+        list(requests.stream(queue, [one]))
+
+
+def test_an_error_while_rows_get_their_places(model, monkeypatch):
+    """Then none is whole any more; all end, and the queue goes on."""
+    one, two = prompts(model, 2)
+    queue = RequestQueue(model, batch_size=2, max_new_tokens=6)
+    (answer,) = queue.submit(Request(one))
+    queue.step()
+    (failing,) = queue.submit(Request(two))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.Slots, "place", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             queue.step()
-    assert answer.finish == "error" and len(queue) == 0
-    (again,) = queue.submit(answer.request)
+    assert answer.finish == failing.finish == "error" and len(queue) == 0
+    (again,) = queue.submit(Request(two))
     queue.step()
     assert again.sampled == 1
+
+
+def test_what_is_known_of_settings_does_not_grow_without_end(model, monkeypatch):
+    monkeypatch.setattr(requests, "MOST_KINDS", 3)
+    queue = RequestQueue(model, max_new_tokens=1, do_sample=True)
+    for index in range(8):
+        queue.submit(Request(prompts(model, 1)[0], generation={"temperature": 1 + index / 10}))
+    while len(queue):
+        queue.step()
+    assert len(queue.blind) <= 3
 
 
 def test_a_stream_that_is_left_early_holds_nothing(model):

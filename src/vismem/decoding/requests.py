@@ -25,6 +25,7 @@ from vismem.decoding.trace import Invocation, Rollout, Top
 if TYPE_CHECKING:
     from vismem.model import VisMem
 
+MOST_KINDS = 1024  # that are remembered at a time; clients make new ones as they like
 MOST_PADDED = 1.5  # positions that a batch of prompts may have, padding counted, for each token in them
 
 
@@ -77,6 +78,11 @@ class Answer:
     def tokens(self) -> list[int]:
         """The new tokens so far, invocation and end tokens among them."""
         return [] if self._row is None else self._row.tokens
+
+    @property
+    def taken(self) -> bool:
+        """Whether the request was taken: its prompt was read, and this row has a place or had one."""
+        return self._row is not None
 
     @property
     def sampled(self) -> int:
@@ -143,6 +149,7 @@ class RequestQueue:
         self.answers: dict[int, Answer] = {}  # of the rows that are being written
         self.blind: dict[Any, bool] = {}  # by `kind_of`: whether such rows may be read with padding before them
         self.alone: set[int] = set()  # requests that are to be read by themselves
+        self.entering = False  # rows are just given their places
 
     def __len__(self) -> int:
         """Rows that wait or are being written."""
@@ -191,10 +198,11 @@ class RequestQueue:
         """Lets waiting requests in where there is room, and writes one token of every row.
 
         Returns:
-            The answers that ended, with `finish` set; `"error"` where a request could not be taken.
+            The answers that ended, with `finish` set; `"error"` where a request could not be taken, which harms no
+            other.
 
         Raises:
-            Exception: whatever else goes wrong, as in a logits processor of yours. All answers that were being
+            Exception: whatever goes wrong later, as in a logits processor of yours. All answers that were being
                 written then end with it, `"error"`; those that wait are not touched, and the queue can go on.
         """
         ended, groups = [], []
@@ -202,7 +210,9 @@ class RequestQueue:
             while groups := self.together():
                 try:
                     self.admit(groups)
-                except ValueError as error:
+                except Exception as error:
+                    if self.entering and not isinstance(error, ValueError):
+                        raise
                     if len(groups) == 1:
                         ended += failed(groups[0], error)
                     else:  # one of them is at fault: each by itself, before all others
@@ -263,12 +273,14 @@ class RequestQueue:
     def admit(self, groups: list[list[Answer]]) -> None:
         """Reads the prompts of requests that go together and gives their answers rows."""
         model, requests = self.model, [group[0].request for group in groups]
-        kind = self.kind_of(requests[0])
+        kind, self.entering = self.kind_of(requests[0]), False
         self.alone.difference_update(map(id, requests))
 
         def enter(call: Prepared) -> list[Row]:
             settings = call.settings
             # Those that look at ids would see the padding.
+            if len(self.blind) >= MOST_KINDS:
+                self.blind.clear()
             self.blind[kind] = settings.blind and not settings.criteria and settings.streamer is None
             if self.decoder is None:
                 slots = self.layout.slots(call, self.batch_size, model.memory_config)
@@ -278,6 +290,7 @@ class RequestQueue:
                 self.decoder.cache.reserve(self.layout.columns(call, model.memory_config))
             prompts = self.decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
             seeds = [seed for group in groups for seed in seeds_of(group)] if settings.config.do_sample else None
+            self.entering = True
             return self.decoder.enter(prompts, settings, call.copies, seeds)
 
         keywords = [{**self.generation, **request.generation} for request in requests]
@@ -361,7 +374,9 @@ def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]])
             ended = queue.step()
             yield from (answer for answer in ended if answer.error is None)
             for answer in ended:
-                if answer.error is not None:
+                if isinstance(answer.error, ValueError):
                     raise ValueError(f"{names[id(answer.request)]}: {answer.error}") from answer.error
+                if answer.error is not None:
+                    raise answer.error
     finally:
         queue.clear()  # what nobody waits for any more is not held on to
