@@ -427,12 +427,13 @@ class Unclosed:
         pass
 
 
-def test_a_step_that_fails_is_ours(engine, client, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_step_that_fails_is_ours(engine, client, error, monkeypatch):
     ask(client, max_tokens=2)  # so that there is a decoder
     decoder = engine.worker.queue.decoder
 
     def failing():
-        raise RuntimeError("secret of the house")
+        raise error("secret of the house")
 
     monkeypatch.setattr(decoder, "step", failing)
     with pytest.raises(openai.InternalServerError, match="the model failed") as failed:

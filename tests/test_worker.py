@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
+import weakref
 
 import pytest
 import tiny
 
 from vismem import Request
+from vismem.decoding.engine import Decoder
 from vismem.decoding.invocation import Forced
 from vismem.serving.worker import Closed, Full, Worker
 
@@ -144,6 +147,43 @@ def test_a_step_that_fails_is_not_the_end(model, worker, monkeypatch):
     assert box.all()[-1].finish == "cancelled"
     worker.submit(Request(prompt(model)), box.put)
     assert box.all()[-1].finish == "length"
+
+
+def test_a_prompt_that_cannot_be_read_is_logged(model, worker, monkeypatch, caplog):
+    box = Inbox()
+    monkeypatch.setattr(Decoder, "read_prompts", lambda *_: 1 / 0)
+    worker.submit(Request(prompt(model)), box.put)
+    assert isinstance(box.all()[0].error, ZeroDivisionError) and "could not be read: division" in caplog.text
+
+
+def test_an_error_holds_no_tensors(model, worker, monkeypatch):
+    """Not even in circles, which are looked for now and then only."""
+    monkeypatch.setattr(Decoder, "read_prompts", lambda *_: int("a wrong number"))
+    request, box = Request(prompt(model, "one", tiny.picture(1))), Inbox()
+    pixels = weakref.ref(request.inputs["pixel_values"])
+    gc.disable()
+    try:
+        worker.submit(request, box.put)
+        del request
+        assert "wrong number" in str(box.all()[0].error)
+        worker.call(lambda: None).result(BOUND)
+        assert pixels() is None
+    finally:
+        gc.enable()
+
+
+def test_the_end_of_the_thread_is_told(model, monkeypatch):
+    worker = Worker(model, max_new_tokens=10_000, eos_token_id=None)
+    box = Inbox()
+    monkeypatch.setattr(worker.queue, "cancel", lambda _: 1 / 0)  # as on a device that is lost
+    ticket = worker.submit(Request(prompt(model), generation={"num_return_sequences": 2}), box.put, 2)
+    worker.cancel(ticket)
+    ends = [news for news in box.all(2) if news.finish]
+    assert all(isinstance(news.error, ZeroDivisionError) for news in ends)
+    worker.close()
+    assert not worker.alive
+    with pytest.raises(Closed):
+        worker.submit(Request(prompt(model)), box.put)
 
 
 def test_calls_are_made_between_steps(model, worker):

@@ -252,7 +252,7 @@ class Engine:
                 if writer.stopped or news.finish is not None:
                     writing.discard(news.index)
                 if not writer.stopped and news.finish in ("error", "cancelled"):
-                    raise failed(news)
+                    raise failed(news, ticket.answers[news.index].taken if ticket.answers else False)
         finally:
             self.worker.cancel(ticket)
 
@@ -287,11 +287,11 @@ def stopping() -> ApiError:
     return ApiError(503, "the server is stopping; try again when it is back")
 
 
-def failed(news: News) -> ApiError:
+def failed(news: News, taken: bool) -> ApiError:
     """What became of a row, as an error: the client's where the request could not be taken, else ours."""
     if news.finish == "cancelled":
         return stopping()
-    if isinstance(news.error, ValueError):
+    if isinstance(news.error, ValueError) and not taken:
         return ApiError(400, str(news.error))
     if "out of memory" in str(news.error).lower():
         return ApiError(503, "the model ran out of memory; ask for less, or later", headers={"Retry-After": "5"})

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -199,9 +200,14 @@ class Worker:
                 elif len(self.queue):
                     self._step()
                 self._tell()
-        finally:
+        except BaseException as error:  # as when a device is lost
+            log.exception("the thread that owns the model ends: %s", error)
             with self.awake:
                 self.closing = True
+            for ticket in self.tickets:
+                for index in set(range(ticket.rows)) - ticket.over:
+                    with suppress(Exception):
+                        ticket.listener(News(index, [], [], [], "error", error))
 
     def _orders_are_done(self) -> bool:
         """Does what was ordered, and waits as long as there is nothing to do. False if there never will be."""
@@ -226,9 +232,13 @@ class Worker:
 
     def _step(self) -> None:
         try:
-            self.queue.step()
+            errors = {id(answer.error): answer.error for answer in self.queue.step()}
         except Exception as error:  # the rows that it met have ended with it
             log.exception("a step failed: %s", error)
+        else:
+            for found in errors.values():
+                if found is not None and not isinstance(found, ValueError):
+                    log.error("a prompt could not be read: %s", found, exc_info=found)
 
     def _tell(self) -> None:
         """Tells the listeners what is new, and forgets requests that are over."""
@@ -240,6 +250,8 @@ class Worker:
                 if len(answer.tokens) == tokens and finish is None:
                     continue
                 ticket.told[index] = len(answer.tokens), len(answer.invocations)
+                if answer.error is not None:  # else it would keep all tensors that it met, in circles
+                    answer.error.__traceback__ = None
                 news = News(
                     index, answer.tokens[tokens:], answer.invocations[met:], answer.tops[tokens:], finish, answer.error
                 )
