@@ -78,14 +78,15 @@ def main(arguments: list[str] | None = None) -> int:
     }
     found = {
         "benchmark": "imports",
-        "command": f"vismem bench imports --rounds {options.rounds}",
         "machine": {name: facts[name] for name in ("processor", "cores")},
         "limit": LIMIT,
         "environments": {},
     }
     if options.out.is_file():
         found["environments"] = json.loads(options.out.read_text(encoding="utf-8"))["environments"]
-    kept = {name: facts[name] for name in ("python", "versions", "packages")}
+    other = "" if options.python == sys.executable else "--python FILE "
+    command = f"vismem bench imports {other}--environment {options.environment!r} --rounds {options.rounds}"
+    kept = {"command": command, **{name: facts[name] for name in ("python", "versions", "packages")}}
     found["environments"][options.environment] = {**kept, "load_before": round(load, 2), "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
