@@ -775,6 +775,32 @@ def test_a_server_stops_although_clients_hang_on(dropped: list[str]) -> None:
         assert rest(silent[0]) == b""  # `listening` has seen the server end
 
 
+def test_what_is_cut_off_by_the_servers_end_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    async def never(scope, receive, send) -> None:
+        if scope["path"] == "/v1/stream":
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await asyncio.sleep(1000)
+
+    with contextlib.ExitStack() as stack:
+        with listening(guarded(never, Guards()), **uvicorn_settings(Patience())) as port:
+            waiting, upload, stream = (stack.enter_context(connected(port)) for _ in range(3))
+            waiting.sendall(get("/v1/models"))
+            upload.sendall(post("/v1/echo", b"x", length=10))
+            stream.sendall(get("/v1/stream"))
+            while b"data: 1" not in stream.recv(65536):
+                pass
+        for raw in (waiting, upload):
+            status, headers, body = response(raw)
+            assert (status, headers["connection"], headers["retry-after"]) == (503, "close", "5")
+            assert error_of(body)["message"].startswith("the server is stopping")
+            assert rest(raw) == b""
+        last = rest(stream)
+        assert b'data: {"error": {"message": "the server is stopping' in last and last.endswith(b"\n0\r\n\r\n")
+    assert "Exception" not in caplog.text and "without" not in caplog.text
+
+
 def test_sockets_of_the_test_are_loopback_only(port: int) -> None:
     with connected(port) as raw:
         assert raw.family == socket.AF_INET and raw.getpeername()[0] == "127.0.0.1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import openai
@@ -213,6 +215,30 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
             assert rebound.get(f"{place}/health").status_code == 403
         process.send_signal(signal.SIGTERM)
         assert process.wait(BOUND) == 0
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+def test_a_second_signal_ends_the_command_at_once():
+    process, place = started("--batch-size", "1", "--grace", str(BOUND))
+    host, port = place.removeprefix("http://").split(":")
+    body = json.dumps({"model": "pocket", "messages": [{"role": "user", "content": "Hello"}], "stream": True}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    try:
+        with ExitStack() as stack:
+            raw = [stack.enter_context(socket.create_connection((host, int(port)), timeout=BOUND)) for _ in range(30)]
+            for each in raw[1:]:
+                each.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            raw[0].sendall(head + b"Content-Length: 9\r\n\r\n{")  # and no more, so that there is something to wait for
+            assert b"200 OK" in raw[1].recv(64)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(BOUND / 2) == 0
         assert process.stderr.read() == ""
     finally:
         process.kill()

@@ -19,7 +19,7 @@ from torch import Tensor
 from vismem.decoding.invocation import Forced, Policy, read_policy
 from vismem.decoding.requests import Request
 from vismem.model import VisMem
-from vismem.serving.errors import ApiError
+from vismem.serving.errors import ApiError, stopping
 from vismem.serving.pictures import PictureLimits, Pictures
 from vismem.serving.prompts import context_of, marks_of
 from vismem.serving.worker import Closed, Full, News, Worker
@@ -280,11 +280,6 @@ def policy_for(ask: Ask) -> str | Policy:
 def full() -> ApiError:
     """More is waiting than may wait."""
     return ApiError(429, "too many requests are waiting; try again in a moment", headers={"Retry-After": "1"})
-
-
-def stopping() -> ApiError:
-    """The server is being stopped."""
-    return ApiError(503, "the server is stopping; try again when it is back")
 
 
 def failed(news: News, taken: bool) -> ApiError:

@@ -81,6 +81,11 @@ def _again(status: int, message: str, type: str, code: str | None, param: str | 
     return ApiError(status, message, type=type, code=code, param=param, headers=headers)
 
 
+def stopping() -> ApiError:
+    """The server is being stopped."""
+    return ApiError(503, "the server is stopping; try again when it is back")
+
+
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with an error, and ends the connection where a body is still on its way.
 

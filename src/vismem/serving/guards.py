@@ -7,6 +7,8 @@ too many connections - is seen in `connections.py`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,8 +18,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vismem.serving.checks import ApiKeys, Hosts, Origins, WellFormed
-from vismem.serving.errors import ApiError, has_body, refuse
+from vismem.serving.errors import ApiError, has_body, refuse, stopping
 
+FAREWELL = 1.0  # seconds in which a client takes the last that it is told
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -69,7 +72,7 @@ def guarded(app: ASGIApp, guards: Guards) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
-    return SafeHeaders(app)
+    return SafeHeaders(Ending(app))
 
 
 class BodyLimit:
@@ -140,6 +143,40 @@ class BodyLimit:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self.most} bytes, the limit; send fewer or smaller images")
+
+
+class Ending:
+    """Tells those whose requests are cut off, because the server ends, that it does: what is not begun by its status,
+    a stream by its last event."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun: list[Message] = []
+
+        async def noted(message: Message) -> None:
+            if not begun:
+                begun.append(message)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            task = asyncio.current_task()
+            assert task is not None
+            timer = asyncio.get_running_loop().call_later(FAREWELL, task.cancel)  # of a client that does not read
+            with contextlib.suppress(asyncio.CancelledError):
+                response = stopping().response()
+                response.headers["Connection"] = "close"
+                if not begun:
+                    await response(scope, receive, send)
+                elif "text/event-stream" in Headers(raw=begun[0]["headers"]).get("content-type", ""):
+                    event = b"data: " + bytes(response.body) + b"\n\n"
+                    await send({"type": "http.response.body", "body": event, "more_body": False})
+            timer.cancel()
 
 
 class SafeHeaders:

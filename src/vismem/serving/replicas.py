@@ -19,8 +19,8 @@ from typing import Any
 
 from vismem.loading import CannotLoad
 from vismem.serving.cluster import Cluster
-from vismem.serving.engine import Ask, Event, Load, full, stopping
-from vismem.serving.errors import ApiError
+from vismem.serving.engine import Ask, Event, Load, full
+from vismem.serving.errors import ApiError, stopping
 from vismem.serving.replica import Message
 
 ANY = 10**6  # rows that a replica refuses nothing up to

@@ -46,6 +46,7 @@ class Server(uvicorn.Server):
         """The first signal ends in order, the second at once."""
         if self.should_exit:
             self.force_exit = True
+            logging.disable()  # what is cut off now is no news
         else:
             self.should_exit = True
             self.on_stop()

@@ -23,7 +23,7 @@ from vismem import __version__
 from vismem.serving import protocol
 from vismem.serving.assembling import DONE, Assembly, ask_of, server_sent
 from vismem.serving.engine import Answering
-from vismem.serving.errors import ApiError
+from vismem.serving.errors import ApiError, stopping
 from vismem.serving.metrics import Metrics
 from vismem.serving.protocol import ChatCompletion, ChatRequest, Health, Model, Models
 from vismem.serving.writing import Event
@@ -117,7 +117,7 @@ def application(engine: Answering, serving: Serving, metrics: Metrics | None = N
         """Answers a conversation about images, in one piece or as server-sent events."""
         invocation = serving.invocation_for(body)
         if app.state.stopping or not engine.ready():
-            raise ApiError(503, "the server is stopping; try again when it is back")
+            raise stopping()
         assembly = Assembly(body, ask_of(body, invocation))
         events = metrics.watched(within(engine.answer(assembly.ask), serving.answer_timeout))
         if not body.stream:
