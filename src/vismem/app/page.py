@@ -11,6 +11,7 @@ from vismem.app import rendering
 from vismem.app.handlers import Handlers, Parts
 from vismem.app.session import MOST_TOKENS
 from vismem.app.studio import Studio
+from vismem.app.uploads import Blocks
 
 KEPT = 3600  # seconds that uploads are kept
 CHOICES = [
@@ -26,7 +27,7 @@ CHOICES = [
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
     quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    with gr.Blocks(analytics_enabled=False, title="VisMem", fill_width=True, delete_cache=(KEPT, KEPT)) as page:
+    with Blocks(analytics_enabled=False, title="VisMem", fill_width=True, delete_cache=(KEPT, KEPT)) as page:
         parts = layout(studio)
         do, outputs = Handlers(studio, parts), parts.outputs
         asked = [parts.composer.submit(do.submit, [parts.composer, *parts.switches], outputs, **quiet)]

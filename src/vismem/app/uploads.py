@@ -1,0 +1,42 @@
+"""Of all files on this computer, a visitor can ask about those that were dropped into the page, and no others.
+
+Gradio copies every file that a request names to where it can be fetched. It looks at the names only in pages that it
+launched itself, and this one is part of another application, so here is where they are looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+
+class Blocks(gr.Blocks):
+    """Gradio's page, whose events take no file but what was uploaded."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *more: Any, **named: Any) -> list[Any]:
+        """What an event's function gets. Raises gr.Error if a file is named that was not uploaded."""
+        folder = os.path.realpath(get_upload_folder())
+        for path in paths(inputs):
+            if not isinstance(path, str) or "\0" in path or not inside(path, folder):
+                raise gr.Error("That file was not dropped into this page: drop it in again.", print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, *more, **named)
+
+
+def paths(value: Any) -> Iterator[Any]:
+    """Every file's path in what a browser sent, however deep."""
+    if isinstance(value, dict):
+        if "path" in value:
+            yield value["path"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from paths(each)
+
+
+def inside(path: str, folder: str) -> bool:
+    """Whether a file lies in the folder, by whatever links its name goes."""
+    return os.path.realpath(path).startswith(folder + os.sep)
