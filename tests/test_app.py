@@ -325,13 +325,41 @@ def test_pictures_that_cannot_be_used(tmp_path, monkeypatch):
     broken.write_bytes(good.read_bytes()[:60])
     text.write_text("no picture")
     assert read_picture(good).size == (40, 30)
-    for path, message in ((broken, "Image broken.png is broken"), (text, "Image text.png is not an image")):
-        with pytest.raises(Refused, match=message) as caught:
-            read_picture(path)
-        assert str(tmp_path) not in str(caught.value)
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("RGB", (2, 900)).save(tmp_path / "line.png")
+    for name, message in (
+        ("broken.png", "cannot be used: the file breaks off."),
+        ("text.png", "cannot be used: it is not an image, or of a format other than PNG, JPEG, WEBP, GIF, BMP."),
+        ("empty.png", "cannot be used: it is empty."),
+        ("line.png", "cannot be used: its longer side is more than 200 times its shorter one."),
+        ("none.png", "is no longer here: drop it in again."),
+    ):
+        with pytest.raises(Refused) as caught:
+            read_picture(tmp_path / name)
+        assert str(caught.value) == f"Image {name} {message}"
     monkeypatch.setattr(studios, "MOST_PIXELS", 100)
-    with pytest.raises(Refused, match="more than 100 pixels"):
+    with pytest.raises(Refused, match="has more than 100 pixels, the limit"):
         read_picture(good)
+
+
+def test_pictures_come_without_what_their_files_say_beside(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "where it was taken"  # lies on its side
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photograph.jpg", exif=exif)
+    found = read_picture(tmp_path / "photograph.jpg")
+    assert (found.size, found.mode, dict(found.getexif())) == ((30, 40), "RGB", {})
+    assert "taken" not in str(found.info)
+
+
+def test_large_pictures_are_made_small_once(studio, monkeypatch):
+    made, thumbnail = [], rendering.thumbnail
+    monkeypatch.setattr(rendering, "thumbnail", lambda picture: made.append(picture) or thumbnail(picture))
+    turn = answered(studio, Conversation(), "Hello.", [Image.new("RGB", (3000, 20)), *BOTH.open()])
+    pages = {rendering.turn_html(conversation_of(turn), 0) for _ in range(3)}
+    assert len(pages) == 1 and len(made) == 2 and pages.pop().count("<img") == 2
+    monkeypatch.setattr(studios, "ALL_PIXELS", 100_000)
+    with pytest.raises(Refused, match="may have 100,000 pixels in all"):
+        studio.ask(conversation_of(turn), "And these?", [Image.new("RGB", (300, 300))])
 
 
 # Looking into answers, and several visitors.
@@ -347,6 +375,9 @@ def test_an_inspection_is_made_once_and_frees_what_it_needed(studio):
     assert turn.main.ticket is None and not turn.main.inputs
     with pytest.raises(Refused, match="nothing to look into"):
         studio.inspect(turn, "vanilla")  # no invocation
+    assert turn.reply("vanilla").inputs
+    answered(studio, conversation, "And now?")
+    assert not turn.reply("vanilla").inputs and turn.reply("vanilla").ticket is None  # nobody will look into it
     conversation.selected = (0, "memory", 1)
     assert 'aria-expanded="true"' in rendering.turn_html(conversation, 0)
     assert "vm-panel vm-long" in rendering.inspector(conversation, future.result())

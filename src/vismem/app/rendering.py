@@ -61,10 +61,12 @@ def turn_html(conversation: Conversation, number: int) -> str:
     """One turn: the question with its pictures, each answer with its timeline, and what to ask next."""
     turn = conversation.turns[number]
     latest = number == len(conversation.turns) - 1
+    if len(turn.thumbnails) < len(turn.pictures):  # made once: a turn is drawn again with every word
+        turn.thumbnails = [thumbnail(picture) for picture in turn.pictures]
     return environment.get_template("turn.html").render(
         turn=turn,
         number=number,
-        pictures=[thumbnail(picture) for picture in turn.pictures],
+        pictures=turn.thumbnails,
         answers=[answer(conversation, turn, number, reply) for reply in turn.replies],
         suggestions=conversation.suggestions if latest and turn.over else [],
         differ=differ(turn),
@@ -158,4 +160,4 @@ def notice(message: str) -> str:
 
 def thumbnail(picture: Image.Image) -> str:
     """A small copy as an address that the page holds itself."""
-    return data_url(enlarged(picture, THUMBNAIL))
+    return data_url(enlarged(picture.reduce(max(max(picture.size) // (4 * THUMBNAIL), 1)), THUMBNAIL))

@@ -27,10 +27,7 @@ from vismem.evaluation.marks import Piece, joined
 from vismem.serving.worker import Finish, News, Ticket
 
 Side = Literal["memory", "vanilla"]
-MOST_PICTURES = 8  # of a conversation
 MOST_TOKENS = 4096  # of an answer
-MOST_VISITORS = 256  # conversations that are kept; the oldest goes first
-LONGEST_QUESTION = 8000  # characters
 
 
 class Refused(ValueError):
@@ -127,6 +124,11 @@ class Reply:
         """Whether there is something to look into."""
         return self.over.is_set() and self.finish != "error" and bool(self.invocations)
 
+    def tidy(self) -> None:
+        """Lets go what only an inspection would need, where there will be none."""
+        if self.over.is_set() and not self.inspectable:
+            self.inputs, self.ticket = {}, None
+
     def read(self, news: News) -> None:
         """Takes the news of a step, as a worker's listener."""
         for token in news.tokens:
@@ -155,6 +157,7 @@ class Turn:
     settings: Settings
     replies: list[Reply] = field(default_factory=list)
     seen: list[Image.Image] = field(default_factory=list)  # all pictures of its prompt
+    thumbnails: list[str] = field(default_factory=list)  # of its pictures, once they were shown
 
     @property
     def main(self) -> Reply:

@@ -20,18 +20,19 @@ from torch import Tensor
 from vismem.app.findings import Inspection
 from vismem.app.inspection import inspect_answer
 from vismem.app.session import Conversation, Refused, Reply, Settings, Side, Turn, one_line
-from vismem.data.images import BadImage, open_image
 from vismem.decoding.invocation import Policy
 from vismem.decoding.requests import Request
 from vismem.loading import Loaded
-from vismem.serving.pictures import FORMATS
+from vismem.serving.errors import ApiError
+from vismem.serving.pictures import PictureLimits, Pictures
 from vismem.serving.prompts import context_of, marks_of
 from vismem.serving.worker import Closed, Full, Worker
 
 MOST_PICTURES = 8  # of a conversation
-MOST_PIXELS = 36_000_000  # of a picture
+MOST_PIXELS, ALL_PIXELS = 36_000_000, 72_000_000  # of a picture, of a conversation's
 MOST_VISITORS = 256  # conversations that are kept; the oldest goes first
 LONGEST_QUESTION = 8000  # characters
+DECODING = threading.Lock()
 
 
 class Studio:
@@ -112,6 +113,9 @@ class Studio:
                 self.stop(turn)
                 waits = "The model is busy with other questions: ask again in a moment."
                 raise Refused(waits if isinstance(error, Full) else "The viewer is being stopped.") from error
+            for earlier in conversation.turns:
+                for reply in earlier.replies:
+                    reply.tidy()
             conversation.turns.append(turn)
             return turn
 
@@ -129,6 +133,9 @@ class Studio:
         seen = [*conversation.pictures, *pictures]
         if len(seen) > MOST_PICTURES:
             raise Refused(f"That makes {len(seen)} images; a conversation may have {MOST_PICTURES}. Start a new one.")
+        if sum(picture.width * picture.height for picture in seen) > ALL_PIXELS:
+            most = f"{ALL_PIXELS:,} pixels in all"
+            raise Refused(f"The images of a conversation may have {most}: make them smaller, or start a new one.")
         return bool(seen)
 
     def begin(self, side: Side, policy: str | Policy, inputs: dict[str, Tensor], settings: Settings) -> Reply:
@@ -193,7 +200,7 @@ class Studio:
 
 
 def read_picture(path: str | Path, name: str | None = None) -> Image.Image:
-    """A picture from a file, upright and in colour.
+    """A picture from a file, upright and in colour, by the rules and with the care that `Pictures.decode` has.
 
     Args:
         path: where it lies.
@@ -202,9 +209,14 @@ def read_picture(path: str | Path, name: str | None = None) -> Image.Image:
     Raises:
         Refused: if it is no whole image, or too large.
     """
-    path = Path(path)
+    name = name or Path(path).name
     try:
-        return open_image(path, Path(), MOST_PIXELS, FORMATS)
-    except BadImage as error:
-        message = str(error).replace(f"image {path}", f"image {name or path.name}").replace(str(path), path.name)
-        raise Refused(f"{message[0].upper()}{message[1:]}.") from error
+        with DECODING:  # one at a time: while it is decoded a picture takes many times its size
+            return Pictures(PictureLimits(pixels=MOST_PIXELS)).decode([Path(path).read_bytes()])[0]
+    except OSError as error:
+        raise Refused(f"Image {name} is no longer here: drop it in again.") from error
+    except ApiError as error:
+        if error.status == 413:
+            raise Refused(f"Image {name} has more than {MOST_PIXELS:,} pixels, the limit; make it smaller.") from error
+        reason = error.message.removeprefix("an image cannot be used: ").replace("image in bytes", "it")
+        raise Refused(f"Image {name} cannot be used: {reason}.") from error
