@@ -39,16 +39,16 @@ class Request:
         seed: of the sampling; row n of the request draws from `seed + n`, or from entry n of a list. Without one,
             torch's global generator gives it. A row's words depend on its seed alone, not on what runs beside it.
         generation: generation keywords of its own.
-        top: keep each sampled token's log-probability, and those of that many likeliest ones; None keeps nothing.
         tag: anything; answers bring it back.
+        top: keep each sampled token's log-probability, and those of that many likeliest ones; None keeps nothing.
     """
 
     inputs: dict[str, Tensor]
     invocation: str | Policy | None = None
     seed: int | list[int] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
-    top: int | None = None
     tag: Any = None
+    top: int | None = None
 
 
 @dataclass(eq=False)
