@@ -246,8 +246,14 @@ def test_all_bodies_together_have_a_limit_and_give_their_room_back(site: Site, p
             status, headers, body = exchanged(port, post("/v1/echo", b"x" * 100_000, AUTH))
             assert (status, error_of(body)["type"], headers["retry-after"]) == (503, "server_error", "5")
             assert exchanged(port, get("/v1/models", AUTH))[0] == 200
+            held.append(stack.enter_context(connected(port)))
+            held[2].sendall(post("/v1/echo", b"x" * 50_000, AUTH))
+            until(lambda: len(site.bodies) == seen + 3)  # all room is taken
+            held.append(stack.enter_context(connected(port)))
+            held[3].sendall(post("/v1/echo", b"x" * 10_000, AUTH))
+            until(lambda: len(site.bodies) == seen + 4)  # but for small ones
             site.hold.set()
-            assert [response(raw)[0] for raw in held] == [200, 200]
+            assert [response(raw)[0] for raw in held] == [200] * 4
     finally:
         site.hold = None
     assert exchanged(port, post("/v1/echo", b"x" * 100_000, AUTH))[0] == 200

@@ -20,6 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vismem.serving.checks import ApiKeys, Hosts, Origins, WellFormed
 from vismem.serving.errors import ApiError, has_body, refuse, stopping
 
+SMALL_BODY = (
+    16 * 2**10
+)  # bytes; there is room for such ones always, else a few large ones that stall shut all others out
 FAREWELL = 1.0  # seconds in which a client takes the last that it is told
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -39,7 +42,7 @@ class Guards:
         origins: web pages' origins that may use the server from a browser, e.g. "https://example.org"; "*" for all.
         max_body: most bytes of a body.
         body_timeout: seconds in which a body must have come.
-        together: most bytes of all bodies that are held at once.
+        together: most bytes of all bodies that are held at once; small ones are taken beyond it.
         parts: most commas in a body: every value of JSON costs the parser far more memory than it has bytes.
         max_headers, max_head: most headers, and most bytes of them.
     """
@@ -130,7 +133,7 @@ class BodyLimit:
                 piece, more = message.get("body", b""), message.get("more_body", False)
                 if len(body) + len(piece) > self.most:
                     raise self._too_large()
-                if self.held + len(piece) > self.together:
+                if self.held + len(piece) > self.together and len(body) + len(piece) > SMALL_BODY:
                     raise ApiError(503, "the server holds as many requests as it can; try again in a moment")
                 body += piece
                 self.held += len(piece)
