@@ -317,7 +317,12 @@ def test_bodies_that_are_no_request(address, body):
 
 
 def test_no_such_route(address):
-    for method, path, status in [("GET", "/v1", 404), ("GET", "/", 404), ("GET", "/v1/chat/completions", 405)]:
+    for method, path, status in [
+        ("GET", "/v1", 404),
+        ("GET", "/", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/health/", 404),
+    ]:
         found = httpx.request(method, address + path)
         assert found.status_code == status and found.json()["error"]["message"]
 

@@ -107,6 +107,7 @@ def application(engine: Answering, serving: Serving, metrics: Metrics | None = N
         description="Chat with a vision-language model that has a latent vision memory, as with OpenAI's.",
         docs_url=None,  # its page loads from another host
         redoc_url=None,
+        redirect_slashes=False,  # to where a Host header says
         lifespan=lifespan,
     )
     app.state.stopping = False  # whoever runs the server says when
