@@ -196,8 +196,14 @@ def test_the_page_s_switches_as_settings():
     assert settings_of(True, "schedule", " short@0, long@12 ", *rest) == Settings("short@0,long@12", True, 0.5, 3, 64)
     assert settings_of(False, "random", "", *rest).invocation == "random:0.25@anywhere"
     assert settings_of(False, "learned", "nonsense", *rest).invocation == "learned"
+    assert settings_of(False, "schedule", "long@0 SHORT@3,,long@9 ", *rest).invocation == "long@0,short@3,long@9"
     with pytest.raises(Refused, match="schedule is empty"):
-        settings_of(False, "schedule", "  ", *rest)
+        settings_of(False, "schedule", " , ", *rest)
+    for wrong in ("shrt@0", "short@", "short@-1", "long@1.5", "short", "off", "random:1@anywhere", "long@٣"):
+        with pytest.raises(Refused, match=re.escape(f"has “{wrong}” in it, which cannot be read: write a kind")):
+            settings_of(False, "schedule", f"long@0, {wrong}", *rest)
+    assert rendering.who("random:0.5@anywhere") == "by chance, 0.5 before any token"
+    assert rendering.who("random:0.2@delimiter") == "by chance, 0.2 after each phrase"
     with pytest.raises(Refused, match="need a number"):
         settings_of(False, "learned", "", 0.25, "anywhere", 0, None, 64)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,9 +248,14 @@ def settings_of(
         Refused: if one is empty.
     """
     if invocation == "schedule":
-        invocation = "".join((schedule or "").split())
-        if not invocation:
+        places = (schedule or "").lower().replace(",", " ").split()
+        if not places:
             raise Refused("The schedule is empty: write one such as short@0,long@12.")
+        for place in places:
+            if not re.fullmatch("(short|long)@[0-9]{1,9}", place):
+                rule = "a kind, @, and the token that it comes before, such as short@0,long@12"
+                raise Refused(f"The schedule has “{place[:40]}” in it, which cannot be read: write {rule}.")
+        invocation = ",".join(places)
     elif invocation == "random":
         invocation = f"random:{rate:g}@{where}"
     if temperature is None or seed is None or most is None:

@@ -68,6 +68,7 @@ def layout(studio: Studio) -> Parts:
                     show_label=False,
                     label="Question and images",
                     container=False,
+                    max_lines=8,
                     max_plain_text_length=1_000_000,
                     elem_id="ui-composer",
                 )
@@ -95,8 +96,8 @@ def layout(studio: Studio) -> Parts:
                         label="Places",
                     )
                 with gr.Accordion("Advanced", open=False, elem_id="ui-advanced"), gr.Row():
-                    temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the likeliest token")
-                    seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="of sampling and of chance")
+                    temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: no sampling")
+                    seed = gr.Number(0, precision=0, label="Seed", info="of sampling and of chance")
                     most = gr.Slider(1, MOST_TOKENS, 256, step=1, label="Most tokens", info="of an answer")
         inspector = html("", "ui-right", "inspector.js")
     return Parts(

@@ -98,6 +98,9 @@ def answer(conversation: Conversation, turn: Turn, number: int, reply: Reply) ->
 
 def who(invocation: str) -> str:
     """Who invoked memory, in words."""
+    if invocation.startswith("random:"):
+        rate, _, where = invocation.removeprefix("random:").partition("@")
+        return f"by chance, {rate} {'before any token' if where == 'anywhere' else 'after each phrase'}"
     return WHO.get(invocation, invocation.replace(",", ", "))
 
 
