@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("gradio", reason="the viewer's extra is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
@@ -231,6 +233,56 @@ def test_what_goes_wrong_is_one_line(visit, studio, monkeypatch):
         expect(page.locator(".ui-inspector .ui-trouble")).to_have_text(
             "This answer cannot be read again: division by zero"
         )
+
+
+def test_settings_that_cannot_be_are_said_in_the_same_place(visit, capfd):
+    page = visit()
+    page.locator("#ui-advanced > .label-wrap").click()
+    seed = page.get_by_label("Seed")
+    seed.fill("-3")
+    seed.blur()
+    ask(page, "Hello.")
+    expect(page.locator(".ui-notice")).to_contain_text("The seed must be a whole number of 0 or more, not -3.")
+    page.get_by_label("Random", exact=True).check()
+    dots = page.locator("#ui-random input[type=radio]")
+    expect(dots).to_have_count(2)
+    widths = dots.evaluate_all("all => all.map((each) => parseFloat(getComputedStyle(each).borderWidth))")
+    assert widths[0] > 3 > widths[1]  # the one that is chosen can be told
+    dots.last.check()
+    assert dots.last.evaluate("each => parseFloat(getComputedStyle(each).borderWidth)") > 3
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_high_contrast_and_print(visit):
+    page = visit(forced_colors="active")
+    page.locator("[data-example='1']").click()
+    written(page)
+    for part in ("#ui-dock", ".ui-bar"):  # what scrolls below it does not show through
+        assert page.locator(part).evaluate("each => getComputedStyle(each).backgroundColor") == "rgb(255, 255, 255)"
+    page.locator(CHIP).first.click()
+    expect(page.locator(PANEL)).to_be_visible()
+    page.emulate_media(media="print", forced_colors="none")
+    assert page.locator("#ui-dock").is_hidden() and page.locator(".ui-tools").is_hidden()
+    panel, frame = page.locator(PANEL).bounding_box(), page.locator("#ui-right").bounding_box()
+    assert panel["height"] > page.viewport_size["height"] and frame["height"] > panel["height"]  # all of it
+
+
+def test_tall_pictures_and_long_names(visit, studio, tmp_path, monkeypatch):
+    Image.new("RGB", (40, 400), "red").save(tmp_path / "tall.png")
+    long = replace(studio.loaded, base="somebody/a-model-with-a-very-long-name-7b-instruct")
+    monkeypatch.setattr(studio, "loaded", long)
+    page = visit(NARROW)
+    page.locator("#ui-composer input[type=file]").set_input_files(tmp_path / "tall.png")
+    expect(page.locator("#ui-composer .thumbnail-item")).to_have_count(1)
+    ask(page, "Read row 1.")
+    written(page)
+    name, tools = page.locator(".ui-name").bounding_box(), page.locator(".ui-tools").bounding_box()
+    assert name["x"] + name["width"] <= tools["x"]
+    assert page.locator(".ui-name").evaluate("each => getComputedStyle(each).textOverflow") == "ellipsis"
+    page.locator(CHIP).first.click()
+    large = page.locator(f"{PANEL} .vm-figure .vm-map").first
+    assert large.bounding_box()["height"] < 500
+    assert abs(large.bounding_box()["height"] / large.bounding_box()["width"] - 10) < 0.5
 
 
 def test_keyboard_alone(visit):
