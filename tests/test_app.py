@@ -404,6 +404,11 @@ def test_visitors_do_not_meet(studio, held, monkeypatch):
     for number in range(5):
         studio.conversation(f"visitor {number}")
     assert list(studio.visitors) == ["visitor 2", "visitor 3", "visitor 4"]
+    turn = studio.ask(studio.visitors["visitor 3"], "Hello.", [Image.new("RGB", (100, 100))])
+    monkeypatch.setattr(studios, "KEPT_PIXELS", 9999)
+    assert turn in studio.conversation("visitor 3").turns and list(studio.visitors) == ["visitor 3"]  # not one's own
+    studio.conversation("visitor 5")
+    assert list(studio.visitors) == ["visitor 5"] and turn.main.over.wait(BOUND)
 
 
 def test_an_export_holds_everything_by_itself(studio):

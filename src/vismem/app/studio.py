@@ -30,7 +30,7 @@ from vismem.serving.worker import Closed, Full, Worker
 
 MOST_PICTURES = 8  # of a conversation
 MOST_PIXELS, ALL_PIXELS = 36_000_000, 72_000_000  # of a picture, of a conversation's
-MOST_VISITORS = 256  # conversations that are kept; the oldest goes first
+MOST_VISITORS, KEPT_PIXELS = 256, 1_000_000_000  # conversations and their pixels that are kept; the oldest goes first
 LONGEST_QUESTION = 8000  # characters
 DECODING = threading.Lock()
 
@@ -64,9 +64,12 @@ class Studio:
             self.leave(visitor)
         if visitor not in self.visitors:
             self.visitors[visitor] = Conversation()
-            while len(self.visitors) > MOST_VISITORS:
-                self.leave(next(iter(self.visitors)))
         self.visitors.move_to_end(visitor)
+        pixels = sum(pixels_of(each.pictures) for each in self.visitors.values())
+        while len(self.visitors) > MOST_VISITORS or (pixels > KEPT_PIXELS and len(self.visitors) > 1):
+            oldest = next(iter(self.visitors))
+            pixels -= pixels_of(self.visitors[oldest].pictures)
+            self.leave(oldest)
         return self.visitors[visitor]
 
     def leave(self, visitor: str) -> None:
@@ -133,7 +136,7 @@ class Studio:
         seen = [*conversation.pictures, *pictures]
         if len(seen) > MOST_PICTURES:
             raise Refused(f"That makes {len(seen)} images; a conversation may have {MOST_PICTURES}. Start a new one.")
-        if sum(picture.width * picture.height for picture in seen) > ALL_PIXELS:
+        if pixels_of(seen) > ALL_PIXELS:
             most = f"{ALL_PIXELS:,} pixels in all"
             raise Refused(f"The images of a conversation may have {most}: make them smaller, or start a new one.")
         return bool(seen)
@@ -197,6 +200,11 @@ class Studio:
     def close(self) -> None:
         """Stops the worker; answers that are being written end here."""
         self.worker.close()
+
+
+def pixels_of(pictures: Sequence[Image.Image]) -> int:
+    """Pixels of all of them."""
+    return sum(picture.width * picture.height for picture in pictures)
 
 
 def read_picture(path: str | Path, name: str | None = None) -> Image.Image:
