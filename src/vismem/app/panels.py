@@ -11,12 +11,12 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vismem.app.findings import Inspection, Moment, Token
 from vismem.app.maps import data_url, look
 from vismem.config import Kind
 from vismem.evaluation.marks import SHAPES, Piece
+from vismem.evaluation.templating import templates_of
 
 CSS: str = files("vismem.app").joinpath("templates/viewer.css").read_text(encoding="utf-8")
 MOST_WORDS = 240  # tokens that a panel draws one by one
@@ -24,13 +24,7 @@ STRONGEST = 3  # words that get their number
 FEWEST = 12  # tokens drawn at least; then up to the last whose share is not faint
 FAINT = 0.001
 
-environment = Environment(
-    loader=PackageLoader("vismem.app"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+environment = templates_of("vismem.app")
 
 
 def answer_html(

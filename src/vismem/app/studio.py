@@ -25,7 +25,7 @@ from vismem.decoding.requests import Request
 from vismem.loading import Loaded
 from vismem.serving.errors import ApiError
 from vismem.serving.pictures import PictureLimits, Pictures
-from vismem.serving.prompts import context_of, marks_of
+from vismem.serving.prompts import context_of, inputs_of, marks_of
 from vismem.serving.worker import Closed, Full, Worker
 
 MOST_PICTURES = 8  # of a conversation
@@ -158,10 +158,7 @@ class Studio:
             Refused: if the processor does not take it.
         """
         try:
-            inputs = self.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-            return dict(inputs.to(self.model.device, dtype=self.model.dtype))
+            return inputs_of(self.model, messages, self.processor)
         except Exception as error:  # templates and processors raise what they like
             raise Refused(f"The model's processor does not take this: {one_line(error)}") from error
 

@@ -126,16 +126,14 @@ def check_schedule(text: str, sighted: bool) -> None:
 
 def prompt(model, question: str, images: list) -> dict:
     """The processor's tensors for one question about those images, on the model's device."""
-    processor = model.processor
-    mark = getattr(processor, "image_token", None)
+    from vismem.serving.prompts import inputs_of
+
+    mark = getattr(model.processor, "image_token", None)
     if mark and mark in question:
         raise Misuse(f"the question has the image mark {mark} in it; name images as files, before the question")
     shown = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    return dict(inputs.to(model.device, dtype=model.dtype))
+    return inputs_of(model, messages)
 
 
 def write(model, inputs: dict, options: argparse.Namespace, streamer: Streamer | None = None) -> Answer:

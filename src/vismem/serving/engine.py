@@ -21,7 +21,7 @@ from vismem.decoding.requests import Request
 from vismem.model import VisMem
 from vismem.serving.errors import ApiError, stopping
 from vismem.serving.pictures import PictureLimits, Pictures
-from vismem.serving.prompts import context_of, marks_of
+from vismem.serving.prompts import context_of, inputs_of, marks_of
 from vismem.serving.worker import Closed, Full, News, Worker
 from vismem.serving.writing import Delta, Ended, Event, Invoked, Started, Writer
 
@@ -192,12 +192,9 @@ class Engine:
             for turn in messages
         ]
         try:
-            inputs = self.model.processor.apply_chat_template(
-                shown, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
+            return inputs_of(self.model, shown)
         except Exception as error:  # templates and processors raise what they like
             raise ApiError(400, f"the model's processor refuses these messages: {error}", param="messages") from error
-        return dict(inputs.to(self.model.device, dtype=self.model.dtype))
 
     def _generation(self, ask: Ask, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """Generation keywords of a request.

@@ -1,9 +1,30 @@
-"""What a model's prompts may have in them: how many tokens, and which texts are the model's own."""
+"""Prompts of conversations: their tensors, how many tokens they may have, and which texts are the model's own."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from vismem.model import VisMem
 from vismem.tokens import END_TOKENS, INVOCATION_TOKENS
+
+
+def inputs_of(model: VisMem, messages: list[dict[str, Any]], processor: Any = None) -> dict[str, Tensor]:
+    """The processor's tensors for one conversation, on the model's device, as `generate` and `Request` take them.
+
+    Args:
+        model: the model.
+        messages: its turns, with pictures in their places.
+        processor: the model's by default; a copy of it where another thread uses that.
+
+    Raises:
+        Exception: whatever a template or a processor raises for messages that it does not take.
+    """
+    inputs = (processor or model.processor).apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return dict(inputs.to(model.device, dtype=model.dtype))
 
 
 def context_of(model: VisMem) -> int:

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from vismem.data import Row
 from vismem.evaluation.audit import plots
 from vismem.evaluation.audit.bank import Bank
 from vismem.evaluation.audit.names import INTACT, KINDS_IN_WORDS, WORDS
 from vismem.evaluation.audit.verdicts import percent, points
 from vismem.evaluation.records import Record
+from vismem.evaluation.templating import templates_of
 
 SHOWN = 4  # answers
 SIDE = 192  # pixels of a picture at most
@@ -35,13 +34,7 @@ def write_report(found: Mapping[str, Any], bank: Bank, answers: Mapping[str, Map
     Returns:
         The page's path.
     """
-    environment = Environment(
-        loader=PackageLoader("vismem.evaluation.audit"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates_of("vismem.evaluation.audit")
     environment.filters |= {"percent": percent, "points": points, "nats": nats, "cosine": cosine, "glued": glued}
     maps = json.loads((out / "maps.json").read_text(encoding="utf-8"))["maps"]
     page = environment.get_template("report.html").render(
