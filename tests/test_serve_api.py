@@ -249,6 +249,8 @@ def test_a_second_signal_ends_the_command_at_once():
     ("options", "code", "message"),
     [
         (["--port", "70000"], 2, "from 0 to 65535"),
+        (["--max-pixels", "179"], 2, "from 1 to 178"),  # Pillow would refuse it, and name another limit
+        (["--max-tokens", "1000001"], 2, "from 1 to 1000000"),
         (["--invocation", "often"], 2, "unknown policy 'often'"),
         (["--replica-gpus", "1"], 2, "give --replicas too"),
         (["--api-key", ""], 1, "empty"),

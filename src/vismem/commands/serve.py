@@ -17,6 +17,7 @@ from vismem.loading import POCKET
 
 KEY_VARIABLE = "VISMEM_API_KEY"
 MIB = 2**20
+MOST_MEGAPIXELS = 178  # Pillow refuses more by itself
 
 
 def parser() -> Parser:
@@ -80,18 +81,18 @@ def parser() -> Parser:
     )
     limits = found.add_argument_group("limits")
 
-    def limit(name: str, low: int, default: int | None, meaning: str, unit: str = "N") -> None:
+    def limit(name: str, low: int, default: int | None, meaning: str, unit: str = "N", high: int = 2**40) -> None:
         shown = "what the base was made for" if default is None else f"{default}"
         limits.add_argument(
-            name, type=whole(low, 2**40), default=default, metavar=unit, help=f"{meaning} (default: {shown})"
+            name, type=whole(low, high), default=default, metavar=unit, help=f"{meaning} (default: {shown})"
         )
 
     limit("--max-waiting", 0, 64, "rows that may wait; more are told 429")
-    limit("--max-tokens", 1, 4096, "tokens of an answer")
+    limit("--max-tokens", 1, 4096, "tokens of an answer", high=MOST_TOKENS)
     limit("--max-context", 2, None, "tokens of a prompt and its answer")
     limit("--max-body", 1, 32, "of a request", "MIB")
     limit("--max-images", 0, 8, "of a request")
-    limit("--max-pixels", 1, 40, "of an image, in millions", "MPX")
+    limit("--max-pixels", 1, 40, "of an image, in millions", "MPX", MOST_MEGAPIXELS)
     limit("--max-connections", 1, 512, "at a time; more are told 503")
     limit("--body-timeout", 1, 30, "for a request to arrive, and for a client to take what it was sent", "SECONDS")
     limit("--answer-timeout", 1, 300, "for an answer, waiting included; then 504", "SECONDS")
@@ -102,8 +103,6 @@ def parser() -> Parser:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser().parse_args(arguments)
-    if options.max_tokens > MOST_TOKENS:
-        raise Misuse(f"--max-tokens can be {MOST_TOKENS:,} at most")
     if options.replica_gpus is not None and not 0 <= options.replica_gpus <= 64:
         raise Misuse(f"--replica-gpus must be from 0 to 64, got {options.replica_gpus:g}")
     if (options.replica_gpus is not None or options.ray_address) and options.replicas == 1:

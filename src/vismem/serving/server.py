@@ -36,9 +36,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for code, text in {
         400: "The request is not valid, or this model cannot take it.",
         401: "The API key is missing or wrong.",
+        403: "This server does not fetch images from there, or does not answer to this name or page.",
         404: "There is no such model or route.",
         408: "The request did not arrive in time.",
         413: "The body or an image is too large.",
+        415: "The body is not sent as JSON.",
         429: "Too many requests are waiting.",
         500: "The model failed.",
         503: "The server is stopping, or out of memory.",
