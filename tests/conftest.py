@@ -7,6 +7,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import threading
+
+import pytest
 import tiny
 import torch
 
@@ -15,6 +18,16 @@ torch.set_num_threads(1)
 
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): run by one worker; pytest-xdist's, also where it is off")
+
+
+@pytest.fixture
+def held(studio):
+    """Keeps the worker of a module's `studio` from writing until it is set."""
+    gate = threading.Event()
+    studio.worker.call(gate.wait, 60)
+    yield gate
+    gate.set()
+    studio.worker.call(lambda: None).result(60)
 
 
 def pytest_generate_tests(metafunc) -> None:

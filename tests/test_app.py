@@ -46,16 +46,6 @@ def studio(loaded):
     made.close()
 
 
-@pytest.fixture
-def held(studio):
-    """Keeps the worker from writing until it is set."""
-    gate = threading.Event()
-    studio.worker.call(gate.wait, BOUND)
-    yield gate
-    gate.set()
-    studio.worker.call(lambda: None).result(BOUND)
-
-
 def answered(studio, conversation, question, pictures=(), settings=None):
     turn = studio.ask(conversation, question, pictures, settings)
     assert all(reply.over.wait(BOUND) for reply in turn.replies)

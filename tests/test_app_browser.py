@@ -89,15 +89,6 @@ def visit(browser, address):
     assert wrong == []
 
 
-@pytest.fixture
-def held(studio):
-    """Keeps the worker from writing until it is set."""
-    gate = threading.Event()
-    studio.worker.call(gate.wait, BOUND)
-    yield gate
-    gate.set()
-
-
 def ask(page, question):
     page.locator("#ui-composer textarea").fill(question)
     page.keyboard.press("Enter")

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -476,8 +476,10 @@ def test_stopping_gives_up_what_takes_too_long(model, monkeypatch):
         stream = ask(client, stream=True)
         next(iter(stream))
         server.handle_exit(2, None)
-        with pytest.raises(Exception):  # noqa: B017  (the connection ends in the middle)
-            assert list(stream)[-1].choices[0].finish_reason == "stop"
+        seen: list = []
+        with suppress(openai.APIError, httpx.TransportError):  # it may be told of its end, or cut off
+            seen.extend(chunk for chunk in stream)
+        assert not any(choice.finish_reason for chunk in seen for choice in chunk.choices)
     thread.join(BOUND)
     assert not thread.is_alive() and not engine.worker.alive
 

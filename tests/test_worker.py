@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import queue
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import tiny
@@ -218,10 +220,17 @@ def test_close_cancels_what_takes_too_long(model):
     assert [box.all()[-1].finish for box in boxes] == ["cancelled", "cancelled"]
 
 
-def test_an_idle_worker_does_nothing(model, worker, monkeypatch):
+def test_an_idle_worker_sleeps(model, worker):
+    """It waits to be woken, and does not look again and again whether there is something to do."""
     box = Inbox()
     worker.submit(Request(prompt(model)), box.put)
     box.all()
-    monkeypatch.setattr(worker.queue, "step", lambda: pytest.fail("stepped with nothing to do"))
-    time.sleep(0.05)
-    assert worker.alive
+    worker.call(lambda: None).result(BOUND)
+    end = time.monotonic() + BOUND
+    while time.monotonic() < end:
+        frame = sys._current_frames()[worker.thread.ident]
+        if (frame.f_code.co_name, Path(frame.f_code.co_filename).stem) == ("wait", "threading"):
+            break
+    else:
+        pytest.fail("an idle worker never waits")
+    assert worker.alive and not worker.tickets
