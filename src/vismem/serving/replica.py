@@ -114,7 +114,7 @@ def told(error: Exception | None) -> dict[str, Any] | None:
 
 async def gathered(
     events: AsyncGenerator[Event, None], pause: Callable[[], float]
-) -> AsyncGenerator[tuple[list[Event], Exception | None]]:
+) -> AsyncGenerator[tuple[list[Event], Exception | None], None]:
     """The same events in lists: the first as soon as it is there, later ones with what came within a pause.
 
     An error of theirs comes with the last list. Closing this closes `events`.
