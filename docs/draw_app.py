@@ -50,6 +50,7 @@ def opened(browser: Browser, address: str, size: tuple[int, int], scheme: str = 
     page = context.new_page()
     page.goto(address)
     page.wait_for_selector(".ui-card")
+    page.wait_for_selector(".ui-more")
     return page
 
 

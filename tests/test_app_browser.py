@@ -165,7 +165,7 @@ def test_compare_and_who_invokes(visit):
     expect(page.locator(PANEL)).to_contain_text("put in by the policy")
 
     page.get_by_label("Off", exact=True).check()
-    expect(page.locator("#ui-plan")).to_have_count(0)
+    expect(page.locator("#ui-plan")).to_be_hidden()
     ask(page, "Read the prices of row 2.")
     written(page, 3)
     expect(page.locator("#ui-live .vm-chip")).to_have_count(0)
@@ -228,7 +228,14 @@ def test_what_goes_wrong_is_one_line(visit, studio, monkeypatch):
 
 def test_settings_that_cannot_be_are_said_in_the_same_place(visit, capfd):
     page = visit()
-    page.locator("#ui-advanced > .label-wrap").click()
+    for closed in ("#ui-advanced", "#ui-schedule", "#ui-random"):
+        expect(page.locator(closed)).to_be_hidden()
+    more = page.get_by_role("button", name="Advanced")
+    more.click()
+    more.click()
+    expect(page.locator("#ui-advanced")).to_be_hidden()
+    more.click()
+    expect(more).to_have_attribute("aria-expanded", "true")
     seed = page.get_by_label("Seed")
     seed.fill("-3")
     seed.blur()
@@ -242,6 +249,24 @@ def test_settings_that_cannot_be_are_said_in_the_same_place(visit, capfd):
     dots.last.check()
     assert dots.last.evaluate("each => parseFloat(getComputedStyle(each).borderWidth)") > 3
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_is_typed_as_soon_as_it_can_be_is_kept(visit):
+    page = visit()
+    page.evaluate(
+        """async () => {
+          document.querySelector('.ui-more').click();
+          let seed = null;
+          while (!seed?.offsetParent) {
+            await new Promise((soon) => setTimeout(soon, 0));
+            seed = document.querySelector('[aria-label="Seed"]');
+          }
+          seed.value = '-7';
+          seed.dispatchEvent(new Event('input', { bubbles: true }));
+        }"""
+    )
+    ask(page, "Hello.")
+    expect(page.locator(".ui-notice")).to_contain_text("not -7.")
 
 
 def test_high_contrast_and_print(visit):

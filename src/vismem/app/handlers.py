@@ -34,7 +34,6 @@ class Parts:
     Args:
         bar, past, live, notice, composer, inspector: what changes with a conversation. The latest turn is in `live`, as
             it is sent again with every word; all earlier ones are in `past`.
-        invocation: who invokes memory; `scheduling` and `chance` say more where that is a schedule or chance.
         switches: what `settings_of` takes, in its order.
     """
 
@@ -44,9 +43,6 @@ class Parts:
     notice: Any
     composer: Any
     inspector: Any
-    invocation: Any
-    scheduling: Any
-    chance: Any
     switches: list[Any]
 
     @property
@@ -220,10 +216,6 @@ class Handlers:
         if error is not None:
             return rendering.inspector(conversation, None, f"This answer cannot be read again: {one_line(error)}")
         return rendering.inspector(conversation, future.result())
-
-    def switched(self, choice: str) -> tuple[Any, Any]:
-        """Shows what there is to say about a way to invoke memory."""
-        return gr.update(visible=choice == "schedule"), gr.update(visible=choice == "random")
 
 
 def composing(busy: bool, clear: bool = False) -> Any:

@@ -42,7 +42,6 @@ def build(studio: Studio) -> gr.Blocks:
         parts.inspector.closing(do.close, None, outputs, **quiet)
         parts.notice.dismiss(lambda: "", None, parts.notice, **quiet)
         parts.bar.renew(do.renew, None, outputs, **quiet)
-        parts.invocation.change(do.switched, parts.invocation, [parts.scheduling, parts.chance], **quiet)
         page.unload(do.leave)
     return page
 
@@ -53,7 +52,11 @@ def html(value: str, name: str, script: str) -> gr.HTML:
 
 
 def layout(studio: Studio) -> Parts:
-    """All components, in their places."""
+    """All components, in their places.
+
+    All of them are in the page from the start, and `page.css` hides what does not apply: what gradio adds later starts
+    over a moment after it is seen, and what was typed into it till then would be lost.
+    """
     bar = html(rendering.bar(studio, None), "ui-bar", "bar.js")
     with gr.Row(elem_id="ui-main"):
         with gr.Column(elem_id="ui-left"):
@@ -81,21 +84,22 @@ def layout(studio: Studio) -> Parts:
                         elem_id="ui-invocation",
                         container=False,
                     )
-                with gr.Row(elem_id="ui-schedule", visible=False) as scheduling:
+                with gr.Row(elem_id="ui-schedule"):
                     schedule = gr.Textbox(
                         "short@0,long@12",
                         label="Schedule: kind@token, comma between",
                         max_lines=1,
                         elem_id="ui-plan",
                     )
-                with gr.Row(elem_id="ui-random", visible=False) as chance:
+                with gr.Row(elem_id="ui-random"):
                     rate = gr.Slider(0, 1, 0.2, step=0.05, label="Chance at each place")
                     where = gr.Radio(
                         [("after each phrase", "delimiter"), ("before any token", "anywhere")],
                         value="delimiter",
                         label="Places",
                     )
-                with gr.Accordion("Advanced", open=False, elem_id="ui-advanced"), gr.Row():
+                html(rendering.advanced(), "ui-more", "more.js")
+                with gr.Row(elem_id="ui-advanced"):
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: no sampling")
                     seed = gr.Number(0, precision=0, label="Seed", info="of sampling and of chance")
                     most = gr.Slider(1, MOST_TOKENS, 256, step=1, label="Most tokens", info="of an answer")
@@ -107,8 +111,5 @@ def layout(studio: Studio) -> Parts:
         notice=notice,
         composer=composer,
         inspector=inspector,
-        invocation=invocation,
-        scheduling=scheduling,
-        chance=chance,
         switches=[compare, invocation, schedule, rate, where, temperature, seed, most],
     )

@@ -42,6 +42,11 @@ def bar(studio: Studio, conversation: Conversation | None) -> str:
     )
 
 
+def advanced() -> str:
+    """The button that shows the settings few need."""
+    return environment.get_template("advanced.html").render()
+
+
 def welcome(studio: Studio) -> str:
     """What stands where the conversation will be."""
     pocket = studio.loaded.base == "pocket"
