@@ -196,7 +196,7 @@ head = [
     "over heads, layers and vectors.\n"
     f"- **read of {SHAPES['short']}**: attention of the answer's tokens to the memory's vectors, from its end to the "
     "next short-term memory, mean over heads, layers and tokens. Each vector is drawn where it started.\n"
-    "- 1 is an even share. All maps of a question have one scale.",
+    "- 1 is an even share, and colour begins above it. All maps of a question have one scale.",
 ]
 if busiest:
     found = f"The busiest place of a look got {min(busiest):.1f} to {max(busiest):.1f} times the even share"

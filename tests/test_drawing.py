@@ -14,7 +14,17 @@ from PIL import Image
 
 from vismem.commands.streaming import Paper, Streamer
 from vismem.decoding.invocation import Forced
-from vismem.evaluation.drawing import Panel, data_url, enlarged, figure_of, overlaid, png, scale_end, vectors_of
+from vismem.evaluation.drawing import (
+    Panel,
+    data_url,
+    enlarged,
+    figure_of,
+    overlaid,
+    png,
+    scale_end,
+    strength,
+    vectors_of,
+)
 from vismem.evaluation.looks import looks
 from vismem.evaluation.marks import CSS, Piece, html, pieces, plain
 
@@ -69,8 +79,12 @@ def test_heat_is_where_it_is():
     assert (half[..., 0] - half[..., 2])[40:80, 160:200].mean() < (found[..., 0] - found[..., 2])[40:80, 160:200].mean()
 
 
-def test_a_flat_map_is_pale():
+def test_colour_begins_above_the_even_share():
     flat = np.ones((4, 6), dtype=np.float32) + 0.01 * np.eye(4, 6, dtype=np.float32)
+    plain = np.asarray(overlaid(PICTURE, np.ones((4, 6)))).astype(int)
+    assert np.ptp(plain, axis=-1).max() == 0 and np.array_equal(plain, np.asarray(overlaid(PICTURE, np.zeros((4, 6)))))
+    assert np.abs(np.asarray(overlaid(PICTURE, flat)).astype(int) - plain).max() <= 3
+    assert strength(np.array([0.2, 1.0, 2.0, 3.0, 9.0]), 3.0).tolist() == [0, 0, 0.5, 1, 1]
     assert scale_end([flat]) == 2 and scale_end([flat, 3 * flat]) == pytest.approx(3.03) and scale_end([flat], 5) == 5
 
 

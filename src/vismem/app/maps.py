@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vismem.app.findings import HeatMap, Map
-from vismem.evaluation.drawing import HOT, PALE, enlarged, scale_end
+from vismem.evaluation.drawing import HOT, PALE, enlarged, scale_end, strength
 
 SIDE = 560  # pixels at most of a picture under a map: twice what it is shown at
 
@@ -49,10 +49,11 @@ def layer(title: str, name: str, heat: Map, end: float) -> dict[str, Any]:
 
 
 def painted(heat: Map, end: float) -> Image.Image:
-    """A map as a small image of one colour, the more opaque the higher, to lie on a pale picture."""
-    strength = np.clip(heat / end, 0, 1)[..., None]
+    """A map as a small image of one colour, the more opaque the further above the even share, to lie on a pale picture."""
     colour = np.broadcast_to(HOT, (*heat.shape, 3))
-    return Image.fromarray((255 * np.concatenate([colour, strength], -1)).round().astype(np.uint8), "RGBA")
+    return Image.fromarray(
+        (255 * np.concatenate([colour, strength(heat, end)[..., None]], -1)).round().astype(np.uint8), "RGBA"
+    )
 
 
 def place(down: float, across: float) -> str:

@@ -1,7 +1,7 @@
 """Heat maps over pictures: where a look went, vector by vector and in the mean, as images for pages and as figures.
 
 What the numbers are is said in `looks.py`. Maps are drawn patch by patch, without smoothing, in one colour over a grey
-picture, which all eyes tell apart; 1 is the even share everywhere, so a flat map looks flat.
+picture, which all eyes tell apart. Colour begins above 1, the even share, so a map without a preference is the picture.
 """
 
 from __future__ import annotations
@@ -65,10 +65,14 @@ def overlaid(
     """
     ground = enlarged(picture, side)
     grey = 1 - PALE * (1 - np.asarray(ground.convert("L"), dtype=np.float64)[..., None] / 255)
-    share = Image.fromarray(np.clip(heat / scale_end([heat], most), 0, 1).astype(np.float32))
-    strength = np.asarray(share.resize(ground.size, Image.Resampling.NEAREST))[..., None]
-    painted = grey * (1 - strength * (1 - HOT))
+    above = Image.fromarray(strength(heat, scale_end([heat], most)))
+    painted = grey * (1 - np.asarray(above.resize(ground.size, Image.Resampling.NEAREST))[..., None] * (1 - HOT))
     return Image.fromarray((255 * painted).round().astype(np.uint8))
+
+
+def strength(heat: NDArray[np.floating], end: float) -> NDArray[np.float32]:
+    """How deep a map's colour is, place by place: 0 up to the even share, 1 from `end` on."""
+    return np.clip((heat - 1) / max(end - 1, 1e-6), 0, 1).astype(np.float32)
 
 
 def scale_end(heats: Sequence[NDArray[np.floating]], most: float | None = None) -> float:
@@ -108,9 +112,9 @@ def figure_of(
         axis.imshow(np.asarray(shown), interpolation="nearest")
         axis.set_title(panel.title, fontsize=9)
     if heats:
-        scale = ScalarMappable(Normalize(0, end), LinearSegmentedColormap.from_list("heat", [np.ones(3), HOT]))
-        bar = figure.colorbar(scale, ax=axes, shrink=0.9, aspect=18, pad=0.02, ticks=[0, 1, end])
-        bar.ax.set_yticklabels(["0", "1: even", f"{end:.2g}"], fontsize=8)
+        scale = ScalarMappable(Normalize(1, end), LinearSegmentedColormap.from_list("heat", [np.ones(3), HOT]))
+        bar = figure.colorbar(scale, ax=axes, shrink=0.9, aspect=18, pad=0.02, ticks=[1, end])
+        bar.ax.set_yticklabels(["1: even", f"{end:.2g}"], fontsize=8)
         bar.outline.set_visible(False)
     figure.draw_without_rendering()  # laid out once, so that it is the same picture whenever it is saved
     figure.set_layout_engine("none")
