@@ -33,6 +33,17 @@ def words(model, batch, out, row=0):
     return [token for place, token in enumerate(new) if place not in put_in]
 
 
+def test_nothing_deprecated_is_said_to_transformers(model, monkeypatch):
+    batch = tiny.mixed_batch(model.processor)
+    said = []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", lambda *told: said.append(told))
+    sampled = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 4}
+    assert len(model.generate(**batch, **sampled)) == 2 * len(batch["input_ids"])
+    assert len(model.generate(**batch, generation_config=GenerationConfig(**sampled))) == 2 * len(batch["input_ids"])
+    model.generate(**batch, do_sample=False, max_new_tokens=4, stop_strings=["."])
+    assert said == []
+
+
 def test_forced_goes_before_its_step_and_is_free(model):
     batch = tiny.mixed_batch(model.processor)
     plain = run(model, batch, "off")

@@ -81,15 +81,18 @@ def prepared(
     if input_ids is None:
         raise ValueError("generate needs input_ids: pass the processor's output, model.generate(**inputs)")
     tokenizer = kwargs.pop("tokenizer", tokenizer)
-    copies, stop_strings = setting(backbone.base, kwargs, "num_return_sequences") or 1, None
-    if copies > 1 or setting(backbone.base, kwargs, "stop_strings"):
-        # transformers loses these two on the way to a custom decoding method, so they are taken along by hand.
-        config = copy.deepcopy(kwargs.get("generation_config") or backbone.base.generation_config)
-        stop_strings = setting(backbone.base, kwargs, "stop_strings")
-        config.num_return_sequences, config.stop_strings = 1, None
-        kwargs["generation_config"] = config
+    copies = setting(backbone.base, kwargs, "num_return_sequences") or 1
+    stop_strings = setting(backbone.base, kwargs, "stop_strings")
     kwargs.pop("num_return_sequences", None)
     kwargs.pop("stop_strings", None)
+    if copies > 1 or stop_strings:
+        # transformers loses these two on the way to a custom decoding method, so they are taken along by hand.
+        if kwargs.get("generation_config") is None:
+            kwargs.update(num_return_sequences=1, stop_strings=None)
+        else:  # said in there: keywords beside a config are deprecated
+            config = copy.deepcopy(kwargs["generation_config"])
+            config.num_return_sequences, config.stop_strings = 1, None
+            kwargs["generation_config"] = config
     if stop_strings:
         criteria = kwargs.get("stopping_criteria") or []
         kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, stop_strings)])
