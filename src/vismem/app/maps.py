@@ -49,7 +49,7 @@ def layer(title: str, name: str, heat: Map, end: float) -> dict[str, Any]:
 
 
 def painted(heat: Map, end: float) -> Image.Image:
-    """A map as a small image to lie on a pale picture: of one colour, the more opaque the further above the even share."""
+    """A map as a small image of one colour, to lie on a pale picture; opaque where far above the even share."""
     colour = np.broadcast_to(HOT, (*heat.shape, 3))
     return Image.fromarray(
         (255 * np.concatenate([colour, strength(heat, end)[..., None]], -1)).round().astype(np.uint8), "RGBA"
