@@ -78,7 +78,7 @@ class Site:
         @app.get("/v1/pause")
         async def pause() -> StreamingResponse:
             async def halves():
-                yield b"x" * 2_000_000
+                yield b"\0" * 2_000_000
                 while self.hold is not None and not self.hold.is_set():
                     await asyncio.sleep(0.01)
                 yield b"y"
