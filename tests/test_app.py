@@ -27,6 +27,7 @@ from vismem.app.session import Conversation, Refused, Settings
 from vismem.app.sharing import exported
 from vismem.app.studio import MOST_PICTURES, Studio, read_picture
 from vismem.commands import app as command
+from vismem.commands.parsing import Failure
 from vismem.loading import Loaded, load_model
 from vismem.serving.running import listening_socket
 
@@ -468,6 +469,27 @@ def test_ports(capsys, monkeypatch):
         assert "cannot listen on no.such.host.invalid" in capsys.readouterr().err
     finally:
         taken.close()
+
+
+def test_passwords_are_read(tmp_path, capsys):
+    file = tmp_path / "password"
+    file.write_text(" open sesame\n")
+    environ = {command.PASSWORD_VARIABLE: "from outside"}
+    assert command.read_password(None, {}) is None
+    assert command.read_password(None, environ) == "from outside"
+    assert command.read_password(file, environ) == "open sesame"
+    for content, reason in (
+        (b"\n", "is empty"),
+        (b"\xff", "cannot read the viewer's"),
+        (None, "No such file"),
+    ):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        assert cli.main(["app", "--password-file", str(file)]) == 1
+        assert reason in capsys.readouterr().err
+    with pytest.raises(Failure, match="VISMEM_APP_PASSWORD is empty"):
+        command.read_password(None, {command.PASSWORD_VARIABLE: " "})
 
 
 def test_ctrl_c_stops_it():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import re
 import shutil
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from loopback import error_of, exchanged, get
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the viewer's extra is not installed")
@@ -41,18 +44,24 @@ def studio():
     made.close()
 
 
+@contextmanager
+def served(app):
+    """Where it is served while the context lasts."""
+    bound = listening_socket("127.0.0.1", 0)
+    server = Server(config_of(app, grace=1))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
+    thread.start()
+    yield address_of(bound)
+    server.should_exit = True
+    thread.join(BOUND)
+    bound.close()
+
+
 @pytest.fixture(scope="module")
 def address(studio):
     """Where the viewer is served while these tests last."""
-    with uploads():
-        bound = listening_socket("127.0.0.1", 0)
-        server = Server(config_of(web(studio, "127.0.0.1"), grace=1))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
-        thread.start()
-        yield address_of(bound)
-        server.should_exit = True
-        thread.join(BOUND)
-        bound.close()
+    with uploads(), served(web(studio, "127.0.0.1")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +418,23 @@ def test_closing_the_page_stops_its_answer(visit, studio, held):
     assert leaves.turns[0].main.over.wait(BOUND) and leaves.turns[0].main.finish == "cancelled"
     assert stays.turns[0].main.over.wait(BOUND) and stays.turns[0].main.finish == "stop"
     written(page)
+
+
+def test_a_password(browser, address, studio):
+    with served(web(studio, "127.0.0.1", "let mé in: now")) as place:
+        context = browser.new_context(http_credentials={"username": "anybody", "password": "let mé in: now"})
+        page = context.new_page()
+        page.set_default_timeout(BOUND * 1000)
+        page.goto(place)
+        page.locator("[data-example='1']").click()
+        written(page)
+        expect(page.locator(".vm-answer")).to_contain_text("So 27.")
+        context.close()
+        almost = "Basic " + base64.b64encode("anybody:let mé in: no".encode()).decode()
+        for wrong in (almost, "Basic", "Basic %%%", "Basic bGV0", "Bearer let mé in: now", "Basic OmxldA== x"):
+            code, headers, body = exchanged(int(place.rpartition(":")[2]), get("/config", f"Authorization: {wrong}"))
+            assert code == 401 and headers["www-authenticate"].startswith("basic realm=")
+            assert "needs its password" in error_of(body)["message"]
 
 
 def test_nothing_can_be_had_from_elsewhere(browser, address):

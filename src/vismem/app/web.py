@@ -7,6 +7,8 @@ browser is told to refuse everything that is not the page's own.
 from __future__ import annotations
 
 import asyncio
+import base64
+import hmac
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from vismem.app.page import build
 from vismem.app.panels import CSS
 from vismem.app.sharing import exported
 from vismem.app.studio import Studio
-from vismem.serving.checks import Hosts, Origins, hosts_for
+from vismem.serving.checks import Check, Hosts, Origins, digest, hosts_for
 from vismem.serving.errors import ApiError
 
 LARGEST_FILE = "64mb"  # of an upload
@@ -90,6 +92,27 @@ class OwnPages(Origins):
         return ApiError(403, "other pages may not use the viewer") if super().wrong(scope, headers) else None
 
 
+class Password(Check):
+    """Asks for a password, as HTTP's Basic authentication does; any name goes with it."""
+
+    def __init__(self, app: ASGIApp, password: str) -> None:
+        super().__init__(app)
+        self.digest = digest(password.encode())
+
+    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """See `Check`."""
+        given = headers.getlist("authorization")
+        scheme, _, coded = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        try:
+            found = base64.b64decode(coded.strip(), validate=True).partition(b":")[2]
+        except ValueError:
+            found = b""
+        if hmac.compare_digest(digest(found), self.digest) and scheme.lower() == "basic":
+            return None
+        asking = {"WWW-Authenticate": 'Basic realm="VisMem", charset="UTF-8"'}
+        return ApiError(401, "the viewer needs its password; any user name goes with it", headers=asking)
+
+
 class Sealed:
     """Tells browsers to load nothing from elsewhere, and to show the page in no other site's frame."""
 
@@ -107,12 +130,13 @@ class Sealed:
         await self.app(scope, receive, sealed)
 
 
-def web(studio: Studio, address: str) -> ASGIApp:
+def web(studio: Studio, address: str, password: str | None = None) -> ASGIApp:
     """The page as a web application, with the place that exports are fetched from.
 
     Args:
         studio: what it is a page of.
         address: where it listens. On loopback it answers to loopback's names alone, and nowhere to other sites' pages.
+        password: what visitors must know, if there is one.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -140,8 +164,8 @@ def web(studio: Studio, address: str) -> ASGIApp:
         pwa=False,
     )
     hosts = hosts_for(address)
-    guarded = OwnPages(app) if hosts is None else OwnName(OwnPages(app), hosts)
-    return Sealed(guarded)
+    guarded = OwnPages(app if password is None else Password(app, password))
+    return Sealed(guarded if hosts is None else OwnName(guarded, hosts))
 
 
 @contextmanager

@@ -6,15 +6,19 @@ The page is `vismem.app`'s; here are its options, its address, and its end.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import sys
 import webbrowser
+from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 
 from vismem.commands.loading import add_model_options, load
-from vismem.commands.parsing import Failure, Parser, command_parser, whole
+from vismem.commands.parsing import Failure, Parser, command_parser, say, whole
 
 FIRST_PORT, PORTS = 7860, 100  # where a free port is looked for, and how many are tried
+PASSWORD_VARIABLE = "VISMEM_APP_PASSWORD"
 
 
 def parser() -> Parser:
@@ -28,13 +32,19 @@ def parser() -> Parser:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="where to listen (default: 127.0.0.1, this computer alone; anybody who reaches another address may ask)",
+        help="where to listen (default: 127.0.0.1, this computer alone)",
     )
     page.add_argument(
         "--port",
         type=whole(0, 65535),
         metavar="N",
         help=f"port to listen on, 0 for any (default: the first free one from {FIRST_PORT} on)",
+    )
+    page.add_argument(
+        "--password-file",
+        type=Path,
+        metavar="FILE",
+        help=f"a file with the password that visitors must know; or {PASSWORD_VARIABLE} (default: none is asked for)",
     )
     browser = page.add_mutually_exclusive_group()
     browser.add_argument(
@@ -56,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
     from vismem.serving.running import Server, address_of, config_of, serve
 
+    password = read_password(options.password_file, os.environ)
     bound = free_socket(options.host, options.port)  # before a model is loaded
     loaded = load(options)
 
@@ -65,8 +76,10 @@ def run(options: argparse.Namespace) -> int:
     with uploads():
         studio = Studio(loaded)
         try:
-            address = address_of(bound)
-            server = Server(config_of(web(studio, bound.getsockname()[0]), grace=1), on_stop=studio.leave_all)
+            address, here = address_of(bound), bound.getsockname()[0]
+            server = Server(config_of(web(studio, here, password), grace=1), on_stop=studio.leave_all)
+            if password is None and not ipaddress.ip_address(here.partition("%")[0]).is_loopback:
+                say(f"note: without --password-file, whoever reaches {here} can ask")
             print(f"VisMem is at {address} - Ctrl-C stops it", flush=True)
             if has_browser() if options.open is None else options.open:
                 webbrowser.open(address)
@@ -74,6 +87,24 @@ def run(options: argparse.Namespace) -> int:
         finally:
             studio.close()
     return 0
+
+
+def read_password(file: Path | None, environ: Mapping[str, str]) -> str | None:
+    """The password of the viewer, or None where none is wanted.
+
+    Raises:
+        Failure: if the file cannot be read, or the password is empty.
+    """
+    found = environ.get(PASSWORD_VARIABLE)
+    if file is not None:
+        try:
+            found = file.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise Failure(f"cannot read the viewer's password from {file}: {reason}") from None
+    if found is not None and not found.strip():
+        raise Failure(f"the viewer's password in {file or PASSWORD_VARIABLE} is empty; write one there")
+    return None if found is None else found.strip()
 
 
 def has_browser() -> bool:
