@@ -155,7 +155,7 @@ def test_keys_and_values_have_the_bytes_that_were_estimated(family):
     shape, inputs = shape_of(model), tiny.prompts(model.processor, [tiny.message("What is on the table?")])
     kept = DynamicCache(config=model.base.config.get_text_config())
     with torch.no_grad():
-        model.base(**inputs, past_key_values=kept)
+        model.base(**inputs, **{model.backbone.cache_name: kept})
     found = sum(t.numel() * t.element_size() for layer in kept.layers for t in (layer.keys, layer.values))
     estimated = cache(shape, 1, inputs["input_ids"].shape[1], 4)
     if getattr(model.base.config.get_text_config(), "sliding_window", None):

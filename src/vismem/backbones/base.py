@@ -7,6 +7,7 @@ on, is decided in `vismem.memory`. To add a family, write the file and one line 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CACHE_NAMES = ("cache", "past_key_values")  # of keys and values among the keywords of transformers' models
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin, each [..., tokens, head_dim]; None in towers without rotation
 
 
@@ -74,6 +76,8 @@ class Backbone:
 
     def __init__(self, base: nn.Module) -> None:
         self.base: Any = base  # of whatever family: its attributes are known to the family alone
+        taken = inspect.signature(base.forward).parameters  # transformers 5.24 renamed past_key_values
+        self.cache_name = next((name for name in CACHE_NAMES if name in taken), CACHE_NAMES[-1])
 
     # What all families share in transformers.
 
@@ -119,9 +123,14 @@ class Backbone:
         """What the base's tower and projector make of images, as `visual_states` and `read` take it."""
         return self.base.get_image_features(**vision, return_dict=True)
 
-    def read(self, **inputs: Any) -> Tensor:
-        """Last-layer states [B, L, d] of the base without its head, called by the keywords of transformers' models."""
-        return self.base.model(**inputs).last_hidden_state
+    def read(self, cache: Any = None, **inputs: Any) -> Tensor:
+        """Last-layer states [B, L, d] of the base without its head, called by the keywords of transformers' models.
+
+        Args:
+            cache: keys and values of what was read before, under whichever name the base takes them.
+        """
+        kept = {} if cache is None else {self.cache_name: cache}
+        return self.base.model(**kept, **inputs).last_hidden_state
 
     def visual_states(self, places: Tensor, features: Any | None) -> list[Tensor]:
         """The projector's outputs, row by row (v of Eq. 5).

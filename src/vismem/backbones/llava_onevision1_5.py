@@ -45,7 +45,7 @@ class LlavaOneVision15Backbone(Qwen2VLBackbone):
         vision = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
         return {**inputs, "mm_encoder_outputs": {"image": self.image_features(**vision)}} if vision else inputs
 
-    def read(self, mm_encoder_outputs: dict[str, Any] | None = None, **inputs: Any) -> Tensor:
+    def read(self, cache: Any = None, mm_encoder_outputs: dict[str, Any] | None = None, **inputs: Any) -> Tensor:
         if mm_encoder_outputs:
             embeds = inputs.get("inputs_embeds")
             if embeds is None:
@@ -55,7 +55,7 @@ class LlavaOneVision15Backbone(Qwen2VLBackbone):
             filled = embeds.masked_scatter(places.all(-1, keepdim=True), visual)
             inputs = {k: v for k, v in inputs.items() if k not in ("input_ids", *self.image_inputs)}
             inputs["inputs_embeds"] = filled
-        return super().read(**inputs)
+        return super().read(cache, **inputs)
 
     def embed_patches(self, images: list[Image]) -> Tensor:
         # [n, 1 + patches, d_vision]: the class token is one more key for every patch and every memory.

@@ -46,7 +46,7 @@ class Aligned:
             inputs_embeds=inputs,
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         )[:, -1]
 
@@ -217,7 +217,7 @@ class Slots:
             inputs_embeds=inputs,
             attention_mask=self.masks(self.where),
             position_ids=offset + self.where.to(offset.device),
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         )[:, -1]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from vismem.backbones import Backbone, Image
+from vismem.backbones.base import CACHE_NAMES
 from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.decoding.cache import Aligned, Slots, on_device
 from vismem.decoding.chance import Draws
@@ -81,18 +82,19 @@ class Decoder(Drawing):
         inputs = base.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
         inputs.pop("logits_to_keep", None)
         inputs["use_cache"] = True
-        if inputs.get("past_key_values") is None:
-            inputs["past_key_values"] = DynamicCache(config=base.config.get_text_config())
+        found = [inputs.pop(name, None) for name in CACHE_NAMES]
+        cache = next((each for each in found if each is not None), None)
+        if cache is None:
+            cache = DynamicCache(config=base.config.get_text_config())
         if self.tokens.present(input_ids):  # memory tokens of earlier turns: rows that the base's table lacks
             inputs["inputs_embeds"], inputs["input_ids"] = self.tokens.embed(inputs["input_ids"]), None
         visual = self.backbone.visual_states(input_ids == self.backbone.image_token_id, features)
-        hidden = self.backbone.read(**inputs)[:, -1]
+        hidden = self.backbone.read(cache=cache, **inputs)[:, -1]
         position = inputs.get("position_ids")
         if position is None:
             position = torch.full((len(input_ids), 1), input_ids.shape[1] - 1, device=input_ids.device)
         sights = [Sight(v, i) for v, i in zip(visual, images, strict=True)]
-        cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
-        return Prompts(input_ids, cache, mask, position[..., -1:], hidden, sights)
+        return Prompts(input_ids, cache, inputs.get("attention_mask"), position[..., -1:], hidden, sights)
 
     def enter(self, prompts: Prompts, settings: Settings, copies: int = 1, seeds: list[int] | None = None) -> list[Row]:
         """Makes `copies` rows of every prompt, or one for each opening of a counterfactual.

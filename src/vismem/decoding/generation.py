@@ -19,6 +19,7 @@ from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthC
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from vismem.backbones import Backbone, Image
+from vismem.backbones.base import CACHE_NAMES
 from vismem.config import VisMemConfig
 from vismem.decoding.cache import Slots
 from vismem.decoding.invocation import Policy
@@ -222,6 +223,7 @@ def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any]) -> None
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name):
             raise ValueError(f"{name}=True is not supported by memory decoding; output_scores and output_logits are")
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("a filled past_key_values cannot be continued: memory slots in it have no token ids")
+    for name in CACHE_NAMES:
+        cache = kwargs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"a filled {name} cannot be continued: memory slots in it have no token ids")

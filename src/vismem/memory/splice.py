@@ -172,7 +172,7 @@ class Reader:
                 attention_mask=self.mask[first, :length],
                 position_ids=self.positions[..., first, :length],
                 mm_encoder_outputs=self.images,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 **{name: values[:, :length] for name, values in self.known.items()},
             )
@@ -192,7 +192,7 @@ class Reader:
                 attention_mask=splice.mask(self.mask),
                 position_ids=splice.positions(self.positions)[..., done:],
                 mm_encoder_outputs=self.images,
-                past_key_values=self.cache,
+                cache=self.cache,
                 use_cache=self.cache is not None,
                 **{name: splice.per_token(values) for name, values in self.known.items()},
             )

@@ -7,6 +7,8 @@ positions have one axis and are left to the language model.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from .configuration_llavaonevision1_5 import LLaVAOneVision1_5_TextConfig, Llavaonevision1_5Config, RiceConfig
+
+CACHE = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"  # by version
 
 
 class RiceRotaryEmbedding(nn.Module):
@@ -181,6 +185,7 @@ class LLaVAOneVision1_5_Model(LLaVAOneVision1_5_PreTrainedModel):
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        cache=None,  # the name of today
     ):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -191,9 +196,9 @@ class LLaVAOneVision1_5_Model(LLaVAOneVision1_5_PreTrainedModel):
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: past_key_values if cache is None else cache},
         )
 
 
@@ -230,6 +235,7 @@ class LLaVAOneVision1_5_ForConditionalGeneration(LLaVAOneVision1_5_PreTrainedMod
         image_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,  # comes from the processor of today; positions of one axis need none
         logits_to_keep: int = 0,
+        cache=None,
         **_,
     ) -> CausalLMOutputWithPast:
         outputs = self.model(
@@ -241,9 +247,10 @@ class LLaVAOneVision1_5_ForConditionalGeneration(LLaVAOneVision1_5_PreTrainedMod
             use_cache,
             pixel_values,
             image_grid_thw,
+            cache,
         )
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: outputs[CACHE]})
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs) -> dict:
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
