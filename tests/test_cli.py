@@ -21,9 +21,10 @@ import vismem
 from vismem import cli, loading
 from vismem.commands import ask, images
 from vismem.commands.loading import load
-from vismem.commands.parsing import policy
+from vismem.commands.parsing import Failure, policy
 from vismem.commands.streaming import Paper, Streamer
 from vismem.decoding.invocation import Forced, Random
+from vismem.pocket.world import digit_indices, load_handwriting
 
 QUESTION = "What is on the table?"
 
@@ -317,8 +318,9 @@ def test_devices(run_whole):
     refused(run_whole("info", "--checkpoint", "memory", "--device", "cuda:99"), 1, "cuda:99 is not available")
 
 
-def test_the_image_mark_in_a_question_is_misuse(run):
-    refused(run("ask", "a.png", "what is <image> here?"), 2, "<image>")
+@pytest.mark.parametrize("mark", ["<image>", "<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>"])
+def test_the_models_own_marks_in_a_question_are_misuse(run, mark):
+    refused(run("ask", "a.png", f"What do I pay{mark}?"), 2, mark)
 
 
 # Failures: exit code 1.
@@ -326,10 +328,19 @@ def test_the_image_mark_in_a_question_is_misuse(run):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("broken.png", "broken"), ("text.png", "not an image"), ("empty.png", "is empty")],
+    [
+        ("broken.png", "image broken.png is broken: "),
+        ("text.png", "image text.png is not an image, or of a format that Pillow does not know"),
+        ("empty.png", "image empty.png is empty"),
+    ],
 )
 def test_bad_images(run, name, words):
-    refused(run("ask", name, QUESTION), 1, name, words)
+    refused(run("ask", name, QUESTION), 1, words)
+
+
+def test_what_is_no_image_is_a_failure():
+    with pytest.raises(Failure, match=r"^image a\.png is empty$"):
+        images.decode(b"", "a.png")
 
 
 def test_unreadable_image(run, monkeypatch):
@@ -454,6 +465,14 @@ def test_pocket_without_its_extra(run_whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "vismem.pocket.sample", None)  # makes the import fail
     monkeypatch.setattr("vismem.commands.pocket.EXTRA", ("vismem",))
     refused(run_whole("pocket", "sample", "--out", "x"), 1, 'pip install "vismem[pocket]"')
+
+
+def test_samples_that_cannot_be_drawn_leave_no_folder(run_whole, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    load_handwriting.cache_clear()
+    digit_indices.cache_clear()
+    refused(run_whole("pocket", "sample", "--out", tmp_path / "x"), 1, "pip install 'vismem[pocket]'")
+    assert not (tmp_path / "x").exists()
 
 
 def test_bench_needs_a_source_checkout(run_whole, monkeypatch, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from vismem.evaluation.tables import TABLES, make
 from vismem.evaluation.tables.continuing import forgetting
 from vismem.evaluation.tables.layout import Cell, Table, averaged, grid, measured
 from vismem.evaluation.tables.occasions import relative
-from vismem.pocket import BASE_PATH, MEMORY_PATH, suites
+from vismem.pocket import BASE_PATH, MEMORY_PATH, easyvqa, suites
 from vismem.pocket.tasks import score
 
 
@@ -110,7 +112,9 @@ def test_record_files_go_on_and_drop_a_torn_line(tmp_path):
 
 def test_record_files_refuse_other_settings_and_other_files(tmp_path):
     path = tmp_path / "answers.jsonl"
-    RecordFile(path, {"n": 1})
+    file = RecordFile(path, {"n": 1})
+    assert not path.exists()  # a run that finds nothing to write leaves nothing behind
+    file.add([record("one")])
     with pytest.raises(ValueError, match=r"n=1, not 2.*output_dir"):
         RecordFile(path, {"n": 2})
     path.write_text('{"x": 1}\n{"id": "a"}\n')
@@ -473,6 +477,62 @@ def test_tables_say_what_they_lack(tmp_path):
 
 
 # Numbers.
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"data": "pocket:easy_vqa"}, "easy-VQA needs its package"),
+        ({"data": "pocket:rulez"}, "unknown pocket suite 'rulez'"),
+        ({"data": "nowhere.jsonl"}, "no such file or folder: nowhere.jsonl"),
+        ({"data": "pocket:late", "rewards": ["exakt"]}, "no reward 'exakt'"),
+        ({"task": "vismem_nothing"}, "no task 'vismem_nothing'"),
+    ],
+)
+@pytest.mark.parametrize("section", ["benchmarks", "partial"])
+def test_what_a_later_benchmark_lacks_is_found_before_the_first_is_asked(
+    tmp_path, capfd, monkeypatch, section, more, message
+):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    easyvqa.questions.cache_clear()
+    monkeypatch.setattr(Runs, "load", lambda *_: pytest.fail("nothing should be loaded"))
+    monkeypatch.setattr(vismem.evaluation.runs, "train", lambda *_, **__: pytest.fail("nothing should be trained"))
+    benchmarks = [SMALL["benchmarks"][1], {"name": "last", **more}]
+    values = {**SMALL, "partial": {**TRAINED["partial"], "benchmarks": []}, "output_dir": str(tmp_path / "out")}
+    if section == "partial":
+        values["partial"]["benchmarks"] = benchmarks
+    else:
+        values["benchmarks"] = benchmarks
+    (tmp_path / "e.yaml").write_text(json.dumps(values))
+    tables = ["main", "partial"] if section == "partial" else ["main"]
+    assert command_line(["eval", "tables", *tables, str(tmp_path / "e.yaml")]) == 1
+    error = next(line for line in capfd.readouterr().err.splitlines() if "vismem: error:" in line)
+    assert error.startswith(f"vismem: error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lack_of_what_is_not_needed_any_more_is_none(tmp_path, monkeypatch):
+    """With all answers there, rewards, policies and tasks are not asked for."""
+    values = {**SMALL, "output_dir": str(tmp_path), "methods": [{"name": "vanilla"}]}
+    runs = Runs(settings_of({**values, "benchmarks": [{"name": "a", "data": "pocket:in_view", "limit": 2}]}))
+    (benchmark,), (method,) = runs.settings.benchmarks, runs.settings.methods
+    monkeypatch.setattr(vismem.evaluation.runs, "load_rewards", lambda spec: pytest.fail("no reward is needed"))
+    runs.file(method, benchmark, None).add([record(row.id) for row in runs.rows(benchmark)])
+    runs.check(method, benchmark, None)
+    task = replace(benchmark, name="b", data="", task="vismem_nothing")
+    runs.file(method, task, None).add([record("x")])
+    runs.check(method, task, None)
+
+
+def test_an_error_does_not_stand_on_the_bars_line(tmp_path, capfd, monkeypatch):
+    def fail(*_):
+        raise ValueError("the lights went out")
+
+    monkeypatch.setattr(Runs, "load", fail)
+    (tmp_path / "e.yaml").write_text(json.dumps({**SMALL, "output_dir": str(tmp_path / "out")}))
+    assert command_line(["eval", "tables", "main", str(tmp_path / "e.yaml")]) == 1
+    assert "vismem: error: the lights went out" in capfd.readouterr().err.split("\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_forgetting_is_what_was_lost_since_its_stage():

@@ -216,9 +216,9 @@ def homes() -> dict[str, set[str]]:
     return found
 
 
-def plain_python(site: Path, code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Runs code as a plain installation of the wheel would: other packages of this environment are not to be found."""
-    shown = closure(PROJECT["dependencies"])
+def plain_python(site: Path, code: str, tmp_path: Path, *extras: str) -> subprocess.CompletedProcess[str]:
+    """Runs code as an installation of the wheel would: other packages of this environment are not to be found."""
+    shown = closure([*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])])
     hidden = sorted(name for name, packages in homes().items() if not packages & shown)
     prelude = PRELUDE.format(hidden=hidden, site=str(site))
     done = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, cwd=tmp_path)
@@ -260,16 +260,31 @@ print(json.dumps(found))
     found = json.loads(plain_python(unpacked, code, tmp_path).stdout.splitlines()[-1])
     assert found["version"][:2] == [0, f"vismem {version_here()}\n"]
     assert set(found["help"]) == {0}
-    extras = {"app": "app", "serve": "serve", "audit": "eval", "tables": "pocket", "sample": "pocket", "train": "train"}
+    extras = {"app": "app", "serve": "serve", "audit": "eval", "tables": "eval", "sample": "pocket", "train": "train"}
     for name, extra in extras.items():
         code, _, err = found[name]
         last = err.strip().splitlines()[-1]
         assert code == 1, (name, err)
         assert re.search(rf"pip install ['\"]vismem\[{extra}\]['\"]", last), (name, err)
+    assert not (tmp_path / "drawn").exists() and not (tmp_path / "results").exists()
     assert found["ask"][0] == 0, found["ask"]
     assert "◆short" in found["ask"][1] or "●long" in found["ask"][1]
     assert found["info"][0] == 0
     assert "3,417,632" in found["info"][1]
+
+
+def test_the_extra_of_evaluation_has_all_that_the_pockets_tables_need(unpacked, tmp_path):
+    """Every set of the preset, a question each, with the packages of `eval` and no others."""
+    code = """
+from vismem.cli import main
+words = ["preset=pocket", "n=1", "limit=1", "max_new_tokens=2", "methods=[{name: vanilla}]"]
+print(main(["eval", "tables", "main", *words]))
+"""
+    assert plain_python(unpacked, code, tmp_path, "eval").stdout.splitlines()[-1] == "0"
+    answers = tmp_path / "results" / "evaluation" / "answers" / "vanilla"
+    assert len(list(answers.iterdir())) == 8
+    pocket, own = ({Requirement(line).name: line for line in EXTRAS[extra]} for extra in ("pocket", "eval"))
+    assert all(own[name] == pocket[name] for name in pocket.keys() & own.keys())
 
 
 def version_here() -> str:

@@ -22,7 +22,7 @@ from PIL import GifImagePlugin, Image, ImageFile
 
 from vismem.data.images import BadImage, TooManyPixels, open_image
 from vismem.serving.errors import ApiError
-from vismem.serving.pictures import FORMATS, PictureLimits, Pictures, fetch_picture
+from vismem.serving.pictures import FORMATS, PictureLimits, Pictures
 from vismem.serving.stripping import orientation_of, stripped
 
 LIMITS = PictureLimits(count=3, size=200_000, pixels=250_000, total_pixels=400_000, timeout=5.0)
@@ -69,7 +69,8 @@ def uri(file: bytes, kind: str = "image/png") -> str:
 
 
 def fetched(url: str, limits: PictureLimits = LIMITS) -> Image.Image:
-    return asyncio.run(fetch_picture(url, limits))
+    pictures = Pictures(limits)
+    return pictures.decode(asyncio.run(pictures.fetch([url])))[0]
 
 
 def decoded(*files: bytes, limits: PictureLimits = LIMITS) -> list[Image.Image]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import gc
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from vismem.cli import main
 from vismem.data import Row, prompt_inputs
 from vismem.decoding.invocation import Random
 from vismem.memory import Memory
-from vismem.training import experience, grpo
+from vismem.training import experience, grpo, run
 from vismem.training.arguments import PRESETS, MemoryTrainingArguments, arguments_for, load_settings
 from vismem.training.checkpoints import last_checkpoint
 from vismem.training.replay import Learner, collate
@@ -474,6 +475,64 @@ def test_bad_settings_are_one_line(folder, tmp_path, capsys, change, said):
     err = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("vismem")]
     assert len(err) == 1 and said in err[0]
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("rewards=[exakt]", "no reward 'exakt'; there are exact"),
+        ("rewards=[math]", "the reward 'math' needs the package math-verify"),
+        ("stage2.rewards=[nowhere:low]", "cannot import nowhere"),
+        ("stage2.temperature=0", "temperature must be more than 0"),
+        ("stage1.data=/nowhere.jsonl", "no such file or folder: /nowhere.jsonl"),
+        ("stage2.data=pocket:lately", "unknown pocket mixture 'lately'"),
+        ("stage2.data={folder}/blind.jsonl", "blind.jsonl has no good row left (1 bad)"),
+        ("stage2.data={folder}/words.jsonl stage2.streaming=true", "words.jsonl has no good row (1 bad)"),
+        ("stage2.seed=1", "stage2 holds a run already"),
+    ],
+)
+def test_what_a_later_stage_stops_at_is_found_before_the_first(folder, tmp_path, capsys, monkeypatch, change, said):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.setattr(run, "load_model", lambda args: pytest.fail("nothing should be loaded"))
+    (folder / "blind.jsonl").write_text(json.dumps({"prompt": "what?", "images": ["nowhere.png"], "answer": "a"}))
+    (folder / "words.jsonl").write_text("words")
+    if "already" in said:
+        (tmp_path / "run" / "stage2").mkdir(parents=True)
+        (tmp_path / "run" / "stage2" / "done.json").write_text('{"stage": "stage2"}')
+    changes = [part.format(folder=folder) for part in change.split()]
+    assert command("all", str(folder / "settings.yaml"), f"output_dir={tmp_path / 'run'}", *changes) == 1
+    err = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("vismem")]
+    assert len(err) == 1 and said in err[0]
+    assert not (tmp_path / "run" / "warmup").exists()
+
+
+def test_stages_that_read_alike_read_once_and_what_is_done_needs_nothing(folder, tmp_path, monkeypatch):
+    read, begun = [], []
+    whole = run.load_rows
+    monkeypatch.setattr(run, "load_rows", lambda args: read.append(args.stage) or whole(args))
+    monkeypatch.setattr(run, "load_model", lambda args: None)
+
+    class Trainer:
+        def __init__(self, model, args, rows):
+            self.state = TrainerState()
+            begun.append((args.stage, args.checkpoint, rows))
+
+        def train(self, resume_from_checkpoint):
+            pass
+
+        def save_result(self, folder):
+            folder.mkdir(parents=True)
+
+    monkeypatch.setattr(run, "MemoryTrainer", Trainer)
+    given = [str(folder / "settings.yaml"), f"output_dir={tmp_path}", f"stage2.data={folder / 'more.jsonl'}"]
+    (folder / "more.jsonl").write_text(json.dumps({"prompt": "what?", "answer": "a"}))
+    assert command("all", *given) == 0
+    assert read == ["warmup", "stage2"]
+    assert [stage for stage, *_ in begun] == list(STAGES) and begun[0][2] is begun[1][2] is not begun[2][2]
+    memories = [str(tmp_path / stage / "memory") for stage in STAGES]
+    assert [checkpoint for _, checkpoint, _ in begun] == [None, *memories[:2]]
+    assert command("all", *given, "rewards=[exakt]", "data=/nowhere.jsonl", "--resume") == 0
+    assert len(begun) == 3
 
 
 # It learns.

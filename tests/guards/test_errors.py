@@ -1,9 +1,8 @@
-"""Errors: what they say, and that they go through pickle."""
+"""Errors: what they say, here and after they came from another process."""
 
 from __future__ import annotations
 
 import json
-import pickle
 
 import pytest
 
@@ -12,11 +11,12 @@ pytest.importorskip("uvicorn")
 
 
 from vismem.serving.errors import ApiError
+from vismem.serving.replica import told
 
 
-def test_an_error_is_openais_and_goes_through_pickle() -> None:
+def test_an_error_is_openais_and_crosses_processes() -> None:
     error = ApiError(400, 'bad "field"\ud800', code="odd", param="messages", headers={"X-Y": "z"})
-    again = pickle.loads(pickle.dumps(error))
+    again = ApiError(**json.loads(json.dumps(told(error))))
     for each in (error, again):
         assert each.body() == {
             "error": {

@@ -100,7 +100,7 @@ class Later:
         slots: [N], what each slot got, mean over these tokens.
         groups: where all of their attention went, 1 in all: `"this memory"`, `"other memories"`, `"picture"`,
             `"prompt"`, `"answer"`.
-        places: how many places each group has, as the last token sees them.
+        places: how many places each group has before the last token, within the base's window or not.
     """
 
     start: int

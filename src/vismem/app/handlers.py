@@ -19,9 +19,10 @@ import gradio as gr
 from vismem.app import rendering
 from vismem.app.examples import examples
 from vismem.app.session import Conversation, Refused, Settings, one_line
-from vismem.app.studio import Studio, read_picture
+from vismem.app.studio import Studio, check_text, read_pictures
 
 PAUSE = 0.05  # seconds between two looks at an answer that is being written
+MOST_SCHEDULE = 2000  # characters
 BEAT = 20  # pauses after which it is shown again even if nothing was written
 log = logging.getLogger(__name__)
 Updates = dict[Any, Any]  # by component
@@ -61,6 +62,7 @@ class Handlers:
 
     def __init__(self, studio: Studio, parts: Parts) -> None:
         self.studio, self.parts = studio, parts
+        self.reading = asyncio.Lock()  # one question's pictures at a time are in memory without being counted
 
     # Asking.
 
@@ -72,26 +74,35 @@ class Handlers:
 
     async def pick(self, request: gr.Request, event: gr.EventData, *said: Any) -> AsyncIterator[Updates]:
         """Asks an example."""
-        async for updates in self.put(request, "", [], said, int(event.example)):
+        async for updates in self.put(request, "", [], said, event):
             yield updates
 
     async def follow(self, request: gr.Request, event: gr.EventData, *said: Any) -> AsyncIterator[Updates]:
         """Asks what was suggested."""
-        async for updates in self.put(request, str(event.question), [], said):
+        async for updates in self.put(request, str(getattr(event, "question", "")), [], said):
             yield updates
 
     async def put(
-        self, request: gr.Request, question: str, files: list[Any], said: tuple[Any, ...], example: int | None = None
+        self,
+        request: gr.Request,
+        question: str,
+        files: list[Any],
+        said: tuple[Any, ...],
+        picked: gr.EventData | None = None,
     ) -> AsyncIterator[Updates]:
         """Asks, and shows the answer as it grows."""
         parts, conversation = self.parts, self.of(request)
         try:
             settings = settings_of(*said)
+            example = None if picked is None else examples()[whole(picked, "example", len(examples()))]
             if example is not None:
-                question, pictures = examples()[example].question, examples()[example].open()
-            else:
-                pictures = [await asyncio.to_thread(read_picture, *named(each)) for each in files]
-            turn = await asyncio.to_thread(self.studio.ask, conversation, question, pictures, settings)
+                question = example.question
+            async with self.reading:
+                if example is not None:
+                    pictures = example.open()
+                else:
+                    pictures = await asyncio.to_thread(read_pictures, [named(each) for each in files], conversation)
+                turn = await asyncio.to_thread(self.studio.ask, conversation, question, pictures, settings)
         except Refused as error:
             yield {parts.notice: rendering.notice(str(error))}
             return
@@ -100,7 +111,7 @@ class Handlers:
             yield {parts.notice: rendering.notice(f"That went wrong: {one_line(error)}. The terminal has the details.")}
             return
         if example is not None:
-            conversation.suggestions = list(examples()[example].next)
+            conversation.suggestions = list(example.next)
         elif question in conversation.suggestions:
             conversation.suggestions.remove(question)
         conversation.selected, size, pauses = None, -1, 0
@@ -152,11 +163,11 @@ class Handlers:
     async def inspect(self, request: gr.Request, event: gr.EventData) -> AsyncIterator[Updates]:
         """Opens an invocation's panel, or closes it if it is open."""
         parts, conversation = self.parts, self.of(request)
-        chosen = int(event.turn), str(event.side), int(event.index)
-        if conversation.selected == chosen and event.closes:
-            yield self.close(request)
-            return
         try:
+            chosen = whole(event, "turn"), str(getattr(event, "side", "")), whole(event, "index")
+            if conversation.selected == chosen and getattr(event, "closes", False):
+                yield self.close(request)
+                return
             future = self.studio.inspect(*conversation.invocation(*chosen)[:2])
         except Refused as error:
             yield {parts.notice: rendering.notice(str(error))}
@@ -228,8 +239,8 @@ def settings_of(
     compare: bool,
     invocation: str,
     schedule: str,
-    rate: float,
-    where: str,
+    rate: float | None,
+    where: str | None,
     temperature: float | None,
     seed: float | None,
     most: float | None,
@@ -237,8 +248,12 @@ def settings_of(
     """The switches of the page as settings.
 
     Raises:
-        Refused: if one is empty.
+        Refused: if one is empty, or cannot be read.
     """
+    for text in (invocation, schedule, where):
+        check_text(text or "")
+    if len(schedule or "") > MOST_SCHEDULE:
+        raise Refused(f"The schedule has {len(schedule):,} characters; {MOST_SCHEDULE:,} is the limit.")
     if invocation == "schedule":
         places = (schedule or "").lower().replace(",", " ").split()
         if not places:
@@ -249,10 +264,23 @@ def settings_of(
                 raise Refused(f"The schedule has “{place[:40]}” in it, which cannot be read: write {rule}.")
         invocation = ",".join(places)
     elif invocation == "random":
+        if rate is None or where is None:
+            raise Refused("Chance and places each need a value: choose them, or let the model decide.")
         invocation = f"random:{rate:g}@{where}"
     if temperature is None or seed is None or most is None:
         raise Refused("Temperature, seed and most tokens each need a number: see Advanced.")
+    for name, number in (("seed", seed), ("number of tokens", most)):
+        if not float(number).is_integer():
+            raise Refused(f"The {name} must be a whole number of 0 or more, not {number:g}.")
     return Settings(invocation, bool(compare), float(temperature), int(seed), int(most))
+
+
+def whole(event: gr.EventData, name: str, end: int = 2**31) -> int:
+    """A number that an event has, from 0 up to `end`, which is not among them. Raises Refused."""
+    found = str(getattr(event, name, ""))
+    if not found.isdecimal() or len(found) > 10 or int(found) >= end:
+        raise Refused("The page said something that cannot be read: load it again.")
+    return int(found)
 
 
 def named(file: Any) -> tuple[str, str]:

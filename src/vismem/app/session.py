@@ -24,6 +24,7 @@ from vismem.decoding.invocation import Forced, Policy, read_policy
 from vismem.decoding.text import Detokenizer
 from vismem.decoding.trace import Invocation
 from vismem.evaluation.marks import Piece, joined
+from vismem.serving.protocol import MOST_PLACED
 from vismem.serving.worker import Finish, News, Ticket
 
 Side = Literal["memory", "vanilla"]
@@ -71,6 +72,8 @@ class Settings:
             policy = read_policy(self.invocation, self.seed)
         except ValueError as error:
             raise Refused(f"The invocation cannot be read: {error}.") from error
+        if isinstance(policy, Forced) and len(list(policy.schedule)) > MOST_PLACED:
+            raise Refused(f"A schedule may have {MOST_PLACED} invocations, not {len(list(policy.schedule))}.")
         if isinstance(policy, Forced) and not sighted:
             for _, step, kind in policy.schedule:
                 if kind == "short":

@@ -23,6 +23,7 @@ from vismem.app.session import Conversation, Refused, Reply, Settings, Side, Tur
 from vismem.decoding.invocation import Policy
 from vismem.decoding.requests import Request
 from vismem.loading import Loaded
+from vismem.serving.engine import COLDEST
 from vismem.serving.errors import ApiError
 from vismem.serving.pictures import PictureLimits, Pictures
 from vismem.serving.prompts import context_of, inputs_of, marks_of
@@ -57,31 +58,40 @@ class Studio:
         self.processor, self.asking = copy.deepcopy(self.model.processor), threading.Lock()
         self.context, self.marks = context_of(self.model), marks_of(self.model)
         self.visitors: OrderedDict[str, Conversation] = OrderedDict()
+        self.visiting, self.looking = threading.RLock(), threading.Lock()  # events come in threads of their own
 
     def conversation(self, visitor: str, new: bool = False) -> Conversation:
         """A visitor's conversation; with `new` a fresh one in its place."""
-        if new:
-            self.leave(visitor)
-        if visitor not in self.visitors:
-            self.visitors[visitor] = Conversation()
-        self.visitors.move_to_end(visitor)
-        pixels = sum(pixels_of(each.pictures) for each in self.visitors.values())
-        while len(self.visitors) > MOST_VISITORS or (pixels > KEPT_PIXELS and len(self.visitors) > 1):
-            oldest = next(iter(self.visitors))
-            pixels -= pixels_of(self.visitors[oldest].pictures)
-            self.leave(oldest)
-        return self.visitors[visitor]
+        with self.visiting:
+            if new:
+                self.leave(visitor)
+            if visitor not in self.visitors:
+                self.visitors[visitor] = Conversation()
+            self.visitors.move_to_end(visitor)
+            pixels = sum(pixels_of(each.pictures) for each in self.visitors.values())
+            while len(self.visitors) > MOST_VISITORS or (pixels > KEPT_PIXELS and len(self.visitors) > 1):
+                oldest = next(iter(self.visitors))
+                pixels -= pixels_of(self.visitors[oldest].pictures)
+                self.leave(oldest)
+            return self.visitors[visitor]
 
     def leave(self, visitor: str) -> None:
         """Forgets a visitor's conversation, and stops what is being written for it."""
-        gone = self.visitors.pop(visitor, None)
+        with self.visiting:
+            gone = self.visitors.pop(visitor, None)
         if gone is not None and gone.busy:
             self.stop(gone.turns[-1])
 
     def leave_all(self) -> None:
         """Forgets all conversations."""
-        for visitor in list(self.visitors):
-            self.leave(visitor)
+        with self.visiting:
+            for visitor in list(self.visitors):
+                self.leave(visitor)
+
+    def by_key(self, key: str) -> Conversation | None:
+        """The conversation that is exported by that key, if it is still there."""
+        with self.visiting:
+            return next((each for each in self.visitors.values() if each.key == key), None)
 
     def ask(
         self,
@@ -130,22 +140,21 @@ class Studio:
             raise Refused("The question is empty: type one, or pick an example.")
         if len(question) > LONGEST_QUESTION:
             raise Refused(f"The question has {len(question):,} characters; {LONGEST_QUESTION:,} is the limit.")
+        check_text(question)
         for mark in self.marks:
             if mark in question:
                 raise Refused(f"The question has the model's own mark {mark} in it: leave that out.")
         seen = [*conversation.pictures, *pictures]
-        if len(seen) > MOST_PICTURES:
-            raise Refused(f"That makes {len(seen)} images; a conversation may have {MOST_PICTURES}. Start a new one.")
+        check_count(len(seen))
         if pixels_of(seen) > ALL_PIXELS:
-            most = f"{ALL_PIXELS:,} pixels in all"
-            raise Refused(f"The images of a conversation may have {most}: make them smaller, or start a new one.")
+            raise too_many_pixels()
         return bool(seen)
 
     def begin(self, side: Side, policy: str | Policy, inputs: dict[str, Tensor], settings: Settings) -> Reply:
         """Queues one answer. Raises Full or Closed."""
         reply = Reply(side, self.model.processor.tokenizer, self.model.tokens)
         generation: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "num_beams": 1, "do_sample": False}
-        if settings.temperature > 0:
+        if settings.temperature >= COLDEST:
             generation |= {"do_sample": True, "temperature": settings.temperature}
         request = Request(dict(inputs), invocation=policy, seed=settings.seed, generation=generation)
         reply.inputs, reply.ticket = inputs, self.worker.submit(request, reply.read)
@@ -177,26 +186,60 @@ class Studio:
         reply = next((reply for reply in turn.replies if reply.side == side), None)
         if reply is None or not reply.inspectable:
             raise Refused("There is nothing to look into yet: wait until the answer is written.")
-        if reply.inspection is None or reply.inspection.cancelled():
 
-            def find() -> Inspection:
-                assert reply.ticket is not None  # until it was looked into
-                return inspect_answer(self.model, reply.inputs, reply.ticket.answers[0].rollout, turn.seen)
+        def find() -> Inspection:
+            assert reply.ticket is not None  # until it was looked into
+            return inspect_answer(self.model, reply.inputs, reply.ticket.answers[0].rollout, turn.seen)
 
-            def forget(future: Future[Inspection]) -> None:
-                if not future.cancelled() and future.exception() is None:
-                    reply.inputs, reply.ticket = {}, None  # large, and of no more use
+        def forget(future: Future[Inspection]) -> None:
+            if not future.cancelled() and future.exception() is None:
+                reply.inputs, reply.ticket = {}, None  # large, and of no more use
 
-            try:
-                reply.inspection = self.worker.call(find)
-            except Closed as error:
-                raise Refused("The viewer is being stopped.") from error
-            reply.inspection.add_done_callback(forget)
-        return reply.inspection
+        with self.looking:  # two who look at once are to find one inspection
+            if reply.inspection is None or reply.inspection.cancelled():
+                try:
+                    reply.inspection = self.worker.call(find)
+                except Closed as error:
+                    raise Refused("The viewer is being stopped.") from error
+                reply.inspection.add_done_callback(forget)
+            return reply.inspection
 
     def close(self) -> None:
         """Stops the worker; answers that are being written end here."""
         self.worker.close()
+
+
+def read_pictures(files: Sequence[tuple[str | Path, str]], conversation: Conversation) -> list[Image.Image]:
+    """Pictures that a conversation is to have, each by path and name; none is decoded that it may not have.
+
+    Raises:
+        Refused: if one is no whole image, or they are too many or too large.
+    """
+    check_count(len(conversation.pictures) + len(files))
+    found: list[Image.Image] = []
+    for path, name in files:
+        found.append(read_picture(path, name, ALL_PIXELS - pixels_of([*conversation.pictures, *found])))
+    return found
+
+
+def check_text(text: str) -> None:
+    """Raises Refused if it has half a character in it, which can be neither read nor shown."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused("The text has half a character in it, which cannot be read: type it anew.") from error
+
+
+def too_many_pixels() -> Refused:
+    """What is said where a conversation's pictures are too large together."""
+    most = f"{ALL_PIXELS:,} pixels in all"
+    return Refused(f"The images of a conversation may have {most}: make them smaller, or start a new one.")
+
+
+def check_count(pictures: int) -> None:
+    """Raises Refused if those are too many for a conversation."""
+    if pictures > MOST_PICTURES:
+        raise Refused(f"That makes {pictures} images; a conversation may have {MOST_PICTURES}. Start a new one.")
 
 
 def pixels_of(pictures: Sequence[Image.Image]) -> int:
@@ -204,12 +247,13 @@ def pixels_of(pictures: Sequence[Image.Image]) -> int:
     return sum(picture.width * picture.height for picture in pictures)
 
 
-def read_picture(path: str | Path, name: str | None = None) -> Image.Image:
+def read_picture(path: str | Path, name: str | None = None, left: int = ALL_PIXELS) -> Image.Image:
     """A picture from a file, upright and in colour, by the rules and with the care that `Pictures.decode` has.
 
     Args:
         path: where it lies.
         name: what its owner calls it.
+        left: pixels that its conversation may still have.
 
     Raises:
         Refused: if it is no whole image, or too large.
@@ -217,11 +261,13 @@ def read_picture(path: str | Path, name: str | None = None) -> Image.Image:
     name = name or Path(path).name
     try:
         with DECODING:  # one at a time: while it is decoded a picture takes many times its size
-            return Pictures(PictureLimits(pixels=MOST_PIXELS)).decode([Path(path).read_bytes()])[0]
+            return Pictures(PictureLimits(pixels=max(min(MOST_PIXELS, left), 1))).decode([Path(path).read_bytes()])[0]
     except OSError as error:
         raise Refused(f"Image {name} is no longer here: drop it in again.") from error
     except ApiError as error:
+        if error.status == 413 and left < MOST_PIXELS:
+            raise too_many_pixels() from error
         if error.status == 413:
             raise Refused(f"Image {name} has more than {MOST_PIXELS:,} pixels, the limit; make it smaller.") from error
-        reason = error.message.removeprefix("an image cannot be used: ").replace("image in bytes", "it")
+        reason = error.message.removeprefix("an image cannot be used: ")
         raise Refused(f"Image {name} cannot be used: {reason}.") from error

@@ -1,4 +1,4 @@
-"""The page as a web application: its looks, its exports, and what keeps it on this machine.
+"""The page as a web application: its looks and its exports. What keeps it on this machine is in `guards.py`.
 
 No font, script or count goes to another host: the theme has system fonts only, gradio's analytics are off, and the
 browser is told to refuse everything that is not the page's own.
@@ -7,8 +7,6 @@ browser is told to refuse everything that is not the page's own.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hmac
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,30 +14,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+os.environ["GRADIO_RUN_HISTORY"] = "False"  # else whoever comes may have runs kept on a hub, with the owner's token
 
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from vismem.app import rendering
+from vismem.app.guards import guarded
 from vismem.app.page import build
 from vismem.app.panels import CSS
 from vismem.app.sharing import exported
 from vismem.app.studio import Studio
-from vismem.serving.checks import Check, Hosts, Origins, digest, hosts_for
-from vismem.serving.errors import ApiError
 
 LARGEST_FILE = "64mb"  # of an upload
 SANS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace"]
-OWN = "'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # gradio's scripts are inline, and make functions
-HEADERS = {
-    "Content-Security-Policy": f"default-src {OWN}; frame-ancestors 'self'; form-action 'self'; base-uri 'self'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 def theme() -> gr.themes.Base:
@@ -76,60 +67,6 @@ def theme() -> gr.themes.Base:
     return found.set(**plain, **both)
 
 
-class OwnName(Hosts):
-    """Refuses to be called by another name than this computer's own."""
-
-    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """See `Hosts`."""
-        return ApiError(403, "the viewer does not answer to that name") if super().wrong(scope, headers) else None
-
-
-class OwnPages(Origins):
-    """Refuses what a web page of another origin makes the browser send."""
-
-    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """See `Origins`."""
-        return ApiError(403, "other pages may not use the viewer") if super().wrong(scope, headers) else None
-
-
-class Password(Check):
-    """Asks for a password, as HTTP's Basic authentication does; any name goes with it."""
-
-    def __init__(self, app: ASGIApp, password: str) -> None:
-        super().__init__(app)
-        self.digest = digest(password.encode())
-
-    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """See `Check`."""
-        given = headers.getlist("authorization")
-        scheme, _, coded = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        try:
-            found = base64.b64decode(coded.strip(), validate=True).partition(b":")[2]
-        except ValueError:
-            found = b""
-        if hmac.compare_digest(digest(found), self.digest) and scheme.lower() == "basic":
-            return None
-        asking = {"WWW-Authenticate": 'Basic realm="VisMem", charset="UTF-8"'}
-        return ApiError(401, "the viewer needs its password; any user name goes with it", headers=asking)
-
-
-class Sealed:
-    """Tells browsers to load nothing from elsewhere, and to show the page in no other site's frame."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sealed(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers[name] = value
-            await send(message)
-
-        await self.app(scope, receive, sealed)
-
-
 def web(studio: Studio, address: str, password: str | None = None) -> ASGIApp:
     """The page as a web application, with the place that exports are fetched from.
 
@@ -142,11 +79,11 @@ def web(studio: Studio, address: str, password: str | None = None) -> ASGIApp:
 
     @app.get("/export/{key}")
     async def export(key: str) -> Response:
-        for conversation in list(studio.visitors.values()):
-            if conversation.key == key:
-                name = {"Content-Disposition": 'attachment; filename="vismem-conversation.html"'}
-                return HTMLResponse(await asyncio.to_thread(exported, studio, conversation), headers=name)
-        return PlainTextResponse("This conversation is gone: it was closed, or begun anew.", status_code=404)
+        conversation = studio.by_key(key)
+        if conversation is None:
+            return PlainTextResponse("This conversation is gone: it was closed, or begun anew.", status_code=404)
+        name = {"Content-Disposition": 'attachment; filename="vismem-conversation.html"'}
+        return HTMLResponse(await asyncio.to_thread(exported, studio, conversation), headers=name)
 
     # As a style of our own, which gradio does not rewrite; the fragments' rules are nested, to outweigh its resets.
     style = f":root {{ {CSS} }}\n{rendering.static('page.css')}"
@@ -163,9 +100,7 @@ def web(studio: Studio, address: str, password: str | None = None) -> ASGIApp:
         enable_monitoring=False,
         pwa=False,
     )
-    hosts = hosts_for(address)
-    guarded = OwnPages(app if password is None else Password(app, password))
-    return Sealed(guarded if hosts is None else OwnName(guarded, hosts))
+    return guarded(app, address, password)
 
 
 @contextmanager

@@ -76,7 +76,8 @@ class Backbone:
 
     def __init__(self, base: nn.Module) -> None:
         self.base: Any = base  # of whatever family: its attributes are known to the family alone
-        taken = inspect.signature(base.forward).parameters  # transformers 5.24 renamed past_key_values
+        # transformers 5.24 renamed past_key_values; what only a config stands in for is not read.
+        taken = inspect.signature(base.forward).parameters if hasattr(base, "forward") else ()
         self.cache_name = next((name for name in CACHE_NAMES if name in taken), CACHE_NAMES[-1])
 
     # What all families share in transformers.

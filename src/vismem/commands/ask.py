@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vismem.commands.images import MOST_PIXELS, read_images
+from vismem.commands.images import read_images
 from vismem.commands.loading import Loaded, add_model_options, load
 from vismem.commands.parsing import (
     MOST_TOKENS,
@@ -53,7 +53,7 @@ def parser() -> Parser:
         "words",
         nargs="*",
         metavar="IMAGE ... QUESTION",
-        help=f"paths of images, or - for standard input, at most {MOST_PIXELS:,} pixels each; the question comes last",
+        help="paths of images, or - for standard input; the question comes last",
     )
     found.add_argument("--json", action="store_true", help="print one JSON object instead")
     writing = found.add_argument_group("writing")
@@ -126,11 +126,14 @@ def check_schedule(text: str, sighted: bool) -> None:
 
 def prompt(model, question: str, images: list) -> dict:
     """The processor's tensors for one question about those images, on the model's device."""
-    from vismem.serving.prompts import inputs_of
+    from vismem.serving.prompts import inputs_of, marks_of
 
-    mark = getattr(model.processor, "image_token", None)
-    if mark and mark in question:
-        raise Misuse(f"the question has the image mark {mark} in it; name images as files, before the question")
+    for mark in marks_of(model):
+        if mark in question:
+            raise Misuse(
+                f"the question has the model's own mark {mark} in it; leave that out: images are named as files, "
+                "before the question, and --invocation says who invokes memory"
+            )
     shown = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
     return inputs_of(model, messages)

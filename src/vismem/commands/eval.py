@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         from vismem.evaluation.settings import load_settings
         from vismem.evaluation.tables import make
     except ImportError as error:
-        raise Failure(f"evaluation needs more packages: pip install 'vismem[eval,train]' ({error})") from error
+        raise Failure(f"evaluation needs more packages: pip install 'vismem[eval]' ({error})") from error
     settings = load_settings(options.file, options.changes)
     if options.show:
         import dataclasses

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from io import BytesIO
 from pathlib import Path
 
 from vismem.commands.parsing import Failure, Misuse
 
-MOST_PIXELS = 89_478_485  # Pillow's own line between a large photograph and a decompression bomb
 MOST_BYTES = 512 * 2**20
 
 
@@ -18,7 +15,7 @@ def read_images(names: list[str]) -> list:
 
     Raises:
         Misuse: if a path is not there or is a folder, or if standard input is named twice.
-        Failure: if a file cannot be read, is no whole image, or has more than `MOST_PIXELS` pixels.
+        Failure: if a file cannot be read, is no whole image, or has more pixels than `vismem.data.images` allows.
     """
     if names.count("-") > 1:
         raise Misuse("standard input (-) can be read once only")
@@ -48,25 +45,9 @@ def read_bytes(name: str) -> bytes:
 
 def decode(content: bytes, name: str):
     """Bytes as an RGB picture, turned as its EXIF data says."""
-    from PIL import Image, ImageOps
+    from vismem.data.images import BadImage, open_image
 
-    from vismem.data.images import whole_images
-
-    if not content:
-        raise Failure(f"image {name} is empty")
-    too_large = Failure(f"image {name} has more than {MOST_PIXELS:,} pixels, the limit; make it smaller first")
     try:
-        with warnings.catch_warnings(), whole_images():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(content)) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise too_large
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise too_large from error
-    except Failure:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise Failure(f"{name} is not an image, or of a format that Pillow does not know") from error
-    except Exception as error:  # Pillow's decoders raise many kinds, from OSError to struct.error
-        raise Failure(f"image {name} is broken: {error or type(error).__name__}") from error
+        return open_image({"bytes": content, "path": name}, Path())
+    except BadImage as error:
+        raise Failure(str(error)) from error

@@ -163,6 +163,7 @@ def engine_of(options: argparse.Namespace):
         "pictures": PictureLimits(
             count=options.max_images,
             size=options.max_body * MIB,
+            total_size=max(options.max_body, 64) * MIB,
             pixels=options.max_pixels * 10**6,
             total_pixels=2 * options.max_pixels * 10**6,
             hosts=tuple(options.allow_image_host),

@@ -22,7 +22,12 @@ class Draws:
 
 
 def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """One token [n] for each row of `probabilities` [n, V] by the inverse of its distribution function at `uniform`."""
+    """One token [n] for each row of `probabilities` [n, V] by the inverse of its distribution function at `uniform`.
+
+    Raises:
+        RuntimeError: where a row's probabilities are no numbers; on a GPU, at the next thing that waits for it.
+    """
     edges = probabilities.double().cumsum(-1)
+    torch._assert_async((edges[:, -1] > 0).all(), "probabilities to sample from are NaN or all 0")
     places = torch.searchsorted(edges, uniform[:, None].to(edges) * edges[:, -1:], right=True)
     return places.squeeze(1).clamp(max=edges.shape[1] - 1)

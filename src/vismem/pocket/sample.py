@@ -20,10 +20,10 @@ def sample(out: Path, n: int = 12, seed: int = 0, enlarge: int = 1) -> None:
     if n < 1 or enlarge < 1:
         raise ValueError(f"n and enlarge must be 1 or more, not {n} and {enlarge}")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(n):
         conversation = sample_conversation(Random(f"{seed}-{number}"), "test", task=TASKS[number % len(TASKS)])
+        out.mkdir(parents=True, exist_ok=True)  # not before there is something to put into it
         names = []
         for place, image in enumerate(conversation.images):
             names.append(f"{number:04d}_{place}.png")

@@ -10,13 +10,13 @@ import copy
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from PIL.Image import Image
 from torch import Tensor
 
-from vismem.decoding.invocation import Forced, Policy, read_policy
+from vismem.decoding.invocation import Forced, Policy, Random, read_policy
 from vismem.decoding.requests import Request
 from vismem.model import VisMem
 from vismem.serving.errors import ApiError, stopping
@@ -24,6 +24,8 @@ from vismem.serving.pictures import PictureLimits, Pictures
 from vismem.serving.prompts import context_of, inputs_of, marks_of
 from vismem.serving.worker import Closed, Full, News, Worker
 from vismem.serving.writing import Delta, Ended, Event, Invoked, Started, Writer
+
+LONGEST_TOKEN = 16  # characters of a token, on the average of any text that is not made to be long
 
 __all__ = ["Answering", "Ask", "Delta", "Ended", "Engine", "Event", "Invoked", "Load", "Started"]
 
@@ -161,6 +163,13 @@ class Engine:
         """The processor's tensors for the messages, on the model's device."""
         # Templates put the texts of a turn together, some with its images elsewhere, so a mark may come in parts.
         texts = ["".join(part["text"] for part in turn["content"] if part["type"] == "text") for turn in ask.messages]
+        if (size := sum(map(len, texts))) > LONGEST_TOKEN * self.context:  # before work is done that grows with it
+            raise ApiError(
+                400,
+                f"the messages have {size} characters; the context of {self.context} tokens has no room for them",
+                param="messages",
+                code="context_length_exceeded",
+            )
         for mark in self.marks:
             if any(mark in text for text in texts):
                 raise ApiError(400, f"a text has the model's own mark {mark} in it", param="messages")
@@ -260,12 +269,14 @@ def urls_of(ask: Ask) -> list[str]:
 
 
 def policy_for(ask: Ask) -> str | Policy:
-    """The policy of a request; a schedule is kept by all its choices.
+    """The policy of a request. A schedule is kept by all its choices; by chance, choice i draws from `seed + i`.
 
     Raises:
         ApiError: if the schedule has a look at an image that is not there.
     """
-    policy = read_policy(ask.invocation, ask.seed)
+    policy = read_policy(ask.invocation)
+    if isinstance(policy, Random):
+        return replace(policy, seed=[ask.seed + i for i in range(ask.n)])
     if not isinstance(policy, Forced):
         return policy
     if any(kind == "short" for _, _, kind in policy.schedule) and not urls_of(ask):

@@ -34,7 +34,7 @@ HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: 
 
 
 class ApiError(Exception):
-    """An answer that is an error. Can be pickled, so that it comes through from another process.
+    """An answer that is an error.
 
     Args:
         status: of HTTP.
@@ -61,9 +61,6 @@ class ApiError(Exception):
         self.code = code or CODES.get(status)
         self.headers = {**HEADERS.get(status, {}), **(headers or {})}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.status, self.message, self.type, self.code, self.param, self.headers)
-
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
@@ -75,10 +72,6 @@ class ApiError(Exception):
     def response(self) -> Response:
         """A response, which is an ASGI application at the same time."""
         return Response(self.content(), self.status, self.headers, "application/json")
-
-
-def _again(status: int, message: str, type: str, code: str | None, param: str | None, headers: Any) -> ApiError:
-    return ApiError(status, message, type=type, code=code, param=param, headers=headers)
 
 
 def stopping() -> ApiError:

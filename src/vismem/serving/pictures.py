@@ -121,7 +121,7 @@ class Pictures:
             except TooManyPixels as error:
                 raise self._too_many_pixels() from error
             except BadImage as error:
-                raise _bad(str(error)) from error
+                raise _bad(str(error).replace("image in bytes", "it")) from error
             if max(picture.size) > MOST_STRETCHED * min(picture.size):
                 raise _bad(f"its longer side is more than {MOST_STRETCHED} times its shorter one")
             left -= picture.width * picture.height
@@ -220,16 +220,6 @@ class Pictures:
             "make them smaller"
         )
         return ApiError(413, message, code="image_too_large", param="messages")
-
-
-async def fetch_picture(url: str, limits: PictureLimits) -> Image.Image:
-    """One picture; see `Pictures`, which takes those of a request together.
-
-    Raises:
-        ApiError: if it is refused, cannot be had, or is no image.
-    """
-    pictures = Pictures(limits)
-    return (await asyncio.to_thread(pictures.decode, await pictures.fetch([url])))[0]
 
 
 @functools.cache

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from vismem.config import Kind
-from vismem.decoding.invocation import SPELLINGS, read_policy
+from vismem.decoding.invocation import SPELLINGS, Forced, read_policy
 
 MOST_STOPS = 16
 MOST_CHOICES = 128
 MOST_TOPS = 20
+MOST_PLACED = 64  # invocations of a schedule; each forms a memory, whatever else a request asks for
 
 
 def _encodable(text: str) -> str:
@@ -79,7 +80,9 @@ class Message(Strict):
 
 
 def _policy(text: str) -> str:
-    read_policy(text)
+    policy = read_policy(text)
+    if isinstance(policy, Forced) and len(list(policy.schedule)) > MOST_PLACED:
+        raise ValueError(f"a schedule may have {MOST_PLACED} invocations, not {len(list(policy.schedule))}")
     return text
 
 
@@ -143,6 +146,8 @@ class ChatRequest(Strict):
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     service_tier: str | None = None
     store: Literal[False] | None = None
     user: str | None = None

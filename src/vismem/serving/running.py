@@ -35,10 +35,12 @@ class Server(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self.on_start, self.on_stop = on_start, on_stop
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to answer."""
         await super().startup(sockets)
+        self.loop = asyncio.get_running_loop()
         if self.started:
             self.on_start()
 
@@ -47,9 +49,16 @@ class Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
             logging.disable()  # what is cut off now is no news
+            if self.loop is not None:
+                self.loop.call_soon_threadsafe(self._abort)
         else:
             self.should_exit = True
             self.on_stop()
+
+    def _abort(self) -> None:
+        """Ends all connections: since Python 3.12 a server is closed only once there are none."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -289,6 +289,10 @@ def explained(error: RequestValidationError) -> ApiError:
         message = f"this server does not support {path[0]}"
     elif unknown:
         message = "this server does not know this field"
+    elif path[-1:] == ["content"] and found["type"] in ("list_type", "string_type"):
+        message = "must be a text or a list of parts"
+    elif found["type"] in ("too_short", "string_too_short"):  # all that have such a limit need one at least
+        message = "is empty"
     return ApiError(400, f"{place}: {message}" if place else message, param=place or None)
 
 

@@ -74,6 +74,14 @@ class Ticket:
     over: set[int] = field(default_factory=set)  # rows whose end it knows of
 
 
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What the worker's thread is to do between two steps, and who waits for it."""
+
+    do: Callable[[], None]
+    future: Future[Any] | None = None
+
+
 class Worker:
     """Decodes requests of many threads in one live batch, in a thread of its own.
 
@@ -100,7 +108,7 @@ class Worker:
             raise ValueError(f"most_waiting must be 0 or more, got {most_waiting}")
         self.model, self.most_waiting = model, most_waiting
         self.queue = RequestQueue(model, batch_size, record=record, **generation)
-        self.orders: deque[Callable[[], None]] = deque()  # what other threads want done between two steps
+        self.orders: deque[Order] = deque()  # what other threads want done between two steps
         self.awake = threading.Condition()
         self.tickets: dict[Ticket, None] = {}  # in the order in which they came
         self.closing, self.deadline = False, float("inf")
@@ -148,13 +156,14 @@ class Worker:
             if held + rows > self.queue.batch_size + self.most_waiting:
                 raise Full(f"{held} rows are being written or wait; there is room for {self.most_waiting} to wait")
             self.tickets[ticket] = None
-            self._order(lambda: self._enter(ticket))
+            self._order(Order(lambda: self._enter(ticket)))
         return ticket
 
     def cancel(self, ticket: Ticket, row: int | None = None) -> None:
         """Gives a request up, or one row of it, waiting or under way; what ended is left as it is."""
         with self.awake:
-            self._order(lambda: self.queue.cancel(ticket.answers if row is None else ticket.answers[row : row + 1]))
+            part = slice(None) if row is None else slice(row, row + 1)
+            self._order(Order(lambda: self.queue.cancel(ticket.answers[part])))
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Runs a function in the worker's thread, between two steps.
@@ -174,7 +183,7 @@ class Worker:
         with self.awake:
             if self.closing or not self.alive:
                 raise Closed("the worker takes no more calls")
-            self._order(run)
+            self._order(Order(run, future))
         return future
 
     def close(self, finish_within: float = 0.0) -> None:
@@ -186,7 +195,7 @@ class Worker:
         if threading.current_thread() is not self.thread:
             self.thread.join()
 
-    def _order(self, order: Callable[[], None]) -> None:
+    def _order(self, order: Order) -> None:
         self.orders.append(order)
         self.awake.notify()
 
@@ -204,6 +213,10 @@ class Worker:
             log.exception("the thread that owns the model ends: %s", error)
             with self.awake:
                 self.closing = True
+                orders, self.orders = self.orders, deque()
+            for order in orders:
+                if order.future is not None and order.future.set_running_or_notify_cancel():
+                    order.future.set_exception(error)
             for ticket in self.tickets:
                 for index in set(range(ticket.rows)) - ticket.over:
                     with suppress(Exception):
@@ -218,7 +231,7 @@ class Worker:
                 if not self.orders:
                     return bool(self.tickets)
                 order = self.orders.popleft()
-            order()
+            order.do()
 
     def _enter(self, ticket: Ticket) -> None:
         ticket.told = [(0, 0)] * ticket.rows
