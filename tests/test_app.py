@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -197,6 +198,16 @@ def test_the_page_s_switches_as_settings():
     assert rendering.who("random:0.2@delimiter") == "by chance, 0.2 after each phrase"
     with pytest.raises(Refused, match="need a number"):
         settings_of(False, "learned", "", 0.25, "anywhere", 0, None, 64)
+    for rate, where in ((None, "anywhere"), (0.25, None)):
+        with pytest.raises(Refused, match="each need a value"):
+            settings_of(False, "random", "", rate, where, 0, 0, 64)
+    for number in (1.5, float("inf"), float("nan")):
+        with pytest.raises(Refused, match=f"seed must be a whole number of 0 or more, not {number:g}"):
+            settings_of(False, "learned", "", 0.25, "anywhere", 0, number, 64)
+    with pytest.raises(Refused, match=r"3,500 characters; 2,000 is the limit"):
+        settings_of(False, "schedule", "long@0," * 500, *rest)
+    with pytest.raises(Refused, match="half a character"):
+        settings_of(False, "schedule", "\ud800", *rest)
 
 
 @pytest.mark.parametrize("family", tiny.UNLIKE)
@@ -227,6 +238,8 @@ def test_any_family(family):
         (" \n", 0, {}, "question is empty"),
         ("What is <image> this?", 1, {}, "own mark <image>"),
         ("x" * 9000, 0, {}, "9,000 characters"),
+        ("half \ud800", 0, {}, "half a character"),
+        ("Read row 1.", 1, {"invocation": ",".join(["long@0"] * 65)}, "may have 64 invocations, not 65"),
         ("Read row 1.", 0, {"invocation": "short@0"}, "there is none: add one"),
         ("Read row 1.", 1, {"invocation": "shirt@0"}, "unknown policy 'shirt@0'"),
         ("Read row 1.", 1, {"invocation": "random:2"}, "rate from 0 to 1"),
@@ -379,6 +392,69 @@ def test_an_inspection_is_made_once_and_frees_what_it_needed(studio):
     assert 'aria-expanded="true"' in rendering.turn_html(conversation, 0)
     assert "vm-panel vm-long" in rendering.inspector(conversation, future.result())
     assert "Reading the answer again" in rendering.inspector(conversation, None)
+
+
+def test_too_many_pictures_are_refused_before_one_is_decoded(tmp_path, monkeypatch):
+    files = []
+    for number in range(9):
+        Image.new("RGB", (100, 100)).save(tmp_path / f"{number}.png")
+        files.append((tmp_path / f"{number}.png", f"{number}.png"))
+    monkeypatch.setattr(studios, "ALL_PIXELS", 25_000)
+    with pytest.raises(Refused, match="may have 25,000 pixels in all"):
+        studios.read_pictures(files[:3], Conversation())
+    assert len(studios.read_pictures(files[:2], Conversation())) == 2
+    decoded = []
+    monkeypatch.setattr(studios, "read_picture", lambda *given: decoded.append(given))
+    with pytest.raises(Refused, match="9 images; a conversation may have 8"):
+        studios.read_pictures(files, Conversation())
+    assert decoded == []
+
+
+def test_a_temperature_that_no_float_can_hold_is_greedy(studio):
+    one, other = (answered(studio, Conversation(), "Hello.", [], Settings(temperature=t)) for t in (1e-39, 0.0))
+    assert one.main.text == other.main.text != ""
+
+
+def test_two_who_look_at_once_find_one_inspection(studio, monkeypatch):
+    turn = answered(studio, Conversation(), BOTH.question, BOTH.open())
+    meeting, call, found = threading.Barrier(2), studio.worker.call, []
+
+    def together(function):
+        with suppress(threading.BrokenBarrierError):
+            meeting.wait(0.5)  # breaks where only one comes
+        return call(function)
+
+    monkeypatch.setattr(studio.worker, "call", together)
+    threads = [threading.Thread(target=lambda: found.append(studio.inspect(turn, "memory"))) for _ in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(BOUND)
+    assert found[0] is found[1] and found[0].result(BOUND).moments
+
+
+def test_visitors_come_from_many_threads(studio):
+    failed = []
+
+    def come(name):
+        try:
+            for number in range(300):
+                studio.conversation(f"{name}-{number % 7}", new=True)
+        except RuntimeError as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=come, args=(name,)) for name in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(BOUND)
+    finally:
+        sys.setswitchinterval(interval)
+        studio.leave_all()
+    assert failed == []
 
 
 def test_visitors_do_not_meet(studio, held, monkeypatch):

@@ -1,4 +1,4 @@
-"""Nobody makes the viewer read a file that was not dropped into it, over HTTP and without a browser."""
+"""What the viewer takes over HTTP, without a browser: the files that were dropped into it, and so much at a time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import pytest
 
 pytest.importorskip("gradio", reason="the viewer's extra is not installed")
 
+from loopback import error_of, exchanged, post
+
+from vismem.app import guards
 from vismem.app.examples import examples
 from vismem.app.studio import Studio
 from vismem.app.web import uploads, web
@@ -45,6 +48,11 @@ def submitted(client, files, schedule="long@0", session="a"):
     data = [question, False, "schedule", schedule, 0.2, "delimiter", 0, 0, 8]
     asked = {"data": data, "fn_index": event["id"], "session_hash": session}
     assert client.post("/gradio_api/queue/join", json=asked).status_code == 200
+    return heard(client, session)
+
+
+def heard(client, session):
+    """All that a session is told until its event is over."""
     told = []
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as lines:
         for line in lines.iter_lines():
@@ -98,3 +106,57 @@ def test_no_other_field_takes_a_file(client, tmp_path):
     told = submitted(client, [], schedule=file(str(secret)))
     assert told[-1]["output"]["error"].startswith("That file was not dropped into this page")
     assert not [name for _, _, names in os.walk(os.environ["GRADIO_TEMP_DIR"]) for name in names if "secret" in name]
+
+
+def test_only_what_the_page_uses_is_served(client):
+    for path in ("/", "/config", "/theme.css", "/gradio_api/info"):
+        assert client.get(path).status_code == 200, path
+    for path in (
+        "/gradio_api/runs",
+        "/gradio_api/run-history/buckets",
+        "/gradio_api/proxy=http://127.0.0.1:9/",
+        "/gradio_api/deep_link",
+        "/gradio_api//runs",
+        "/gradio_api/queue/../runs",
+        "/gradio_api/call/submit",
+        "/monitoring",
+        "/login",
+        "/openapi.json",
+        "/docs",
+    ):
+        for method in ("GET", "POST"):
+            answer = client.request(method, path)
+            assert answer.status_code == 404 and error_of(answer.content)["message"], path
+    assert os.environ["GRADIO_RUN_HISTORY"] == "False"
+
+
+def test_what_is_sent_is_bounded(client, monkeypatch):
+    port = client.base_url.port
+    for body in (b'{"data": ["' + b"x" * 2**20 + b'"]}', b"[" + b"0," * 200_000 + b"0]"):
+        assert client.post("/gradio_api/queue/join", content=body).status_code == 413
+    code, _, body = exchanged(port, post("/gradio_api/upload", b"", length=guards.LARGEST_UPLOAD + 1))
+    assert code == 413 and "256 MiB at once are the limit" in error_of(body)["message"]
+    chunked = post("/gradio_api/upload", b"0\r\n\r\n", "Transfer-Encoding: chunked", length="")
+    assert exchanged(port, chunked)[0] == 411
+    monkeypatch.setattr(guards, "KEPT_UPLOADS", guards.held() + 100)
+    answer = client.post("/gradio_api/upload", files={"files": ("shelf.png", b"x" * 1000)})
+    assert answer.status_code == 503 and "holds as many files as it may" in error_of(answer.content)["message"]
+
+
+def test_events_that_no_page_sends_are_refused_in_one_line(client, caplog):
+    dependencies = client.get("/config").json()["dependencies"]
+    for name, data, said in (
+        ("example", {"example": 99}, "cannot be read: load it again"),
+        ("example", {"example": -1}, "cannot be read: load it again"),
+        ("example", {}, "cannot be read: load it again"),
+        ("follow", {}, "The question is empty"),
+        ("inspect", {"turn": "x", "side": "memory", "index": 0}, "cannot be read: load it again"),
+        ("inspect", {"turn": 10**30, "side": [], "index": None}, "cannot be read: load it again"),
+        ("inspect", {"turn": 5, "side": "memory", "index": 0}, "That invocation is gone"),
+    ):
+        event = next(each for each in dependencies if each["targets"][0][1] == name)
+        values = [] if name == "inspect" else [False, "learned", "", 0.2, "delimiter", 0, 0, 8]
+        asked = {"data": values, "event_data": data, "fn_index": event["id"], "session_hash": "forged"}
+        assert client.post("/gradio_api/queue/join", json=asked).status_code == 200
+        assert said in json.dumps(heard(client, "forged")), (name, data)
+    assert "Traceback" not in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -128,6 +129,65 @@ def test_bodies_and_images_that_are_too_large(address, client):
         with pytest.raises(openai.APIStatusError, match=message) as refused:
             ask(client, turn)
         assert refused.value.status_code in (400, 403)
+
+
+def test_a_text_beyond_the_context_is_not_tokenised(address, client, engine, monkeypatch):
+    monkeypatch.setattr(engine, "_processed", lambda *given: 1 / 0)
+    with pytest.raises(openai.BadRequestError, match="900000 characters") as refused:
+        ask(client, {"role": "user", "content": "1" * 900_000})
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_schedules_have_an_end(client):
+    for count, ends in ((64, False), (65, True)):
+        plan = {"vismem": {"invocation": ",".join(["long@900"] * count)}}
+        if ends:
+            with pytest.raises(openai.BadRequestError, match="may have 64 invocations, not 65"):
+                ask(client, user("Hello."), max_tokens=2, extra_body=plan)
+        else:
+            assert ask(client, user("Hello."), max_tokens=2, extra_body=plan).choices
+
+
+def test_chance_draws_from_seeds_in_turn(client):
+    def tried(**settings):
+        found = ask(
+            client, user(QUESTION, SHELF), extra_body={"vismem": {"invocation": "random:0.5@anywhere"}}, **settings
+        )
+        return [(each.message.content, each.vismem["invocations"]) for each in found.choices]
+
+    both = tried(n=2, seed=5, temperature=1, max_tokens=20)
+    assert both == tried(seed=5, temperature=1, max_tokens=20) + tried(seed=6, temperature=1, max_tokens=20)
+    assert both[0] != both[1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("messages", [], "messages: is empty"),
+        ("messages", [{"role": "user", "content": None}], "messages.0.content: must be a text or a list of parts"),
+        ("messages", [{"role": "user", "content": 5}], "messages.0.content: must be a text or a list of parts"),
+        ("stop", "", "stop: is empty"),
+    ],
+)
+def test_words_of_our_own_for_what_is_often_wrong(address, field, value, message):
+    body = {"model": "pocket", "messages": [user("Hello.")], field: value}
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body, headers=BEARER, timeout=BOUND)
+    assert answer.status_code == 400 and answer.json()["error"]["message"] == message
+
+
+def test_fields_of_today_that_change_nothing(client):
+    told = {"safety_identifier": "somebody", "prompt_cache_key": "a"}
+    assert ask(client, user("Hello."), max_tokens=2, **told).choices
+
+
+def test_the_limit_of_a_body_is_that_of_its_images_too(monkeypatch):
+    from vismem.commands import serve as command
+
+    monkeypatch.setattr(command, "load", lambda options: load_model())
+    for told, most in (("200", 200), ("8", 64)):
+        engine = command.engine_of(command.parse(["--max-body", told]))
+        asyncio.run(engine.close())
+        assert engine.pictures.limits.total_size == most * 2**20
 
 
 def test_paths_that_lead_elsewhere(address):

@@ -24,7 +24,7 @@ MARKS = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
     pytest.mark.xdist_group("viewer"),  # one server and one browser
 ]
-BOUND = 10  # seconds after which a test gives up
+BOUND = 60  # seconds after which a test gives up
 WIDE, NARROW = {"width": 1360, "height": 860}, {"width": 360, "height": 740}
 CHIP, PANEL = ".vm-answer .vm-chip", "#ui-right .vm-panel"
 expect.set_options(timeout=BOUND * 1000)

@@ -72,7 +72,7 @@ def layout(studio: Studio) -> Parts:
                     label="Question and images",
                     container=False,
                     max_lines=8,
-                    max_plain_text_length=1_000_000,
+                    max_plain_text_length=200_000,
                     elem_id="ui-composer",
                 )
                 with gr.Row(elem_id="ui-switches"):
@@ -84,25 +84,27 @@ def layout(studio: Studio) -> Parts:
                         elem_id="ui-invocation",
                         container=False,
                     )
-                with gr.Row(elem_id="ui-schedule"):
-                    schedule = gr.Textbox(
-                        "short@0,long@12",
-                        label="Schedule: kind@token, comma between",
-                        max_lines=1,
-                        elem_id="ui-plan",
-                    )
-                with gr.Row(elem_id="ui-random"):
-                    rate = gr.Slider(0, 1, 0.2, step=0.05, label="Chance at each place")
-                    where = gr.Radio(
-                        [("after each phrase", "delimiter"), ("before any token", "anywhere")],
-                        value="delimiter",
-                        label="Places",
-                    )
-                html(rendering.advanced(), "ui-more", "more.js")
-                with gr.Row(elem_id="ui-advanced"):
-                    temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: no sampling")
-                    seed = gr.Number(0, precision=0, label="Seed", info="of sampling and of chance")
-                    most = gr.Slider(1, MOST_TOKENS, 256, step=1, label="Most tokens", info="of an answer")
+                with gr.Column(elem_id="ui-settings"):
+                    with gr.Row(elem_id="ui-schedule"):
+                        schedule = gr.Textbox(
+                            "short@0,long@12",
+                            label="Schedule: kind@token, comma between",
+                            max_lines=1,
+                            elem_id="ui-plan",
+                        )
+                    with gr.Row(elem_id="ui-random"):
+                        rate = gr.Slider(0, 1, 0.2, step=0.05, label="Chance at each place")
+                        where = gr.Radio(
+                            [("after each phrase", "delimiter"), ("before any token", "anywhere")],
+                            value="delimiter",
+                            label="Places",
+                            elem_id="ui-places",
+                        )
+                    html(rendering.advanced(), "ui-more", "more.js")
+                    with gr.Row(elem_id="ui-advanced"):
+                        temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: no sampling")
+                        seed = gr.Number(0, precision=0, label="Seed", info="of sampling and of chance")
+                        most = gr.Slider(1, MOST_TOKENS, 256, step=1, label="Most tokens", info="of an answer")
         inspector = html("", "ui-right", "inspector.js")
     return Parts(
         bar=bar,

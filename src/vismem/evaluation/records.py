@@ -44,7 +44,7 @@ class RecordFile:
     What an earlier run wrote is read; a last line that was cut off is dropped.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; it and its folder are made when the first records are added.
         settings: of the answers; plain values.
 
     Raises:
@@ -53,18 +53,14 @@ class RecordFile:
 
     def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
         self.path, self.records = Path(path), {}
-        settings = json.loads(json.dumps(settings))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = read_lines(self.path) if self.path.is_file() else []
+        self.settings = json.loads(json.dumps(settings))
+        if not self.path.is_file():
+            return
+        whole = read_lines(self.path)
         if whole:
-            check_settings(self.path, whole[0].get("settings"), settings)
+            check_settings(self.path, whole[0].get("settings"), self.settings)
             self.records = {entry["id"]: Record(**entry) for entry in whole[1:]}
-        lines = [{"settings": settings}, *map(plain, self.records.values())]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        if not self.path.is_file() or self.path.read_text(encoding="utf-8") != text:
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.path)
+        self._write()
 
     @property
     def done(self) -> set[str]:
@@ -73,10 +69,22 @@ class RecordFile:
 
     def add(self, records: Iterable[Record]) -> None:
         """Appends records."""
+        if not self.path.is_file():
+            self._write()
         with self.path.open("a", encoding="utf-8") as file:
             for record in records:
                 self.records[record.id] = record
                 file.write(json.dumps(plain(record), ensure_ascii=False) + "\n")
+
+    def _write(self) -> None:
+        """The whole file, where it is not as it should be."""
+        lines = [{"settings": self.settings}, *map(plain, self.records.values())]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if not self.path.is_file() or self.path.read_text(encoding="utf-8") != text:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path)
 
 
 def plain(record: Record) -> dict[str, Any]:

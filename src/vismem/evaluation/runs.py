@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,30 @@ from vismem.loading import device_of, load_base
 from vismem.model import VisMem
 from vismem.training.arguments import check_names
 from vismem.training.baselines import load_adapter
+from vismem.training.rewards import load_rewards
 from vismem.training.run import train
 
 log = logging.getLogger(__name__)
 
 
+class Rehearsed(Exception):
+    """Ends a table where it would begin to ask, when it is only rehearsed."""
+
+
 class Runs:
     """The methods of one evaluation, and their answers.
+
+    With `rehearsing` set, tables end with `Rehearsed` once it is known that they have what answering needs.
 
     Args:
         settings: of the evaluation.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self.rehearsing = settings, False
         self._held: tuple[Any, VisMem] | None = None  # the model that was asked last
         self._rows: dict[tuple[Benchmark, bool], list[Row]] = {}
+        self._tasks: set[str] = set()  # of lmms-eval, that are known to be there
 
     # Making.
 
@@ -122,7 +131,7 @@ class Runs:
             return False
         from vismem.pocket.suites import SUITES
 
-        return bool(SUITES[suite].bound)
+        return suite not in SUITES or bool(SUITES[suite].bound)  # an unknown one is refused when it is read
 
     def seeds(self, method: Method) -> tuple[int | None, ...]:
         """Seeds that the method has; (None,) for one without."""
@@ -130,8 +139,52 @@ class Runs:
 
     def records(self, method: Method, benchmark: Benchmark, seed: int | None) -> list[Record]:
         """The method's answers, written now as far as an earlier run did not."""
+        invocation, tokens = method.policy, self.tokens(benchmark)
+        file = self.file(method, benchmark, seed)
+        if benchmark.task:
+            return self.task_records(method, benchmark, seed, invocation, tokens, file)
+        rows = self.rows(benchmark, method.bound)
+        if any(row.id not in file.done for row in rows):
+            model = self.model(method, seed)
+            answer(
+                model,
+                rows,
+                rewards_of(benchmark),
+                invocation=policy_of(invocation),
+                batch_size=self.settings.batch_size,
+                max_new_tokens=tokens,
+                store=file,
+                label=f"{method.name}, {benchmark.name}",
+                keep=(),
+            )
+        return [file.records[row.id] for row in rows]
+
+    def check(self, method: Method, benchmark: Benchmark, seed: int | None) -> None:
+        """Looks at what the answers need besides a model: questions, and where answers are missing what scores them.
+
+        Raises:
+            ValueError: if questions cannot be read, kept answers are of other settings, or a reward, a task, a policy
+                or a package is not there.
+        """
+        file = self.file(method, benchmark, seed)
+        if benchmark.data and all(row.id in file.done for row in self.rows(benchmark, method.bound)):
+            return
+        if benchmark.task and file.records:
+            return
+        policy_of(method.policy)
+        if benchmark.data:
+            load_rewards(rewards_of(benchmark))
+        elif benchmark.task not in self._tasks:
+            check_task(benchmark.task)
+            self._tasks.add(benchmark.task)
+
+    def tokens(self, benchmark: Benchmark) -> int:
+        """Sampled tokens per answer at most."""
+        return benchmark.max_new_tokens or self.settings.max_new_tokens
+
+    def file(self, method: Method, benchmark: Benchmark, seed: int | None) -> RecordFile:
+        """What an earlier run wrote of the method's answers. Raises ValueError if it had other settings."""
         invocation = method.policy
-        tokens = benchmark.max_new_tokens or self.settings.max_new_tokens
         apart = ("ability", "limit", "subtask")  # which questions are asked, and how they are grouped, may change
         asked = {name: value for name, value in asdict(benchmark).items() if name not in apart and value}
         if benchmark.data.partition(":")[0] == POCKET:
@@ -141,28 +194,11 @@ class Runs:
             "checkpoint": method.checkpoint,
             "train": list(map(dict, method.train)),
         }
-        known |= {"invocation": invocation, "bound": method.bound, "seed": seed, "max_new_tokens": tokens}
-        known |= {"benchmark": asked}
+        known |= {"invocation": invocation, "bound": method.bound, "seed": seed}
+        known |= {"max_new_tokens": self.tokens(benchmark), "benchmark": asked}
         place = "base" if seed is None else f"seed{seed}"
         folder = Path(self.settings.output_dir) / "answers" / slug(method.name)
-        file = RecordFile(folder / f"{slug(benchmark.name)}-{slug(invocation)}-{place}.jsonl", known)
-        if benchmark.task:
-            return self.task_records(method, benchmark, seed, invocation, tokens, file)
-        rows = self.rows(benchmark, method.bound)
-        if any(row.id not in file.done for row in rows):
-            model = self.model(method, seed)
-            answer(
-                model,
-                rows,
-                list(benchmark.rewards) if isinstance(benchmark.rewards, (list, tuple)) else benchmark.rewards,
-                invocation=policy_of(invocation),
-                batch_size=self.settings.batch_size,
-                max_new_tokens=tokens,
-                store=file,
-                label=f"{method.name}, {benchmark.name}",
-                keep=(),
-            )
-        return [file.records[row.id] for row in rows]
+        return RecordFile(folder / f"{slug(benchmark.name)}-{slug(invocation)}-{place}.jsonl", known)
 
     def subtasks(self, benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
         """The sub-task of each record: a column of its question, or of the sample of a task of lmms-eval."""
@@ -182,6 +218,22 @@ class Runs:
             limit = benchmark.limit if benchmark.limit is not None else self.settings.limit
             file.add(task_records(self.model(method, seed), benchmark.task, limit=limit, **asked))
         return list(file.records.values())
+
+
+def rewards_of(benchmark: Benchmark) -> Any:
+    """A benchmark's rewards as `load_rewards` takes them."""
+    return list(benchmark.rewards) if isinstance(benchmark.rewards, tuple) else benchmark.rewards
+
+
+def check_task(name: str) -> None:
+    """Raises ValueError if lmms-eval, or a task of it, is not there."""
+    if find_spec("lmms_eval") is None:
+        raise ValueError(f"the task {name!r} needs lmms-eval: pip install 'vismem[eval]'")
+    from vismem.evaluation.lmms import tasks_folder
+    from vismem.evaluation.lmms.run import find_task, quiet
+
+    with quiet(False):
+        find_task(name, [str(tasks_folder())])
 
 
 def policy_of(invocation: str) -> str | Policy:

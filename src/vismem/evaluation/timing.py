@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from vismem.data import Row, prompt_inputs
 from vismem.evaluation.answering import policy_for
 from vismem.evaluation.records import check_settings
-from vismem.evaluation.runs import Runs, policy_of
+from vismem.evaluation.runs import Rehearsed, Runs, policy_of
 from vismem.evaluation.settings import Method
 from vismem.model import VisMem
 
@@ -53,6 +53,7 @@ def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, di
 
     Raises:
         ValueError: if the clock is unknown, or no benchmark has rows.
+        Rehearsed: where it would begin to ask, when it is only rehearsed.
     """
     section, settings = runs.settings.latency, runs.settings
     path = Path(settings.output_dir) / "answers" / f"times-{title}.json"
@@ -66,6 +67,8 @@ def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, di
     if clock_name not in CLOCKS:
         raise ValueError(f"latency.clock must be one of {', '.join(CLOCKS)}, got {clock_name!r}")
     rows = questions(runs, int(section.get("questions", 12)))
+    if runs.rehearsing:
+        raise Rehearsed
     first_seed = settings.seeds[0]
     methods = {way.method.name: way.method for way in ways.values()}
     models = {name: runs.load(runs.artefact(method, first_seed)) for name, method in methods.items()}

@@ -24,9 +24,12 @@ from vismem.model import VisMem
 from vismem.training import baselines
 from vismem.training.arguments import STAGES, MemoryTrainingArguments, arguments_for
 from vismem.training.checkpoints import last_checkpoint
+from vismem.training.rewards import load_rewards
 from vismem.training.trainer import MemoryTrainer
 
 log = logging.getLogger(__name__)
+
+DONE = "done.json"  # what a finished stage leaves in its folder
 
 
 def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Path:
@@ -41,51 +44,90 @@ def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Pat
         The folder of the last stage's memory, or of the baseline's adapter.
 
     Raises:
-        ValueError: for unusable settings, or if the output folder holds another run and `resume` is not given.
+        ValueError: for unusable settings, rewards or data, of `"all"` before the first stage begins, or if an output
+            folder holds another run and `resume` is not given.
     """
     if stage != "all":
-        args = arguments_for(stage, layers)
-        return run_stage(args, resume)
-    output = str(arguments_for("stage1", layers).output_dir)
-    memory = None
-    for name in STAGES:
-        if arguments_for(name, layers, output_dir=output).max_steps == 0:
+        return run_stage(arguments_for(stage, layers), resume)
+    output = Path(str(arguments_for("stage1", layers).output_dir))
+    planned: dict[str, dict[str, str]] = {}  # by stage, what the stages before it say
+    read: dict[tuple[Any, ...], Any] = {}
+    memory: Path | None = None
+    for name in STAGES:  # what a later stage would stop at is found before the first one begins
+        fixed = {"output_dir": str(output / name), **({"checkpoint": str(memory)} if memory else {})}
+        args = arguments_for(name, layers, **fixed)
+        if args.max_steps == 0:
             log.info("%s is left out (max_steps=0)", name)
             continue
-        fixed = {"output_dir": str(Path(output) / name)}
-        if memory is not None:
-            fixed["checkpoint"] = str(memory)
-        memory = run_stage(arguments_for(name, layers, **fixed), resume)
+        planned[name], memory = fixed, output / name / args.plan.result
+        if not progress(args, resume)[0]:
+            prepared_rows(args, read)
     if memory is None:
         raise ValueError(f"nothing to train: max_steps is 0 in each of {', '.join(STAGES)}")
+    for name, fixed in planned.items():  # arguments anew: what the last ones leave in the environment counts
+        run_stage(arguments_for(name, layers, **fixed), resume, read)
     return memory
 
 
-def run_stage(args: MemoryTrainingArguments, resume: bool) -> Path:
-    """Trains one stage and returns the folder of its memory or adapter."""
+def run_stage(args: MemoryTrainingArguments, resume: bool, read: dict[tuple[Any, ...], Any] | None = None) -> Path:
+    """Trains one stage and returns the folder of its memory or adapter; `read` is that of `prepared_rows`."""
     folder = Path(str(args.output_dir))
-    result, done = folder / args.plan.result, folder / "done.json"
-    checkpoint = last_checkpoint(folder)
-    for earlier in (done, *([Path(checkpoint) / "training_args.json"] if checkpoint else [])):
-        if earlier.is_file() and json.loads(earlier.read_text(encoding="utf-8"))["stage"] != args.stage:
-            raise ValueError(f"{folder} holds a run of another stage; choose another output_dir for {args.stage}")
-    if done.is_file() and resume:
+    result = folder / args.plan.result
+    done, checkpoint = progress(args, resume)
+    if done:
         log.info("%s is done already; its %s is in %s", args.stage, args.plan.result, result)
         return result
-    if not resume and (checkpoint or done.is_file()):
-        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another output_dir")
+    rows = prepared_rows(args, {} if read is None else read)
     log.info("%s: %s", args.stage, folder)
     set_seed(args.seed)  # a new memory's first weights
     model = load_model(args)
-    trainer = MemoryTrainer(model, args, load_rows(args))
+    trainer = MemoryTrainer(model, args, rows)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_result(result)
     if args.should_save:
         history = {"stage": args.stage, "seed": args.seed, "log": trainer.state.log_history}
         (folder / "log.json").write_text(json.dumps(history, indent=0) + "\n", encoding="utf-8")
         record = {"stage": args.stage, "steps": trainer.state.global_step, "base": args.base}
-        done.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        (folder / DONE).write_text(json.dumps(record) + "\n", encoding="utf-8")
     return result
+
+
+def progress(args: MemoryTrainingArguments, resume: bool) -> tuple[bool, str | None]:
+    """Whether a stage is done already, and the checkpoint that it goes on from.
+
+    Raises:
+        ValueError: if its folder holds a run of another stage, or any run and `resume` is not given.
+    """
+    folder = Path(str(args.output_dir))
+    done, checkpoint = folder / DONE, last_checkpoint(folder)
+    for earlier in (done, *([Path(checkpoint) / "training_args.json"] if checkpoint else [])):
+        if earlier.is_file() and json.loads(earlier.read_text(encoding="utf-8"))["stage"] != args.stage:
+            raise ValueError(f"{folder} holds a run of another stage; choose another output_dir for {args.stage}")
+    if not resume and (checkpoint or done.is_file()):
+        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another output_dir")
+    return done.is_file(), checkpoint
+
+
+def prepared_rows(args: MemoryTrainingArguments, read: dict[tuple[Any, ...], Any]) -> Any:
+    """The rows of a stage, after a look at what it needs besides a base: its rewards, and that its data can be read.
+
+    Args:
+        args: of the stage.
+        read: rows by the settings that they were read with; stages that read alike share them.
+
+    Raises:
+        ValueError: if a reward is unknown or lacks a package, or the data cannot be read or has no good row.
+    """
+    if not args.plan.supervised:
+        load_rewards(args.rewards)
+    key: tuple[Any, ...] = (args.data, args.split, args.strict, args.max_bad_rows, args.streaming, args.max_rows)
+    if args.data.partition(":")[0] == "pocket":
+        key = (*key, args.stage)
+    if key not in read:
+        rows = load_rows(args)
+        next(iter(rows))  # a stream is opened, the pocket world drawn from, only here
+        read[key] = rows
+    return read[key]
 
 
 def load_model(args: MemoryTrainingArguments) -> VisMem:

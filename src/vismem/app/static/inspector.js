@@ -24,12 +24,15 @@ element.addEventListener('click', (event) => {
 document.addEventListener('keydown', (event) => {
   if (event.key === 'Escape' && element.querySelector('.ui-inspector')) close();
 });
+let shown = null;
 watch('value', () => {
   const panel = element.querySelector('.vm-panel');
-  if (!panel) return;
+  const before = shown;
+  shown = panel?.id ?? null;
+  if (!panel || shown === before) return; // drawn again, it stays where it was scrolled to
   const stepping = element.contains(document.activeElement) && document.activeElement.closest('.ui-steps');
   if (!stepping || document.activeElement.disabled) panel.focus({ preventScroll: true });
   if (window.matchMedia('(max-width: 68rem)').matches) {
     element.scrollIntoView({ block: 'start', behavior: still() ? 'auto' : 'smooth' });
-  } else element.scrollTo(0, 0);
+  } else element.closest('#ui-right').scrollTo(0, 0);
 });

@@ -23,12 +23,14 @@ element.addEventListener('keydown', (event) => {
     event.preventDefault();
   }
 });
-// While an answer is written, its last line stays above the question's box.
+// While an answer is written, its last line stays above the question's box, or on a low screen, where that is at the
+// page's end, in sight.
 let writing = false;
 watch('value', () => {
   const turn = element.closest('#ui-live')?.querySelector('.ui-turn');
   const busy = Boolean(turn?.querySelector('[aria-busy]'));
-  const over = turn ? turn.getBoundingClientRect().bottom - document.querySelector('#ui-dock').getBoundingClientRect().top : 0;
+  const end = Math.min(document.querySelector('#ui-dock').getBoundingClientRect().top, window.innerHeight);
+  const over = turn ? turn.getBoundingClientRect().bottom - end : 0;
   if ((busy || writing) && over > 0) window.scrollBy(0, over);
   writing = busy;
 });

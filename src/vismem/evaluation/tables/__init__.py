@@ -5,17 +5,19 @@ Every table is a function of `Runs`, which has the answers or makes them; what i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-from vismem.evaluation.runs import Runs
+from vismem.evaluation.runs import Rehearsed, Runs
 from vismem.evaluation.settings import Settings
 from vismem.evaluation.tables.comparing import main, partial
 from vismem.evaluation.tables.continuing import continual
 from vismem.evaluation.tables.costing import latency
 from vismem.evaluation.tables.layout import Table, write
 from vismem.evaluation.tables.occasions import when
-from vismem.evaluation.tables.plots import draw
+from vismem.evaluation.tables.plots import NO_PLOTS, draw
 from vismem.evaluation.tables.varying import invocation, lengths, subtasks
 
 TABLES: dict[str, Callable[[Runs], Table]] = {
@@ -33,6 +35,8 @@ TABLES: dict[str, Callable[[Runs], Table]] = {
 def make(names: Sequence[str], settings: Settings, command: str) -> list[Path]:
     """Makes tables: trains and answers what is missing, and writes each table when it is whole.
 
+    What all of them need - questions, rewards, tasks, packages - is looked at before the first question is asked.
+
     Args:
         names: of `TABLES`.
         settings: of the evaluation.
@@ -45,6 +49,13 @@ def make(names: Sequence[str], settings: Settings, command: str) -> list[Path]:
         ValueError: if a table lacks what it needs; names it.
     """
     runs, found = Runs(settings), []
+    if find_spec("matplotlib") is None:
+        raise ValueError(NO_PLOTS)
+    runs.rehearsing = True
+    for name in names:
+        with contextlib.suppress(Rehearsed):
+            TABLES[name](runs)
+    runs.rehearsing = False
     for name in names:
         table = TABLES[name](runs)
         folder = Path(settings.output_dir)

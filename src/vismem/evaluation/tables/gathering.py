@@ -1,4 +1,7 @@
-"""Answers of many methods to many benchmarks, with one bar over all of them that tells the remaining time."""
+"""Answers of many methods to many benchmarks, with one bar over all of them that tells the remaining time.
+
+Rehearsed, it only looks whether everything is there to ask.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from tqdm.auto import tqdm
 
 from vismem.evaluation.records import Record
-from vismem.evaluation.runs import Runs
+from vismem.evaluation.runs import Rehearsed, Runs
 from vismem.evaluation.settings import Benchmark, Method
 
 Answers = dict[tuple[str, str], list[list[Record]]]  # by row's label and benchmark's name: [seeds][questions]
@@ -26,7 +29,8 @@ def gather(runs: Runs, methods: Mapping[str, Method], benchmarks: Sequence[Bench
         For each label and benchmark, each seed's records; what a method does not have is not in it.
 
     Raises:
-        ValueError: if there is no method or no benchmark.
+        ValueError: if there is no method or no benchmark; rehearsed, also as `Runs.check`.
+        Rehearsed: where it would begin to ask, when it is only rehearsed.
     """
     if not methods or not benchmarks:
         raise ValueError(f"nothing to compare: there are {len(methods)} methods and {len(benchmarks)} benchmarks")
@@ -37,10 +41,16 @@ def gather(runs: Runs, methods: Mapping[str, Method], benchmarks: Sequence[Bench
         for benchmark in benchmarks
         if runs.has(method, benchmark)
     ]
+    if runs.rehearsing:
+        with tqdm(plan, desc=f"{title}, what it needs", unit="set", delay=2, leave=False, dynamic_ncols=True) as bar:
+            for _, method, seed, benchmark in bar:
+                runs.check(method, benchmark, seed)
+        raise Rehearsed
     found: Answers = {}
     with tqdm(plan, desc=title, unit="set", delay=1, dynamic_ncols=True) as bar:
         for label, method, seed, benchmark in bar:
-            bar.set_postfix_str(f"{label}, {benchmark.name}")
+            # Shown before its delay is over, a bar would not end its line: an error would stand on it.
+            bar.set_postfix_str(f"{label}, {benchmark.name}", refresh=bar.n > 0)
             found.setdefault((label, benchmark.name), []).append(runs.records(method, benchmark, seed))
     return found
 

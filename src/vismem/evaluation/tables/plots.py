@@ -8,6 +8,7 @@ from typing import Any
 from vismem.evaluation.tables.layout import Table
 
 PALETTE = ("#4d4d4d", "#9c9c9c", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
+NO_PLOTS = "plots need matplotlib: pip install 'vismem[eval]'"
 KIND_COLOURS = {"short": "#0072b2", "long": "#d55e00"}
 
 
@@ -20,7 +21,7 @@ def draw(table: Table, path: Path) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'vismem[eval]'") from error
+        raise ValueError(NO_PLOTS) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
