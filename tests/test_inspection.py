@@ -368,6 +368,8 @@ def test_places_and_shares_in_words():
     assert layer("", "", heat, 3.0)["place"] == "at the bottom left" and layer("", "", heat, 3.0)["peak"] == 3
     region = np.repeat([0.0, 2.0], 4)[:, None] + np.zeros(4)
     assert layer("", "", region, 2.0)["place"] == "at the bottom"  # its middle, and not its first cell
+    corner = np.array([[1.0, 1.0], [1.0, 2.0]])
+    assert layer("", "", corner, 2.0)["place"] == "at the bottom right"  # a cell lies where its middle does
     assert [percent(share) for share in (0, 0.00001, 0.004, 0.12, 0.9999, 1)] == [
         f"{text}\u202f%" for text in ("0", "<0.1", "0.4", "12", ">99.9", "100")
     ]

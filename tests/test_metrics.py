@@ -104,8 +104,10 @@ def test_answers_that_fail_are_told_apart(error: Exception, outcome: str) -> Non
     with pytest.raises(type(error)) as caught:
         asyncio.run(drained(metrics.watched(stream(EVENTS[0], error=error))))
     assert caught.value is error
-    outcomes = {name[1]: value for name, value in read(metrics).items() if name[0] == "vismem_answers_total"}
+    found = read(metrics)
+    outcomes = {name[1]: value for name, value in found.items() if name[0] == "vismem_answers_total"}
     assert outcomes == {**dict.fromkeys(["done", "cancelled", "timeout", "refused", "error"], 0), outcome: 1}
+    assert found[("vismem_answer_seconds_count",)] == (outcome != "refused")  # or full queues looked like quick answers
 
 
 def test_an_answer_that_is_given_up_is_closed_and_counted_as_cancelled() -> None:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -305,6 +306,14 @@ def test_numbers_and_sizes_of_files_are_limited() -> None:
     for body in (uri(most + b"\0"), uri(bytes(10_000_000)), "data:image/png;base64," + "%41" * 400_000):
         with refused(413, "200000 bytes"):
             fetched(body)
+
+
+def test_all_files_of_a_request_together_are_limited() -> None:
+    file = KINDS["png"]()
+    pictures = Pictures(replace(LIMITS, total_size=3 * len(file) - 1))
+    assert asyncio.run(pictures.fetch([uri(file)] * 2)) == [file] * 2
+    with refused(413, f"or all have more than {3 * len(file) - 1}"):
+        asyncio.run(pictures.fetch([uri(file)] * 3))
 
 
 def test_bombs_of_metadata_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

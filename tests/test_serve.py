@@ -12,24 +12,29 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import tiny
+from loopback import connected, post
 from PIL import Image
+from starlette.requests import Request
 
 from vismem.decoding.invocation import read_policy
 from vismem.loading import load_model
-from vismem.serving.engine import Ask, Ended, Engine, Load, Started
+from vismem.serving.engine import Ask, Delta, Ended, Engine, Load, Started
+from vismem.serving.errors import ApiError
 from vismem.serving.protocol import ChatRequest
 from vismem.serving.running import Server, address_of, config_of, listening_socket, serve
-from vismem.serving.server import Serving, application
+from vismem.serving.server import ClientGone, Serving, application, while_connected
 
 SHELF = Image.open(Path(__file__).parents[1] / "examples" / "shelf.png").convert("RGB")
 QUESTION = "What does row 1 cost with its promotion?"
 BOUND = 60  # seconds after which a test gives up
+HELLO = Ask([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], invocation="off")
 
 
 @contextmanager
@@ -189,6 +194,13 @@ def test_stop_and_length(client, model):
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens + chosen == 5
 
 
+def test_a_penalty_holds_where_nothing_is_drawn(client, model):
+    text, _ = own(model, repetition_penalty=3.0, do_sample=False)
+    assert text != own(model)[0]
+    found = ask(client, temperature=0, extra_body={"repetition_penalty": 3.0})
+    assert found.choices[0].message.content == text
+
+
 def test_vanilla_is_the_base(client, model):
     text, _ = own(model, invocation="off")
     found = ask(client, model="pocket:vanilla")
@@ -263,7 +275,7 @@ WRONG = {
     "this server does not support tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
     "top_logprobs needs logprobs": {"top_logprobs": 2},
     "stream_options needs stream": {"stream_options": {"include_usage": True}},
-    "messages: List should have at least 1": {"messages": []},
+    "messages: is empty": {"messages": []},
     "messages.0.role": {"messages": [{"role": "robot", "content": "hi"}]},
     "messages.0.content.0.image_url": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     "not images|user turns only": {
@@ -350,26 +362,113 @@ def slow(engine, monkeypatch):
     wait_for(lambda: engine.load().writing == engine.load().waiting == 0)
 
 
-def test_a_client_that_goes_away_frees_its_row(engine, client, address, slow):
-    stream = ask(client, stream=True)
-    next(iter(stream))
-    wait_for(lambda: engine.load().writing == 1)
-    stream.close()
-    wait_for(lambda: engine.load().writing == 0)
-    body = {"model": "pocket", "messages": [user(QUESTION, SHELF)]}
-    with pytest.raises(httpx.ReadTimeout):  # not streamed, and given up
-        httpx.post(f"{address}/v1/chat/completions", json=body, timeout=httpx.Timeout(BOUND, read=0.2))
-    wait_for(lambda: engine.load().writing == 0)
-    assert engine.taken == 0
+@pytest.fixture
+def endless(model):
+    """An engine with room for three rows, whose answers do not end by themselves."""
+    made = Engine(model, batch_size=2, most_waiting=1, eos_token_id=None)
+    yield made
+    asyncio.run(made.close())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_row(endless, stream):
+    with running(application(Unclosed(endless), Serving("pocket"))) as place:
+        body = json.dumps({"model": "pocket", "messages": [user(QUESTION, SHELF)], "stream": stream})
+        with connected(int(place.rpartition(":")[2])) as raw:
+            raw.sendall(post("/v1/chat/completions", body.encode()))
+            wait_for(lambda: endless.load().writing == 1)
+            (ticket,) = endless.worker.tickets
+            if stream:
+                assert raw.recv(1)
+        wait_for(lambda: not endless.worker.rows)
+        assert ticket.answers[0].finish == "cancelled" and endless.taken == 0
+
+
+def test_work_for_a_client_that_has_gone_is_given_up():
+    async def disconnected() -> dict:
+        await asyncio.sleep(0)  # until the work is begun
+        return {"type": "http.disconnect"}
+
+    async def give_up() -> None:
+        work = asyncio.ensure_future(asyncio.Event().wait())
+        waiting = asyncio.ensure_future(while_connected(Request({"type": "http"}, disconnected), work))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert work.cancelled()
+        with pytest.raises(ClientGone):
+            await waiting
+
+    asyncio.run(give_up())
+
+
+def test_a_choice_that_met_its_stop_string_is_written_no_further(endless):
+    asked = replace(HELLO, n=2, seed=7, sampling={"temperature": 1.3})
+
+    async def read() -> None:
+        texts = ["", ""]
+        async for event in endless.answer(replace(asked, max_tokens=40)):
+            if isinstance(event, Delta):
+                texts[event.index] += event.text
+        ours, others = texts
+        stop = next(ours[at : at + 4] for at in range(len(ours)) if ours[at : at + 4] not in others)
+        async with aclosing(endless.answer(replace(asked, stops=(stop,)))) as events:
+            while not isinstance(event := await anext(events), Ended):
+                pass
+            assert event.index == 0 and (await anext(events)).index == 1
+            (ticket,) = endless.worker.tickets
+            found = endless.worker.call(lambda: [answer.finish for answer in ticket.answers])
+            assert await asyncio.wrap_future(found) == ["cancelled", None]
+
+    asyncio.run(asyncio.wait_for(read(), BOUND))
+
+
+def test_prompts_in_the_making_take_room(endless):
+    gate = threading.Event()
+    endless.preparing.submit(gate.wait, BOUND)
+
+    async def read() -> None:
+        answers = [endless.answer(HELLO) for _ in range(4)]
+        firsts = [asyncio.ensure_future(anext(each)) for each in answers]
+        try:
+            await asyncio.sleep(0)
+            assert [first.done() for first in firsts] == [False, False, False, True]
+            with pytest.raises(ApiError, match="too many requests are waiting"):
+                firsts[3].result()
+            assert endless.load() == Load(3, 0)
+            gate.set()
+            started = await asyncio.gather(*firsts[:3])
+            assert all(isinstance(event, Started) for event in started) and endless.taken == 0
+        finally:
+            gate.set()
+            await asyncio.gather(*firsts, return_exceptions=True)
+            for each in answers:
+                await each.aclose()
+
+    asyncio.run(read())
+
+
+def test_a_context_may_be_filled_to_its_end(endless, monkeypatch):
+    async def read(ask: Ask) -> list:
+        return [event async for event in endless.answer(ask)]
+
+    started, *_ = asyncio.run(read(replace(HELLO, max_tokens=1)))
+    monkeypatch.setattr(endless, "context", started.prompt_tokens + 5)
+    for most in (5, None):
+        *_, last = asyncio.run(read(replace(HELLO, max_tokens=most)))
+        assert (last.finish, last.completion_tokens) == ("length", 5)
+    with pytest.raises(ApiError, match="the answer may have 6, but the context is") as refused:
+        asyncio.run(read(replace(HELLO, max_tokens=6)))
+    assert refused.value.code == "context_length_exceeded"
+    monkeypatch.setattr(endless, "context", started.prompt_tokens + 1)
+    *_, last = asyncio.run(read(HELLO))
+    assert last.completion_tokens == 1
 
 
 def test_a_slow_reader_takes_nobodys_place(engine):
     """Once it is written, an answer that is still being read counts no more."""
 
-    hello = Ask([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
-
     async def read() -> None:
-        async with aclosing(engine.answer(hello)) as it:
+        async with aclosing(engine.answer(HELLO)) as it:
             assert isinstance(await anext(it), Started)
             while engine.worker.rows:
                 await asyncio.sleep(0.01)

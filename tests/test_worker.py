@@ -188,6 +188,34 @@ def test_the_end_of_the_thread_is_told(model, monkeypatch):
         worker.submit(Request(prompt(model)), box.put)
 
 
+def test_the_end_of_the_thread_is_told_to_those_who_called(model, monkeypatch):
+    worker, gate, box = Worker(model, max_new_tokens=10_000, eos_token_id=None), threading.Event(), Inbox()
+    monkeypatch.setattr(worker.queue, "cancel", lambda _: 1 / 0)
+    ticket = worker.submit(Request(prompt(model)), box.put)
+    first = worker.call(gate.wait, BOUND)
+    worker.cancel(ticket)  # where it ends
+    late, given_up = worker.call(print), worker.call(print)
+    assert given_up.cancel()
+    gate.set()
+    assert isinstance(late.exception(BOUND), ZeroDivisionError) and first.result(BOUND) and given_up.cancelled()
+    assert isinstance(box.all()[-1].error, ZeroDivisionError)
+    with pytest.raises(Closed):
+        worker.call(print)
+
+
+def test_the_end_of_the_thread_is_told_only_of_rows_under_way(model, monkeypatch):
+    worker, box = Worker(model, max_new_tokens=10_000, eos_token_id=None), Inbox()
+    ticket = worker.submit(Request(prompt(model), generation={"num_return_sequences": 2}), box.put, 2)
+    worker.cancel(ticket, 0)
+    news = box.all()
+    assert (news[-1].index, news[-1].finish) == (0, "cancelled")
+    monkeypatch.setattr(worker.queue, "cancel", lambda _: 1 / 0)
+    worker.cancel(ticket)
+    worker.thread.join(BOUND)
+    ends = [(each.index, each.finish) for each in box.queue if each.finish]
+    assert not worker.alive and ends == [(1, "error")]
+
+
 def test_calls_are_made_between_steps(model, worker):
     box = Inbox()
     worker.submit(Request(prompt(model), generation={"max_new_tokens": 10_000}), box.put)
@@ -218,6 +246,16 @@ def test_close_cancels_what_takes_too_long(model):
     boxes[0].get(timeout=BOUND)
     worker.close()
     assert [box.all()[-1].finish for box in boxes] == ["cancelled", "cancelled"]
+
+
+def test_a_second_close_gives_no_more_time(model):
+    worker, gate, box = Worker(model, max_new_tokens=12, eos_token_id=None), threading.Event(), Inbox()
+    worker.call(gate.wait, BOUND)
+    worker.submit(Request(prompt(model)), box.put)
+    worker.call(lambda: (worker.close(), worker.close(finish_within=BOUND)))  # in its own thread none waits for it
+    gate.set()
+    assert box.all()[-1].finish == "cancelled"
+    worker.close()
 
 
 def test_an_idle_worker_sleeps(model, worker):

@@ -113,6 +113,19 @@ def test_log_probabilities_go_with_their_words(model, stops):
     assert bytes(entries[0].bytes).decode() == entries[0].token
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("stop", [" blue", ",", "27"])
+def test_log_probabilities_end_before_a_stop_string(model, stop, size):
+    ids = words(model, SENTENCE)
+    assert {" blue", ",", " 2", "7"} <= {model.processor.tokenizer.decode(token) for token in ids}
+    writer = Writer(0, model.processor.tokenizer, model.tokens, [stop], top=0)
+    events = told(writer, ids, tops=[Top(-1.0, []) for _ in ids], size=size)
+    joined = "".join(entry.token for event in events if isinstance(event, Delta) for entry in event.logprobs)
+    place = SENTENCE.index(stop)
+    assert text_of(events) == SENTENCE[:place]
+    assert joined == (SENTENCE[: place + 1] if stop == "27" else SENTENCE[:place])  # within " 2", which stays
+
+
 def test_a_character_of_several_tokens_comes_out_whole(model):
     tokenizer = model.processor.tokenizer
     ids = words(model, "漢")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vismem.config import KINDS, Kind
@@ -120,13 +120,13 @@ class Random:
     Args:
         rate: chance of an invocation at each place, 0 to 1.
         where: `"delimiter"` (the answer's start and after each phrase) or `"anywhere"` (before every token).
-        seed: of the draws, or one seed for each output row.
+        seed: of the draws, or one seed for each output row (numbers, or texts as `random.Random` takes them).
         kinds: kinds to draw from.
     """
 
     rate: float
     where: Literal["delimiter", "anywhere"] = "delimiter"
-    seed: int | Sequence[int] = 0
+    seed: int | Sequence[int | str] = 0
     kinds: tuple[Kind, ...] = KINDS
     samples: bool = field(default=False, init=False)
     injects: bool = field(default=True, init=False)
@@ -140,6 +140,11 @@ class Random:
             raise ValueError(f"Random(rate=...) must lie between 0 and 1, got {self.rate!r}")
         if self.where not in ("delimiter", "anywhere"):
             raise ValueError(f"Random(where=...) must be 'delimiter' or 'anywhere', got {self.where!r}")
+
+    def apart(self, rows: int) -> Random:
+        """The policy of so many rows, of which row i draws as the one row of a call with `seed + i` does."""
+        assert isinstance(self.seed, int)
+        return replace(self, seed=[f"{self.seed + row}-0" for row in range(rows)])
 
     def start(self) -> None:
         """Forgets all draws."""

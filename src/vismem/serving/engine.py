@@ -10,7 +10,7 @@ import copy
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from PIL.Image import Image
@@ -274,9 +274,9 @@ def policy_for(ask: Ask) -> str | Policy:
     Raises:
         ApiError: if the schedule has a look at an image that is not there.
     """
-    policy = read_policy(ask.invocation)
+    policy = read_policy(ask.invocation, ask.seed)
     if isinstance(policy, Random):
-        return replace(policy, seed=[ask.seed + i for i in range(ask.n)])
+        return policy.apart(ask.n)
     if not isinstance(policy, Forced):
         return policy
     if any(kind == "short" for _, _, kind in policy.schedule) and not urls_of(ask):
