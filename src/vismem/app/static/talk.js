@@ -23,6 +23,18 @@ element.addEventListener('keydown', (event) => {
     event.preventDefault();
   }
 });
+// A question that was taken leaves its box. Python says so too, but a box that has the focus may not hear of it: what
+// comes while a key's stroke is still worked on is not written into it.
+let taken = '';
+const empty = (turn) => {
+  const name = turn?.getAttribute('aria-label') ?? '';
+  if (name === taken) return;
+  taken = name;
+  const box = document.querySelector('#ui-composer textarea');
+  if (!box?.value || box.value.trim() !== turn?.querySelector('.ui-ask')?.textContent.trim()) return;
+  box.value = '';
+  box.dispatchEvent(new Event('input', { bubbles: true }));
+};
 // While an answer is written, its last line stays above the question's box, or on a low screen, where that is at the
 // page's end, in sight.
 let writing = false;
@@ -33,4 +45,5 @@ watch('value', () => {
   const over = turn ? turn.getBoundingClientRect().bottom - end : 0;
   if ((busy || writing) && over > 0) window.scrollBy(0, over);
   writing = busy;
+  empty(turn);
 });
