@@ -24,7 +24,7 @@ from vismem.decoding.invocation import Forced, Policy, read_policy
 from vismem.decoding.text import Detokenizer
 from vismem.decoding.trace import Invocation
 from vismem.evaluation.marks import Piece, joined
-from vismem.serving.protocol import MOST_PLACED
+from vismem.serving.protocol import bounded_policy
 from vismem.serving.worker import Finish, News, Ticket
 
 Side = Literal["memory", "vanilla"]
@@ -69,11 +69,9 @@ class Settings:
         if not 1 <= self.max_new_tokens <= MOST_TOKENS:
             raise Refused(f"An answer may have 1 to {MOST_TOKENS} tokens, not {self.max_new_tokens}.")
         try:
-            policy = read_policy(self.invocation, self.seed)
+            policy = bounded_policy(self.invocation, self.seed)
         except ValueError as error:
             raise Refused(f"The invocation cannot be read: {error}.") from error
-        if isinstance(policy, Forced) and len(list(policy.schedule)) > MOST_PLACED:
-            raise Refused(f"A schedule may have {MOST_PLACED} invocations, not {len(list(policy.schedule))}.")
         if isinstance(policy, Forced) and not sighted:
             for _, step, kind in policy.schedule:
                 if kind == "short":

@@ -6,7 +6,6 @@ The page is `vismem.app`'s; here are its options, its address, and its end.
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import sys
 import webbrowser
@@ -64,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
         if find_spec(name) is None:
             raise Failure(f'the viewer needs {name}: pip install "vismem[app]"')
 
+    from vismem.serving.checks import is_loopback
     from vismem.serving.running import Server, address_of, config_of, serve
 
     password = read_password(options.password_file, os.environ)
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             address, here = address_of(bound), bound.getsockname()[0]
             server = Server(config_of(web(studio, here, password), grace=1), on_stop=studio.leave_all)
-            if password is None and not ipaddress.ip_address(here.partition("%")[0]).is_loopback:
+            if password is None and not is_loopback(here):
                 say(f"note: without --password-file, whoever reaches {here} can ask")
             print(f"VisMem is at {address} - Ctrl-C stops it", flush=True)
             if has_browser() if options.open is None else options.open:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import os
 from functools import partial
@@ -117,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     if options.replicas > 1 and find_spec("ray") is None:
         raise Failure('replicas need Ray Serve: pip install "vismem[replicas]"')
 
-    from vismem.serving.checks import hosts_for, read_keys
+    from vismem.serving.checks import hosts_for, is_loopback, read_keys
     from vismem.serving.connections import Patience, uvicorn_settings
     from vismem.serving.guards import Guards, guarded
     from vismem.serving.metrics import Counted, Metrics
@@ -142,7 +141,7 @@ def run(options: argparse.Namespace) -> int:
     )
     patience = Patience(write=options.body_timeout, connections=options.max_connections, dropped=metrics.dropped)
     config = config_of(Counted(guarded(app, guards), metrics), options.grace, **uvicorn_settings(patience))
-    if not keys and not ipaddress.ip_address(here.partition("%")[0]).is_loopback:
+    if not keys and not is_loopback(here):
         say(f"note: without --api-key, whoever reaches {here} can ask")
     line = f"Serving {name} on {address_of(bound)}/v1 - Ctrl-C stops it"
     stop = partial(setattr, app.state, "stopping", True)

@@ -93,20 +93,21 @@ def hosts_for(address: str, allowed: Sequence[str] = ()) -> list[str] | None:
         Those, and on a loopback address the names of loopback; None, which is any, where it listens elsewhere
         and nothing was asked for.
     """
-    if _is_loopback(address):
+    if is_loopback(address):
         return ["localhost", "*.localhost", "loopback", *allowed]
     return list(allowed) or None
 
 
 def _matches(name: str, allowed: str) -> bool:
     if allowed == "loopback":
-        return _is_loopback(name)
+        return is_loopback(name)
     if allowed.startswith("*."):
         return name.endswith(allowed[1:]) and len(name) > len(allowed) - 1
     return name == allowed.strip("[]")
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """Whether an address, or `localhost`, is this computer's own and no network's."""
     if name == "localhost":
         return True
     try:

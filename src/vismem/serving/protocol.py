@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from vismem.config import Kind
-from vismem.decoding.invocation import SPELLINGS, Forced, read_policy
+from vismem.decoding.invocation import SPELLINGS, Forced, Policy, read_policy
 
 MOST_STOPS = 16
 MOST_CHOICES = 128
@@ -79,10 +79,16 @@ class Message(Strict):
         return self
 
 
+def bounded_policy(text: str, seed: int = 0) -> str | Policy:
+    """As `read_policy`, for texts of others. Raises ValueError for schedules of more than `MOST_PLACED` too."""
+    policy = read_policy(text, seed)
+    if isinstance(policy, Forced) and (placed := len(list(policy.schedule))) > MOST_PLACED:
+        raise ValueError(f"a schedule may have {MOST_PLACED} invocations, not {placed}")
+    return policy
+
+
 def _policy(text: str) -> str:
-    policy = read_policy(text)
-    if isinstance(policy, Forced) and len(list(policy.schedule)) > MOST_PLACED:
-        raise ValueError(f"a schedule may have {MOST_PLACED} invocations, not {len(list(policy.schedule))}")
+    bounded_policy(text)
     return text
 
 
