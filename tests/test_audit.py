@@ -92,7 +92,7 @@ def test_a_memory_that_ignores_the_image_is_called_image_independent(model, tmp_
     assert (
         image["answer"] == NO and "the memory is the same" in image["text"] and "0.0 % of its length" in image["text"]
     )
-    assert found["effects"]["all"][1]["moved"]["high"] < 1e-6
+    assert found["effects"]["all"][1]["moved"]["high"] < 1e-5
     moved = {row["name"]: row["moved"]["low"] for row in found["effects"]["all"] if "moved" in row}
     assert moved["another_question"] > 0.05 and moved["shuffled"] > 0.05  # the audit is not blind
 
@@ -141,7 +141,7 @@ def test_a_memory_that_the_model_ignores_shows_no_effect(tmp_path):
     given = answers(found)
     assert {given[q] for q in (MEMORY, IMAGE, QUESTION, KIND, ORDER, MORE)} == {NO}
     for row in found["effects"]["all"][1:]:
-        assert row["flips"]["value"] == row["change"]["value"] == 0 and row["kl_first"]["high"] < 1e-6
+        assert row["flips"]["value"] == row["change"]["value"] == 0 and row["kl_first"]["high"] < 1e-5
         assert row["moved"]["low"] > 0.01 or row["name"] == "another_question"  # memories do differ; nobody listens
     assert found["checks"]["formed again"] == {"memories": 80, "furthest": pytest.approx(0, abs=1e-4)}
 

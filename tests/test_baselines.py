@@ -201,13 +201,14 @@ def test_micro_batches_accumulation_and_checkpointing_change_nothing(family, sta
         return grads.found[0]
 
     expected = gradient("whole")
-    assert max(float(g.abs().max()) for g in expected.values()) > 1e-4
+    largest = max(float(g.abs().max()) for g in expected.values())
+    assert largest > 1e-4
     for name, changes in {
         "micro": {"micro_batch": 1},
         "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
         "checkpointing": {"gradient_checkpointing": True},
     }.items():
-        assert distance(gradient(name, **changes), expected) < 1e-5, name
+        assert distance(gradient(name, **changes), expected) < 1e-3 * largest, name
 
 
 def test_a_memory_stage_leaves_an_adapter_alone(tmp_path):
@@ -244,6 +245,36 @@ def test_supervised_replies_have_no_invocations(tmp_path):
         model, prompts, replies, [True, True], chance, "delimiter", settings(tmp_path, "warmup", max_new_tokens=64)
     )
     assert torch.isin(warm["input_ids"][:, start:], tokens).any()
+
+
+IM = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content[0].text }}<|end|>\n{% endfor %}"
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text | trim }} {% endfor %}"
+BETWEEN = "{% for m in messages %}{{ '<|end|>' if m.role == 'user' }}{{ m.content[0].text }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "expected"),
+    [
+        (IM, ["<|pad|>", "<|end|>"], "<|end|>"),  # two end ids, the template's second: as Gemma 3 has them
+        (IM, ["<|end|>", "<|pad|>"], "<|end|>"),
+        (IM, ["<|pad|>", "<|start|>", "<|end|>"], "<|end|>"),  # the next turn's opening comes after it
+        (BETWEEN, ["<|pad|>", "<|end|>"], "<|end|>"),  # nothing closes a turn: the next one's opening does
+        (PLAIN, ["<|pad|>", "<|end|>"], "<|pad|>"),  # a template without any: the first
+        (IM, "<|end|>", "<|end|>"),
+        (IM, None, None),
+    ],
+)
+def test_replies_end_as_the_chat_template_ends_a_turn(template, ends, expected, tmp_path):
+    model = equip()
+    model.processor.chat_template = template
+    number = model.processor.tokenizer.convert_tokens_to_ids
+    model.generation_config.eos_token_id = number(ends) if ends else None
+    prompts = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    args = settings(tmp_path, "sft", max_new_tokens=64)
+    batch = supervised_batch(model, prompts, ["A cup"], [False], [Chance(0)], "delimiter", args)
+    words = model.processor.tokenizer.encode("A cup", add_special_tokens=False)
+    expected = [] if expected is None else [number(expected)]
+    assert batch["input_ids"][0, 3:].tolist() == [*words, *expected]
 
 
 def test_dropout_is_on_in_supervised_training_alone(tmp_path):

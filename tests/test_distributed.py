@@ -78,9 +78,10 @@ def test_two_processes_train_as_one(stage, family, tmp_path):
         assert ours["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     assert both[0]["kl_coef"] == both[1]["kl_coef"] == pytest.approx(single["kl_coef"], rel=1e-5)
-    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
     alone(tmp_path / "start", {**plan, "per_device_train_batch_size": 4, "learning_rate": 0.0, "max_steps": 1})
-    assert distance(tmp_path / "one", tmp_path / "start") > 1e-3
+    moved = distance(tmp_path / "one", tmp_path / "start")
+    assert moved > 1e-3
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-3 * moved
 
 
 def test_two_processes_go_on(tmp_path):
@@ -106,6 +107,9 @@ def test_sharded_training(tmp_path):
     both = launch(TORCHRUN, tmp_path / "two", {**plan, "per_device_train_batch_size": 2}, **environment)
     assert min(facts["sharded"] for facts in both) > 20
     assert both[0]["written"] and both[0]["kl_coef"] == pytest.approx(single["kl_coef"], rel=1e-5)
-    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
+    alone(tmp_path / "start", {**plan, "per_device_train_batch_size": 4, "learning_rate": 0.0, "max_steps": 1})
+    moved = distance(tmp_path / "one", tmp_path / "start")
+    assert moved > 1e-3
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-3 * moved
     base, processor = multi.test_trainer.tiny.base_and_processor("idefics3")
     assert vismem.VisMem.from_pretrained(tmp_path / "two" / "memory", base=base, processor=processor)

@@ -80,8 +80,8 @@ def test_the_pocket_answer_has_the_evaluations_numbers():
     for moment, pair in zip(found.moments, pairs, strict=True):
         after = seen.after(moment.index)
         assert moment.later.start + len(moment.later.shares) == len(found.tokens)
-        assert moment.later.shares == pytest.approx(after.sum(-1).mean(0).tolist(), abs=1e-6)
-        assert moment.later.slots == pytest.approx(after.mean((0, 1)).tolist(), abs=1e-6)
+        assert moment.later.shares == pytest.approx(after.sum(-1).mean(0).tolist(), abs=1e-5)
+        assert moment.later.slots == pytest.approx(after.mean((0, 1)).tolist(), abs=1e-5)
         assert sum(moment.later.groups.values()) == pytest.approx(1, abs=1e-4)
         assert moment.later.places == {
             "this memory": 16, "other memories": 16, "picture": 16, "prompt": 15, "answer": len(found.tokens)
@@ -94,7 +94,7 @@ def test_the_pocket_answer_has_the_evaluations_numbers():
         assert chosen.text == found.tokens[moment.position + 2].text and not moment.next.put_in
     assert long.next.kl > 0.1  # this memory matters, and taking out another would show
     for kind, slots in zip(("short", "long"), seen.slots, strict=True):
-        assert found.attention[kind] == pytest.approx(slots.sum(-1).mean(0).tolist(), abs=1e-6)
+        assert found.attention[kind] == pytest.approx(slots.sum(-1).mean(0).tolist(), abs=1e-5)
     assert set(json.loads(json.dumps(found.to_dict()))) == {"tokens", "pieces", "moments", "attention"}
 
 

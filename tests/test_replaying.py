@@ -36,8 +36,8 @@ def test_the_same_memory_changes_nothing_and_another_does(family):
     still, moved = next_token_kl(model, batch, out.rollout, same), next_token_kl(model, batch, out.rollout, none)
     assert [(s.row, s.index, s.kind) for s in moved] == sorted(asked)
     assert sorted(asked) == [(0, 0, "short"), (0, 1, "long"), (1, 0, "long"), (2, 0, "short")]
-    assert all(abs(s.first) < 1e-6 and abs(s.rest) < 1e-6 for s in still)
-    assert all(s.first > 1e-4 and s.rest > 1e-5 for s in moved)
+    assert all(abs(s.first) < 1e-5 and abs(s.rest) < 1e-5 for s in still)
+    assert all(s.first > 1e-4 and s.rest > 2e-5 for s in moved)
     for shift in moved:
         invocation = out.rollout[shift.row].invocations[shift.index]
         after = out.rollout[shift.row].sampled[invocation.position + 3 :]
@@ -87,13 +87,13 @@ def test_against_reading_by_hand(family):
     )
     first = rollout.invocations[0].position
     between = [t for t in range(first + 3, second) if rollout.sampled[t]]
-    assert shifts[1].first == pytest.approx(0, abs=1e-6)
+    assert shifts[1].first == pytest.approx(0, abs=1e-5)
     assert shifts[0].tokens == len(later) + len(between)
     found = next_token_kl(
         model, batch, [cut(rollout, later)], lambda row, index, invocation: other if not index else None
     )
     assert found[0].tokens == len(later)
-    assert found[0].rest == pytest.approx(float(by_hand[[t - 1 for t in later]].mean()), rel=1e-3, abs=1e-6)
+    assert found[0].rest == pytest.approx(float(by_hand[[t - 1 for t in later]].mean()), rel=1e-3, abs=1e-5)
 
 
 def cut(rollout, kept):
