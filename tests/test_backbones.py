@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,8 +195,12 @@ def test_memory_stands_at_the_scale_of_words(family):
     rms = float(words.pow(2).mean().sqrt())
     with torch.no_grad():
         model.memory.long.log_gain.zero_()
-        memory = model.memory.long(torch.randn(2, 4, 48), [words[:3], words[5:7]])
+        query = torch.randn(2, 4, 48)
+        memory = model.memory.long(query, [words[:3], words[5:7]])
+        model.memory.long.log_gain.fill_(1.0)
+        larger = model.memory.long(query, [words[:3], words[5:7]])
     assert torch.allclose(memory.pow(2).mean(-1).sqrt(), torch.full((2, 4), rms), rtol=1e-4)
+    assert torch.allclose(larger, memory * math.e, rtol=1e-4)  # the gain is kept as its logarithm
     assert torch.allclose(model.memory.long.table_mean, words.mean(0), atol=1e-5)
     fresh = vismem.VisMem(*tiny.base_and_processor(family), vismem.VisMemConfig())
     query = fresh.memory.builder([torch.randn(6, 48)], [torch.randn(5, 48)])

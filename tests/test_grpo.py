@@ -76,7 +76,7 @@ def test_clipping_on_both_sides_and_both_signs(ratio, advantage, objective, clip
 
 def test_k3_by_hand():
     found = grpo.k3_divergence(torch.tensor([0.5, 0.25, 0.4]).log(), torch.tensor([0.25, 0.5, 0.4]).log())
-    assert found.tolist() == pytest.approx([0.5 - math.log(0.5) - 1, 2 - math.log(2) - 1, 0], abs=1e-6)
+    assert found.tolist() == pytest.approx([0.5 - math.log(0.5) - 1, 2 - math.log(2) - 1, 0], abs=1e-5)
 
 
 def test_k3_is_never_negative_and_zero_at_equality():
@@ -115,13 +115,13 @@ def test_the_loss_by_hand():
     sampled = torch.tensor([[True, False, True]])
     losses, figures = grpo.grpo_loss(log_probs, old, reference, torch.tensor([2.0]), sampled, CLIP, BETA)
     divergence = 2 - math.log(2) - 1
-    assert losses.tolist() == pytest.approx([-(1.2 * 2 + 1.1 * 2) / 2 + BETA * divergence / 2], abs=1e-6)
-    assert figures["kl"].tolist() == pytest.approx([divergence / 2], abs=1e-6)
+    assert losses.tolist() == pytest.approx([-(1.2 * 2 + 1.1 * 2) / 2 + BETA * divergence / 2], abs=1e-5)
+    assert figures["kl"].tolist() == pytest.approx([divergence / 2], abs=1e-5)
     assert figures["clip_share"].tolist() == [0.5]
     assert not any(figure.requires_grad for figure in figures.values())
     losses.sum().backward()
     # The first: clipped, and at the reference. The last: -ratio * advantage, and 1 - reference / policy.
-    assert log_probs.grad[0].tolist() == pytest.approx([0, 0, (-1.1 * 2 + BETA * (1 - 2)) / 2], abs=1e-6)
+    assert log_probs.grad[0].tolist() == pytest.approx([0, 0, (-1.1 * 2 + BETA * (1 - 2)) / 2], abs=1e-5)
 
 
 def test_the_first_update_follows_the_advantage():
@@ -170,9 +170,22 @@ def test_a_horizon_of_steady_errors_changes_the_coefficient_by_a_fifth():
         high.update(1.0)
         low.update(0.0)
     assert high.coef == pytest.approx(1.2, abs=0.03) and low.coef == pytest.approx(0.8, abs=0.03)
-    for _ in range(5000):
+
+
+def test_the_coefficient_stays_within_a_tenth_and_ten_times_its_start():
+    high, low = grpo.AdaptiveKL(0.02, 0.1), grpo.AdaptiveKL(0.02, 0.1)
+    for _ in range(400):
+        high.update(1.0)
         low.update(0.0)
-    assert low.coef >= 0  # it shrinks and never turns
+    assert high.coef == pytest.approx(0.2) and low.coef == pytest.approx(0.002)
+    assert low.update(1.0) > 0.002 and high.update(0.0) < 0.2  # and each comes back at once
+
+
+def test_the_coefficient_does_not_fall_while_the_learning_rate_warms_up():
+    controller = grpo.AdaptiveKL(0.5, target=0.1)
+    assert controller.update(0.0, can_decrease=False) == 0.5
+    assert controller.update(0.2, can_decrease=False) == pytest.approx(0.51)
+    assert controller.update(0.0) == pytest.approx(0.51 * 0.98)
 
 
 def test_without_a_target_the_coefficient_stays():
@@ -194,6 +207,33 @@ def test_penalty_for_memory_that_did_harm():
     invoked = torch.tensor([True, True, False, False, True, False, True, True])
     found = grpo.negative_penalty(scores, invoked, 4)
     assert found.tolist() == pytest.approx([0.5, 0, 0, 0, 1, 0, 1, 0])
+
+
+def test_the_return_of_stage_two():
+    """Scores less the baseline and, where memory was invoked, less both penalties."""
+    scores, swapped = torch.tensor([0.2, 0.8, 0.5, 0.0]), torch.tensor([0.9, 0.3, 1.0, 0.0])
+    invoked = torch.tensor([True, True, False, True])
+    found = grpo.invocation_returns(scores, torch.tensor([0.4, 0.1]), swapped, invoked, 2, 0.5)
+    assert found.type_penalty.tolist() == pytest.approx([0.7, 0, 0, 0])
+    assert found.negative_penalty.tolist() == pytest.approx([0.3, 0, 0, 0.25])
+    expected = [0.2 - 0.4 - 0.5 * (0.7 + 0.3), 0.8 - 0.4, 0.5 - 0.1, 0.0 - 0.1 - 0.5 * 0.25]
+    assert found.total.tolist() == pytest.approx(expected)
+
+
+# What decoding saw beside what is replayed.
+
+
+def test_importance_weights_are_ratios_that_are_cut_off():
+    replayed, decoded = torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-1.0, -1.5, -3.0]])
+    assert grpo.importance_weights(replayed, decoded, 2.0)[0].tolist() == pytest.approx([1, math.exp(0.5), 2])
+
+
+def test_weights_scale_the_surrogate_and_not_the_divergence():
+    log_probs = torch.tensor([[-1.0, -2.0]])
+    old, reference, sampled = log_probs.clone(), log_probs - 0.5, torch.ones(1, 2, dtype=torch.bool)
+    weights = torch.tensor([[0.5, 2.0]])
+    found, figures = grpo.grpo_loss(log_probs, old, reference, torch.tensor([3.0]), sampled, CLIP, BETA, weights)
+    assert found.item() == pytest.approx(-3 * 2.5 / 2 + BETA * figures["kl"].item())
 
 
 # The same numbers by TRL's own trainer.
@@ -281,9 +321,9 @@ def test_the_loss_and_its_gradient_are_those_of_trl(trl_trainer, seed, monkeypat
     ours = current.clone().requires_grad_()
     losses, found = grpo.grpo_loss(ours, old, reference, advantages, own, CLIP, BETA)
     losses.mean().backward()
-    assert losses.mean().item() == pytest.approx(expected.item(), abs=1e-6)
-    assert torch.allclose(ours.grad, theirs.grad, atol=1e-7)
+    assert losses.mean().item() == pytest.approx(expected.item(), abs=1e-5)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
     share = own.sum(1) / own.sum()  # TRL's figures are means over tokens, ours over trajectories
-    assert (found["kl"] * share).sum().item() == pytest.approx(figures["kl"], abs=1e-6)
+    assert (found["kl"] * share).sum().item() == pytest.approx(figures["kl"], abs=1e-5)
     clipped = (found["clip_share"] * share).sum().item()
-    assert clipped == pytest.approx(figures["clip_ratio/region_mean"], abs=1e-6) and clipped > 0.1
+    assert clipped == pytest.approx(figures["clip_ratio/region_mean"], abs=1e-5) and clipped > 0.1

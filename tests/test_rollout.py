@@ -345,6 +345,25 @@ def test_counterfactuals_go_on_with_kinds_swapped(family, base):
     assert again > 2
 
 
+def test_kinds_that_are_equally_good_give_the_same_words(family, monkeypatch):
+    """From its own seed a counterfactual draws its answer's random numbers, token by token."""
+    model = tempting(family)
+    with torch.no_grad():
+        for parameter in model.tokens.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    zeros = lambda kind, seen: torch.zeros(len(seen), 4, seen[0].states.shape[-1])  # noqa: E731
+    monkeypatch.setattr(model.memory, "form", zeros)
+    rollouts = rollouts_of(model, "two")
+    settings = sampling(model, BUDGET, TEMPERATURE)
+    turned = counterfactuals(model, prompts(model), rollouts, COPIES, SIGHTED, settings, seeds_for([0, 1, 2]))
+    swap = {ids["short"]: ids["long"] for ids in (model.tokens.invocation_ids, model.tokens.end_ids)}
+    swap |= {long: short for short, long in swap.items()}
+    assert len(turned) > 3 and any(len(found.invocations) > 1 for found in turned.values())
+    for index, found in turned.items():
+        one = rollouts[index].tokens.tolist()
+        assert [swap.get(token, token) for token in found.tokens.tolist()] == one
+
+
 def test_counterfactuals_do_not_decode_the_opening_again(family):
     model = tempting(family)
     rollouts, _ = turned_around(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -66,6 +68,10 @@ def test_soft_memory_starts_as_words_of_the_base():
         vectors = model.memory.form(kind, [None])[0]
         assert len(vectors) == model.memory_config.length(kind)
         assert all(float((table - vector.detach()).abs().max(1).values.min()) < 1e-5 for vector in vectors)
+        before = vectors.detach().clone()
+        with torch.no_grad():
+            getattr(model.memory, kind).log_gain.fill_(1.0)
+        assert torch.allclose(model.memory.form(kind, [None])[0], before * math.e, rtol=1e-4)
     assert model.parameters_of("builder") == [] and len(model.parameters_of("short")) == 2
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
 

@@ -182,6 +182,65 @@ def test_after_training_off_is_the_base_and_replay_is_decoding(family, stage, tm
         assert compared > 40
 
 
+@pytest.mark.parametrize(
+    ("places", "steps", "expected"),
+    [
+        ("delimiter-then-anywhere", 4, ["delimiter", "delimiter", "anywhere", "anywhere"]),
+        ("delimiter-then-anywhere", 3, ["delimiter", "delimiter", "anywhere"]),
+        ("delimiter", 2, ["delimiter", "delimiter"]),
+        ("anywhere", 2, ["anywhere", "anywhere"]),
+    ],
+)
+def test_invocations_are_injected_at_delimiters_in_the_first_half(places, steps, expected, tmp_path, monkeypatch):
+    found, real = [], experience.write
+
+    def watched(model, inputs, policy, *others):
+        if policy != "off":
+            found.append((policy.where, policy.rate))
+        return real(model, inputs, policy, *others)
+
+    monkeypatch.setattr(experience, "write", watched)
+    plan = {"injection_places": places, "max_steps": steps, "injection_rate": 0.9, "anywhere_rate": 0.2}
+    train(equip("idefics3"), settings(tmp_path, max_new_tokens=3, **plan))
+    assert found == [(place, {"delimiter": 0.9, "anywhere": 0.2}[place]) for place in expected]
+
+
+def test_the_coefficient_may_fall_only_after_the_warm_up(tmp_path):
+    """Without a step of the policy the divergence is 0, so beta falls as soon as it may."""
+    plan = {"max_steps": 4, "warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup", "learning_rate": 0.0}
+    done = train(equip("idefics3"), settings(tmp_path, kl_coef=0.5, kl_horizon=10, max_new_tokens=3, **plan))
+    coefs = [entry["kl_coef"] for entry in done.state.log_history if "kl_coef" in entry]
+    assert coefs == pytest.approx([0.5, 0.5, 0.5, 0.49]) and done.kl.coef == pytest.approx(0.5 * 0.98**2)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_gap_between_decode_and_replay_is_logged(stage, tmp_path, monkeypatch):
+    def logged(folder, **changes) -> dict:
+        done = train(equip("idefics3"), settings(tmp_path / folder, stage, **changes))
+        return done.state.log_history[0]
+
+    def gaps(entry: dict) -> list[float]:
+        return [entry[f"sampling/logp_difference/{name}"] for name in ("mean", "max")]
+
+    whole = logged("one")
+    assert max(gaps(whole)) < 1e-4
+    weighted = logged("weighted", importance_sampling_cap=2.0)
+    assert weighted["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)  # ratios of 1 change nothing
+    real = experience.write
+
+    def doubtful(*given):
+        found = real(*given)
+        for rollout in found:
+            rollout.log_probs[rollout.sampled] -= 0.25
+        return found
+
+    monkeypatch.setattr(experience, "write", doubtful)
+    assert gaps(logged("two")) == pytest.approx([0.25, 0.25], abs=1e-3)
+    found = logged("capped", importance_sampling_cap=1.1, kl_coef=0.0, max_grad_norm=0.0)
+    plain = logged("plain", kl_coef=0.0, max_grad_norm=0.0)
+    assert found["grad_norm"] == pytest.approx(1.1 * plain["grad_norm"], rel=1e-3)  # exp(.25) is cut to 1.1
+
+
 # The same update, however it is cut up.
 
 
@@ -194,14 +253,14 @@ def test_micro_batches_and_accumulation_change_nothing(family, stage, tmp_path):
         return weights(model), done.kl.coef
 
     whole, coef = after("whole")
-    untrained = weights(equip(family))
-    assert distance(whole, untrained) > 1e-3
+    moved = distance(whole, weights(equip(family)))
+    assert moved > 1e-3
     for name, changes in {
         "micro": {"micro_batch": 2 if stage == "stage1" else 1},
         "both": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "micro_batch": 1},
     }.items():
         found, other = after(name, **changes)
-        assert distance(found, whole) < 1e-6, name
+        assert distance(found, whole) < 1e-3 * moved, name
         assert other == pytest.approx(coef, rel=1e-6), name
 
 
@@ -214,8 +273,9 @@ def test_gradient_checkpointing_changes_nothing(family, stage, tmp_path):
         train(model, args, callbacks=[grads])
         assert model.checkpointing == enable
         found.append(grads.found[0])
-    assert max(float(g.abs().max()) for g in found[0].values()) > 1e-4
-    assert distance(*found) < 1e-6
+    largest = max(float(g.abs().max()) for g in found[0].values())
+    assert largest > 1e-4
+    assert distance(*found) < 1e-3 * largest
 
 
 def test_inner_iterations_read_rollouts_again(tmp_path, monkeypatch):

@@ -46,6 +46,8 @@ class MemoryTrainingArguments(TrainingArguments):
         kl_coef, target_kl, kl_horizon: beta, the divergence per token that it is steered to, and how fast.
         reference: what the divergence is taken to: the stage's `"start"`, or the base with `"no_memory"`.
         inner_iterations: updates on each batch of rollouts.
+        importance_sampling_cap: truncates the importance weights between the decode that sampled a token and its
+            replay; 0 leaves them out. Of use in low precision, where the two differ.
         penalty_coef: alpha of stage II's penalties.
         injection_rate, anywhere_rate: chance of an invocation at each delimiter, and before any token, where
             invocations are put in (warm-up and stage I).
@@ -83,6 +85,7 @@ class MemoryTrainingArguments(TrainingArguments):
     kl_horizon: int = 10
     reference: str = "start"
     inner_iterations: int = 1
+    importance_sampling_cap: float = 0.0
     penalty_coef: float = 0.3
     injection_rate: float = 0.25
     anywhere_rate: float = 0.05
@@ -128,7 +131,8 @@ class MemoryTrainingArguments(TrainingArguments):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         self._require("group_size", self.group_size >= 2, "2 or more: one sample has nothing to be better than")
         self._require("temperature", self.temperature > 0, "more than 0")
-        for name in ("clip_ratio", "kl_coef", "target_kl", "penalty_coef", "micro_batch", "max_bad_rows", "end_rate"):
+        at_least_0 = ("clip_ratio", "kl_coef", "target_kl", "penalty_coef", "micro_batch", "max_bad_rows", "end_rate")
+        for name in (*at_least_0, "importance_sampling_cap"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("injection_rate", "anywhere_rate", "replace_rate"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")

@@ -90,17 +90,18 @@ class Collector:
         returns = gained = scores - base.repeat_interleave(group)
         if args.plan.invokes == "model":
             with figures.timed("counterfactual"):
-                sighted, others = [bool(row.images) for row in rows], [seed + 1 for seed in seeds]
-                turned = counterfactuals(self.model, prompts, rollouts, group, sighted, settings, others)
+                sighted = [bool(row.images) for row in rows]
+                # The same seeds: token k of tau_rev draws the random number that token k of tau drew, so that the
+                # penalty measures the kind of memory and not the luck of another draw.
+                turned = counterfactuals(self.model, prompts, rollouts, group, sighted, settings, seeds)
             swapped = scores.clone()
             if turned:
                 swapped[list(turned)] = self.score([rows[i // group] for i in turned], list(turned.values()), state)
             invoked = torch.tensor([bool(rollout.invocations) for rollout in rollouts])
-            wrong_kind = grpo.type_penalty(scores, swapped, invoked)
-            harmful = grpo.negative_penalty(scores, invoked, group)
-            returns = gained - args.penalty_coef * (wrong_kind + harmful)
-            figures.note("penalties/type", wrong_kind)
-            figures.note("penalties/negative", harmful)
+            found = grpo.invocation_returns(scores, base, swapped, invoked, group, args.penalty_coef)
+            returns = found.total
+            figures.note("penalties/type", found.type_penalty)
+            figures.note("penalties/negative", found.negative_penalty)
         advantages, spread = grpo.group_advantages(returns, group)
         best, groups = sum(self.rewards.weights), scores.view(-1, group)
         solved = (spread == 0) & (groups[:, 0] >= best - 1e-6) & (base >= best - 1e-6)

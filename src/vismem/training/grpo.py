@@ -80,6 +80,7 @@ def grpo_loss(
     sampled: Tensor,
     clip_ratio: float,
     kl_coef: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each trajectory: minus its mean surrogate, plus its mean divergence (Eq. 13-15).
 
@@ -88,13 +89,14 @@ def grpo_loss(
         advantages: [n].
         sampled: bool [n, T].
         clip_ratio, kl_coef: epsilon and beta.
+        weights: [n, T] of the surrogate, see `importance_weights`; None for 1.
 
     Returns:
         Losses [n], of which the mean is to be minimised, and without gradient by trajectory: `kl` [n] and
         `clip_share` [n].
     """
     objective, clipped = clipped_surrogate(log_probs, old_log_probs, advantages, clip_ratio)
-    per_token, divergence = -objective, torch.zeros_like(log_probs)
+    per_token, divergence = -objective if weights is None else -objective * weights, torch.zeros_like(log_probs)
     if reference_log_probs is not None:
         divergence = k3_divergence(log_probs, reference_log_probs)
         per_token = per_token + kl_coef * divergence
@@ -102,26 +104,87 @@ def grpo_loss(
     return trajectory_mean(per_token, sampled), {name: trajectory_mean(v, sampled) for name, v in figures.items()}
 
 
+def importance_weights(old_log_probs: Tensor, sampled_log_probs: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights [n, T]: replayed over sampled probability of each token, at most `cap`.
+
+    In low precision the replay of a token differs a little from the decode that sampled it. The weights correct the
+    gradient for that difference; truncation bounds their variance.
+    """
+    return (old_log_probs - sampled_log_probs).exp().clamp(max=cap)
+
+
 @dataclass
 class AdaptiveKL:
-    """Moves the KL coefficient so that the divergence stays near a target: the usual proportional controller.
+    """Proportional controller that moves the KL coefficient to keep the divergence near a target.
+
+    The coefficient stays between a tenth of its initial value and ten times that value, so a long stretch on one side
+    of the target cannot leave it too far away to come back.
 
     Args:
-        coef: beta, where it starts.
-        target: wanted divergence per token; 0 leaves the coefficient as it is.
-        horizon: updates that a steady error of a fifth or more takes to change the coefficient by about a fifth.
+        coef: initial beta.
+        target: divergence per token to aim for; 0 keeps the coefficient constant.
+        horizon: number of updates in which a steady error of 20 % or more changes the coefficient by about 20 %.
     """
 
     coef: float
     target: float
     horizon: int = 10
 
-    def update(self, divergence: float) -> float:
-        """Takes one update's measured divergence per token, and returns the new coefficient."""
+    def __post_init__(self) -> None:
+        self.bounds = self.coef / 10, self.coef * 10
+
+    def update(self, divergence: float, *, can_decrease: bool = True) -> float:
+        """Returns the coefficient after an update with this mean divergence per token.
+
+        Args:
+            divergence: measured over the update's sampled tokens.
+            can_decrease: False while the learning rate warms up: the divergence is small then because the policy has
+                hardly moved, which says nothing about the coefficient.
+        """
         if self.target > 0:
-            error = min(max(divergence / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error / self.horizon
+            error = min(max(divergence / self.target - 1, -0.2 if can_decrease else 0.0), 0.2)
+            lowest, highest = self.bounds
+            self.coef = min(max(self.coef * (1 + error / self.horizon), lowest), highest)
         return self.coef
+
+
+@dataclass(frozen=True)
+class Returns:
+    """Stage II's returns, and the penalties in them; each [n]."""
+
+    total: Tensor
+    type_penalty: Tensor
+    negative_penalty: Tensor
+
+
+def invocation_returns(
+    scores: Tensor,
+    baselines: Tensor,
+    swapped_scores: Tensor,
+    invoked: Tensor,
+    group_size: int,
+    penalty_coef: float,
+) -> Returns:
+    """R = S(tau) - S(tau_base) - alpha (p_type + p_neg), what stage II maximises (Eq. 8, 15).
+
+    Args:
+        scores: S(tau) [n], groups one after another.
+        baselines: S(tau_base) [n / group_size], one for each prompt.
+        swapped_scores: S(tau_rev) [n]; ignored where nothing was invoked. The row's own score where a row has no
+            counterfactual.
+        invoked: bool [n].
+        group_size: G.
+        penalty_coef: alpha.
+
+    Example:
+        >>> scores, swapped = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.5])
+        >>> invocation_returns(scores, torch.tensor([0.0]), swapped, torch.tensor([False, True]), 2, 0.5).total
+        tensor([ 1.0000, -0.5000])
+    """
+    wrong_kind = type_penalty(scores, swapped_scores, invoked)
+    harmful = negative_penalty(scores, invoked, group_size)
+    total = scores - baselines.repeat_interleave(group_size) - penalty_coef * (wrong_kind + harmful)
+    return Returns(total, wrong_kind, harmful)
 
 
 def type_penalty(scores: Tensor, swapped_scores: Tensor, invoked: Tensor) -> Tensor:

@@ -94,6 +94,18 @@ def collate(
     }
 
 
+def decoded_log_probs(rollouts: list[Rollout], sampled: Tensor) -> Tensor:
+    """Log-probabilities [n, L] that decoding recorded, in the places of `collate`'s sampled tokens; 0 elsewhere.
+
+    Args:
+        rollouts: n of them.
+        sampled: bool [n, L], as `collate` made it for these rollouts.
+    """
+    found = torch.zeros(sampled.shape, device=sampled.device)
+    recorded = torch.cat([rollout.log_probs[rollout.sampled] for rollout in rollouts])
+    return found.masked_scatter(sampled, recorded.to(found))
+
+
 def without_memory(inputs: dict[str, Any], tokens: Tensor) -> tuple[dict[str, Any], Tensor]:
     """The same words as the base alone would read them: invocation and end tokens taken out.
 

@@ -25,7 +25,7 @@ from vismem.training.baselines import adapter_of, without_adapter
 from vismem.training.checkpoints import WholeCheckpoints, last_checkpoint
 from vismem.training.experience import Collector, Experience, inputs_of
 from vismem.training.figures import Figures, Samples
-from vismem.training.replay import Learner, collate, without_memory
+from vismem.training.replay import Learner, collate, decoded_log_probs, without_memory
 from vismem.training.rewards import load_rewards
 from vismem.training.sampler import PromptSampler
 from vismem.training.sharding import make_shardable, whole
@@ -209,14 +209,23 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                     if batch is None:  # nothing to learn here, but other processes wait for this one's gradient
                         self.accelerator.backward(log_probs)
                         continue
+                    sampled = batch["sampled"].to(log_probs.device)
+                    decoded = decoded_log_probs([experience.rollouts[i] for i in index], sampled)
+                    if number not in experience.old:
+                        experience.old[number] = log_probs.detach()
+                        gap = (log_probs.detach() - decoded).abs()[sampled]
+                        figures.note("sampling/logp_difference/mean", gap)
+                        figures.note("sampling/logp_difference/max", gap.amax(0, keepdim=True) if len(gap) else gap)
+                    old, cap = experience.old[number], args.importance_sampling_cap
                     losses, found = grpo.grpo_loss(
                         log_probs,
-                        experience.old.setdefault(number, log_probs.detach()),
+                        old,
                         experience.reference.get(number),
                         experience.advantages[index].to(log_probs.device),
-                        batch["sampled"].to(log_probs.device),
+                        sampled,
                         args.clip_ratio,
                         self.kl.coef,
+                        grpo.importance_weights(old, decoded, cap) if cap else None,
                     )
                     # All trajectories of the batch share the mean, skipped ones as zeros, on every process alike.
                     loss = losses.sum() / len(experience.rollouts)
@@ -233,7 +242,8 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             divergence, trajectories = self.accelerator.reduce(self.divergence.to(args.device)).tolist()
             self.divergence = torch.zeros(2)
             if args.kl_coef and trajectories:
-                self.kl.update(divergence / trajectories)
+                warming_up = self.state.global_step < args.get_warmup_steps(self.state.max_steps)
+                self.kl.update(divergence / trajectories, can_decrease=not warming_up)
         written = sum(len(rollout.tokens) for rollout in experience.rollouts)
         figures.add("tokens_per_second", written / max(figures.spent, 1e-9))
         figures.spent = 0.0
