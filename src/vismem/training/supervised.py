@@ -60,6 +60,24 @@ def with_invocations(
     return ids, learned
 
 
+def end_of_turn(model: VisMem) -> int | None:
+    """The end id that closes an assistant's turn in the base's chat template; None where the base has no end id.
+
+    A base may list several end ids, such as Gemma 3's `<eos>` and `<end_of_turn>`, of which it writes only one. A
+    reply that ends with another teaches a token that the base never writes there.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    if len(ends) < 2:
+        return ends[0] if ends else None
+    reply, turns = "a reply", []
+    for role, text in (("user", "a question"), ("assistant", reply), ("user", "another")):
+        turns.append({"role": role, "content": [{"type": "text", "text": text}]})
+    rest = model.processor.apply_chat_template(turns, tokenize=False).partition(reply)[2]
+    written = model.processor.tokenizer.encode(rest, add_special_tokens=False)
+    return next((token for token in written if token in ends), ends[0])
+
+
 def supervised_batch(
     model: VisMem,
     prompts: dict[str, Tensor],
@@ -78,8 +96,7 @@ def supervised_batch(
         rngs: one for each row.
     """
     tokenizer = model.processor.tokenizer
-    end = model.generation_config.eos_token_id
-    end = end[0] if isinstance(end, (list, tuple)) else end
+    end = end_of_turn(model)
     device, start = prompts["input_ids"].device, prompts["input_ids"].shape[1]
     answers, learned = [], []
     for reply, sees, rng in zip(replies, sighted, rngs, strict=True):
