@@ -145,6 +145,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folders_with(folder: Path, name: str) -> list[Path]:
+    """Folders one or two levels below `folder` that have a file of that name."""
+    return sorted({path.parent for below in ("*", "*/*") for path in folder.glob(f"{below}/{name}")})
+
+
 def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
