@@ -217,7 +217,7 @@ class Runs:
         if not file.records:
             asked = {"invocation": invocation, "batch_size": self.settings.batch_size, "max_new_tokens": tokens}
             limit = benchmark.limit if benchmark.limit is not None else self.settings.limit
-            file.add(task_records(self.model(method, seed), benchmark.task, limit=limit, **asked))
+            file.add_all(task_records(self.model(method, seed), benchmark.task, limit=limit, **asked))
         return list(file.records.values())
 
 
