@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import vismem
+from vismem import files
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,13 @@ def machine_facts(device: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def write(path: Path, found: dict[str, Any]) -> None:
     """Writes the report, whole or not at all; rows that other runs on this machine left in the file stay."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         earlier = json.loads(path.read_text())
         if earlier.get("machine") == found["machine"]:
             measured = {name_of(row) for row in found["rows"]}
             found["rows"] += [row for row in earlier["rows"] if name_of(row) not in measured]
             found["budgets"] += [entry for entry in earlier["budgets"] if entry["row"] not in measured]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(path)
+    files.write_json(path, found, indent=1)
 
 
 def name_of(row: dict[str, Any]) -> str:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+import yaml
+from kills import killed_at_each_step
 from safetensors.torch import load_file
 
 import vismem
+from vismem import checkpoint, files
 from vismem.checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, digest, read_record
 from vismem.config import VisMemConfig
 
@@ -196,3 +203,216 @@ def test_parameters_of():
     assert set(ids) == {id(p) for p in model.parameters() if p.requires_grad}
     with pytest.raises(ValueError, match="unknown part"):
         model.parameters_of("everything")
+
+
+# Crashes.
+
+
+def loaded(folder, model) -> dict[str, torch.Tensor]:
+    """The weights of the memory in a folder, as a model loads them."""
+    record = read_record(checkpoint.find_memory(folder))
+    checkpoint.load_weights(model, folder, record)
+    return {name: tensor.clone() for name, tensor in checkpoint.trained_state(model).items()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.fixture
+def unflushed(monkeypatch):
+    """No flushing: a process is killed in these tests, no machine."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def test_a_save_killed_at_any_step_leaves_the_old_or_the_new_memory(tmp_path, unflushed):
+    old, new, reader = tiny.equip("idefics3", seed=1), tiny.equip("idefics3", seed=2), tiny.equip("idefics3")
+    folder, found = tmp_path / "memory", []
+    states = [{n: t.clone() for n, t in checkpoint.trained_state(model).items()} for model in (old, new)]
+    old.save_pretrained(folder)
+    for _ in killed_at_each_step(lambda: new.save_pretrained(folder), lambda: None):
+        state = loaded(folder, reader)
+        found.append([same(state, expected) for expected in states])
+        old.save_pretrained(folder)  # whatever a killed save left, the next one cleans up
+        assert same(loaded(folder, reader), states[0])
+        assert {path.name for path in folder.iterdir()} == {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE}
+    assert found[0] == [True, False] and found[-1] == [False, True]
+    assert found == sorted(found, reverse=True) and len(found) > 15
+
+
+def test_two_saves_that_are_killed_leave_one_whole_memory(tmp_path, unflushed):
+    """The second one meets what the first left: new weights, whose record still waits to be renamed."""
+    models = [tiny.equip("idefics3", seed=seed) for seed in (1, 2, 3)]
+    states = [{n: t.clone() for n, t in checkpoint.trained_state(model).items()} for model in models]
+    folder, reader = tmp_path / "memory", tiny.equip("idefics3")
+    for model, name in zip(models, ("old", "new"), strict=False):
+        model.save_pretrained(tmp_path / name)
+
+    def between():
+        shutil.copytree(tmp_path / "new", folder, dirs_exist_ok=True)
+        shutil.copy(folder / CONFIG_FILE, files.partial_path(folder / CONFIG_FILE))
+        shutil.copy(tmp_path / "old" / CONFIG_FILE, folder / CONFIG_FILE)
+
+    for _ in killed_at_each_step(lambda: models[2].save_pretrained(folder), between):
+        state = loaded(folder, reader)
+        assert same(state, states[1]) or same(state, states[2])
+
+
+def test_a_first_save_that_is_killed_is_a_memory_or_a_clear_error(tmp_path, unflushed):
+    model, reader, said = tiny.equip("idefics3"), tiny.equip("idefics3", seed=2), set()
+    folder = tmp_path / "memory"
+    for _ in killed_at_each_step(
+        lambda: model.save_pretrained(folder), lambda: shutil.rmtree(folder, ignore_errors=True)
+    ):
+        try:
+            assert same(loaded(folder, reader), checkpoint.trained_state(model))
+            said.add("")
+        except OSError as error:
+            said.add(str(error))
+    assert any("a save into it was stopped" in text for text in said) and "" in said
+
+
+# Where a memory and its base are found.
+
+
+@pytest.fixture(scope="module")
+def pocketed():
+    """A model on the packaged base."""
+    from vismem.pocket import load_base
+
+    return vismem.VisMem(*load_base(), VisMemConfig.preset("pocket")).eval()
+
+
+@pytest.mark.parametrize("given", ["bases/one", "./bases/one", "bases/deep/../one"])
+def test_a_base_in_a_relative_folder_is_found_from_anywhere(tmp_path, monkeypatch, given):
+    base, processor = tiny.base_and_processor("idefics3")
+    (tmp_path / "work" / "bases" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    base.save_pretrained("bases/one")
+    processor.save_pretrained("bases/one")
+    model = vismem.VisMem(type(base).from_pretrained(given), processor, tiny.equip("idefics3").memory_config)
+    model.save_pretrained("runs/memory")
+    monkeypatch.chdir(tmp_path)
+    assert vismem.VisMem.from_pretrained("work/runs/memory").base.config.model_type == "idefics3"
+    (tmp_path / "work").rename(tmp_path / "moved")  # the tree as a whole: the path from the memory still leads there
+    assert vismem.VisMem.from_pretrained("moved/runs/memory").base.config.model_type == "idefics3"
+    from vismem.loading import load_model
+
+    assert load_model("moved/runs").base == given
+    (tmp_path / "moved" / "bases" / "one").rename(tmp_path / "elsewhere")
+    for load_it in (vismem.VisMem.from_pretrained, load_model):
+        with pytest.raises(OSError, match=r"is in none of .*/work/bases/one, .*/moved/bases/one.* base= \(--base"):
+            load_it("moved/runs/memory")
+    found = vismem.VisMem.from_pretrained("moved/runs/memory", base=type(base).from_pretrained("elsewhere"))
+    assert found.base.name_or_path == "elsewhere"
+
+
+def test_a_base_on_the_hub_keeps_its_name_and_an_error_says_base(saved, tmp_path):
+    model, _ = saved
+    model.base.name_or_path = model.base.config._name_or_path = "nobody/nothing-at-all"
+    model.save_pretrained(tmp_path / "hub")
+    record = read_record(tmp_path / "hub")
+    assert record.base_name == "nobody/nothing-at-all" and record.base_folders == ()
+    with pytest.raises(OSError, match=r"cannot load nobody/nothing-at-all, the base of memory .*base= \(--base"):
+        vismem.VisMem.from_pretrained(tmp_path / "hub")
+
+
+def test_records_of_earlier_versions_load(saved):
+    _, folder = saved
+    record = json.loads((folder / CONFIG_FILE).read_text())
+    for name in ("base_folders", "history", "record_sha256"):
+        del record[name]
+    record["record_sha256"] = digest(record)
+    (folder / CONFIG_FILE).write_text(json.dumps(record))
+    assert load(folder).history == ()
+
+
+def test_the_one_memory_below_a_folder_is_found(saved, tmp_path):
+    model, _ = saved
+    run = tmp_path / "runs" / "x"
+    model.save_pretrained(run / "stage2" / "memory")
+    (run / "stage2" / "checkpoint-5").mkdir()
+    (run / "stage2" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    for name in (run, run / "stage2", run / "stage2" / "memory"):
+        assert checkpoint.locate(name) == run / "stage2" / "memory"
+    with pytest.raises(OSError, match=r"no vismem_config.json; a run resumes from it, and writes .*stage2/memory"):
+        checkpoint.locate(run / "stage2" / "checkpoint-5")
+    model.save_pretrained(run / "stage1" / "memory")
+    with pytest.raises(OSError, match=r"several memories; name one of .*stage1/memory, .*stage2/memory"):
+        checkpoint.locate(run)
+
+
+# The model card.
+
+
+def front_matter(folder) -> dict:
+    return yaml.safe_load((folder / CARD_FILE).read_text().split("---\n")[1])
+
+
+@pytest.mark.parametrize(
+    ("base", "linked"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        ("/cache/models--Qwen--Qwen2-VL/snapshots/0a1b", "Qwen/Qwen2-VL"),
+        ("bases/one/two", None),
+        ("./one", None),
+        ("", None),
+    ],
+)
+def test_the_card_links_a_base_on_the_hub(saved, base, linked):
+    model, folder = saved
+    model.base.name_or_path = base
+    model.save_pretrained(folder)
+    found = front_matter(folder)
+    assert found.get("base_model") == linked and ("base_model_relation" in found) == bool(linked)
+    assert found["library_name"] == "vismem" and {"vismem", "idefics3"} <= set(found["tags"])
+    assert "path/to" not in (folder / CARD_FILE).read_text()
+
+
+def test_the_card_has_the_runs_figures_and_a_snippet_that_works(pocketed, tmp_path):
+    pocketed.history = (
+        {
+            "stage": "stage1",
+            "steps": 25,
+            "seed": 0,
+            "data": "pocket",
+            "rewards": ["pocket"],
+            "figures": {"reward": 0.53},
+        },
+    )
+    pocketed.save_pretrained(tmp_path / "runs" / "memory")
+    again = vismem.VisMem.from_pretrained(tmp_path / "runs")
+    assert again.history == pocketed.history
+    again.save_pretrained(tmp_path / "copy")
+    card = (tmp_path / "copy" / CARD_FILE).read_text()
+    assert "| stage1 | 25 | 0 | pocket | pocket | 0.53 |" in card
+    exec(card.split("```python\n")[1].split("```")[0].replace("max_new_tokens=256", "max_new_tokens=2"), {})
+
+
+def test_pushing_uploads_a_card_that_names_the_repository(saved, monkeypatch):
+    model, _ = saved
+    sent = {}
+
+    class Hub:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, repo_id, **others):
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def file_exists(self, repo_id, name, revision=None):
+            return repo_id == "me/old"
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns, **others):
+            sent[repo_id] = {
+                p.name: p.read_bytes() for p in Path(folder_path).iterdir() if p.name not in ignore_patterns
+            }
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr("vismem.model.HfApi", Hub)
+    assert model.push_to_hub("new", tags=["mine"]) == "https://hub/me/new"
+    assert set(sent["me/new"]) == {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE}
+    card = sent["me/new"][CARD_FILE].decode()
+    assert 'from_pretrained("me/new"' in card and "- mine\n" in card
+    model.push_to_hub("old")
+    assert set(sent["me/old"]) == {CONFIG_FILE, WEIGHTS_FILE}

@@ -110,6 +110,23 @@ def test_record_files_go_on_and_drop_a_torn_line(tmp_path):
     assert RecordFile(path, {"n": 1, "what": ["x"]}).records["three"].score == 0.0
 
 
+@pytest.mark.parametrize(
+    "reply", ["a\u2028b", "a\x85b", "a\x0b\x0c\x1c\x1db", "Z\u00fcrich \N{SNOWMAN}", "half \ud83d"]
+)
+def test_records_cut_anywhere_are_read_again(tmp_path, reply):
+    path, kept = tmp_path / "answers.jsonl", Record("one", 1.0, reply, 4, 4)
+    RecordFile(path, {}).add([kept, record("two")])
+    whole = path.read_bytes()
+    end = whole.rindex(b'{"id": "two"')
+    for length in (end, end - 1, end - 3, len(whole) - 1, len(whole) - 9):
+        path.write_bytes(whole[:length])
+        again = RecordFile(path, {})
+        assert again.records.get("one", kept) == kept and again.done <= {"one", "two"}
+        again.add([record("three")])
+        assert RecordFile(path, {}).done == again.done
+    assert length < len(whole) and again.records["one"].reply == reply
+
+
 def test_record_files_refuse_other_settings_and_other_files(tmp_path):
     path = tmp_path / "answers.jsonl"
     file = RecordFile(path, {"n": 1})
@@ -122,6 +139,9 @@ def test_record_files_refuse_other_settings_and_other_files(tmp_path):
         RecordFile(path, {"n": 1})
     path.write_text('{"settings": {"n": 1}}\nnonsense\n{"id": "a"}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
+        RecordFile(path, {"n": 1})
+    path.write_text('{"settings": {"n": 1}}\n{"name": "a"}\n{"id": "a"}\n')
+    with pytest.raises(ValueError, match=r"answers.jsonl holds a line that is no record"):
         RecordFile(path, {"n": 1})
 
 

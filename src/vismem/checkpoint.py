@@ -1,7 +1,8 @@
 """Checkpoints: a JSON record, one safetensors file with what was trained, and a model card; the base only by name.
 
 Nothing is unpickled. Weights carry a checksum, and the record says which base they were made for, so a damaged file
-or another base is refused with one line that names both sides.
+or another base is refused with one line that names both sides. A save that is killed leaves the old memory or the new
+one, never a mix. The model card is in `card.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,9 @@ from safetensors.torch import load
 from safetensors.torch import save as serialize
 from torch import nn
 
+from vismem import files
 from vismem.backbones import backbone_of
+from vismem.card import model_card
 from vismem.config import VisMemConfig
 from vismem.pocket import BASE_PATH
 
@@ -49,13 +53,25 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class Record:
-    """What `vismem_config.json` says."""
+    """What `vismem_config.json` says.
+
+    Args:
+        config: of the memory.
+        base_name: the base's name as it was given: a hub repository, a folder, or `"pocket"`.
+        base: what the base must be.
+        token_ids: of the four tokens.
+        sha256: checksum of the weights.
+        base_folders: where the base was, if it was a folder: its absolute path, and its path from the memory's folder.
+        history: the training stages behind the weights, oldest first, with their figures.
+    """
 
     config: VisMemConfig
     base_name: str
     base: BaseFacts
     token_ids: dict[str, int]
     sha256: str
+    base_folders: tuple[str, ...] = ()
+    history: tuple[dict[str, Any], ...] = ()
 
 
 def facts_of(base: nn.Module) -> BaseFacts:
@@ -71,9 +87,42 @@ def recorded_name(base: nn.Module) -> str:
     return POCKET if name and Path(name).expanduser().resolve() == BASE_PATH.resolve() else name
 
 
-def base_location(name: str) -> str:
-    """Where the base of that recorded name is to be loaded from."""
-    return str(BASE_PATH) if name == POCKET else name
+def base_folders(base: nn.Module, folder: Path) -> list[str]:
+    """The absolute path of a base that was loaded from a folder, and its path from the memory's `folder`."""
+    name = recorded_name(base)
+    if not name or name == POCKET or not Path(name).expanduser().is_dir():
+        return []
+    absolute = os.path.abspath(Path(name).expanduser())
+    try:
+        return [absolute, Path(os.path.relpath(absolute, os.path.abspath(folder))).as_posix()]
+    except ValueError:  # on another drive
+        return [absolute]
+
+
+def base_location(record: Record, folder: Path) -> str:
+    """Where to load a memory's base from: a folder that is there, or else the recorded name.
+
+    Args:
+        record: of the memory.
+        folder: of the memory.
+
+    Raises:
+        OSError: if the base was a folder and is in none of the places where it could be; names them.
+    """
+    if record.base_name == POCKET:
+        return str(BASE_PATH)
+    places = [folder / place for place in record.base_folders]  # an absolute path stays as it is
+    places.append(Path(record.base_name).expanduser())
+    for place in places:
+        if (place / "config.json").is_file():
+            return str(place)
+    if record.base_folders:
+        tried = ", ".join(dict.fromkeys(os.path.normpath(os.path.abspath(place)) for place in places))
+        raise OSError(
+            f"the base {record.base_name} of memory {folder} is in none of {tried}; "
+            "say where it is with base= (--base on the command line)"
+        )
+    return record.base_name
 
 
 def token_ids(model: VisMem) -> dict[str, int]:
@@ -88,25 +137,59 @@ def trained_state(model: VisMem) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
 
 
-def save(model: VisMem, folder: Path) -> None:
-    """Writes a checkpoint of `model` into `folder`, each file whole or not at all."""
+def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()) -> None:
+    """Writes a checkpoint of `model` into `folder`.
+
+    Killed at any moment, it leaves one whole memory: the one that was there, or the new one.
+
+    Args:
+        model: the model.
+        folder: made if it is not there.
+        name: what the model card calls the memory; by default the folder.
+        tags: further tags of the model card.
+
+    Raises:
+        ValueError: if `folder` is a file. DiskFullError: if there is no room.
+    """
     if folder.is_file():
         raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in trained_state(model).items()}
     weights = serialize(state, metadata={"format": "pt"})
     record = {
         "format": FORMAT,
         "config": model.memory_config.to_dict(),
         "base_name": recorded_name(model.base),
+        "base_folders": base_folders(model.base, folder),
         "base": asdict(facts_of(model.base)),
         "token_ids": token_ids(model),
+        "history": list(model.history),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
     record["record_sha256"] = digest(record)
-    _write(folder / WEIGHTS_FILE, weights)
-    _write(folder / CONFIG_FILE, (json.dumps(record, indent=2) + "\n").encode())
-    _write(folder / CARD_FILE, model_card(model).encode())
+    content = (json.dumps(record, indent=2) + "\n").encode()
+    files.write_pair((folder / WEIGHTS_FILE, weights), (folder / CONFIG_FILE, content), _fits(folder))
+    trained = sum(tensor.numel() for tensor in state.values())
+    base_name, facts = recorded_name(model.base), str(facts_of(model.base))
+    card = model_card(model, name or folder.as_posix(), base_name, facts, trained, tags)
+    files.write_text(folder / CARD_FILE, card)
+
+
+def _fits(folder: Path) -> Callable[[bytes], bool]:
+    """Whether a record is that of the weights which are in the folder now."""
+
+    def fits(content: bytes) -> bool:
+        try:
+            named = json.loads(content)["sha256"]
+        except (ValueError, KeyError, TypeError):
+            return False
+        return (folder / WEIGHTS_FILE).is_file() and files.sha256(folder / WEIGHTS_FILE) == named
+
+    return fits
+
+
+def _record_of(folder: Path) -> bytes | None:
+    """The record of the memory in a folder, also after a save that was killed; None if there is none."""
+    return files.matching(folder / CONFIG_FILE, _fits(folder))
 
 
 def digest(record: dict[str, Any]) -> str:
@@ -114,21 +197,19 @@ def digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def locate(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder of a checkpoint: `name` itself, or a download of the hub repository of that name.
+    """The local folder of a checkpoint: that of `name`, or a download of the hub repository of that name.
+
+    Args:
+        name: a memory's folder, a folder with one memory in it, such as a run's, or a hub repository.
+        revision, token: for the hub.
 
     Raises:
-        OSError: if there is no such folder and no such repository can be had.
+        OSError: if there is no such folder and no such repository can be had, or the folder has no memory or several.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
+        return find_memory(folder)
     looks_local = folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1
     if looks_local:
         raise OSError(f"no checkpoint at {name}: there is no such folder")
@@ -140,17 +221,38 @@ def locate(name: str | Path, revision: str | None = None, token: str | None = No
         raise OSError(f"no checkpoint {name}: no such folder, and it cannot be had from the hub ({reason})") from error
 
 
+def find_memory(folder: Path) -> Path:
+    """`folder` itself, or the one folder with a memory up to two levels below it: a run's, or that of its last stage.
+
+    Raises:
+        OSError: if there is no memory, or there are several; names them.
+    """
+    if _record_of(folder) is not None:
+        return folder
+    found = [place for place in files.folders_with(folder, WEIGHTS_FILE) if _record_of(place) is not None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise OSError(f"{folder} holds several memories; name one of {', '.join(map(str, found))}")
+    hint = ""
+    if files.partial_path(folder / CONFIG_FILE).is_file() or files.partial_path(folder / WEIGHTS_FILE).is_file():
+        hint = "; a save into it was stopped before it was whole, so save the memory again"
+    elif (folder / "trainer_state.json").is_file():
+        hint = f"; a run resumes from it, and writes its memory to {folder.parent / 'memory'} at the end"
+    raise OSError(f"{folder} is not a VisMem checkpoint: it has no {CONFIG_FILE}{hint}")
+
+
 def read_record(folder: Path) -> Record:
     """Reads and checks `vismem_config.json`.
 
     Raises:
         OSError: if it is missing. ValueError: if it is not what `save` writes.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
+    path, content = folder / CONFIG_FILE, _record_of(folder)
+    if content is None:
         raise OSError(f"{folder} is not a VisMem checkpoint: it has no {CONFIG_FILE}")
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes().decode())
+        values: dict[str, Any] = json.loads(content.decode())
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']} is not {FORMAT}, the one this version reads")
         if values.pop("record_sha256") != digest(values):
@@ -161,6 +263,8 @@ def read_record(folder: Path) -> Record:
             BaseFacts(**values["base"]),
             {str(name): int(index) for name, index in values["token_ids"].items()},
             str(values["sha256"]),
+            tuple(map(str, values.get("base_folders", ()))),
+            tuple(dict(stage) for stage in values.get("history", ())),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
@@ -201,47 +305,3 @@ def load_weights(model: VisMem, folder: Path, record: Record) -> None:
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(state[name])
-
-
-def model_card(model: VisMem) -> str:
-    """The README.md of a checkpoint, with the front matter that the hub reads."""
-    config, facts = model.memory_config, facts_of(model.base)
-    name = recorded_name(model.base) or facts.model_type
-    trained = sum(tensor.numel() for tensor in trained_state(model).values())
-    total = sum(parameter.numel() for parameter in model.base.parameters())
-    made = f"""| query vectors K | {config.query_length} |
-| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}, query and value projections |
-| start of memory | {config.memory_init} |"""
-    if config.content == "soft":
-        made = "| content | learned constants (soft prompts), the same for every image and question |"
-    base_line = f"base_model: {name}\n" if name.count("/") == 1 else ""  # only a hub repository can be linked
-    return f"""---
-library_name: vismem
-pipeline_tag: image-text-to-text
-{base_line}tags:
-- vismem
-- latent-memory
-- {facts.model_type}
----
-
-# Latent vision memory for {Path(name).name}
-
-Short-term and long-term latent vision memory ([VisMem](https://arxiv.org/abs/2511.11007)) for a frozen
-vision-language model. These files hold the memory only; the base is loaded by its name and is not changed.
-
-| | |
-|---|---|
-| base | `{Path(name).name}`, {facts} |
-| short-term vectors N_s | {config.short_length} |
-| long-term vectors N_l | {config.long_length} |
-{made}
-| parameters of the memory | {trained:,} ({100 * trained / total:.2f} % of the base) |
-
-```python
-import vismem
-
-model = vismem.VisMem.from_pretrained("path/to/this/folder")
-out = model.generate(**inputs, max_new_tokens=256, return_dict_in_generate=True)
-print(out.invocations)
-```
-"""

@@ -76,12 +76,22 @@ def load_model(
 
     where = device_of(device)
     folder, base_name, shown = None, base or POCKET, checkpoint
+    place = base_name
     if checkpoint is not None:
         folder = checkpoint_folder(checkpoint, say)
-        base_name = base or files.read_record(folder).base_name
+        record = files.read_record(folder)
+        base_name = base or record.base_name
+        place = base or files.base_location(record, folder)
     elif is_pocket(base_name) and (MEMORY_PATH / files.CONFIG_FILE).is_file():
         folder, shown = MEMORY_PATH, POCKET
-    found, processor = load_base(base_name, where, dtype, trust_remote_code, say)
+    try:
+        found, processor = load_base(place, where, dtype, trust_remote_code, say)
+    except CannotLoad as error:
+        if checkpoint is None or base:
+            raise
+        raise CannotLoad(
+            f"{error}; it is the base of checkpoint {checkpoint}: say where it is with --base (base= in Python)"
+        ) from error
     if folder is not None:
         model = VisMem.from_pretrained(folder, base=found, processor=processor)
     else:
@@ -132,17 +142,24 @@ def load_base(
 
 
 def checkpoint_folder(name: str, say: Callable[[str], None]) -> Path:
-    """The local folder of a memory."""
+    """The local folder of a memory, which may be the only one below the folder that was named."""
     from vismem import checkpoint
 
-    found, local = locate(name, checkpoint.CONFIG_FILE, "checkpoint", say)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        try:
+            found = checkpoint.find_memory(path)
+        except OSError as error:
+            raise CannotLoad(str(error)) from error
+        if found != path:
+            say(f"note: the memory of {name} is {found}")
+        return found
+    place, local = locate(name, checkpoint.CONFIG_FILE, "checkpoint", say)
     if not local:
-        return checkpoint.locate(found)
-    if Path(found).is_dir():
-        return Path(found)
+        return checkpoint.locate(place)
     from huggingface_hub import try_to_load_from_cache
 
-    return Path(str(try_to_load_from_cache(found, checkpoint.CONFIG_FILE))).parent
+    return Path(str(try_to_load_from_cache(place, checkpoint.CONFIG_FILE))).parent
 
 
 def locate(name: str, file: str, what: str, say: Callable[[str], None]) -> tuple[str, bool]:

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers.utils import ModelOutput, PushToHubMixin
+from transformers.utils import ModelOutput
 
 from vismem import checkpoint
 from vismem.backbones import Backbone, Image, backbone_of
@@ -55,7 +57,7 @@ class VisMemForwardOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
 
 
-class VisMem(nn.Module, PushToHubMixin):
+class VisMem(nn.Module):
     """A vision-language model with short-term and long-term latent memory.
 
     Equipping adds four special tokens to `processor.tokenizer`, freezes the base and builds the memory beside it, in
@@ -66,6 +68,10 @@ class VisMem(nn.Module, PushToHubMixin):
         base: a model of a supported family, as `AutoModelForImageTextToText.from_pretrained` gives it.
         processor: its processor.
         config: lengths and widths; the paper's by default.
+
+    Attributes:
+        history: the training stages behind the memory, oldest first: `stage`, `steps`, `seed`, `data`, `rewards` and
+            the `figures` that each logged last. Saved with the memory, and shown in its model card.
 
     Raises:
         ValueError: if no backbone supports the family, or no delimiter is a single token.
@@ -79,6 +85,7 @@ class VisMem(nn.Module, PushToHubMixin):
     def __init__(self, base: nn.Module, processor: Any, config: VisMemConfig | None = None) -> None:
         super().__init__()
         self.memory_config = config or VisMemConfig()
+        self.history: tuple[dict[str, Any], ...] = ()
         self.processor = processor
         self.base: Any = base.eval().requires_grad_(False)
         self.backbone = backbone_of(base)
@@ -451,13 +458,59 @@ class VisMem(nn.Module, PushToHubMixin):
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `vismem_config.json`, `vismem.safetensors` and a model card; the base is named, not copied.
 
+        A save over an earlier memory may be killed at any moment: the folder then loads as the old or the new memory.
+
         Args:
             save_directory: folder, made if it is not there.
-            push_to_hub: also upload it (`repo_id=`, `private=`, `token=` ... as in transformers).
+            push_to_hub: also upload it (`repo_id=`, and what `push_to_hub` takes).
+
+        Raises:
+            ValueError: if `save_directory` is a file. OSError: if it cannot be written, or the disk is full.
         """
         checkpoint.save(self, Path(save_directory))
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload memory",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: list[str] | None = None,
+    ) -> str:
+        """Uploads the memory and its model card to the hub; a card that the repository has already is kept.
+
+        Args:
+            repo_id: `owner/name`, made if it is not there.
+            commit_message, commit_description, private, token, revision, create_pr: as in `huggingface_hub`.
+            tags: further tags of the model card.
+
+        Returns:
+            The address of the commit.
+        """
+        hub = HfApi(token=token)
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            checkpoint.save(self, Path(folder), repo_id, tuple(tags or ()))
+            card = checkpoint.CARD_FILE
+            kept = [card] if hub.file_exists(repo_id, card, revision=revision) else []
+            commit = hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                ignore_patterns=kept,
+            )
+        return str(commit)
 
     @classmethod
     def from_pretrained(
@@ -473,7 +526,7 @@ class VisMem(nn.Module, PushToHubMixin):
         """Loads a memory, and its base by the recorded name unless `base` is given.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a repository on the hub.
+            pretrained_model_name_or_path: a folder, a run's folder with one memory in it, or a repository on the hub.
             base, processor: use these instead of loading the recorded ones.
             revision, token: for a hub repository of the memory.
             memory_dtype: of the memory and the four tokens' rows; by default the base's.
@@ -487,14 +540,22 @@ class VisMem(nn.Module, PushToHubMixin):
 
         folder = checkpoint.locate(pretrained_model_name_or_path, revision, token)
         record = checkpoint.read_record(folder)
-        name = checkpoint.base_location(record.base_name) if base is None else str(getattr(base, "name_or_path", ""))
-        if base is None:
-            base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
-        if processor is None:
-            shared = ("trust_remote_code", "local_files_only", "cache_dir", "token")
-            processor = AutoProcessor.from_pretrained(name, **{k: v for k, v in base_kwargs.items() if k in shared})
+        name = checkpoint.base_location(record, folder) if base is None else str(getattr(base, "name_or_path", ""))
+        try:
+            if base is None:
+                base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
+            if processor is None:
+                shared = ("trust_remote_code", "local_files_only", "cache_dir", "token")
+                processor = AutoProcessor.from_pretrained(name, **{k: v for k, v in base_kwargs.items() if k in shared})
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"cannot load {name or 'an unnamed model'}, the base of memory {folder}: {reason}; "
+                "say where it is with base= (--base on the command line)"
+            ) from error
         checkpoint.check_base(record, base, folder)
         model = cls(base, processor, record.config)
+        model.history = record.history
         if memory_dtype is not None:
             model.memory.to(memory_dtype)
             model.tokens.to(memory_dtype)

@@ -8,7 +8,6 @@ The images stay where they are; the output names them by paths relative to itsel
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from vismem import files, jsonl
 from vismem.data.dataset import Reports
 from vismem.data.rows import BadDataError, BadRow, read_row
 from vismem.data.sources import JsonArray, JsonLines, find_source
@@ -177,10 +177,9 @@ def _convert(
         raise BadDataError(f"no such file: {source}")
     base = os.path.relpath(root.absolute(), out.absolute().parent)
     reports = Reports(source.name, strict, max_bad_rows)
-    partial = out.with_name(out.name + ".partial")
     written = 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
+    with files.replacing(out) as partial:
+        with partial.open("wb") as file:
             for row_id, record in tqdm(_records(source), desc=f"converting {source.name}", unit=" rows", delay=2):
                 try:
                     if isinstance(record, BadRow):
@@ -196,15 +195,12 @@ def _convert(
                 except BadRow as error:
                     reports.add(row_id, str(error))
                     continue
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(jsonl.dumps([row]))
                 written += 1
                 if written == limit:
                     break
         if not written:
             raise BadDataError(f"{source.name} has no good row ({reports.count} bad)")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return written
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vismem import files
 from vismem.evaluation.looks import Look
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def png(drawn: Figure | Image.Image, path: str | Path | None = None) -> bytes:
     else:
         drawn.savefig(held, format="png", facecolor="white", pil_kwargs={"optimize": True}, metadata={"Software": None})
     if path is not None:
-        Path(path).write_bytes(held.getvalue())
+        files.write_bytes(path, held.getvalue())
     return held.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Records of answers, and the files that they are kept in: written as they come, gone on with after a stop."""
+"""Records of answers, and the files that they are kept in: written as they come, and read again after a stop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vismem import jsonl
 
 ALWAYS = ("id", "score", "reply", "tokens", "sampled")
 
@@ -56,10 +58,13 @@ class RecordFile:
         self.settings = json.loads(json.dumps(settings))
         if not self.path.is_file():
             return
-        whole = read_lines(self.path)
+        whole = jsonl.read(self.path)
         if whole:
             check_settings(self.path, whole[0].get("settings"), self.settings)
-            self.records = {entry["id"]: Record(**entry) for entry in whole[1:]}
+            try:
+                self.records = {entry["id"]: Record(**entry) for entry in whole[1:]}
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{self.path} holds a line that is no record ({error}); delete the file") from error
         self._write()
 
     @property
@@ -71,20 +76,18 @@ class RecordFile:
         """Appends records."""
         if not self.path.is_file():
             self._write()
-        with self.path.open("a", encoding="utf-8") as file:
-            for record in records:
-                self.records[record.id] = record
-                file.write(json.dumps(plain(record), ensure_ascii=False) + "\n")
+        new = list(records)
+        jsonl.append(self.path, map(plain, new))
+        self.records.update((record.id, record) for record in new)
+
+    def add_all(self, records: Iterable[Record]) -> None:
+        """Adds records that are of use only together: a process that dies meanwhile leaves none of them."""
+        self.records.update((record.id, record) for record in records)
+        self._write()
 
     def _write(self) -> None:
         """The whole file, where it is not as it should be."""
-        lines = [{"settings": self.settings}, *map(plain, self.records.values())]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        if not self.path.is_file() or self.path.read_text(encoding="utf-8") != text:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.path)
+        jsonl.write(self.path, [{"settings": self.settings}, *map(plain, self.records.values())])
 
 
 def plain(record: Record) -> dict[str, Any]:
@@ -92,26 +95,6 @@ def plain(record: Record) -> dict[str, Any]:
     values = asdict(record)
     usual = asdict(Record(record.id, record.score, record.reply, record.tokens, record.sampled))
     return {name: value for name, value in values.items() if name in ALWAYS or value != usual[name]}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON Lines file; a last one that was cut off is left out.
-
-    Raises:
-        ValueError: if another line is no JSON object.
-    """
-    found, lines = [], path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); delete the file to answer anew") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}, line {number} is no record; choose another output_dir, or delete the file")
-        found.append(entry)
-    return found
 
 
 def check_settings(path: Path, earlier: Any, settings: dict[str, Any]) -> None:

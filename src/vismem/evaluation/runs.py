@@ -56,7 +56,8 @@ class Runs:
     def artefact(self, method: Method, seed: int | None) -> Path | None:
         """The folder of a method's memory or adapter, trained first where it has to be; None for the base alone."""
         if method.checkpoint:
-            return memory_files.locate(method.checkpoint.format(seed=seed))
+            place = Path(method.checkpoint.format(seed=seed)).expanduser()
+            return place if (place / ADAPTER_FILE).is_file() else memory_files.locate(str(place))
         made = None
         for count in range(1, len(method.train) + 1):
             made = self.train(method.train[:count], seed, made)
@@ -88,7 +89,7 @@ class Runs:
         """A model of its own with the memory or adapter in a folder, or with an untrained memory."""
         settings, name = self.settings, self.settings.base
         if not name and folder is not None and (folder / memory_files.CONFIG_FILE).is_file():
-            name = memory_files.base_location(memory_files.read_record(folder).base_name)
+            name = memory_files.base_location(memory_files.read_record(folder), folder)
         if not name:
             raise ValueError("no base: set base=NAME_OR_FOLDER")
         device = device_of(settings.device)
@@ -216,7 +217,7 @@ class Runs:
         if not file.records:
             asked = {"invocation": invocation, "batch_size": self.settings.batch_size, "max_new_tokens": tokens}
             limit = benchmark.limit if benchmark.limit is not None else self.settings.limit
-            file.add(task_records(self.model(method, seed), benchmark.task, limit=limit, **asked))
+            file.add_all(task_records(self.model(method, seed), benchmark.task, limit=limit, **asked))
         return list(file.records.values())
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from vismem import files
 from vismem.data import Row, prompt_inputs
 from vismem.evaluation.answering import policy_for
 from vismem.evaluation.records import check_settings
@@ -60,9 +61,13 @@ def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, di
     asked = {"latency": dict(section), "max_new_tokens": settings.max_new_tokens, "seed": settings.seeds[0]}
     asked |= {"ways": {label: [way.method.name, way.policy] for label, way in ways.items()}}
     if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        check_settings(path, earlier["settings"], json.loads(json.dumps(asked)))
-        return earlier["times"], earlier["notes"]
+        try:
+            earlier = json.loads(path.read_bytes())
+            kept = earlier["times"], earlier["notes"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it to measure again") from error
+        check_settings(path, earlier.get("settings"), json.loads(json.dumps(asked)))
+        return kept
     clock_name, rounds = section.get("clock", "wall"), int(section.get("rounds", 3))
     if clock_name not in CLOCKS:
         raise ValueError(f"latency.clock must be one of {', '.join(CLOCKS)}, got {clock_name!r}")
@@ -114,11 +119,7 @@ def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, di
         f"Times: {len(rows)} questions one at a time, {rounds} interleaved rounds, medians, {clock}, {where}, "
         f"{torch.get_num_threads()} thread(s); ratios are per question, against {next(iter(ways))}."
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"settings": asked, "times": found, "notes": [note]}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    files.write_json(path, {"settings": asked, "times": found, "notes": [note]}, indent=1)
     return found, [note]
 
 

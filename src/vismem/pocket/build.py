@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from vismem import files
 from vismem.pocket import BASE_PATH, easyvqa, load_base
 from vismem.pocket.architecture import build_model
 from vismem.pocket.batches import CELL_SIZES, Batch, cell_labels, normalise
@@ -173,8 +173,8 @@ class Builder:
             "stage": self.stage,
             "step": self.step,
         }
-        torch.save(state, self.state_file.with_suffix(".tmp"))
-        os.replace(self.state_file.with_suffix(".tmp"), self.state_file)
+        with files.replacing(self.state_file) as partial:
+            torch.save(state, partial)
 
     def update(self, loss: torch.Tensor, rate: float) -> None:
         for group in self.optimizer.param_groups:

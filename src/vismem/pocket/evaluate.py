@@ -8,13 +8,13 @@ own `generate`; test-split handwriting; 95 % Wilson intervals.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import torch
 
+from vismem import files
 from vismem.evaluation.intervals import wilson
 from vismem.pocket import BASE_PATH, easyvqa, load_base
 from vismem.pocket.batches import Encoder, prompt_batch
@@ -180,8 +180,7 @@ def evaluate(
         **_nest(measured),
     }
     if out_json:
-        Path(out_json).parent.mkdir(parents=True, exist_ok=True)
-        Path(out_json).write_text(json.dumps(results, indent=1) + "\n")
+        files.write_json(out_json, results, indent=1)
     if plot and not only:
         from vismem.pocket.plot import draw
 

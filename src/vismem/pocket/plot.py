@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vismem import files
+
 STYLES = {
     "once": ("image shown once", "#c0392b", "o"),
     "again": ("image shown again with the question", "#2471a3", "s"),
@@ -60,8 +62,8 @@ def draw(results: dict, path: Path) -> None:
         f"{results['sliding_window']} tokens, n = {results['n']} a point, 95 % intervals",
         fontsize=13,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)
 
 

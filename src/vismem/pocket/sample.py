@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from random import Random
 
 from PIL import Image
 
+from vismem import jsonl
 from vismem.pocket.conversations import sample_conversation
 from vismem.pocket.tasks import TASKS
 
@@ -39,4 +39,4 @@ def sample(out: Path, n: int = 12, seed: int = 0, enlarge: int = 1) -> None:
                 "task": question.task,
             }
         )
-    (out / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    jsonl.write(out / "samples.jsonl", lines)

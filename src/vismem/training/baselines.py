@@ -8,24 +8,30 @@ loaded again. What trains it is the trainer, by the plans of `stages.py`.
 from __future__ import annotations
 
 import copy
+import hashlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from vismem import files
 from vismem.backbones import Backbone
-from vismem.checkpoint import recorded_name
+from vismem.checkpoint import POCKET, recorded_name
 from vismem.config import VisMemConfig
 from vismem.model import VisMem
 
 NAME = "default"  # peft's own
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_SHA256 = "config_sha256"  # in the weights' metadata
 PREFIX = "base_model.model."  # of every tensor's name in an adapter's file
 
 
@@ -72,15 +78,64 @@ def adapter_of(model: VisMem) -> LanguageAdapter:
 
 
 def save_adapter(base: nn.Module, folder: str | Path) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`; the base by its recorded name, as memories do."""
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, as `load_adapter` and peft read them.
+
+    A base that was loaded from a folder is recorded by its absolute path. Killed at any moment, a save leaves the
+    adapter that was there or the new one: the weights' metadata name their configuration by its checksum.
+
+    Raises:
+        DiskFullError: if there is no room.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(base, adapter_name=NAME, save_embedding_layers=False)
     state = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    config = copy.deepcopy(base.peft_config[NAME])
-    config.base_model_name_or_path, config.inference_mode = recorded_name(base), True
-    config.save_pretrained(folder)
+    config, name = copy.deepcopy(base.peft_config[NAME]), recorded_name(base)
+    local = name != POCKET and bool(name) and Path(name).expanduser().is_dir()
+    config.base_model_name_or_path = os.path.abspath(Path(name).expanduser()) if local else name
+    config.inference_mode = True
+    with TemporaryDirectory() as aside:
+        config.save_pretrained(aside)
+        content = (Path(aside) / CONFIG_FILE).read_bytes()
+    weights = serialize(state, metadata={"format": "pt", CONFIG_SHA256: hashlib.sha256(content).hexdigest()})
+    files.write_pair((folder / WEIGHTS_FILE, weights), (folder / CONFIG_FILE, content), _fits(folder))
+
+
+def _fits(folder: Path) -> Callable[[bytes], bool]:
+    """Whether a configuration is that of the weights which are in the folder now."""
+
+    def fits(content: bytes) -> bool:
+        try:
+            with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+                named = (file.metadata() or {}).get(CONFIG_SHA256)
+        except (OSError, SafetensorError):
+            return False
+        return named == hashlib.sha256(content).hexdigest()
+
+    return fits
+
+
+def _config_of(folder: Path) -> bytes | None:
+    """The configuration of the adapter in a folder, also after a save that was killed; None if there is none."""
+    return files.matching(folder / CONFIG_FILE, _fits(folder))
+
+
+def find_adapter(folder: str | Path) -> str | Path:
+    """The folder of an adapter: `folder` itself, or the only one below it; a hub name stays as it is.
+
+    Raises:
+        ValueError: if the folder has no adapter, or several; names them.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return folder
+    if _config_of(path) is not None:
+        return path
+    found = [place for place in files.folders_with(path, WEIGHTS_FILE) if _config_of(place) is not None]
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds several adapters; name one of {', '.join(map(str, found))}")
+    if not found:
+        raise ValueError(f"{folder} is not a LoRA adapter: it has no {CONFIG_FILE}; name a run's adapter/ folder")
+    return found[0]
 
 
 def base_name(folder: str | Path) -> str:
@@ -94,15 +149,15 @@ def base_name(folder: str | Path) -> str:
 
 def read_config(folder: str | Path) -> LoraConfig:
     """An adapter's configuration, from a folder or the hub."""
-    if Path(folder).is_dir() and not (Path(folder) / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} is not a LoRA adapter: it has no {CONFIG_FILE}; name a run's adapter/ folder")
+    place = find_adapter(folder)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        with TemporaryDirectory() as aside:
+            if isinstance(place, Path):
+                (Path(aside) / CONFIG_FILE).write_bytes(_config_of(place) or b"")
+            config = PeftConfig.from_pretrained(aside if isinstance(place, Path) else place)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"no adapter {folder}: no such folder, and it cannot be had from the hub ({reason})"
-        ) from error
+        raise ValueError(f"no adapter {folder}: it cannot be read from there or from the hub ({reason})") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} is an adapter of type {config.peft_type.value}; only LoRA is read here")
     return config
@@ -116,7 +171,7 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
     Args:
         model: a base, or a model with memory, whose base it then is. With `invocation="off"` that model answers as
             base and adapter do.
-        folder: an adapter's folder or hub name.
+        folder: an adapter's folder, a run's folder with one adapter in it, or a hub name.
 
     Raises:
         ValueError: if it is not a LoRA adapter, or was made for another base.
@@ -126,8 +181,8 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
         >>> model.generate(**inputs, invocation="off")
     """
     base = model.base if isinstance(model, VisMem) else model
-    config = read_config(folder)
-    state = {name.removeprefix(PREFIX): t for name, t in load_peft_weights(str(folder), device="cpu").items()}
+    config, place = read_config(folder), find_adapter(folder)
+    state = {name.removeprefix(PREFIX): t for name, t in load_peft_weights(str(place), device="cpu").items()}
     check_fit(state, base, f"adapter {folder}, made for {config.base_model_name_or_path or 'another base'},")
     if lora_layers(base):
         base.delete_adapter(NAME)

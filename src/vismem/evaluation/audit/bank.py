@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
 from torch import Tensor
 
+from vismem import files
 from vismem.backbones import Patches
 from vismem.config import Kind
 from vismem.data import Row, prompt_inputs
@@ -112,20 +113,21 @@ class Bank:
             parts = {"memory": one.memory, "states": one.states, "query": query}
             tensors |= {f"{name}.{index}": part for name, part in parts.items() if part is not None}
         said = {"id": row_id, "invocations": json.dumps([one.to_dict() for one in invocations])}
-        partial = self.path(row_id).with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, said)
-        partial.replace(self.path(row_id))
+        files.write_bytes(self.path(row_id), serialize({n: t.contiguous() for n, t in tensors.items()}, said))
 
     def load(self, row_id: str) -> bool:
-        """Reads a row's entry from disk; False where there is none for this row."""
+        """Reads a row's entry from disk; False where there is no readable one for this row."""
         path = self.path(row_id)
         if not path.is_file():
             return False
-        with safe_open(path, "pt") as file:
-            said = file.metadata() or {}
-            if said.get("id") != row_id:
-                return False
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        try:
+            with safe_open(path, "pt") as file:
+                said = file.metadata() or {}
+                if said.get("id") != row_id:
+                    return False
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError:  # cut or damaged
+            return False
         invocations = [
             Invocation(**one, memory=held.get(f"memory.{index}"), states=held.get(f"states.{index}"))
             for index, one in enumerate(json.loads(said["invocations"]))

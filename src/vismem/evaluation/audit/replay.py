@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vismem import jsonl
 from vismem.config import Kind
 from vismem.evaluation.audit.bank import Bank
 from vismem.evaluation.audit.interventions import stand_ins
 from vismem.evaluation.audit.names import INTACT
-from vismem.evaluation.records import check_settings, read_lines
+from vismem.evaluation.records import check_settings
 from vismem.evaluation.replaying import next_token_kl
 
 
@@ -37,19 +38,17 @@ class Lines:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.rows = path, {}
         settings = json.loads(json.dumps(settings))
-        whole = read_lines(path) if path.is_file() else []
+        whole = jsonl.read(path) if path.is_file() else []
         if whole:
             check_settings(path, whole[0].get("settings"), settings)
         self.rows = {line["id"]: line for line in whole[1:]}
-        lines = [{"settings": settings}, *self.rows.values()]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        jsonl.write(path, [{"settings": settings}, *self.rows.values()])
 
     def add(self, lines: Iterable[dict[str, Any]]) -> None:
         """Appends lines."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for line in lines:
-                self.rows[line["id"]] = line
-                file.write(json.dumps(line) + "\n")
+        new = list(lines)
+        jsonl.append(self.path, new)
+        self.rows.update((line["id"], line) for line in new)
 
 
 def replay(bank: Bank, names: Sequence[str], ids: Sequence[str], lines: Lines, batch_size: int, label: str) -> None:

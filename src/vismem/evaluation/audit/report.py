@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vismem import files
 from vismem.data import Row
 from vismem.evaluation.audit import plots
 from vismem.evaluation.audit.bank import Bank
@@ -64,9 +65,7 @@ def write_report(found: Mapping[str, Any], bank: Bank, answers: Mapping[str, Map
         about={name: found["settings"].get(name) for name in ("base", "checkpoint", "data")},
     )
     path = out / "report.html"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    files.write_text(path, page)
     return path
 
 

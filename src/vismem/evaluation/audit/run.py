@@ -7,7 +7,6 @@ to `audit.json`, the page to `report.html`.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -22,7 +21,7 @@ import sklearn
 import torch
 import transformers
 
-from vismem import __version__
+from vismem import __version__, files
 from vismem.config import KINDS
 from vismem.data import Row
 from vismem.decoding.invocation import Policy
@@ -145,7 +144,7 @@ class Audit:
         ids = [row.id for row in bank.rows]
         wanted = targets(bank.rows, options.probe, options.seed)
         likeness = structure(bank, ids, wanted, options.map, options.seed)
-        write_json({"ids": ids, "maps": likeness.pop("maps")}, self.out / "maps.json")
+        files.write_json(self.out / "maps.json", {"ids": ids, "maps": likeness.pop("maps")}, indent=1)
         result: dict[str, Any] = {
             "settings": {**self.settings, "questions": len(self.asked), "reference": len(records)},
             "machine": machine(),
@@ -158,7 +157,7 @@ class Audit:
             "structure": likeness,
         }
         result["verdicts"] = [verdict.to_dict() for verdict in verdicts(result)]
-        write_json(result, self.out / "audit.json")
+        files.write_json(self.out / "audit.json", result, indent=1)
         write_report(result, bank, {INTACT: intact, OFF: off, **others}, self.out)
         return result
 
@@ -287,14 +286,6 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Writes a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 __all__ = ["Audit", "Options", "Verdict", "audit"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vismem import __version__
+from vismem import __version__, files
 from vismem.evaluation.intervals import bootstrap_average, bootstrap_mean, matrix, wilson
 
 
@@ -99,14 +99,11 @@ def write(table: Table, folder: Path, command: str) -> list[Path]:
     """Writes `NAME.json` and `NAME.md` into a folder; returns their paths."""
     versions = {"vismem": __version__, "torch": torch.__version__, "python": platform.python_version()}
     record = {"command": command, "versions": versions, **asdict(table)}
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {".json": dumped(record), ".md": markdown(table, command)}
     found = []
     for ending, text in texts.items():
         path = folder / f"{table.name}{ending}"
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        files.write_text(path, text)
         found.append(path)
     return found
 

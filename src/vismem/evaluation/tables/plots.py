@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vismem import files
 from vismem.evaluation.tables.layout import Table
 
 PALETTE = ("#4d4d4d", "#9c9c9c", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
@@ -26,10 +27,9 @@ def draw(table: Table, path: Path) -> None:
     from matplotlib import pyplot
 
     figure = PLOTS.get(table.name, bars)(table, pyplot)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def bars(table: Table, pyplot: Any) -> Any:
