@@ -23,9 +23,10 @@ from vismem.backbones import Backbone
 from vismem.checkpoint import recorded_name
 from vismem.config import VisMemConfig
 from vismem.model import VisMem
+from vismem.training.stages import ADAPTER_FILE
 
 NAME = "default"  # peft's own
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILE, "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor's name in an adapter's file
 
 
