@@ -243,7 +243,7 @@ def test_marks_do_without_shapes_where_the_stream_has_none():
 def test_an_answer_cannot_drive_the_terminal():
     out = Terminal()
     Paper(out).text("a\x1b[2Jb\tc\n")
-    assert out.getvalue() == "a\ufffd[2Jb\tc\n"
+    assert out.getvalue() == "a\\x1b[2Jb\tc\n"
 
 
 def test_streamer_waits_for_whole_characters():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -464,6 +466,72 @@ def bad_at_second(completions, **columns):
     if "y" in completions:
         raise KeyError("colour")
     return [1.0] * len(completions)
+
+
+async def later(completions, **columns):
+    await asyncio.sleep(0.01)
+    return [float(len(text)) for text in completions]
+
+
+class Later:
+    async def __call__(self, completions):
+        return [2.0 for _ in completions]
+
+
+def test_asynchronous_rewards_are_awaited_together():
+    """Functions and objects, beside plain ones, also where a loop is running; a client may keep to one loop."""
+    here, there, loops = asyncio.Event(), asyncio.Event(), set()
+
+    async def waits(completions):
+        loops.add(asyncio.get_running_loop())
+        here.set()
+        await asyncio.wait_for(there.wait(), 60)
+        return [1.0 for _ in completions]
+
+    async def comes(completions):
+        there.set()
+        await asyncio.wait_for(here.wait(), 60)
+        return [1.0 for _ in completions]
+
+    rewards = load_rewards([later, Later(), waits, comes, lambda completions: [0.5 for _ in completions]])
+    for _ in range(2):
+        found = rewards(["?", "?"], ["a", "abc"], {})
+        assert found.parts.tolist() == [[1.0, 2.0, 1.0, 1.0, 0.5], [3.0, 2.0, 1.0, 1.0, 0.5]]
+    assert len(loops) == 1
+
+    async def notebook():
+        return rewards(["?"], ["abc"], {}).total.tolist()
+
+    assert asyncio.run(notebook()) == [7.5]
+
+
+async def late_failure(completions):
+    await asyncio.sleep(0)
+    if "bad" in completions:
+        raise OSError("no answer")
+    return [1.0 for _ in completions]
+
+
+async def late_exit(completions):
+    sys.exit(0)
+
+
+async def late_text(completions):
+    return "good"
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (late_failure, "the reward 'late_failure' failed at row b: OSError: no answer"),
+        (late_exit, "failed at row a: RuntimeError: SystemExit: 0"),
+        (late_text, "must give a list of 2 numbers, not str"),
+    ],
+)
+def test_asynchronous_rewards_that_fail(function, said):
+    for _ in range(2):  # the loop outlives a failure
+        with pytest.raises(RewardError, match=said):
+            load_rewards([later, function])(["?", "?"], ["good", "bad"], {"id": ["a", "b"]})
 
 
 @pytest.mark.parametrize(

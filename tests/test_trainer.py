@@ -524,7 +524,7 @@ def test_which_setting_wins(tmp_path):
         ("data=/nowhere.jsonl", "/nowhere.jsonl"),
         ("memory.short_length=5", "short_length must be one of"),
         ("learning_rate=[", "the value of learning_rate is not valid YAML"),
-        ("group_size=many", "group_size must be a number, got 'many'"),
+        ("group_size=many", "group_size must be a whole number, got 'many'"),
         ("learning_rate=high", "learning_rate must be a number, got 'high'"),
         ("group_size=2.5", "group_size must be a whole number, got 2.5"),
         ("streaming=perhaps", "streaming must be true or false, got 'perhaps'"),

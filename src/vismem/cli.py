@@ -1,9 +1,10 @@
 """The command line: finds the command, runs it, and turns what goes wrong into one line and an exit code.
 
 Exit codes: 0 done; 1 failed - what was named cannot be used (a broken, unreadable or too large image, a damaged or
-unknown checkpoint, a device that is not here); 2 misuse - the command line itself is wrong (an unknown command or
-option, a value out of range, an empty question, an image path that is not a file); 130 interrupted with Ctrl-C; 141
-the reader of the output went away. Errors are one line on stderr, `vismem: error: ...`; `--debug` shows the traceback.
+unknown checkpoint, a device that is not here); 2 misuse - the command line or a setting is wrong (an unknown command,
+option or setting, a value out of range, an empty question, an image path that is not a file); 130 interrupted with
+Ctrl-C; 141 the reader of the output went away. Errors are one line on stderr, `vismem: error: ...`, with control
+characters escaped; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from importlib import import_module
 
 from vismem import __version__
 from vismem.commands import COMMANDS
-from vismem.commands.parsing import Misuse, Parser, one_line, say
+from vismem.commands.parsing import Misuse, Parser, close_bars, one_line, say
+from vismem.config import SettingsError
+from vismem.escaping import visible
 
 FAILED, MISUSE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
@@ -77,18 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except SystemExit as stop:  # argparse's --help and --version, and benchmarks
         if isinstance(stop.code, str):
+            close_bars()
             return report(stop.code, FAILED)
         return flushed(stop.code or 0)
     except KeyboardInterrupt:
+        close_bars()
         say("interrupted")
         return flushed(INTERRUPTED)
     except BrokenPipeError:
         silence_stdout()
         return PIPE_CLOSED
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        return flushed(report(one_line(error), MISUSE if isinstance(error, Misuse) else FAILED))
+        close_bars()
+        if debug and sys.stderr is not None:
+            sys.stderr.write(visible(traceback.format_exc(), keep="\n\t"))
+        return flushed(report(one_line(error), MISUSE if isinstance(error, (Misuse, SettingsError)) else FAILED))
 
 
 def report(message: str, code: int) -> int:

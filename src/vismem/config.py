@@ -15,6 +15,10 @@ KINDS: tuple[Kind, ...] = ("short", "long")
 ALLOWED_LENGTHS = (2, 4, 8, 16, 32)
 
 
+class SettingsError(ValueError):
+    """A setting that cannot be used: which one, what is wrong with it, and what is allowed."""
+
+
 @dataclass(frozen=True)
 class VisMemConfig:
     """What a memory is made of; immutable, and saved as `vismem_config.json`.

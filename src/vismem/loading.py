@@ -6,6 +6,7 @@ always the same. Command lines and the plug-in for lmms-eval name models this wa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,9 +235,14 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def quiet_imports() -> None:
+    """Keeps off stderr what is said while peft imports bitsandbytes and torchao, where it finds them."""
+    for name in ("bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def silence_libraries(debug: bool) -> None:
     """Keeps the libraries' warnings and bars off stderr, but for a download's bar on a terminal."""
-    import logging
     import sys
 
     import huggingface_hub
@@ -244,10 +250,9 @@ def silence_libraries(debug: bool) -> None:
 
     if debug:
         return
+    quiet_imports()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
-    for name in ("bitsandbytes", "torch.utils._pytree"):  # peft imports bitsandbytes and torchao where it finds them
-        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()

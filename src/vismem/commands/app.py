@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vismem.commands.loading import add_model_options, load
-from vismem.commands.parsing import Failure, Parser, command_parser, say, whole
+from vismem.commands.parsing import Failure, Parser, command_parser, echo, say, whole
 
 FIRST_PORT, PORTS = 7860, 100  # where a free port is looked for, and how many are tried
 PASSWORD_VARIABLE = "VISMEM_APP_PASSWORD"
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             server = Server(config_of(web(studio, here, password), grace=1), on_stop=studio.leave_all)
             if password is None and not is_loopback(here):
                 say(f"note: without --password-file, whoever reaches {here} can ask")
-            print(f"VisMem is at {address} - Ctrl-C stops it", flush=True)
+            echo(f"VisMem is at {address} - Ctrl-C stops it")
             if has_browser() if options.open is None else options.open:
                 webbrowser.open(address)
             serve(server, bound)

@@ -8,7 +8,18 @@ import os
 from pathlib import Path
 
 from vismem.commands.loading import add_model_options, load, silence_libraries
-from vismem.commands.parsing import MOST_TOKENS, Failure, Misuse, Parser, command_parser, invocation, policy, whole
+from vismem.commands.parsing import (
+    MOST_TOKENS,
+    Failure,
+    Misuse,
+    Parser,
+    command_parser,
+    echo,
+    invocation,
+    log_to_stderr,
+    policy,
+    whole,
+)
 from vismem.decoding.invocation import SPELLINGS
 from vismem.evaluation.audit.names import INTERVENTIONS, KINDS_IN_WORDS
 
@@ -95,7 +106,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_stderr(logging.WARNING)
     logging.getLogger("vismem").setLevel(logging.INFO)
     silence_libraries(options.debug)  # before they are imported, as some speak up then
     try:
@@ -137,7 +148,7 @@ def run(options: argparse.Namespace) -> int:
         ),
     )
     show(found)
-    print(f"\n{options.out / 'report.html'}")
+    echo(f"\n{options.out / 'report.html'}")
     return 0
 
 
@@ -146,9 +157,9 @@ def show(found: dict) -> None:
     for kinds, words in KINDS_IN_WORDS.items():
         own = [one for one in found["verdicts"] if one["kinds"] == kinds]
         if own:
-            print(f"\n{words.capitalize()}")
+            echo(f"\n{words.capitalize()}")
         for one in own:
-            print(f"  {one['question']} {one['answer']}{', large' if one['large'] else ''}: {one['text']}")
+            echo(f"  {one['question']} {one['answer']}{', large' if one['large'] else ''}: {one['text']}")
 
 
 def policy_or_placed(text: str) -> str:

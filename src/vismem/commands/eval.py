@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
-from vismem.commands.parsing import Failure, Misuse, Parser, add_debug
+from vismem.commands.parsing import Failure, Misuse, Parser, add_debug, echo, echo_yaml, log_to_stderr
+from vismem.evaluation.settings import load_settings
+from vismem.loading import quiet_imports
 
 NAMES = {
     "main": "every method on every benchmark (Tab. 1)",
@@ -90,29 +95,27 @@ def run(options: argparse.Namespace) -> int:
     if options.step == "tasks":
         from vismem.evaluation.lmms import tasks_folder
 
-        print(tasks_folder())
+        echo(tasks_folder())
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(message)s")
-    try:
-        from vismem.evaluation.settings import load_settings
-        from vismem.evaluation.tables import make
-    except ImportError as error:
-        raise Failure(f"evaluation needs more packages: pip install 'vismem[eval]' ({error})") from error
-    settings = load_settings(options.file, options.changes)
+    log_to_stderr(logging.INFO if options.debug else logging.WARNING)
+    if not options.debug:
+        quiet_imports()
+    settings = load_settings(options.file, options.changes)  # before torch is imported
     if options.show:
-        import dataclasses
-
-        import yaml
-
-        print(yaml.safe_dump(plain(dataclasses.asdict(settings)), sort_keys=False, allow_unicode=True), end="")
+        echo_yaml(plain(dataclasses.asdict(settings)), sort_keys=False)
         return 0
     if not settings.output_dir:
         raise Misuse("no output_dir: where should answers and tables go? (output_dir=results/NAME)")
     words = [options.file] if options.file else []
     command = " ".join(["vismem eval tables", "{}", *map(shlex.quote, [*words, *options.changes])])
-    for path in make(options.tables, settings, command):
-        print(path)
+    try:
+        from vismem.evaluation.tables import in_terminal, make
+    except ImportError as error:
+        raise Failure(f"evaluation needs more packages: pip install 'vismem[eval]' ({error})") from error
+    width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
+    for path in make(options.tables, settings, command, lambda table: echo(f"{in_terminal(table, width)}\n")):
+        echo(path)
     return 0
 
 

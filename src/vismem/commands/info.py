@@ -7,7 +7,7 @@ import json
 
 from vismem.commands import unloaded
 from vismem.commands.loading import Loaded, add_model_options, load
-from vismem.commands.parsing import Misuse, Parser, command_parser
+from vismem.commands.parsing import Misuse, Parser, command_parser, echo
 
 PARTS = {"builder": "query builder", "short": "short-term former", "long": "long-term former", "tokens": "four tokens"}
 
@@ -39,13 +39,13 @@ def run(options: argparse.Namespace) -> int:
             raise Misuse("give --paper or --base, not both (see `vismem info --help`)")
         unloaded.refuse_checkpoint(options)
         rows = unloaded.paper(options)
-        print(json.dumps(rows) if options.json else unloaded.paper_table(rows))
+        echo(json.dumps(rows) if options.json else unloaded.paper_table(rows))
         return 0
     alone = unloaded.config_alone(options.base)
     if alone is not None:
         unloaded.refuse_checkpoint(options)
     facts = describe(load(options)) if alone is None else unloaded.describe(alone, options)
-    print(json.dumps(facts) if options.json else table(facts))
+    echo(json.dumps(facts) if options.json else table(facts))
     return 0
 
 

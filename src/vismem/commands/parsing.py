@@ -6,11 +6,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from tqdm import tqdm
+
+from vismem.config import SettingsError
 from vismem.decoding.invocation import Policy, read_policy
+from vismem.escaping import visible
 
 MOST_TOKENS = 1_000_000
 
@@ -58,15 +64,56 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def say(message: str) -> None:
-    """One line on stderr, after what stdout has so far."""
+    """One line on stderr, past any progress bar."""
     if sys.stderr is not None:
-        print(f"vismem: {message}", file=sys.stderr, flush=True)
+        tqdm.write(f"vismem: {visible(message)}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def close_bars() -> None:
+    """Ends the lines of progress bars that an error left standing."""
+    for bar in list(tqdm._instances):
+        bar.close()
+
+
+def echo(text: object) -> None:
+    """Prints a result: on a terminal with control characters escaped, elsewhere as it is."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    print(visible(str(text), keep="\n\t") if terminal else text, flush=True)
+
+
+def echo_yaml(values: Mapping[str, Any], *, sort_keys: bool) -> None:
+    """Prints settings as YAML."""
+    import yaml
+
+    echo(yaml.safe_dump(values, sort_keys=sort_keys, allow_unicode=True).rstrip("\n"))
+
+
+class _Lines(logging.StreamHandler):
+    """Log records as lines on stderr, past any progress bar, control characters escaped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if sys.stderr is not None:
+                tqdm.write(visible(self.format(record), keep="\n\t"), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def log_to_stderr(level: int, layout: str = "%(message)s") -> None:
+    """Has the log written to stderr; what torch warns of while libraries are imported is of no interest to a user."""
+    handler = _Lines()
+    handler.setFormatter(logging.Formatter(layout))
+    logging.basicConfig(level=level, handlers=[handler])
+    for noisy in ("httpx", "accelerate", "absl"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:
     """An exception as one line; its type is named where the message was not written for a user."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= limit else f"{text[:limit]}..."
+    ours = isinstance(error, (Misuse, Failure, SettingsError))  # of one line; a newline in it is part of a name
+    text = str(error).strip() if ours else " ".join(str(error).split())
+    text = text if ours or len(text) <= limit else f"{text[:limit]}..."
     if isinstance(error, (Misuse, Failure, ValueError, OSError)) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)" if text else f"{type(error).__name__} (see --debug)"

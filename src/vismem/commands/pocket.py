@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-from vismem.commands.parsing import Failure, Parser, add_debug, whole
+from vismem.commands.parsing import Failure, Parser, add_debug, echo, log_to_stderr, whole
 from vismem.pocket import BASE_PATH
 
 EXTRA = ("sklearn", "easy_vqa", "matplotlib", "tqdm")  # modules of the extra `pocket`
@@ -82,7 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    log_to_stderr(logging.INFO, "%(asctime)s %(message)s")
     try:
         STEPS[options.step](options)
     except ImportError as error:
@@ -104,21 +103,21 @@ def build(options: argparse.Namespace) -> None:
         threads=options.threads,
         start=options.start,
     )
-    print(f"wrote {options.out}")
+    echo(f"wrote {options.out}")
 
 
 def sample(options: argparse.Namespace) -> None:
     from vismem.pocket.sample import sample
 
     sample(options.out, n=options.n, seed=options.seed, enlarge=options.enlarge)
-    print(f"wrote {options.n} examples to {options.out / 'samples.jsonl'}")
+    echo(f"wrote {options.n} examples to {options.out / 'samples.jsonl'}")
 
 
 def evaluate(options: argparse.Namespace) -> None:
     from vismem.pocket.evaluate import evaluate
 
     evaluate(options.base, options.out, options.plot, n=options.n, seed=options.seed, only=options.only)
-    print(f"wrote {options.out}")
+    echo(f"wrote {options.out}")
 
 
 STEPS = {

@@ -10,7 +10,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vismem.commands.loading import add_model_options, load
-from vismem.commands.parsing import MOST_TOKENS, Failure, Misuse, Parser, command_parser, invocation, say, whole
+from vismem.commands.parsing import (
+    MOST_TOKENS,
+    Failure,
+    Misuse,
+    Parser,
+    command_parser,
+    echo,
+    invocation,
+    log_to_stderr,
+    say,
+    whole,
+)
 from vismem.decoding.invocation import SPELLINGS
 from vismem.loading import POCKET
 
@@ -123,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
     from vismem.serving.running import Server, address_of, config_of, listening_socket, serve
     from vismem.serving.server import Serving, application
 
-    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
+    log_to_stderr(logging.INFO if options.debug else logging.WARNING, "%(levelname)s: %(message)s")
     keys = read_keys(options.api_key, options.api_key_file, os.environ)
     bound = listening_socket(options.host, options.port)  # before a model is loaded
     here = bound.getsockname()[0]
@@ -145,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"note: without --api-key, whoever reaches {here} can ask")
     line = f"Serving {name} on {address_of(bound)}/v1 - Ctrl-C stops it"
     stop = partial(setattr, app.state, "stopping", True)
-    server = Server(config, on_start=partial(print, line, flush=True), on_stop=stop)
+    server = Server(config, on_start=partial(echo, line), on_stop=stop)
     serve(server, bound)
     return 0
 

@@ -7,11 +7,10 @@ import sys
 from typing import TextIO
 
 from vismem.decoding.text import Detokenizer
+from vismem.escaping import visible
 from vismem.evaluation.marks import SHAPES
 
 COLOURS = {"short": "1;36", "long": "1;35", "faint": "2"}  # cyan, magenta, dim
-# An answer may hold any byte; on a terminal, control characters but tab and newline are shown, not obeyed.
-VISIBLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 class Paper:
@@ -35,7 +34,7 @@ class Paper:
 
     def text(self, text: str) -> None:
         """Writes the model's words."""
-        self.write(text.translate(VISIBLE) if self.terminal else text)
+        self.write(visible(text, keep="\n\t") if self.terminal else text)
 
     def line(self, text: str = "") -> None:
         """Writes a line of our own, on a line of its own."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from vismem.commands.parsing import Failure, Misuse, command_parser
+from vismem.commands.parsing import Failure, Misuse, command_parser, echo, echo_yaml, log_to_stderr
+from vismem.loading import quiet_imports
+from vismem.training.settings import load_settings, values_for
+from vismem.training.stages import STAGES
 
-EXTRA = ("yaml", "tqdm")
 STEPS = ("warmup", "stage1", "stage2", "all", "sft", "grpo")
 SETTINGS = """settings (docs/configuration.md lists them all):
   base, data, output_dir       what is trained, on what, and where it goes
@@ -50,28 +54,44 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "accelerate", "absl"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log_to_stderr(logging.INFO)
+    if not options.debug:
+        quiet_imports()
+    layers = load_settings(options.file, options.changes)  # before torch is imported
+    stages = STAGES if options.stage == "all" else (options.stage,)
+    values = {stage: values_for(stage, layers) for stage in stages}
+    if not options.show:
+        check_needs(values)
     try:
-        from vismem.training.arguments import SECTIONS, STAGES, arguments_for, load_settings
+        from vismem.training.arguments import arguments_for
         from vismem.training.run import train
     except ImportError as error:
         raise Failure(f"training needs more packages: pip install 'vismem[train]' ({error})") from error
 
-    layers = load_settings(options.file, options.changes)
     if options.show:
-        import yaml
-
-        for stage in STAGES if options.stage == "all" else (options.stage,):
-            values = arguments_for(stage, layers).to_dict()
-            values = {name: value for name, value in values.items() if value is not None}
-            print(yaml.safe_dump({stage: values}, sort_keys=True, allow_unicode=True), end="")
+        for stage in stages:
+            shown = arguments_for(stage, layers).to_dict()
+            echo_yaml({stage: {name: value for name, value in shown.items() if value is not None}}, sort_keys=True)
         return 0
-    sections = [section for layer in layers for section in (layer, *(layer.get(stage) or {} for stage in SECTIONS))]
-    if not any("output_dir" in section for section in sections):
-        raise Misuse("no output_dir: where should checkpoints and the memory go? (output_dir=runs/NAME)")
     folder = train(options.stage, layers, options.resume)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(folder)
+        echo(folder)
     return 0
+
+
+def check_needs(values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses settings, by stage, that lack what every run needs.
+
+    Raises:
+        Misuse: if there is no output_dir, no data, or neither a base nor a memory to start from.
+    """
+    trained = {stage: own for stage, own in values.items() if own.get("max_steps") != 0}
+    for number, own in enumerate((trained or values).values()):
+        if not own.get("output_dir"):
+            raise Misuse("no output_dir: where should checkpoints and the memory go? (output_dir=runs/NAME)")
+        if number == 0 and not own.get("base") and not own.get("checkpoint"):
+            raise Misuse(
+                "no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of what a run made, which names its own"
+            )
+        if not own.get("data"):
+            raise Misuse("no data: set data=FILE.jsonl, a folder or a hub name")

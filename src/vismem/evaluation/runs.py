@@ -24,7 +24,6 @@ from vismem.evaluation.records import Record, RecordFile
 from vismem.evaluation.settings import ADAPTER_FILE, POCKET, Benchmark, Method, Settings
 from vismem.loading import device_of, load_base
 from vismem.model import VisMem
-from vismem.training.arguments import check_names
 from vismem.training.baselines import load_adapter
 from vismem.training.rewards import load_rewards
 from vismem.training.run import train
@@ -72,7 +71,6 @@ class Runs:
         changes = {**step, "seed": seed, "output_dir": str(folder), "report_to": "none"}
         if before is not None:
             changes["checkpoint"] = str(before)
-        check_names({**self.settings.training, **changes})
         return train(name, [dict(self.settings.training), changes], resume=True)
 
     # Loading.

@@ -7,17 +7,18 @@ before anything is loaded.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
-from vismem.training.arguments import read_change, read_mapping
-from vismem.training.baselines import CONFIG_FILE as ADAPTER_FILE
-from vismem.training.stages import BASELINES
+from vismem.decoding.invocation import read_policy
+from vismem.settings import SettingsError, check, kind_of, preset_named, read_changes, read_file, shown, typed
+from vismem.training.settings import checked
+from vismem.training.stages import ADAPTER_FILE, BASELINES, STAGES
 
+STEPS = ("all", *STAGES, *BASELINES)  # of `vismem train`
 ABILITIES = ("understanding", "reasoning", "generation")
 POCKET = "pocket"
 
@@ -42,7 +43,7 @@ class Benchmark:
     data: str = ""
     task: str = ""
     ability: str = ""
-    rewards: Any = ("exact",)
+    rewards: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = ("exact",)
     split: str = "test"
     subtask: str = ""
     limit: int | None = None
@@ -50,7 +51,10 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         if bool(self.data) == bool(self.task):
-            raise ValueError(f"benchmark {self.name!r} must have either data=FILE or task=LMMS_EVAL_TASK")
+            raise SettingsError(f"benchmark {self.name!r} must have either data=FILE or task=LMMS_EVAL_TASK")
+        for name in ("limit", "max_new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SettingsError(f"benchmark {self.name!r}: {name} must be 1 or more, got {value}")
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,18 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.checkpoint and self.train:
-            raise ValueError(f"method {self.name!r} has both checkpoint and train; give one of them")
+            raise SettingsError(f"method {self.name!r} has both checkpoint and train; give one of them")
         for step in self.train:
-            if not isinstance(step, Mapping) or "step" not in step:
-                raise ValueError(f"method {self.name!r}: every entry of train needs a `step`, got {step!r}")
+            if not isinstance(step, Mapping) or step.get("step") not in STEPS:
+                named = ", ".join(STEPS)
+                raise SettingsError(
+                    f"method {self.name!r}: every entry of train needs a `step`, one of {named}, got {shown(step)}"
+                )
+        if self.invocation not in ("", "placed"):
+            try:
+                read_policy(self.invocation)
+            except ValueError as error:
+                raise SettingsError(f"method {self.name!r}: {error}") from error
 
     @property
     def adapts(self) -> bool:
@@ -157,14 +169,14 @@ class Settings:
         for name in ("methods", "benchmarks"):
             twice = [each.name for each in getattr(self, name)]
             if len(set(twice)) < len(twice):
-                raise ValueError(f"{name}: names must differ, got {', '.join(twice)}")
-        for name in ("batch_size", "max_new_tokens", "n"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number, 1 or more, got {getattr(self, name)!r}")
-        if not self.seeds or not all(isinstance(seed, int) for seed in self.seeds):
-            raise ValueError(f"seeds must be a list of whole numbers, got {list(self.seeds)!r}")
+                raise SettingsError(f"{name}: names must differ, got {', '.join(twice)}")
+        for name in ("batch_size", "max_new_tokens", "n", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SettingsError(f"{name} must be a whole number, 1 or more, got {shown(value)}")
+        if not self.seeds:
+            raise SettingsError("seeds must be a list of whole numbers, got an empty one")
         if self.memory and self.memory not in [method.name for method in self.methods]:
-            raise ValueError(f"memory={self.memory!r} is none of the methods")
+            raise SettingsError(f"memory={self.memory!r} is none of the methods")
 
     @property
     def runs(self) -> Path:
@@ -186,7 +198,7 @@ class Settings:
         with_memory = [m for m in self.methods if m.name == self.memory] if self.memory else []
         with_memory = with_memory or [m for m in self.methods if m.remembers]
         if not with_memory:
-            raise ValueError("no method has a memory to look at: give one a checkpoint or train")
+            raise SettingsError("no method has a memory to look at: give one a checkpoint or train")
         return with_memory[-1]
 
 
@@ -270,12 +282,17 @@ def pocket() -> dict[str, Any]:
 
 
 PRESETS = {"pocket": pocket, "none": dict}
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "invocation": ("rates", "benchmarks"),
-    "partial": ("data", "methods", "benchmarks"),
-    "continual": ("stages", "methods", "benchmarks"),
-    "lengths": ("query_length", "short_length", "long_length", "train", "invocation", "benchmarks"),
-    "latency": ("questions", "rounds", "clock"),
+SECTIONS: dict[str, dict[str, Any]] = {
+    "invocation": {"rates": list[float], "benchmarks": list[str]},
+    "partial": {"data": dict[str, str], "methods": list[Any], "benchmarks": list[Any]},
+    "continual": {"stages": dict[str, Any], "methods": list[Any], "benchmarks": list[Any]},
+    "lengths": {
+        **dict.fromkeys(("query_length", "short_length", "long_length"), list[int]),
+        "train": list[dict[str, Any]],
+        "invocation": str,
+        "benchmarks": list[Any],
+    },
+    "latency": {"questions": int, "rounds": int, "clock": Literal["wall", "processor"]},
 }
 
 
@@ -283,19 +300,13 @@ def load_settings(path: str | Path | None, overrides: Sequence[str]) -> Settings
     """Settings of a file and of `key=value`, over those of the preset that either names.
 
     Raises:
-        ValueError: if the file is not a YAML mapping, a name is unknown (the nearest one is named), or a value is of
-            no use.
+        SettingsError: if the file is not a YAML mapping, a name is unknown (the nearest one is named), or a value has
+            the wrong type or is out of range.
         OSError: if the file cannot be read.
     """
-    given = read_mapping(path)
-    for override in overrides:
-        name, value = read_change(override)
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        given = merged(given, value)
-    preset = given.pop("preset", "none")
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    given = merged(read_file(path), read_changes(overrides))
+    preset = preset_named(given.pop("preset", "none"), PRESETS)
+    checked_values(given)  # before a preset loads what it is made of
     return settings_of(merged(PRESETS[preset](), given))
 
 
@@ -309,25 +320,43 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
-    """Settings of plain values. Raises ValueError for a name that there is not, and for a value of no use."""
-    check_names(values, [each.name for each in dataclasses.fields(Settings)], "setting ")
-    for section, known in SECTIONS.items():
-        check_names(values.get(section) or {}, known, f"setting {section}.")
-    plain: dict[str, Any] = {
-        n: tuple(v) if isinstance(v, list) and n not in ("methods", "benchmarks") else v for n, v in values.items()
-    }
-    return Settings(
-        **{
-            **plain,
-            "methods": methods_of(values.get("methods") or ()),
-            "benchmarks": benchmarks_of(values.get("benchmarks") or ()),
-        }
-    )
+    """Settings of plain values. Raises SettingsError for an unknown name, a wrong type or a value out of range."""
+    return Settings(**checked_values(values))
+
+
+def checked_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Settings` that are given, of the types that they ask for. Raises SettingsError."""
+    plain = {name: value for name, value in values.items() if name not in ("methods", "benchmarks")}
+    found = check(plain, kinds(Settings))
+    for name, make in (("methods", methods_of), ("benchmarks", benchmarks_of)):
+        if values.get(name) is not None:
+            found[name] = make(typed(values[name], list[Any], name))
+    checked(found.get("training") or {}, "training.")
+    for section, names in SECTIONS.items():
+        own = check(found.get(section) or {}, {name: kind_of(hint) for name, hint in names.items()}, f"{section}.")
+        methods_of(own.get("methods") or ())
+        if section != "invocation":
+            benchmarks_of(own.get("benchmarks") or ())
+        for number, step in enumerate(own.get("train") or ()):
+            check_step(step, f"{section}.train[{number}]")
+        for name, stage in (own.get("stages") or {}).items():
+            checked(stage, f"{section}.stages.{name}.")
+    return found
+
+
+@cache
+def kinds(of: type) -> dict[str, Any]:
+    """Types of the settings that a dataclass has as fields."""
+    return {name: kind_of(hint) for name, hint in get_type_hints(of).items()}
 
 
 def methods_of(entries: Sequence[Any]) -> tuple[Method, ...]:
     """Methods of plain values."""
-    return tuple(_made(Method, entry, "method") for entry in entries)
+    made = tuple(_made(Method, entry, "method") for entry in entries)
+    for method in made:
+        for number, step in enumerate(method.train):
+            check_step(step, f"method {method.name!r}: train[{number}]")
+    return made
 
 
 def benchmarks_of(entries: Sequence[Any]) -> tuple[Benchmark, ...]:
@@ -335,18 +364,12 @@ def benchmarks_of(entries: Sequence[Any]) -> tuple[Benchmark, ...]:
     return tuple(_made(Benchmark, entry, "benchmark") for entry in entries)
 
 
+def check_step(step: Mapping[str, Any], where: str) -> None:
+    """Refuses a step of training whose settings `vismem train` would not take."""
+    checked({name: value for name, value in step.items() if name != "step"}, f"{where}.")
+
+
 def _made(kind: type, entry: Any, what: str) -> Any:
-    if not isinstance(entry, Mapping) or not entry.get("name"):
-        raise ValueError(f"a {what} must be a mapping with a `name`, got {entry!r}")
-    check_names(entry, [each.name for each in dataclasses.fields(kind)], f"{what} {entry['name']!r}: setting ")
-    return kind(**entry)
-
-
-def check_names(values: Any, known: Sequence[str], what: str) -> None:
-    """Refuses names that are not among the known ones, and names the nearest."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what.rstrip(' .')} must be a mapping, got {values!r}")
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            raise ValueError(f"unknown {what}{name}" + (f"; did you mean {near[0]}?" if near else ""))
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
+        raise SettingsError(f"a {what} must be a mapping with a `name`, got {shown(entry)}")
+    return kind(**check(entry, kinds(kind), f"{what} {entry['name']!r}: "))

@@ -28,9 +28,10 @@ from vismem.backbones import Backbone
 from vismem.checkpoint import POCKET, recorded_name
 from vismem.config import VisMemConfig
 from vismem.model import VisMem
+from vismem.training.stages import ADAPTER_FILE
 
 NAME = "default"  # peft's own
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILE, "adapter_model.safetensors"
 CONFIG_SHA256 = "config_sha256"  # in the weights' metadata
 PREFIX = "base_model.model."  # of every tensor's name in an adapter's file
 

@@ -24,6 +24,7 @@ from vismem.model import VisMem
 from vismem.training import baselines
 from vismem.training.arguments import STAGES, MemoryTrainingArguments, arguments_for
 from vismem.training.checkpoints import last_checkpoint
+from vismem.training.reporting import reported_apart
 from vismem.training.rewards import load_rewards
 from vismem.training.trainer import MemoryTrainer
 
@@ -82,7 +83,8 @@ def run_stage(args: MemoryTrainingArguments, resume: bool, read: dict[tuple[Any,
     set_seed(args.seed)  # a new memory's first weights
     model = load_model(args)
     trainer = MemoryTrainer(model, args, rows)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with reported_apart(args):
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_result(result)
     if args.should_save:
         history = {"stage": args.stage, "seed": args.seed, "log": trainer.state.log_history}

@@ -11,6 +11,7 @@ from typing import Literal
 
 STAGES = ("warmup", "stage1", "stage2")
 BASELINES = ("sft", "grpo")
+ADAPTER_FILE = "adapter_config.json"  # tells a baseline's adapter from a memory
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from vismem.training.rewards import load_rewards
 from vismem.training.sampler import PromptSampler
 from vismem.training.sharding import make_shardable, whole
 from vismem.training.supervised import supervised_batch
+from vismem.training.watch import SignalWatch
 
 
 class TrainingDivergedError(RuntimeError):
@@ -83,6 +84,8 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         self.kl = grpo.AdaptiveKL(args.kl_coef, args.target_kl, args.kl_horizon)
         self.start = {name: p.detach().clone() for name, p in self.trained()}
         self.figures, self.samples = Figures(), Samples(str(args.output_dir))
+        self.watch = SignalWatch(self, args.plan.invokes in ("chance", "model"))
+        self.add_callback(self.watch)
         self.collector: Collector | None = None
         if not args.plan.supervised:
             rewards = load_rewards(args.rewards if reward_funcs is None else reward_funcs)
@@ -194,6 +197,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
     def update(self, model: nn.Module, experience: Experience) -> Tensor:
         """Replays the trajectories and adds up the gradient of their loss; returns the loss."""
         args, figures = self.args, self.figures
+        self.watch.note(experience)
         total = torch.zeros(())
         sums: defaultdict[str, float] = defaultdict(float)
         with figures.timed("update"):
@@ -334,4 +338,6 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         self.check_finite(torch.as_tensor(norm), self.current)
+        if self.args.plan.supervised:
+            self.watch.note_gradient(float(norm))
         return norm

@@ -15,10 +15,12 @@ from vismem.evaluation.settings import Settings
 from vismem.evaluation.tables.comparing import main, partial
 from vismem.evaluation.tables.continuing import continual
 from vismem.evaluation.tables.costing import latency
-from vismem.evaluation.tables.layout import Table, write
+from vismem.evaluation.tables.layout import Table, in_terminal, write
 from vismem.evaluation.tables.occasions import when
 from vismem.evaluation.tables.plots import NO_PLOTS, draw
 from vismem.evaluation.tables.varying import invocation, lengths, subtasks
+
+__all__ = ["TABLES", "in_terminal", "make"]
 
 TABLES: dict[str, Callable[[Runs], Table]] = {
     "main": main,
@@ -32,7 +34,9 @@ TABLES: dict[str, Callable[[Runs], Table]] = {
 }
 
 
-def make(names: Sequence[str], settings: Settings, command: str) -> list[Path]:
+def make(
+    names: Sequence[str], settings: Settings, command: str, on_table: Callable[[Table], None] | None = None
+) -> list[Path]:
     """Makes tables: trains and answers what is missing, and writes each table when it is whole.
 
     What all of them need - questions, rewards, tasks, packages - is looked at before the first question is asked.
@@ -41,6 +45,7 @@ def make(names: Sequence[str], settings: Settings, command: str) -> list[Path]:
         names: of `TABLES`.
         settings: of the evaluation.
         command: to be named in the files; its first `{}` stands for the name of the table.
+        on_table: called with each table when its files are written.
 
     Returns:
         The files.
@@ -62,4 +67,6 @@ def make(names: Sequence[str], settings: Settings, command: str) -> list[Path]:
         found += write(table, folder, command.replace("{}", name, 1))
         draw(table, folder / f"{name}.png")
         found.append(folder / f"{name}.png")
+        if on_table:
+            on_table(table)
     return found

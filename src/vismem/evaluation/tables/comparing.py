@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vismem.evaluation.runs import Runs
 from vismem.evaluation.settings import ABILITIES, Benchmark, Method
-from vismem.evaluation.tables.gathering import Answers, gather, scores
+from vismem.evaluation.tables.gathering import Answers, gather, never_invoked, scores
 from vismem.evaluation.tables.layout import Cell, Table, averaged, measured
 
 AVERAGE = "average"
@@ -56,7 +56,7 @@ def main(runs: Runs) -> Table:
         columns=columns_of(settings.benchmarks),
         cells=compared(methods, settings.benchmarks, answers),
         groups={b.name: b.ability for b in settings.benchmarks if b.ability},
-        notes=[*seeds_note(runs, methods)],
+        notes=[*seeds_note(runs, methods), *never_invoked(methods, answers)],
         first="method",
     )
 
@@ -91,6 +91,7 @@ def partial(runs: Runs) -> Table:
         notes=[
             f"Data: {', '.join(f'{name} is `{source}`' for name, source in data.items())}.",
             *seeds_note(runs, methods),
+            *never_invoked(methods, answers),
         ],
         first="method, data",
     )

@@ -10,7 +10,7 @@ from vismem.evaluation.intervals import interval
 from vismem.evaluation.runs import Runs
 from vismem.evaluation.settings import Method
 from vismem.evaluation.tables.comparing import columns_of, compared, seeds_note
-from vismem.evaluation.tables.gathering import Answers, gather, scores
+from vismem.evaluation.tables.gathering import Answers, gather, never_invoked, scores
 from vismem.evaluation.tables.layout import Cell, Table
 
 START = "before"
@@ -56,6 +56,7 @@ def continual(runs: Runs) -> Table:
             "below 0 it has gained.",
             f"Stages: {told}.",
             *seeds_note(runs, methods),
+            *never_invoked(methods, answers),
         ],
         first="method, stage",
         extra={"chains": chains},

@@ -55,6 +55,18 @@ def gather(runs: Runs, methods: Mapping[str, Method], benchmarks: Sequence[Bench
     return found
 
 
+def never_invoked(methods: Mapping[str, Method], answers: Answers) -> list[str]:
+    """A sentence for each method that has a memory, may invoke it, and never did."""
+    notes = []
+    for label, method in methods.items():
+        if not method.remembers or method.policy == "off":
+            continue
+        records = [record for (row, _), seeds in answers.items() if row == label for seed in seeds for record in seed]
+        if records and not any(record.invocations for record in records):
+            notes.append(f"{label} never invoked memory in {len(records)} answers, so these are the base's.")
+    return notes
+
+
 def scores(answers: Answers, label: str, benchmark: str) -> list[list[float]] | None:
     """Scores [seeds][questions] of one cell, or None."""
     found = answers.get((label, benchmark))

@@ -133,16 +133,45 @@ def markdown(table: Table, command: str) -> str:
 
 def grid(table: Table) -> str:
     """The table itself, in Markdown: shares in per cent with their interval; one with many columns lies on its side."""
+    lines = cells_of(table)
+    if len(table.columns) > max(len(table.rows), 8):
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    shown = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([shown[0], "|" + " --- |" * len(lines[0]), *shown[1:]])
+
+
+def cells_of(table: Table) -> list[list[str]]:
+    """The lines of a table as text, the headers first; rows without a cell are left out."""
     headers = [f"{table.groups[c]}: {c}" if c in table.groups else c for c in table.columns]
     lines = [
         [row, *(shown_cell(table.cell(row, column), table.units.get(column)) for column in table.columns)]
         for row in table.rows
     ]
-    lines = [[table.first, *headers], *(line for line in lines if any(line[1:]))]
-    if len(table.columns) > max(len(table.rows), 8):
+    return [[table.first, *headers], *(line for line in lines if any(line[1:]))]
+
+
+def in_terminal(table: Table, width: int | None = None) -> str:
+    """The table with its title and notes as aligned text.
+
+    Args:
+        table: what to show.
+        width: of the terminal; columns that do not fit follow below, with the rows' names again. None for any width.
+    """
+    lines = cells_of(table)
+    if len(table.columns) > len(table.rows):
         lines = [list(line) for line in zip(*lines, strict=True)]
-    shown = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([shown[0], "|" + " --- |" * len(lines[0]), *shown[1:]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    blocks, start = [], 1
+    while start < len(widths) or not blocks:
+        end = start + 1
+        while end < len(widths) and (
+            width is None or sum(widths[start : end + 1]) + 2 * (end - start + 1) + widths[0] <= width
+        ):
+            end += 1
+        shown = [0, *range(start, min(end, len(widths)))]
+        blocks.append("\n".join("  ".join(line[at].ljust(widths[at]) for at in shown).rstrip() for line in lines))
+        start = end
+    return "\n\n".join([table.title, *blocks, *table.notes])
 
 
 def shown_cell(cell: Cell | None, unit: str | None) -> str:

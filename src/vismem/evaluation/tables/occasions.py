@@ -7,7 +7,7 @@ import numpy as np
 from vismem.config import KINDS
 from vismem.evaluation.records import Record
 from vismem.evaluation.runs import Runs
-from vismem.evaluation.tables.gathering import gather
+from vismem.evaluation.tables.gathering import gather, never_invoked
 from vismem.evaluation.tables.layout import Cell, Table, measured
 
 BINS = 10
@@ -49,6 +49,7 @@ def when(runs: Runs) -> Table:
         notes=[
             f"The model decides ({ours.name}). A position is the index of the invocation among the answer's tokens, "
             "as a share of the answer's length.",
+            *never_invoked({ours.name: ours}, answers),
         ],
         first="task",
         extra={"positions": positions, "bins": BINS},

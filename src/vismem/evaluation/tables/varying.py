@@ -7,10 +7,10 @@ from dataclasses import replace
 from vismem.evaluation.runs import Runs
 from vismem.evaluation.settings import Method
 from vismem.evaluation.tables.comparing import AVERAGE, columns_of, compared, seeds_note
-from vismem.evaluation.tables.gathering import gather
+from vismem.evaluation.tables.gathering import gather, never_invoked
 from vismem.evaluation.tables.layout import Cell, Table, measured
 from vismem.evaluation.timing import Way, timed
-from vismem.training.arguments import arguments_for
+from vismem.training.settings import memory_config, values_for
 
 MODES = {"short-term only": "short", "long-term only": "long", "both": "learned"}
 RATES = (25, 50, 75, 100)  # per cent
@@ -44,7 +44,7 @@ def subtasks(runs: Runs) -> Table:
         rows=list(methods),
         columns=columns,
         cells=cells,
-        notes=[f"The memory is that of {ours.name}.", *seeds_note(runs, methods)],
+        notes=[f"The memory is that of {ours.name}.", *seeds_note(runs, methods), *never_invoked(methods, answers)],
         first="memory",
         extra={"groups": groups},
     )
@@ -91,7 +91,12 @@ def invocation(runs: Runs) -> Table:
         cells=cells,
         units=units,
         groups={b.name: b.ability for b in benchmarks if b.ability},
-        notes=[f"The memory is that of {ours.name}.", *seeds_note(runs, methods), *notes],
+        notes=[
+            f"The memory is that of {ours.name}.",
+            *seeds_note(runs, methods),
+            *never_invoked(methods, answers),
+            *notes,
+        ],
         first="invocation",
         extra={"times": times},
     )
@@ -105,7 +110,7 @@ def lengths(runs: Runs) -> Table:
         raise ValueError("the table lengths trains a memory for each length: set lengths.train, or train of the method")
     stage = steps[0]["step"] if steps[0]["step"] != "all" else "warmup"
     layers = [dict(settings.training), {n: v for n, v in steps[0].items() if n != "step"}]
-    config = arguments_for(stage, layers, output_dir=settings.output_dir).memory_config()
+    config = memory_config(values_for(stage, layers)["memory"])
     methods, points = {}, {}
     for name, symbol in LENGTHS.items():
         for value in section.get(name) or ():
@@ -113,7 +118,8 @@ def lengths(runs: Runs) -> Table:
             label = "as configured" if usual else f"{symbol} = {value}"
             changed = [dict(step) for step in steps]
             if not usual:
-                changed[0]["memory"] = {**dict(changed[0].get("memory") or {}), name: value}
+                memory = changed[0].get("memory") or {}
+                changed[0]["memory"] = {**({"preset": memory} if isinstance(memory, str) else memory), name: value}
             methods[label] = Method(label, train=changed, invocation=section.get("invocation") or "")
             points.setdefault(name, []).append((value, label))
     _, benchmarks = settings.of(section)
@@ -127,7 +133,7 @@ def lengths(runs: Runs) -> Table:
         columns=columns_of(benchmarks),
         cells=compared(methods, benchmarks, answers),
         groups={b.name: b.ability for b in benchmarks if b.ability},
-        notes=[f"As configured: {usual}.", *seeds_note(runs, methods)],
+        notes=[f"As configured: {usual}.", *seeds_note(runs, methods), *never_invoked(methods, answers)],
         first="length",
         extra={"points": points, "average": AVERAGE},
     )

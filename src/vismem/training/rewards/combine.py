@@ -7,16 +7,19 @@ import math
 import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from vismem.config import SettingsError
 from vismem.training.rewards.builtin import BUILT_IN
 from vismem.training.rewards.errors import RewardError, RowFailure
 from vismem.training.rewards.imports import import_function
+from vismem.training.rewards.waiting import finished, started
 
 _SEARCH_SECONDS = 10.0
 
@@ -85,10 +88,15 @@ class Rewards:
                 raise ValueError(f"{name} has {len(values)} values for {count} completions")
         ids = columns.get("id") or list(range(count))
         parts = torch.full((count, len(self.rewards)), math.nan)
-        for k, reward in enumerate(self.rewards):
-            if count:
-                values = _checked(reward.name, _call(reward, prompts, completions, columns, ids), ids)
-                parts[:, k] = torch.tensor(values, dtype=parts.dtype)
+        calls = [_Call(reward, prompts, completions, columns, ids) for reward in self.rewards] if count else []
+        try:
+            for call in calls:
+                call.start()
+            for k, call in enumerate(calls):
+                parts[:, k] = torch.tensor(_checked(call.reward.name, call.result(), ids), dtype=parts.dtype)
+        finally:
+            for call in calls:
+                call.cancel()
         nothing = parts.isnan().all(dim=1).nonzero().flatten().tolist()
         if nothing:
             raise RewardError(
@@ -99,16 +107,44 @@ class Rewards:
         return RewardResult(total, parts, self.names)
 
 
-def _call(
-    reward: Reward, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any], ids: Sequence[Any]
-) -> Any:
-    given = _accepted(reward.function, {**columns, "prompts": prompts, "completions": completions})
-    try:
-        return reward.function(**given)
-    except Exception as error:
-        row, cause = _failing_row(reward, len(completions), given, error)
+class _Call:
+    """One reward's call on a batch. What is asynchronous runs from `start` on, beside the calls of other rewards."""
+
+    def __init__(
+        self,
+        reward: Reward,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        ids: Sequence[Any],
+    ) -> None:
+        self.reward, self.ids, self.count = reward, ids, len(completions)
+        self.given = _accepted(reward.function, {**columns, "prompts": prompts, "completions": completions})
+        self.found: Any = None
+
+    def start(self) -> None:
+        try:
+            self.found = started(self.reward.function(**self.given))
+        except Exception as error:
+            self.fail(error)
+
+    def result(self) -> Any:
+        try:
+            return finished(self.found)
+        except Exception as error:
+            self.fail(error)
+
+    def cancel(self) -> None:
+        if isinstance(self.found, Future):
+            self.found.cancel()
+
+    def fail(self, error: Exception) -> NoReturn:
+        row, cause = _failing_row(self.reward, self.count, self.given, error)
+        ids = self.ids
         where = f"row {ids[row]}" if row is not None else f"one of the rows {', '.join(map(str, ids[:8]))}"
-        raise RewardError(f"the reward {reward.name!r} failed at {where}: {type(cause).__name__}: {cause}") from cause
+        raise RewardError(
+            f"the reward {self.reward.name!r} failed at {where}: {type(cause).__name__}: {cause}"
+        ) from cause
 
 
 def _failing_row(
@@ -123,7 +159,7 @@ def _failing_row(
     for row in range(count):
         alone = {name: [value[row]] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
         try:
-            reward.function(**alone)
+            finished(started(reward.function(**alone)))
         except Exception as again:
             if type(again) is type(error):
                 return row, error
@@ -176,7 +212,7 @@ def load_rewards(spec: Any) -> Rewards:
             function's options. With both, "name" is what the path's function is called in logs.
 
     Raises:
-        ValueError: if a name, a path, a weight or an option is wrong; the message says what there is.
+        SettingsError: if a name, a path, a weight or an option is wrong; the message says what there is.
 
     Example:
         >>> load_rewards(["choice", {"name": "numeric", "relative": 0.05, "weight": 0.5}]).names
@@ -185,7 +221,7 @@ def load_rewards(spec: Any) -> Rewards:
     if isinstance(spec, (str, Mapping)) or callable(spec):
         spec = [spec]
     if not isinstance(spec, (list, tuple)) or not spec:
-        raise ValueError("rewards must be a non-empty list of names, import paths, dictionaries or functions")
+        raise SettingsError("rewards must be a non-empty list of names, import paths, dictionaries or functions")
     rewards: list[Reward] = []
     for one in spec:
         reward = _load(one)
@@ -202,7 +238,7 @@ def _load(one: Any) -> Reward:
         options = dict(one)
         weight = options.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ValueError(f"a reward's weight must be a finite number, got {weight!r}")
+            raise SettingsError(f"a reward's weight must be a finite number, got {weight!r}")
         path, name = options.pop("path", None), options.pop("name", None)
         if path is not None:
             function = import_function(path)
@@ -210,7 +246,7 @@ def _load(one: Any) -> Reward:
         if callable(name):
             return Reward(_name(name), partial(name, **options) if options else name, float(weight))
         if not isinstance(name, str):
-            raise ValueError(
+            raise SettingsError(
                 f"a reward's dictionary needs 'name' or 'path', got {', '.join(map(str, one)) or 'nothing'}"
             )
         if ":" in name:
@@ -220,7 +256,7 @@ def _load(one: Any) -> Reward:
         return _load({"path": one} if ":" in one else {"name": one})
     if callable(one):
         return Reward(_name(one), one)
-    raise ValueError(f"a reward must be a name, an import path, a dictionary or a function, got {one!r}")
+    raise SettingsError(f"a reward must be a name, an import path, a dictionary or a function, got {one!r}")
 
 
 def _name(function: Any) -> str:
@@ -229,9 +265,9 @@ def _name(function: Any) -> str:
 
 def _built_in(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     if name not in BUILT_IN:
-        raise ValueError(f"no reward {name!r}; there are {', '.join(BUILT_IN)}, and import paths 'module:function'")
+        raise SettingsError(f"no reward {name!r}; there are {', '.join(BUILT_IN)}, and import paths 'module:function'")
     known = list(inspect.signature(BUILT_IN[name]).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"the reward {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        raise SettingsError(f"the reward {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     return BUILT_IN[name](**options)

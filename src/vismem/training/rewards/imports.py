@@ -9,26 +9,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vismem.config import SettingsError
+
 
 def import_function(path: str) -> Callable[..., Any]:
     """The function behind "package.module:function" or "path/to/file.py:function".
 
     Raises:
-        ValueError: if there is no such module, file or function, or it fails to import.
+        SettingsError: if there is no such module, file or function, or it fails to import.
     """
     place, mark, name = str(path).rpartition(":")
     if not mark or not place or not name:
-        raise ValueError(f"an import path must read 'module:function' or 'file.py:function', got {path!r}")
+        raise SettingsError(f"an import path must read 'module:function' or 'file.py:function', got {path!r}")
     try:
         found: Any = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # whatever the module raises
-        raise ValueError(f"cannot import {place}: {type(error).__name__}: {error}") from error
+        raise SettingsError(f"cannot import {place}: {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"{place} has no {name!r}")
+            raise SettingsError(f"{place} has no {name!r}")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"{path} is not a function")
+        raise SettingsError(f"{path} is not a function")
     return found
 
 

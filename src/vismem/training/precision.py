@@ -1,0 +1,83 @@
+"""The precision that training computes in where the settings leave it open: measured on a CPU, known of a GPU.
+
+Processors without bfloat16 instructions multiply bfloat16 matrices many times more slowly than float32 ones. A run
+that goes on keeps the precision that its checkpoint was made in, so that the result is that of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+
+from vismem.training.checkpoints import last_checkpoint
+
+log = logging.getLogger(__name__)
+
+SIZE, ROUNDS = 256, 5  # of the matrices that are multiplied, and how often; some milliseconds in all
+
+
+def choose_precision(args: TrainingArguments, bf16: bool | None, dtype: str | None) -> dict[str, Any]:
+    """Settings `bf16` and `dtype` for a run that leaves one of them open; the same on every process of it.
+
+    What is set stays. What is not is what the run's newest checkpoint has; without one a CPU trains in whatever it
+    multiplies faster, and a GPU in bfloat16 where it has that.
+
+    Args:
+        args: of the run, but for the precision.
+        bf16: whether computation is in bfloat16, None where it is open.
+        dtype: of the base's weights, None where it is open.
+    """
+    found: list[Any] = [_choice(args, bf16, dtype) if args.process_index == 0 else None]
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _choice(args: TrainingArguments, bf16: bool | None, dtype: str | None) -> dict[str, Any]:
+    earlier = _recorded(str(args.output_dir))
+    on_cpu = args.device.type == "cpu"
+    if bf16 is None and earlier:
+        bf16 = bool(earlier["bf16"])
+        if bf16 and on_cpu and not bfloat16_is_faster():
+            log.warning("training goes on in bfloat16, as it began, though float32 is faster on this processor")
+    elif bf16 is None and on_cpu:
+        bf16 = dtype == "bfloat16" or bfloat16_is_faster()
+    elif bf16 is None:
+        bf16 = args.device.type != "cuda" or torch.cuda.is_bf16_supported()
+    return {"bf16": bf16, "dtype": dtype or earlier.get("dtype") or ("bfloat16" if bf16 or not on_cpu else "float32")}
+
+
+def _recorded(output_dir: str) -> dict[str, Any]:
+    """The settings that a run's newest checkpoint was made with; empty where there is none."""
+    file = Path(last_checkpoint(output_dir) or output_dir) / "training_args.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+@cache
+def bfloat16_is_faster() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones; measured once, and logged."""
+    bfloat16, float32 = (speed(dtype) for dtype in (torch.bfloat16, torch.float32))
+    chosen = "bfloat16" if bfloat16 > float32 else "float32"
+    log.info("bfloat16: %.1f GFLOP/s, float32: %.1f: training in %s", bfloat16, float32, chosen)
+    return bfloat16 > float32
+
+
+def speed(dtype: torch.dtype) -> float:
+    """Billions of operations per second in the product of two matrices [256, 256], the median of a few."""
+    left, right = torch.ones(SIZE, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
+    left @ right  # what the first one sets up is not counted
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - start)
+    return 2 * SIZE**3 / statistics.median(times) / 1e9
