@@ -14,7 +14,6 @@ from transformers import CompileConfig, LogitsProcessor, StoppingCriteria
 
 from vismem import Request, RequestQueue
 from vismem.decoding import cache, engine, requests
-from vismem.decoding.chance import pick
 from vismem.decoding.invocation import Forced, Random
 
 EVERY_FAMILY = True
@@ -40,13 +39,6 @@ def alone(model, inputs, **settings):
     """The answer of a row by itself, as ids, with its invocations."""
     out = model.generate(**inputs, return_dict_in_generate=True, **settings)
     return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), out.invocations[0]
-
-
-def test_probabilities_that_are_no_numbers_are_no_token():
-    for wrong in (torch.full((2, 10), torch.nan), torch.zeros(2, 10)):
-        with pytest.raises(RuntimeError, match="NaN or all 0"):
-            pick(wrong, torch.tensor([0.1, 0.9]))
-    assert pick(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([0.75])).tolist() == [2]
 
 
 @pytest.mark.parametrize("sampling", SAMPLING, ids=["greedy", "warped", "penalised"])

@@ -547,6 +547,19 @@ def test_a_step_that_fails_is_ours(engine, client, error, monkeypatch):
     assert ask(client).choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_not_finite_is_ours_and_fails_alone(engine, client, stream, monkeypatch, caplog):
+    expected = ask(client, seed=1).choices[0].message.content
+    form = engine.model.memory.form
+    monkeypatch.setattr(engine.model.memory, "form", lambda *given: form(*given) * float("nan"))
+    with pytest.raises(openai.APIError, match="not finite") as failed:
+        found = ask(client, stream=stream, extra_body={"vismem": {"invocation": "long@2"}})
+        list(found)
+    assert failed.value.code == "non_finite" and "its long-term memory is not finite" in caplog.text
+    monkeypatch.undo()
+    assert ask(client, seed=1).choices[0].message.content == expected
+
+
 def test_stopping_lets_answers_finish(model):
     engine = Engine(model, batch_size=2)
     bound = listening_socket("127.0.0.1", 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from vismem import Request
+from vismem import NonFiniteError, Request
 from vismem.decoding.engine import Decoder
 from vismem.decoding.invocation import Forced
 from vismem.serving.worker import Closed, Full, Worker
@@ -156,6 +156,19 @@ def test_a_prompt_that_cannot_be_read_is_logged(model, worker, monkeypatch, capl
     monkeypatch.setattr(Decoder, "read_prompts", lambda *_: 1 / 0)
     worker.submit(Request(prompt(model)), box.put)
     assert isinstance(box.all()[0].error, ZeroDivisionError) and "could not be read: division" in caplog.text
+
+
+def test_an_answer_that_is_not_finite_fails_alone(model, worker, caplog):
+    good, bad = Request(prompt(model, "one", tiny.picture(1))), Request(prompt(model, "one", tiny.picture(2)))
+    bad.inputs["pixel_values"] = bad.inputs["pixel_values"] * float("nan")
+    boxes = Inbox(), Inbox()
+    for request, box in zip((bad, good), boxes, strict=True):
+        worker.submit(request, box.put)
+    failed, written = boxes[0].all()[-1], boxes[1].all()
+    assert failed.finish == "error" and isinstance(failed.error, NonFiniteError) and failed.tokens == []
+    assert written[-1].finish == "length" and "its hidden states are not finite" in caplog.text
+    out = model.generate(**good.inputs, max_new_tokens=12, eos_token_id=None)
+    assert [t for news in written for t in news.tokens] == out[0, good.inputs["input_ids"].shape[1] :].tolist()
 
 
 def test_an_error_holds_no_tensors(model, worker, monkeypatch):

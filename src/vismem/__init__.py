@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vismem import invocation
     from vismem.config import VisMemConfig
     from vismem.decoding.requests import Answer, Request, RequestQueue
+    from vismem.decoding.rows import NonFiniteError
     from vismem.decoding.trace import Invocation, VisMemOutput
     from vismem.model import VisMem
 
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "Invocation",
+    "NonFiniteError",
     "Request",
     "RequestQueue",
     "VisMem",
@@ -28,6 +30,7 @@ __all__ = [
 _HOMES = {
     "Answer": "vismem.decoding.requests",
     "Invocation": "vismem.decoding.trace",
+    "NonFiniteError": "vismem.decoding.rows",
     "Request": "vismem.decoding.requests",
     "RequestQueue": "vismem.decoding.requests",
     "VisMem": "vismem.model",

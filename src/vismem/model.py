@@ -192,6 +192,8 @@ class VisMem(nn.Module):
         Raises:
             ValueError: for beam search, assisted decoding, attention outputs, a filled cache, an unknown policy, or
                 images that do not fit the prompt.
+            NonFiniteError: if rows have no finite scores to draw from, once all others are done. It names the rows
+                in `rows` and holds the others' answers in `output`.
         """
         if isinstance(seed, int):
             generator = torch.Generator(device=self.device).manual_seed(seed)
@@ -235,6 +237,8 @@ class VisMem(nn.Module):
 
         Yields:
             `vismem.Answer`s in the order in which they end, with `tokens`, `invocations`, `finish` and the request.
+            Where a request's numbers are not finite, `finish` is `"error"` and `error` a `NonFiniteError`; the others
+            are not affected.
 
         Raises:
             ValueError: if a request does not fit; names its tag where that is a text, else its number.

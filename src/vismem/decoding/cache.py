@@ -140,6 +140,7 @@ class Slots:
         self.where: Tensor | None = None  # [n, w]: the columns of the reading under way
         self.user: weakref.ref[Any] | None = None  # the decoder whose rows lie here
         self.begin = self.end = 0  # columns that are read: up to `end`, and in sliding layers from `begin` on
+        self.widest = 0  # columns that the widest reading so far wrote, also into slots without a row
         self._step = self._read
         if compiled is not None:
             # A function of its own: what torch compiled for other slots counts against its limit for a function.
@@ -158,7 +159,20 @@ class Slots:
 
     def clear(self) -> None:
         """Lets all rows leave."""
+        for slot, taken in enumerate(self.taken):
+            if taken:
+                self.wipe(slot, self.lengths[slot] + 1)
         self.lengths, self.taken, self.offset = [0] * self.rows, [False] * self.rows, None
+
+    def wipe(self, slot: int, columns: int) -> None:
+        """Zeros the first columns of a slot.
+
+        Masking does not hide what a row left behind: a NaN or an infinity there times an attention weight of 0 is NaN.
+        """
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.keys[slot, :, :columns] = 0
+                layer.values[slot, :, :columns] = 0
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -183,6 +197,9 @@ class Slots:
         # After its prompt a row counts on by one for each column, so the difference stays what it is here.
         offset = position - (torch.tensor(lengths, device=position.device)[:, None] - 1)
         self.offset[..., slots, :] = offset[..., sources, :]
+        if self.compiled is not None:  # free slots are read along
+            for slot in slots:
+                self.wipe(slot, self.widest)
         for layer, read in zip(self.cache.layers, cache.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(read.keys, read.values)
@@ -198,6 +215,7 @@ class Slots:
     def read(self, backbone: Backbone, inputs: Tensor, rows: list[int]) -> Tensor:
         """Reads `inputs` [width, w, d] after the slots in `rows` and returns the states [width, d] at their end."""
         width = inputs.shape[1]
+        self.widest = max(self.widest, width)
         self.reserve(max(self.lengths) + width)
         lengths = self.lengths[: self.width]
         self.begin, self.end = 0, self.columns
@@ -238,15 +256,21 @@ class Slots:
         self.lengths[slot] -= 1
 
     def drop(self, slots: list[int]) -> list[int]:
-        """Lets rows leave. Returns, for each slot of the next reading, the slot whose row now lies there."""
+        """Lets rows leave, with their keys and values.
+
+        Returns:
+            For each slot of the next reading, the slot whose row now lies there.
+        """
         order = list(range(self.width))
         for slot in sorted(slots, reverse=True):
+            self.wipe(slot, self.lengths[slot] + 1)  # one more, as the last column may have been taken back
             if self.compiled is None:
                 last, length = len(order) - 1, self.lengths[len(order) - 1]
                 if slot != last:
                     for layer in self.cache.layers:
                         layer.keys[slot, :, :length] = layer.keys[last, :, :length]
                         layer.values[slot, :, :length] = layer.values[last, :, :length]
+                    self.wipe(last, length + 1)
                     self.offset[..., slot, :] = self.offset[..., last, :]
                     self.lengths[slot], order[slot] = length, order[last]
                 order.pop()

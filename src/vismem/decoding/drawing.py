@@ -16,10 +16,11 @@ from vismem.backbones import Backbone
 from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.decoding.cache import Aligned, Slots, on_device
 from vismem.decoding.chance import pick
-from vismem.decoding.rows import Row, Settings
+from vismem.decoding.rows import NonFiniteError, Row, Settings
 from vismem.decoding.trace import Invocation, Top
 from vismem.tokens import MemoryTokens
 
+BROKEN = -1  # in the place of the token of a row that has no finite scores
 CHUNK = 64  # tokens that the table of ids grows by
 
 
@@ -31,6 +32,7 @@ class Drawn:
         rows: the rows.
         slots: the slots that the tensors hold, or None where they hold every slot.
         raw, scores: [n, V], before and after processors.
+        broken: bool [n], rows without finite scores, whose token means nothing.
         log_probs: [n] of the tokens, where rows are recorded.
         allowed: [n], which kinds each might have invoked.
         tops: log-probabilities before processors, of the tokens [n], and the likeliest, [n, k] and their ids [n, k].
@@ -40,6 +42,7 @@ class Drawn:
     slots: list[int] | None
     raw: Tensor
     scores: Tensor
+    broken: Tensor | None = None
     log_probs: Tensor | None = None
     allowed: list[list[bool]] = field(default_factory=list)
     tops: tuple[Tensor, Tensor, Tensor] | None = None
@@ -66,14 +69,19 @@ class Drawing:
         # One line for each slot of the next reading:
         self.hidden: Tensor | None = None  # [n, d], the states to sample from
         self.next: Tensor | None = None  # [n], the tokens to read
+        self.broken: Tensor | None = None  # bool [n], rows whose scores were not finite when they were last drawn from
         self.ids: Tensor | None = None  # [n, longest], prompts and answers, each from the left
 
     def draw(self, rows: list[Row]) -> list[Drawn]:
-        """Draws each row's next token into `next` and `ids`, on the device; rows of like settings together."""
+        """Draws each row's next token into `next` and `ids`, on the device; rows of like settings together.
+
+        Rows without finite scores get some token of the vocabulary, and are marked in `broken`.
+        """
         groups: dict[Any, list[Row]] = {}
         for row in rows:
             groups.setdefault((row.settings.key, row.draws is None), []).append(row)
         logits, drawn = self.backbone.head(self.hidden), []
+        self.broken = torch.zeros_like(self.next, dtype=torch.bool)
         for members in groups.values():
             raw, hidden, slots = logits, self.hidden, None
             # All slots go along where they can, as in transformers' own loop.
@@ -86,14 +94,18 @@ class Drawing:
             raw = raw.to(dtype=torch.float32, device=self.ids.device, copy=True)
             group = Drawn(members, slots, raw, raw)
             tokens = self.draw_group(group)
-            whole = slots is None
-            self.next = tokens if whole else self.next.index_copy(0, on_device(slots, tokens.device), tokens)
+            if slots is None:
+                self.next, self.broken = tokens, group.broken
+            else:
+                index = on_device(slots, tokens.device)
+                self.next = self.next.index_copy(0, index, tokens)
+                self.broken = self.broken.index_copy(0, index, group.broken)
             drawn.append(group)
         self.write(rows)
         return drawn
 
     def draw_group(self, group: Drawn) -> Tensor:
-        """Tokens [n] for a group; fills in what they were drawn from."""
+        """Returns tokens [n] for a group, and fills in what they were drawn from."""
         settings, raw, places = group.rows[0].settings, group.raw, group.places
         logits, width = raw, raw.shape[-1]
         group.allowed = [[False, False]] * len(raw)
@@ -108,6 +120,7 @@ class Drawing:
             logits = self.tokens.forbid(wide, torch.zeros(len(raw), 2, dtype=torch.bool, device=raw.device))
         group.scores = self.processed(group, logits)
         drawn = group.scores if settings.policy.samples else group.scores[:, :width]
+        group.broken = ~drawn.amax(-1).isfinite()  # NaN, +inf, or nothing but -inf
         if not settings.config.do_sample:
             tokens = drawn.argmax(-1)
         elif group.rows[0].draws is not None:
@@ -116,7 +129,9 @@ class Drawing:
                 uniform[at] = row.draws[row.sampled]
             tokens = pick(torch.softmax(drawn, dim=-1), on_device(uniform, raw.device, torch.float64))
         else:
-            tokens = torch.multinomial(torch.softmax(drawn, dim=-1), 1, generator=settings.generator).squeeze(1)
+            # multinomial asserts on the device that probabilities are finite, and so ends every row.
+            probabilities = torch.softmax(drawn, dim=-1).masked_fill(group.broken[:, None], 1.0)
+            tokens = torch.multinomial(probabilities, 1, generator=settings.generator).squeeze(1)
         if any(row.settings.record for row in group.rows):
             group.log_probs = drawn.gather(1, tokens[:, None]).squeeze(1) - drawn.logsumexp(-1)
         most = max((row.top for row in group.rows if row.top is not None), default=None)
@@ -171,10 +186,17 @@ class Drawing:
         self.ids[slots, places] = self.next[slots]
 
     def settle(self, group: Drawn, values: list[int]) -> list[tuple[Row, Kind]]:
-        """Takes note of the tokens that a group drew. Returns the rows that invoke, with the kind."""
+        """Takes note of the tokens that a group drew; a row whose value is `BROKEN` ends with an error.
+
+        Returns:
+            The rows that invoke, with the kind.
+        """
         invoking = []
         for row, at in group.places:
             token, settings = values[row.slot], row.settings
+            if token == BROKEN:
+                row.error, row.done = NonFiniteError(self.diagnosis(row, group.raw[at])), True
+                continue
             kind = self.tokens.kind_of.get(token) if settings.policy.samples else None
             if kind is not None and getattr(settings.policy, "swaps", False):
                 kind = KINDS[1 - KINDS.index(kind)]
@@ -201,12 +223,25 @@ class Drawing:
         for settings in {id(row.settings): row.settings for row in group.rows}.values():
             if not settings.criteria:
                 continue
-            members = [row for row in group.rows if row.settings is settings]
+            members = [row for row in group.rows if row.settings is settings and row.error is None]
             for length in {row.length for row in members}:
                 verdict = settings.criteria(*self.of_call(settings, length, group, group.scores)).tolist()
                 for row in members:
                     if row.length == length and verdict[row.index] and id(row) not in invoking:
                         row.done = True
+
+    def diagnosis(self, row: Row, logits: Tensor) -> str:
+        """Says what of a row is not finite, given the logits [V] that its next token was to be drawn from."""
+        advice = "look for NaN or infinity in its image tensors, or load the base in a dtype of more range (float32)"
+        where = f"at its token number {row.sampled}"
+        memory = row.invocations[-1] if row.invocations else None
+        if memory is not None and memory.memory is not None and not memory.memory.isfinite().all():
+            return f"its {memory.kind}-term memory is not finite {where}: check the memory's weights, or {advice}"
+        if not self.hidden[row.slot].isfinite().all():
+            return f"its hidden states are not finite {where}: {advice}"
+        if (logits.isnan() | logits.isposinf()).any():
+            return f"its logits are not finite {where}: {advice}"
+        return f"the logits processors left it no finite score {where}: check them, suppressed tokens and temperature"
 
     # Notes.
 

@@ -26,7 +26,7 @@ from vismem.backbones.base import CACHE_NAMES
 from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.decoding.cache import Aligned, Slots, on_device
 from vismem.decoding.chance import Draws
-from vismem.decoding.drawing import Drawing, look
+from vismem.decoding.drawing import BROKEN, Drawing, look
 from vismem.decoding.invocation import Opening, Policy
 from vismem.decoding.rows import Row, Settings, Sight
 from vismem.decoding.trace import Invocation
@@ -165,14 +165,14 @@ class Decoder(Drawing):
         """Lets every row whose queue is empty invoke or sample, forms memories, feeds the base; rows that ended leave.
 
         Returns:
-            The rows that ended in this step.
+            The rows that ended in this step; those that failed have an `error`.
         """
         ready = [row for row in self.rows if row.queue is None]
         invoking = self.inject(ready)
         put_in = {id(row) for row, _ in invoking}
         drawing = [row for row in ready if id(row) not in put_in]
         drawn = self.draw(drawing) if drawing else []
-        sampled, fed = look(self.next), None
+        sampled, fed = look(self.next.masked_fill(self.broken, BROKEN)) if drawn else list, None
         if self.cache.ahead and not invoking and any(row.sampled + 1 < row.settings.budget for row in drawing):
             fed = self.feed()
         if drawn:

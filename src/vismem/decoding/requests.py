@@ -19,7 +19,7 @@ from vismem.decoding.cache import Slots
 from vismem.decoding.engine import Decoder
 from vismem.decoding.generation import Layout, Prepared, setting
 from vismem.decoding.invocation import Policy, policy_of
-from vismem.decoding.rows import Row, plain
+from vismem.decoding.rows import NonFiniteError, Row, plain
 from vismem.decoding.trace import Invocation, Rollout, Top
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class Answer:
         index: its row within the request.
         finish: `"stop"` (an end token or a stopping criterion), `"length"`, `"cancelled"`, `"error"`, or None as long
             as it is not done.
-        error: why the request could not be taken, or what went wrong while it was written.
+        error: why the request could not be taken, or what went wrong while it was written; a `NonFiniteError` where
+            its own numbers were not finite.
     """
 
     request: Request
@@ -198,8 +199,8 @@ class RequestQueue:
         """Lets waiting requests in where there is room, and writes one token of every row.
 
         Returns:
-            The answers that ended, with `finish` set; `"error"` where a request could not be taken, which harms no
-            other.
+            The answers that ended, with `finish` set; `"error"` where a request could not be taken or its numbers
+            are not finite, which harms no other.
 
         Raises:
             Exception: whatever goes wrong later, as in a logits processor of yours. All answers that were being
@@ -227,6 +228,9 @@ class RequestQueue:
             raise
         for row in rows:
             answer = self.answers.pop(id(row))
+            if row.error is not None:
+                ended += failed([answer], row.error)
+                continue
             answer.finish = "stop" if row.sampled < row.settings.budget or row.ended else "length"
             ended.append(answer)
         return ended
@@ -289,6 +293,8 @@ class RequestQueue:
                 # Growing now and then would compile each time.
                 self.decoder.cache.reserve(self.layout.columns(call, model.memory_config))
             prompts = self.decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
+            if len(groups) > 1 and not prompts.hidden.isfinite().all():
+                raise NonFiniteError("a prompt read together with others is not finite")  # each is read by itself then
             seeds = [seed for group in groups for seed in seeds_of(group)] if settings.config.do_sample else None
             self.entering = True
             return self.decoder.enter(prompts, settings, call.copies, seeds)
@@ -347,7 +353,9 @@ def failed(answers: list[Answer], error: BaseException) -> list[Answer]:
 
 
 def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]]) -> Iterator[Answer]:
-    """Answers to `requests`, each as soon as it is done; requests are taken from the iterable as room comes up.
+    """Yields answers to `requests`, each as soon as it is done; requests are taken from the iterable as room comes up.
+
+    An answer whose numbers are not finite is yielded too, with `finish="error"` and a `NonFiniteError`.
 
     Raises:
         ValueError: if a request cannot be taken; names it by its tag where that is a text, else by its number. Answers
@@ -372,8 +380,11 @@ def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]])
             if source is None and not len(queue):
                 return
             ended = queue.step()
-            yield from (answer for answer in ended if answer.error is None)
+            alone = [answer for answer in ended if answer.error is None or isinstance(answer.error, NonFiniteError)]
+            yield from alone
             for answer in ended:
+                if answer in alone:
+                    continue
                 if isinstance(answer.error, ValueError):
                     raise ValueError(f"{names[id(answer.request)]}: {answer.error}") from answer.error
                 if answer.error is not None:

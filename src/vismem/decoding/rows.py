@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import logits_process
 
 from vismem.backbones import Image, Patches
-from vismem.config import VisMemConfig
+from vismem.config import KINDS, VisMemConfig
 from vismem.decoding.chance import Draws
 from vismem.decoding.invocation import Policy
 from vismem.decoding.trace import Invocation, Rollout, Top, VisMemOutput
@@ -28,6 +28,20 @@ BLIND = (
     logits_process.TopPLogitsWarper,
     logits_process.TypicalLogitsWarper,
 )
+
+
+class NonFiniteError(ArithmeticError):
+    """A row has no finite scores to draw its next token from: NaN or infinity in its inputs, memory or logits.
+
+    Args:
+        message: what is not finite, and at which token.
+        rows: of `generate`, the indices of the rows that failed.
+        output: of `generate`, what it would have returned; the rows that failed end where they did.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = (), output: VisMemOutput | Tensor | None = None) -> None:
+        super().__init__(message)
+        self.rows, self.output = list(rows), output
 
 
 @dataclass
@@ -104,6 +118,7 @@ class Row:
         top: keep each sampled token's log-probability and those of that many likeliest ones; None keeps nothing.
         tops: for each new token what `top` asks for; None where it was put in.
         tag: its request's, or None.
+        error: why the row ended before its time, or None.
     """
 
     index: int
@@ -128,6 +143,7 @@ class Row:
     top: int | None = None
     tops: list[Top | None] = field(default_factory=list)
     tag: Any = None
+    error: NonFiniteError | None = None
 
     @property
     def length(self) -> int:
@@ -160,12 +176,12 @@ class Row:
     def rollout(self) -> Rollout:
         """What training needs of the row; with `record` only."""
         none = torch.zeros((), device=self.prompt.device)
-        log_probs = torch.stack([none if value is None else value.to(none.device) for value in self.log_probs])
+        log_probs = [none if value is None else value.to(none.device) for value in self.log_probs]
         return Rollout(
-            tokens=torch.tensor(self.tokens),
-            sampled=torch.tensor(self.chosen),
-            allowed=torch.tensor(self.open),
-            log_probs=log_probs.float().cpu(),
+            tokens=torch.tensor(self.tokens, dtype=torch.long),
+            sampled=torch.tensor(self.chosen, dtype=torch.bool),
+            allowed=torch.tensor(self.open, dtype=torch.bool).view(-1, len(KINDS)),
+            log_probs=torch.stack(log_probs).float().cpu() if log_probs else torch.zeros(0),
             invocations=self.invocations,
         )
 
@@ -176,7 +192,22 @@ def plain(value: Any) -> Any:
 
 
 def output(rows: list[Row], settings: Settings) -> VisMemOutput | Tensor:
-    """Finished rows of one call, as `generate` returns them."""
+    """Returns the finished rows of one call as `generate` does.
+
+    Raises:
+        NonFiniteError: if a row failed; names those that did, with the first one's reason, and holds the output.
+    """
+    found = gathered(rows, settings)
+    failed = [row for row in rows if row.error is not None]
+    if failed:
+        numbers = [row.index for row in failed]
+        named = ", ".join(map(str, numbers[:8])) + (" and others" if numbers[8:] else "")
+        raise NonFiniteError(f"row {named}: {failed[0].error}", numbers, found) from failed[0].error
+    return found
+
+
+def gathered(rows: list[Row], settings: Settings) -> VisMemOutput | Tensor:
+    """Returns what rows have written, whether they ended well or not."""
     prompts, longest = torch.stack([row.prompt for row in rows]), max(len(row.tokens) for row in rows)
     answers = [row.tokens + [settings.pad] * (longest - len(row.tokens)) for row in rows]
     sequences = torch.cat([prompts, torch.tensor(answers, dtype=prompts.dtype, device=prompts.device)], dim=1)
@@ -187,7 +218,7 @@ def output(rows: list[Row], settings: Settings) -> VisMemOutput | Tensor:
         if not getattr(settings.config, f"output_{name}"):
             return None
         kept = [getattr(row, name) for row in rows]
-        width = max(len(entry) for row in kept for entry in row)
+        width = max((len(entry) for row in kept for entry in row), default=settings.pad + 1)
         blank = torch.full((width,), float("-inf"), device=sequences.device)
         blank[settings.pad] = 0.0
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vismem.decoding.invocation import Forced, Policy, Random, read_policy
 from vismem.decoding.requests import Request
+from vismem.decoding.rows import NonFiniteError
 from vismem.model import VisMem
 from vismem.serving.errors import ApiError, stopping
 from vismem.serving.pictures import PictureLimits, Pictures
@@ -296,6 +297,9 @@ def failed(news: News, taken: bool) -> ApiError:
         return stopping()
     if isinstance(news.error, ValueError) and not taken:
         return ApiError(400, str(news.error))
+    if isinstance(news.error, NonFiniteError):
+        message = "the model's numbers for this answer are not finite; other answers are not affected"
+        return ApiError(500, message, code="non_finite")
     if "out of memory" in str(news.error).lower():
         return ApiError(503, "the model ran out of memory; ask for less, or later", headers={"Retry-After": "5"})
     return ApiError(500, "the model failed while it wrote this answer; the server's log has the reason")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from vismem.decoding.requests import Answer, Request, RequestQueue
+from vismem.decoding.rows import NonFiniteError
 from vismem.decoding.trace import Invocation, Top
 from vismem.model import VisMem
 
@@ -250,7 +251,9 @@ class Worker:
             log.exception("a step failed: %s", error)
         else:
             for found in errors.values():
-                if found is not None and not isinstance(found, ValueError):
+                if isinstance(found, NonFiniteError):
+                    log.error("an answer failed: %s", found)
+                elif found is not None and not isinstance(found, ValueError):
                     log.error("a prompt could not be read: %s", found, exc_info=found)
 
     def _tell(self) -> None:

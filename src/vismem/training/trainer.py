@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from vismem.data import Row
+from vismem.decoding.rows import NonFiniteError
 from vismem.model import VisMem
 from vismem.training import grpo
 from vismem.training.arguments import MemoryTrainingArguments
@@ -34,7 +35,7 @@ from vismem.training.watch import SignalWatch
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or the gradient is not a finite number any more."""
+    """The loss, the gradient or a rollout's scores are not finite any more."""
 
 
 class MemoryTrainer(WholeCheckpoints, Trainer):
@@ -164,6 +165,8 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                         experience = self.collector.collect(inputs, step, self.places(), self.state)
                 self.held.append(experience)
                 return self.update(model, experience)
+        except NonFiniteError as error:
+            raise self.diverged(f"an answer could not be sampled ({error})", inputs) from error
         except torch.OutOfMemoryError as error:
             lower = "per_device_train_batch_size, group_size or max_new_tokens"
             lower = "micro_batch (or set gradient_checkpointing=true)" if self.figures.phase == "update" else lower
@@ -325,12 +328,15 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                     p.copy_(kept[name])
 
     def check_finite(self, value: Tensor, rows: list[Row]) -> None:
-        """Stops at a loss or gradient that is no number, and says where and what to go back to."""
-        if torch.isfinite(value.detach()).all():
-            return
+        """Stops at a loss or gradient that is not finite."""
+        if not torch.isfinite(value.detach()).all():
+            raise self.diverged(f"loss or gradient is {float(value.detach().sum())}", rows)
+
+    def diverged(self, what: str, rows: list[Row]) -> TrainingDivergedError:
+        """The error that stops a run: what is not finite, at which rows, and which checkpoint to go back to."""
         last = last_checkpoint(str(self.args.output_dir))
-        raise TrainingDivergedError(
-            f"loss or gradient is {float(value.detach().sum())} at step {self.state.global_step}, rows "
+        return TrainingDivergedError(
+            f"{what} at step {self.state.global_step}, rows "
             f"{', '.join(row.id for row in rows[:8])}; last good checkpoint: {last or 'none yet'}. "
             "Lower learning_rate or max_grad_norm and go on from there with --resume"
         )
