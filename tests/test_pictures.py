@@ -159,7 +159,9 @@ def test_an_orientation_that_cannot_be_read_is_upright(data: bytes) -> None:
     assert orientation_of(turned(6)) == 6
 
 
-@pytest.mark.parametrize("label", ["image/png", "IMAGE/X-anything;name=a.b", "application/octet-stream", "text/plain", ""])
+@pytest.mark.parametrize(
+    "label", ["image/png", "IMAGE/X-anything;name=a.b", "application/octet-stream", "text/plain", ""]
+)
 def test_the_media_type_does_not_decide(label: str) -> None:
     assert fetched(uri(KINDS["jpeg"](), label)).size == (40, 30)
 
