@@ -269,12 +269,37 @@ WRONG = {
     "temperature: ": {"temperature": 9},
     "at most 4 rows": {"n": 5},
     "unknown policy 'often'": {"extra_body": {"vismem": {"invocation": "often"}}},
-    "shelf: this server does not know this field": {"extra_body": {"shelf": 1}},
     "max_tokens is 201; this server writes at most 200": {"max_tokens": 201},
     "this server does not support logit_bias": {"logit_bias": {"3": 1}},
     "this server does not support tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
     "top_logprobs needs logprobs": {"top_logprobs": 2},
     "stream_options needs stream": {"stream_options": {"include_usage": True}},
+    "this server does not support functions": {"functions": [{"name": "f"}]},
+    "this server does not support tool_choice": {"tool_choice": "required"},
+    "this server does not support response_format": {"response_format": {"type": "json_object"}},
+    "this server does not support frequency_penalty": {"frequency_penalty": 0.5},
+    "this server does not support modalities": {"modalities": ["text", "audio"]},
+    "this server does not support structured_outputs": {"extra_body": {"structured_outputs": {"choice": ["a"]}}},
+    "this server does not support guided_json": {"extra_body": {"guided_json": {"type": "object"}}},
+    "this server does not support min_tokens": {"extra_body": {"min_tokens": 3}},
+    "this server does not support messages.1.tool_calls": {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+        ]
+    },
+    "this server does not support messages.0.images": {
+        "messages": [{"role": "user", "content": "hi", "images": ["iVBORw0KGgo"]}]
+    },
+    "messages.0.role: this server does not support tools": {
+        "messages": [{"role": "tool", "content": "4", "tool_call_id": "1"}]
+    },
+    "messages.0.content.0: a part must be of type text or image_url": {
+        "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": ""}}]}]
+    },
+    "min_p: ": {"extra_body": {"min_p": 1.5}},
+    "top_k: ": {"extra_body": {"top_k": -2}},
+    "seed: ": {"seed": 2**63},
     "messages: is empty": {"messages": []},
     "messages.0.role": {"messages": [{"role": "robot", "content": "hi"}]},
     "messages.0.content.0.image_url": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -303,7 +328,6 @@ WRONG = {
         "messages": [{"role": "user", "content": "hi"}],
         "extra_body": {"vismem": {"invocation": "short@0"}},
     },
-    "a name: this server does not know this field": {"extra_body": {"a name": 1}},
     "no Unicode": {"extra_body": {"messages": [{"role": "user", "content": "\ud800"}]}},
 }
 
@@ -331,7 +355,7 @@ def test_bodies_that_are_no_request(address, body):
 def test_no_such_route(address):
     for method, path, status in [
         ("GET", "/v1", 404),
-        ("GET", "/", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/chat/completions", 405),
         ("GET", "/health/", 404),
     ]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+from families.words import tokenizer as byte_level
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from vismem.decoding.trace import Invocation, Top
 from vismem.pocket import load_base
+from vismem.serving.token_bytes import TokenBytes
 from vismem.serving.worker import News
 from vismem.serving.writing import Delta, Ended, Invoked, Writer, longest_start
 
@@ -134,3 +139,71 @@ def test_a_character_of_several_tokens_comes_out_whole(model):
     writer = Writer(0, tokenizer, model.tokens)
     events = [list(writer.read(News(0, [token], [], []))) for token in ids]
     assert [text_of(each) for each in events] == [""] * (len(ids) - 1) + ["漢"]
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """A tokenizer as those of SentencePiece are converted: spaces are letters, unknown characters are bytes."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdx,", "\u2581a"]
+    merges = [("\u2581", "a")]
+    core = Tokenizer(
+        models.BPE({piece: at for at, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+
+
+VOCABULARIES = {"byte-level": lambda: byte_level(["<image>"], "<image>"), "byte fallback": byte_fallback}
+TEXTS = ["\u00e9\U0001f642", "a b \u00e9\U0001f642, c", "  a", "\u6f22\u5b57 a", "x\ufffdx", "a , b", "a\n\ta"]
+NO_MEMORY = SimpleNamespace(kind_of={}, end_ids={})
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_bytes_of_tokens_join_to_the_text(kind, text):
+    tokenizer = VOCABULARIES[kind]()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    alternatives = [(ids[0], -1.0), (ids[-1], -2.0), (tokenizer.eos_token_id, -3.0)]
+    writer = Writer(0, tokenizer, NO_MEMORY, top=3)
+    events = told(writer, ids, tops=[Top(-1.0, alternatives) for _ in ids])
+    entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+    assert text_of(events) == text and len(entries) == len(ids)
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == text
+    for entry in entries:
+        assert entry.token == bytes(entry.bytes).decode("utf-8", "backslashreplace")
+        assert entry.top_logprobs[1].bytes == entries[-1].bytes or entry is entries[0]
+        assert bytes(entry.top_logprobs[2].bytes).decode() == entry.top_logprobs[2].token == tokenizer.eos_token
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_a_part_of_a_character_has_its_own_byte(kind):
+    tokenizer = VOCABULARIES[kind]()
+    ids = tokenizer.encode("\U0001f642", add_special_tokens=False)[-4:]
+    spell = TokenBytes(tokenizer)
+    assert [list(spell(token)) for token in ids] == [[0xF0], [0x9F], [0x99], [0x82]]
+    assert spell(len(tokenizer) + 5) == b""  # embeddings may have more rows than the vocabulary has words
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+@pytest.mark.parametrize("last", ["stop", "length"])
+def test_an_answer_that_ends_within_a_character_has_the_bytes_it_wrote(kind, last):
+    tokenizer = VOCABULARIES[kind]()
+    ids = tokenizer.encode("a\U0001f642", add_special_tokens=False)[:-2]
+    events = told(Writer(0, tokenizer, NO_MEMORY, top=0), ids, tops=[Top(-1.0, []) for _ in ids], finish=last)
+    entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+    assert b"".join(bytes(entry.bytes) for entry in entries) == b"a\xf0\x9f"
+    assert text_of(events).rstrip("\ufffd") == "a"
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_a_text_that_continues_a_prompt_keeps_its_space(kind):
+    tokenizer = VOCABULARIES[kind]()
+    before, after = (tokenizer.encode(text, add_special_tokens=False) for text in ("x", "x a"))
+    assert after[: len(before)] == before
+    for given, wanted in ((before, " a"), ([], "a" if kind == "byte fallback" else " a")):
+        ids = after[len(before) :]
+        writer = Writer(0, tokenizer, NO_MEMORY, top=0, before=given)
+        events = told(writer, ids, tops=[Top(-1.0, []) for _ in ids])
+        entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+        assert text_of(events) == "".join(entry.token for entry in entries) == wanted

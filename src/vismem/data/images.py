@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageFile, ImageOps
 
 MOST_PIXELS = 89_478_485  # Pillow's own line between a large photograph and a decompression bomb
+BASE64 = re.compile(rb"[A-Za-z0-9+/]+")
+FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 class BadImage(ValueError):
@@ -69,17 +73,25 @@ def open_image(
 
 
 def read_data_uri(uri: str) -> bytes:
-    """What a `data:...;base64,` URI holds; blanks in it do not matter.
+    """The bytes of a `data:` URI, whatever type it claims, or none.
+
+    The data may be base64 by either alphabet, with or without padding, with blanks in it, and percent-encoded. Without
+    `;base64` it is read as base64 if it looks like it, which no image file does.
 
     Raises:
-        BadImage: if it is not base64.
+        BadImage: if there is no comma, or the data are not base64 although they should be.
     """
-    head, mark, body = uri.partition(";base64,")
-    if not mark:
-        raise BadImage(f"the data URI {_short(head)} is not base64")
+    head, comma, body = uri.partition(",")
+    if not comma:
+        raise BadImage(f"the data URI {_short(head)} has no comma; it must be data:[TYPE];base64,DATA")
+    plain = unquote_to_bytes(body)
+    coded = b"".join(plain.split()).translate(FROM_URL_SAFE).rstrip(b"=")
+    named = any(part.strip().lower() == "base64" for part in head.split(";")[1:])
+    if not named and not BASE64.fullmatch(coded):
+        return plain
     try:
-        return base64.b64decode("".join(body.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64.b64decode(coded + b"=" * (-len(coded) % 4), validate=True)
+    except binascii.Error as error:
         raise BadImage(f"the data URI is not valid base64: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -13,16 +14,17 @@ class Detokenizer:
 
     Args:
         tokenizer: of the processor.
+        before: tokens that the text continues; they are not given out.
 
     Example:
         >>> words = Detokenizer(processor.tokenizer)
         >>> "".join([*map(words.put, ids), words.end()])
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.start = self.read = 0  # decoded from `start`; given out up to `read`
+        self.ids = list(before)
+        self.start, self.read = 0, len(self.ids)  # decoded from `start`; given out up to `read`
 
     def put(self, token: int) -> str:
         """Takes the next word's id and returns the text that is whole now."""

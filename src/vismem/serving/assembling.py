@@ -26,6 +26,8 @@ from vismem.serving.protocol import (
     MemoryUsage,
     Message,
     Provenance,
+    RefusalPart,
+    TextPart,
     TokenLogprob,
     Trace,
     Usage,
@@ -34,6 +36,7 @@ from vismem.serving.writing import Delta as New
 from vismem.serving.writing import Ended, Event, Invoked, Started
 
 DONE = b"data: [DONE]\n\n"
+DRAWN = -1  # as a seed: one that is drawn, as without any
 
 
 def ask_of(request: ChatRequest, invocation: str) -> Ask:
@@ -45,32 +48,51 @@ def ask_of(request: ChatRequest, invocation: str) -> Ask:
     """
     sampling = {
         name: value
-        for name in ("temperature", "top_p", "top_k", "repetition_penalty")
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         if (value := getattr(request, name)) is not None
     }
+    if sampling.get("top_k") == -1:  # off, which transformers writes as 0
+        sampling["top_k"] = 0
+    if request.ignore_eos:
+        sampling["eos_token_id"] = None
+    turns = [turn_of(message) for message in request.messages]
+    # After an empty last turn nothing is to be continued: a new turn begins with the same tokens.
+    continues = bool(request.continue_final_message and turns[-1]["content"][0]["text"])
+    if request.continue_final_message and not continues:
+        turns.pop()
     return Ask(
-        messages=[turn_of(message) for message in request.messages],
+        messages=turns,
         n=request.n or 1,
-        seed=random.SystemRandom().randrange(2**53) if request.seed is None else request.seed,
+        seed=random.SystemRandom().randrange(2**53) if request.seed in (None, DRAWN) else request.seed,
         stops=tuple(request.stops),
         top=(request.top_logprobs or 0) if request.logprobs else None,
         invocation=invocation,
         max_tokens=request.max_completion_tokens or request.max_tokens,
         sampling=sampling,
+        continues=continues,
+        opens_turn=not continues
+        and (bool(request.continue_final_message) or request.add_generation_prompt is not False),
     )
 
 
 def turn_of(message: Message) -> dict[str, Any]:
-    """A turn as processors take it, with addresses in the places of images."""
-    if isinstance(message.content, str):
-        return {"role": message.role, "content": [{"type": "text", "text": message.content}]}
+    """A turn as processors take it, with addresses in the places of images. An assistant's words are one text."""
+    content = message.content or message.refusal or ""
+    given = [content] if isinstance(content, str) else content
     parts = [
-        {"type": "image", "url": part.image_url.url}
-        if isinstance(part, ImagePart)
-        else {"type": "text", "text": part.text}
-        for part in message.content
+        {"type": "image", "url": part.url} if isinstance(part, ImagePart) else {"type": "text", "text": words_of(part)}
+        for part in given
     ]
+    if message.role == "assistant":
+        parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
     return {"role": message.role, "content": parts}
+
+
+def words_of(part: TextPart | RefusalPart | str) -> str:
+    """The text of a part."""
+    if isinstance(part, str):
+        return part
+    return part.refusal if isinstance(part, RefusalPart) else part.text
 
 
 @dataclass
@@ -94,7 +116,7 @@ class Assembly:
     def __init__(self, request: ChatRequest, ask: Ask) -> None:
         self.request, self.ask = request, ask
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self.traced = request.vismem.trace
+        self.traced = request.traced
         self.prompt_tokens = self.completion_tokens = 0
         self.memory = MemoryUsage()
 

@@ -43,6 +43,8 @@ class Ask:
         invocation: who invokes memory, as `read_policy` reads it.
         max_tokens: of each choice; None for as many as there may be.
         sampling: `temperature`, `top_p`, ...; empty for the base's own way of writing.
+        continues: write on in the last turn, the assistant's.
+        opens_turn: begin an assistant's turn after the messages.
     """
 
     messages: list[dict[str, Any]]
@@ -53,6 +55,8 @@ class Ask:
     invocation: str = "learned"
     max_tokens: int | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
+    continues: bool = False
+    opens_turn: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,9 @@ class Answering(Protocol):
 
 
 COLDEST = 1e-3  # below this temperature all is greedy, and logits over it are more than a float holds
+TRUNCATIONS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # and the values that cut nothing off
+DRAWING = ("temperature", *TRUNCATIONS)  # settings that mean nothing where nothing is drawn
+CONTEXT = 8  # last tokens of a prompt that its continuation is decoded after
 
 
 class Engine:
@@ -178,18 +185,18 @@ class Engine:
         loop = asyncio.get_running_loop()
         try:
             if files:
-                return await loop.run_in_executor(self.decoding, self._shown, ask.messages, files)
-            return await loop.run_in_executor(self.preparing, self._processed, ask.messages, [])
+                return await loop.run_in_executor(self.decoding, self._shown, ask, files)
+            return await loop.run_in_executor(self.preparing, self._processed, ask, [])
         except RuntimeError as error:
             if not self.ready():
                 raise stopping() from error
             raise
 
-    def _shown(self, messages: list[dict[str, Any]], files: list[bytes]) -> dict[str, Tensor]:
+    def _shown(self, ask: Ask, files: list[bytes]) -> dict[str, Tensor]:
         """Words of others do not wait while files are decoded; pictures of one request at a time are in memory."""
-        return self.preparing.submit(self._processed, messages, self.pictures.decode(files)).result()
+        return self.preparing.submit(self._processed, ask, self.pictures.decode(files)).result()
 
-    def _processed(self, messages: list[dict[str, Any]], pictures: list[Image]) -> dict[str, Tensor]:
+    def _processed(self, ask: Ask, pictures: list[Image]) -> dict[str, Tensor]:
         seen = iter(pictures)
         shown = [
             {
@@ -199,10 +206,10 @@ class Engine:
                     for part in turn["content"]
                 ],
             }
-            for turn in messages
+            for turn in ask.messages
         ]
         try:
-            return inputs_of(self.model, shown)
+            return inputs_of(self.model, shown, opens_turn=ask.opens_turn, continues=ask.continues)
         except Exception as error:  # templates and processors raise what they like
             raise ApiError(400, f"the model's processor refuses these messages: {error}", param="messages") from error
 
@@ -231,9 +238,9 @@ class Engine:
             found["num_return_sequences"] = ask.n
         sampling = dict(ask.sampling)
         if sampling.get("temperature", 1.0) < COLDEST:
-            sampling = {name: value for name, value in sampling.items() if name == "repetition_penalty"}
+            sampling = {name: value for name, value in sampling.items() if name not in DRAWING}
             found["do_sample"] = False
-        elif sampling.keys() - {"repetition_penalty"}:
+        elif "temperature" in sampling or any(sampling.get(name, off) != off for name, off in TRUNCATIONS.items()):
             found["do_sample"] = True
         return {**found, **sampling}
 
@@ -247,7 +254,8 @@ class Engine:
             raise stopping() from error
         try:
             yield Started(request.inputs["input_ids"].shape[1])
-            writers = [Writer(i, self.tokenizer, self.model.tokens, ask.stops, ask.top) for i in range(ask.n)]
+            before = request.inputs["input_ids"][0, -CONTEXT:].tolist() if ask.continues else []
+            writers = [Writer(i, self.tokenizer, self.model.tokens, ask.stops, ask.top, before) for i in range(ask.n)]
             writing = set(range(ask.n))
             while writing:
                 news = await inbox.get()

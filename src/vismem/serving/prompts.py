@@ -10,19 +10,33 @@ from vismem.model import VisMem
 from vismem.tokens import END_TOKENS, INVOCATION_TOKENS
 
 
-def inputs_of(model: VisMem, messages: list[dict[str, Any]], processor: Any = None) -> dict[str, Tensor]:
+def inputs_of(
+    model: VisMem,
+    messages: list[dict[str, Any]],
+    processor: Any = None,
+    *,
+    opens_turn: bool = True,
+    continues: bool = False,
+) -> dict[str, Tensor]:
     """The processor's tensors for one conversation, on the model's device, as `generate` and `Request` take them.
 
     Args:
         model: the model.
         messages: its turns, with pictures in their places.
         processor: the model's by default; a copy of it where another thread uses that.
+        opens_turn: end with the beginning of an assistant's turn.
+        continues: end within the last turn, after its last word.
 
     Raises:
         Exception: whatever a template or a processor raises for messages that it does not take.
     """
     inputs = (processor or model.processor).apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages,
+        add_generation_prompt=opens_turn,
+        continue_final_message=continues,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     return dict(inputs.to(model.device, dtype=model.dtype))
 

@@ -79,7 +79,7 @@ class Serving:
         if request.model not in self.names:
             names = ", ".join(self.names)
             raise ApiError(404, f"no model {request.model!r}; there are {names}", param="model", code="model_not_found")
-        wanted = request.vismem.invocation
+        wanted = request.invocation
         if request.model == self.name:
             return wanted or self.invocation
         if wanted not in (None, "off"):
@@ -279,16 +279,12 @@ def explained(error: RequestValidationError) -> ApiError:
         return ApiError(400, "the request is not valid")
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {found.get('ctx', {}).get('error', found['msg'])}")
-    unknown = found["type"] == "extra_forbidden"  # its place ends with whatever the client wrote
-    path = [str(step) for step in places(found["loc"][1 : -1 if unknown else None])]
-    path += [str(found["loc"][-1])[:64]] if unknown else []
+    path = list(places(found["loc"][1:], error.body))
     place, message = ".".join(path), found["msg"].removeprefix("Value error, ")
     if not path and found["type"] != "value_error":
         message = "the body must be a JSON object, sent as application/json"
-    elif path and path[0] in UNSUPPORTED:
-        message = f"this server does not support {path[0]}"
-    elif unknown:
-        message = "this server does not know this field"
+    elif found["type"] == "unsupported":
+        return ApiError(400, f"this server does not support {place}", param=place)
     elif path[-1:] == ["content"] and found["type"] in ("list_type", "string_type"):
         message = "must be a text or a list of parts"
     elif found["type"] in ("too_short", "string_too_short"):  # all that have such a limit need one at least
@@ -296,26 +292,17 @@ def explained(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{place}: {message}" if place else message, param=place or None)
 
 
-def places(loc: Sequence[str | int]) -> Iterator[str | int]:
-    """The steps of pydantic's place that a request has too: fields and indices, not the branches of unions."""
-    before: str | int = ""
-    for step in loc:
-        tag = isinstance(before, int) and step in ("text", "image_url")
-        if isinstance(step, int) or (step.isidentifier() and not tag):
-            yield step
-        before = step
-
-
-UNSUPPORTED = {
-    "frequency_penalty",
-    "logit_bias",
-    "modalities",
-    "presence_penalty",
-    "response_format",
-    "store",
-    "tool_choice",
-    "tools",
-}
+def places(loc: Sequence[str | int], body: Any) -> Iterator[str]:
+    """The steps of pydantic's place that a body has too: fields and indices, not the branches of unions."""
+    for at, step in enumerate(loc):
+        missing = at == len(loc) - 1 and isinstance(step, str) and step.isidentifier()
+        if isinstance(body, list) and isinstance(step, int):
+            body = body[step]
+        elif isinstance(body, dict) and (step in body or missing):
+            body = body.get(step)
+        else:
+            continue
+        yield str(step)
 
 
 def some(*codes: int) -> dict[int | str, dict[str, Any]]:

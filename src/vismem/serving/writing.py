@@ -13,6 +13,7 @@ from typing import Any
 from vismem.decoding.text import Detokenizer
 from vismem.decoding.trace import Top
 from vismem.serving.protocol import FinishReason, InvocationTrace, MemoryUsage, TokenLogprob, TopLogprob
+from vismem.serving.token_bytes import TokenBytes
 from vismem.serving.worker import News
 from vismem.tokens import MemoryTokens
 
@@ -73,6 +74,7 @@ class Writer:
         tokens: `model.tokens`.
         stops: strings that end the text and are not part of it.
         top: how many likeliest tokens were asked for beside each word's log-probability, or None.
+        before: the prompt's last tokens, where the text continues it.
     """
 
     index: int
@@ -80,11 +82,14 @@ class Writer:
     tokens: MemoryTokens
     stops: Sequence[str] = ()
     top: int | None = None
+    before: Sequence[int] = ()
     stopped: bool = field(default=False, init=False)  # a stop string was met
 
     def __post_init__(self) -> None:
-        self.words = Detokenizer(self.tokenizer)
+        self.words = Detokenizer(self.tokenizer, self.before)
+        self.spell = None if self.top is None else TokenBytes(self.tokenizer)
         self.end_ids, self.special = set(self.tokens.end_ids.values()), set(self.tokenizer.all_special_ids)
+        self.first = self.special.issuperset(self.before)  # whether the next word is the first of its text
         self.held, self.given = "", 0  # text that is not given out yet, and how much was
         self.entries: list[tuple[int, TokenLogprob]] = []  # and log-probabilities, by where their token's text begins
         self.position = self.count = 0
@@ -104,8 +109,10 @@ class Writer:
             else:
                 self.count += 1
                 self.held += self.words.put(token)
-                if top is not None and token not in self.special:
-                    self.entries.append((before, self._entry(token, top)))
+                if token not in self.special:
+                    if self.spell is not None and top is not None:
+                        self.entries.append((before, entry_of(token, top, self.spell, self.first)))
+                    self.first = False
                 yield from self._give(last=False)
             self.position += 1
             if self.stopped:
@@ -129,7 +136,8 @@ class Writer:
             cut = len(self.held) - (0 if last else longest_start(self.held, self.stops))
         text, self.held = self.held[:cut], "" if self.stopped else self.held[cut:]
         self.given += cut
-        ready = [entry for place, entry in self.entries if place < self.given]
+        # At the end those too that add no text, as a space that is dropped where a text begins.
+        ready = [entry for place, entry in self.entries if place < self.given or (last and not self.stopped)]
         self.entries = self.entries[len(ready) :]
         if text or ready:
             yield Delta(self.index, text, None if self.top is None else ready)
@@ -151,19 +159,23 @@ class Writer:
     def _ended(self, finish: FinishReason) -> Ended:
         return Ended(self.index, finish, self.count, self.memory)
 
-    def _entry(self, token: int, top: Top) -> TokenLogprob:
-        def one(token: int, log_prob: float) -> TopLogprob:
-            text = self.tokenizer.decode([token])
-            whole = "\ufffd" not in text
-            return TopLogprob(
-                token=text, logprob=max(log_prob, LOWEST), bytes=list(text.encode("utf-8")) if whole else None
-            )
-
-        own = one(token, top.log_prob)
-        return TokenLogprob(**own.model_dump(), top_logprobs=[one(*each) for each in top.likeliest])
-
 
 LOWEST = -9999.0  # JSON has no minus infinity
+
+
+def entry_of(token: int, top: Top, spell: TokenBytes, first: bool) -> TokenLogprob:
+    """A word's log-probability, and those of the likeliest tokens in its place.
+
+    Bytes that are no text by themselves, as parts of a character are, have `\\xe2` and the like in the token's text.
+    """
+
+    def one(token: int, log_prob: float) -> TopLogprob:
+        own = spell(token, first=first)
+        text = "\ufffd" if own is None else own.decode("utf-8", "backslashreplace")
+        return TopLogprob(token=text, logprob=max(log_prob, LOWEST), bytes=None if own is None else list(own))
+
+    own = one(token, top.log_prob)
+    return TokenLogprob(**own.model_dump(), top_logprobs=[one(*each) for each in top.likeliest])
 
 
 def longest_start(text: str, stops: Sequence[str]) -> int:
