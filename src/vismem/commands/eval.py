@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 from vismem.commands.parsing import Failure, Misuse, Parser, add_debug
+from vismem.interrupts import advising, termination_interrupts
 
 NAMES = {
     "main": "every method on every benchmark (Tab. 1)",
@@ -111,7 +112,10 @@ def run(options: argparse.Namespace) -> int:
         raise Misuse("no output_dir: where should answers and tables go? (output_dir=results/NAME)")
     words = [options.file] if options.file else []
     command = " ".join(["vismem eval tables", "{}", *map(shlex.quote, [*words, *options.changes])])
-    for path in make(options.tables, settings, command):
+    advice = f"what is answered is kept in {settings.output_dir}: run the same command again to continue"
+    with termination_interrupts(), advising(lambda: advice, replace=True):
+        made = make(options.tables, settings, command)
+    for path in made:
         print(path)
     return 0
 

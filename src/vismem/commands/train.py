@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from vismem.commands.parsing import Failure, Misuse, command_parser
+from vismem.interrupts import advising, termination_interrupts
 
 EXTRA = ("yaml", "tqdm")
 STEPS = ("warmup", "stage1", "stage2", "all", "sft", "grpo")
@@ -35,7 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("stage", choices=STEPS, help="what to train")
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml|key=value", help="a file of settings, and changes")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     parser.add_argument("--show", action="store_true", help="print the resolved settings and stop")
     options = parser.parse_intermixed_args(arguments)
     files = [text for text in options.settings if "=" not in text]
@@ -71,7 +72,8 @@ def run(options: argparse.Namespace) -> int:
     sections = [section for layer in layers for section in (layer, *(layer.get(stage) or {} for stage in SECTIONS))]
     if not any("output_dir" in section for section in sections):
         raise Misuse("no output_dir: where should checkpoints and the memory go? (output_dir=runs/NAME)")
-    folder = train(options.stage, layers, options.resume)
+    with termination_interrupts(), advising(lambda: "training has not begun, so run the same command again"):
+        folder = train(options.stage, layers, options.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         print(folder)
     return 0

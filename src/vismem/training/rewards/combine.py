@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vismem.training.rewards.builtin import BUILT_IN
-from vismem.training.rewards.errors import RewardError, RowFailure
+from vismem.training.rewards.errors import FAILURES, RewardError, RowFailure
 from vismem.training.rewards.imports import import_function
 
 _SEARCH_SECONDS = 10.0
@@ -105,14 +105,14 @@ def _call(
     given = _accepted(reward.function, {**columns, "prompts": prompts, "completions": completions})
     try:
         return reward.function(**given)
-    except Exception as error:
+    except FAILURES as error:
         row, cause = _failing_row(reward, len(completions), given, error)
         where = f"row {ids[row]}" if row is not None else f"one of the rows {', '.join(map(str, ids[:8]))}"
         raise RewardError(f"the reward {reward.name!r} failed at {where}: {type(cause).__name__}: {cause}") from cause
 
 
 def _failing_row(
-    reward: Reward, count: int, given: Mapping[str, Any], error: Exception
+    reward: Reward, count: int, given: Mapping[str, Any], error: BaseException
 ) -> tuple[int | None, BaseException]:
     """Which row it was, and the error; functions that do not say are called again, row by row, for some seconds."""
     if isinstance(error, RowFailure):
@@ -124,7 +124,7 @@ def _failing_row(
         alone = {name: [value[row]] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
         try:
             reward.function(**alone)
-        except Exception as again:
+        except FAILURES as again:
             if type(again) is type(error):
                 return row, error
         if time.monotonic() > end:

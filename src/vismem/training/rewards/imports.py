@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vismem.training.rewards.errors import FAILURES
+
 
 def import_function(path: str) -> Callable[..., Any]:
     """The function behind "package.module:function" or "path/to/file.py:function".
@@ -21,12 +23,12 @@ def import_function(path: str) -> Callable[..., Any]:
         raise ValueError(f"an import path must read 'module:function' or 'file.py:function', got {path!r}")
     try:
         found: Any = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever the module raises
+        for part in name.split("."):
+            found = getattr(found, part, None)
+    except FAILURES as error:  # whatever the module raises
         raise ValueError(f"cannot import {place}: {type(error).__name__}: {error}") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{place} has no {name!r}")
-        found = getattr(found, part)
+    if found is None:
+        raise ValueError(f"{place} has no {name!r}")
     if not callable(found):
         raise ValueError(f"{path} is not a function")
     return found
