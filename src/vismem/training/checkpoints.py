@@ -167,8 +167,7 @@ class WholeCheckpoints:
             self.save_memory(folder)
 
     def save_memory(self, folder: str | Path) -> None:
-        """Writes the memory as `VisMem.from_pretrained` reads it, with this stage's figures in its history."""
-        self.vismem.history = (*self.history, self.summary())
+        """Writes the memory as `VisMem.from_pretrained` reads it."""
         self.save_whole(self.vismem.save_pretrained, folder)
 
     def save_whole(self, save: Callable[[Path], None], folder: str | Path) -> None:

@@ -113,7 +113,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
     # What the Trainer asks for.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; leaves what it trained in evaluation mode.
+        """As the Trainer's; leaves the model in evaluation mode, with this stage in its `history`.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of `output_dir`.
@@ -124,25 +124,27 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             DiskFullError: if there is no room; names the newest checkpoint.
             DamagedCheckpointError: if a file of the checkpoint is damaged.
         """
-        output, main = str(self.args.output_dir), self.is_world_process_zero()
-        with files.locked(output) if main else contextlib.nullcontext():
+        folder, main = str(self.args.output_dir), self.is_world_process_zero()
+        with files.locked(folder) if main else contextlib.nullcontext():
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_checkpoint(output)
+                resume_from_checkpoint = last_checkpoint(folder)
                 if resume_from_checkpoint is None:
-                    raise ValueError(f"{output} has no checkpoint to resume from")
+                    raise ValueError(f"{folder} has no checkpoint to resume from")
             step = 0
             if resume_from_checkpoint:
                 verify(Path(resume_from_checkpoint))
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE)).global_step
             if main:
                 if resume_from_checkpoint:
-                    drop_newer(output, step)
+                    drop_newer(folder, step)
                 self.samples.forget_from(step)
             self.accelerator.wait_for_everyone()
             self.earlier, self.restored = 0.0, None
             try:
                 with self.naming_checkpoint():
-                    return super().train(resume_from_checkpoint or None, *args, **kwargs)
+                    output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+                self.vismem.history = (*self.history, self.summary())
+                return output
             finally:
                 self.learner.eval()
 
