@@ -3,8 +3,8 @@
 Exit codes: 0 done; 1 failed - what was named cannot be used (a broken, unreadable or too large image, a damaged or
 unknown checkpoint, a device that is not here); 2 misuse - the command line or a setting is wrong (an unknown command,
 option or setting, a value out of range, an empty question, an image path that is not a file); 130 interrupted with
-Ctrl-C; 141 the reader of the output went away. Errors are one line on stderr, `vismem: error: ...`, with control
-characters escaped; `--debug` shows the traceback.
+Ctrl-C; 143 a long run was terminated; 141 the reader of the output went away. Errors are one line on stderr,
+`vismem: error: ...`, with control characters escaped; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from importlib import import_module
 
 from vismem import __version__
 from vismem.commands import COMMANDS
-from vismem.commands.parsing import Misuse, Parser, close_bars, one_line, say
+from vismem.commands.parsing import Failure, Misuse, Parser, close_bars, one_line, say
 from vismem.config import SettingsError
 from vismem.escaping import visible
 
@@ -54,7 +54,18 @@ def dispatch(arguments: list[str], debug: list[bool]) -> int:
         debug.append(True)
     else:
         warnings.simplefilter("ignore")
-    return command.run(options) or 0
+    try:
+        return command.run(options) or 0
+    except SystemExit as stop:
+        if name == "bench":  # whose programs end so
+            raise
+        raise Failure(f"{ended_by(stop)} ended the program with sys.exit({stop.code!r})") from stop
+
+
+def ended_by(stop: SystemExit) -> str:
+    """Where foreign code - a model's, a plug-in's - ended the program."""
+    last = traceback.extract_tb(stop.__traceback__)[-1]
+    return f"{last.filename}, line {last.lineno},"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             close_bars()
             return report(stop.code, FAILED)
         return flushed(stop.code or 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         close_bars()
-        say("interrupted")
-        return flushed(INTERRUPTED)
+        say(str(stop) or "interrupted")
+        return flushed(getattr(stop, "code", INTERRUPTED))
     except BrokenPipeError:
         silence_stdout()
         return PIPE_CLOSED

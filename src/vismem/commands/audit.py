@@ -22,6 +22,7 @@ from vismem.commands.parsing import (
 )
 from vismem.decoding.invocation import SPELLINGS
 from vismem.evaluation.audit.names import INTERVENTIONS, KINDS_IN_WORDS
+from vismem.interrupts import advising, termination_interrupts
 
 EXTRA = ("jinja2", "matplotlib", "sklearn", "datasets")
 POCKET = "pocket"
@@ -130,23 +131,25 @@ def run(options: argparse.Namespace) -> int:
         "data": options.data,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
-    found = audit(
-        loaded.model,
-        rows,
-        scorer,
-        Options(
-            out=options.out,
-            n=options.n,
-            invocation=chosen,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-            probe=options.probe,
-            interventions=options.interventions,
-            map=options.map,
-            about=about,
-        ),
-    )
+    advice = f"what is answered is kept in {options.out}: run the same command again to continue"
+    with termination_interrupts(), advising(lambda: advice):
+        found = audit(
+            loaded.model,
+            rows,
+            scorer,
+            Options(
+                out=options.out,
+                n=options.n,
+                invocation=chosen,
+                batch_size=options.batch_size,
+                max_new_tokens=options.max_new_tokens,
+                seed=options.seed,
+                probe=options.probe,
+                interventions=options.interventions,
+                map=options.map,
+                about=about,
+            ),
+        )
     show(found)
     echo(f"\n{options.out / 'report.html'}")
     return 0

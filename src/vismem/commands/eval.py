@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vismem.commands.parsing import Failure, Misuse, Parser, add_debug, echo, echo_yaml, log_to_stderr
 from vismem.evaluation.settings import load_settings
+from vismem.interrupts import advising, termination_interrupts
 from vismem.loading import quiet_imports
 
 NAMES = {
@@ -114,7 +115,10 @@ def run(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise Failure(f"evaluation needs more packages: pip install 'vismem[eval]' ({error})") from error
     width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
-    for path in make(options.tables, settings, command, lambda table: echo(f"{in_terminal(table, width)}\n")):
+    advice = f"what is answered is kept in {settings.output_dir}: run the same command again to continue"
+    with termination_interrupts(), advising(lambda: advice, replace=True):
+        made = make(options.tables, settings, command, lambda table: echo(f"{in_terminal(table, width)}\n"))
+    for path in made:
         echo(path)
     return 0
 

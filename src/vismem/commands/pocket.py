@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 from vismem.commands.parsing import Failure, Parser, add_debug, echo, log_to_stderr, whole
+from vismem.interrupts import advising, termination_interrupts
 from vismem.pocket import BASE_PATH
 
 EXTRA = ("sklearn", "easy_vqa", "matplotlib", "tqdm")  # modules of the extra `pocket`
@@ -94,15 +95,16 @@ def run(options: argparse.Namespace) -> int:
 def build(options: argparse.Namespace) -> None:
     from vismem.pocket.build import build
 
-    build(
-        out=options.out,
-        resume=not options.fresh,
-        work=options.work,
-        vision_steps=options.vision_steps,
-        language_steps=options.language_steps,
-        threads=options.threads,
-        start=options.start,
-    )
+    with termination_interrupts(), advising(lambda: "run the same command again to continue from the last minute"):
+        build(
+            out=options.out,
+            resume=not options.fresh,
+            work=options.work,
+            vision_steps=options.vision_steps,
+            language_steps=options.language_steps,
+            threads=options.threads,
+            start=options.start,
+        )
     echo(f"wrote {options.out}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.commands.parsing import Failure, Misuse, command_parser, echo, echo_yaml, log_to_stderr
+from vismem.interrupts import advising, termination_interrupts
 from vismem.loading import quiet_imports
 from vismem.training.settings import load_settings, values_for
 from vismem.training.stages import STAGES
@@ -39,7 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("stage", choices=STEPS, help="what to train")
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml|key=value", help="a file of settings, and changes")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     parser.add_argument("--show", action="store_true", help="print the resolved settings and stop")
     options = parser.parse_intermixed_args(arguments)
     files = [text for text in options.settings if "=" not in text]
@@ -73,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
             shown = arguments_for(stage, layers).to_dict()
             echo_yaml({stage: {name: value for name, value in shown.items() if value is not None}}, sort_keys=True)
         return 0
-    folder = train(options.stage, layers, options.resume)
+    with termination_interrupts(), advising(lambda: "training has not begun, so run the same command again"):
+        folder = train(options.stage, layers, options.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         echo(folder)
     return 0

@@ -285,7 +285,9 @@ def build(
     easyvqa.questions("train")  # a missing package is an error now, not in ten minutes
     keep_freed_memory()
     out = Path(out)
-    builder = Builder(Path(work) if work else out.with_name(out.name + "-work"), recipe, resume, start)
-    builder.run()
-    builder.export(out)
+    work = Path(work) if work else out.with_name(out.name + "-work")
+    with files.locked(work):
+        builder = Builder(work, recipe, resume, start)
+        builder.run()
+        builder.export(out)
     log.info("wrote %s", out)

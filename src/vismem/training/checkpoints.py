@@ -1,15 +1,18 @@
-"""Checkpoints that are whole or not there: written aside, renamed at the end; and the memory as users load it.
+"""Checkpoints that are whole or not there: written aside with their checksums, renamed at the end; and the results.
 
-The Trainer saves learner, optimizer, schedule and random states; here come what the method adds to them - the KL
-coefficient, the baselines, the stage's starting parameters.
+The Trainer saves learner, optimizer, schedule and random states. Added here is what the method and exact logs need:
+the KL coefficient, the baselines, the stage's starting parameters, and what was summed up but not logged yet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,28 @@ import torch
 from torch import nn
 from transformers.trainer_utils import rotate_checkpoints
 
+from vismem import files
+from vismem.card import FIGURES
 from vismem.training.baselines import save_adapter
 from vismem.training.sharding import gathered
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "checksums.json"  # in a checkpoint: SHA-256 of every other file
+STATE = "trainer_state.json"
+REPLACED = ".replaced"  # the ending of a checkpoint that another one is about to take the place of
+
+
+class DamagedCheckpointError(ValueError):
+    """A file of a checkpoint is missing, or is not what was written; names it."""
 
 
 class WholeCheckpoints:
     """What `MemoryTrainer` puts in the place of the Trainer's saving."""
 
     staging = ""  # where a checkpoint is being written
+    restored: dict[str, Any] | None = None  # sums of a checkpoint, until the loop begins
+    started = earlier = 0.0  # when this session began, and the seconds that the run took before
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging or super()._get_output_dir(trial)
@@ -39,24 +56,39 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
         self.staging = str(staging)
         try:
-            super()._save_checkpoint(model, trial)
-            state = {"kl_coef": self.kl.coef, "baselines": self.collector.baselines if self.collector else {}}
-            own = staging / name / f"memory_state_{self.args.process_index}.pt"
-            torch.save({**state, "start": {n: p.cpu() for n, p in self.start.items()}}, own)
-            self.accelerator.wait_for_everyone()
+            with files.disk_errors(staging):
+                super()._save_checkpoint(model, trial)
+                torch.save(self.own_state(), staging / name / f"memory_state_{self.args.process_index}.pt")
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    write_manifest(staging / name)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
         finally:
             self.staging = ""
         if self.args.should_save:
-            shutil.rmtree(target / name, ignore_errors=True)
-            for file in (staging / name).rglob("*"):
-                if file.is_file():
-                    with open(file, "rb+") as handle:
-                        os.fsync(handle.fileno())
-            os.replace(staging / name, target / name)
+            put_in_place(staging / name, target / name)
             shutil.rmtree(staging, ignore_errors=True)
             limit = self.args.save_total_limit
             rotate_checkpoints(output_dir=str(target), save_total_limit=limit, use_mtime=False)
         self.accelerator.wait_for_everyone()
+
+    def own_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the Trainer's own."""
+        return {
+            "kl_coef": self.kl.coef,
+            "baselines": self.collector.baselines if self.collector else {},
+            "start": {name: p.cpu() for name, p in self.start.items()},
+            "sums": {
+                "figures": dict(self.figures.values),
+                "loss": self._tr_loss.detach().cpu(),
+                "total_loss": self._total_loss_scalar,
+                "last_logged": self._globalstep_last_logged,
+                "seconds": self.seconds(),
+            },
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -70,18 +102,53 @@ class WholeCheckpoints:
                 self.collector.baselines = state["baselines"]
             for name, value in state["start"].items():
                 self.start[name].copy_(value)
-        if self.args.should_save:
-            self.samples.forget_from(int(Path(resume_from_checkpoint).name.rpartition("-")[2]))
+            self.restored = state.get("sums")
+
+    def restore_sums(self, started: float) -> None:
+        """Continues the sums behind the next log and `train_loss` where a checkpoint left them.
+
+        Args:
+            started: when the Trainer began this session and set its own sums to zero, in seconds.
+        """
+        self.started = started
+        if self.restored is None:
+            return
+        sums, self.restored = self.restored, None
+        self.figures.values.update(sums["figures"])
+        self._tr_loss = sums["loss"].to(self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = sums["total_loss"], sums["last_logged"]
+        self._initial_global_step = 0  # loss and speed are those of the run, not of this session
+        self.earlier = sums["seconds"]
+
+    def seconds(self) -> float:
+        """How long the run has taken, in all of its sessions."""
+        return self.earlier + time.time() - self.started
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        self.restore_sums(start_time)  # of a run that had no step left
+        return super()._finalize_training(trial, num_train_samples, start_time - self.earlier)
+
+    @contextlib.contextmanager
+    def naming_checkpoint(self) -> Iterator[None]:
+        """Adds the newest checkpoint to the error of a full disk."""
+        try:
+            with files.disk_errors(Path(self.args.output_dir)):
+                yield
+        except files.DiskFullError as error:
+            last = newest_checkpoint(self.args.output_dir)
+            raise files.DiskFullError(
+                f"{error}; last good checkpoint: {last or 'none yet'}. Free some space and continue with --resume"
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves what the stage makes, memory or adapter; within a checkpoint, what going on needs."""
+        """Saves what the stage makes, memory or adapter; within a checkpoint, what resuming needs."""
         if _internal_call:
             super().save_model(output_dir, _internal_call)
         else:
             self.save_result(output_dir or Path(self.args.output_dir) / self.args.plan.result)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The learner's weights, for going on, and the settings in words."""
+        """The learner's weights, to resume from, and the settings in words."""
         if not self.args.should_save:  # asked of every process where parameters are sharded
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -90,7 +157,7 @@ class WholeCheckpoints:
         weights = {n: t.detach().cpu().contiguous() for n, t in state.items()}
         safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         settings = json.dumps(self.args.to_dict(), indent=2, default=str, sort_keys=True)
-        (folder / "training_args.json").write_text(settings + "\n", encoding="utf-8")
+        files.write_text(folder / "training_args.json", settings + "\n")
 
     def save_result(self, folder: str | Path) -> None:
         """Writes what the stage makes: a memory, or a baseline's adapter."""
@@ -104,22 +171,120 @@ class WholeCheckpoints:
         self.save_whole(self.vismem.save_pretrained, folder)
 
     def save_whole(self, save: Callable[[Path], None], folder: str | Path) -> None:
-        """Has `save` write into a folder, each file whole or not at all."""
-        folder = Path(folder)
-        with gathered(self.learner, self.numbers):
+        """Has the main process `save` into a folder, with sharded parameters put together."""
+        with gathered(self.learner, self.numbers), self.naming_checkpoint():
             if self.args.should_save:
-                staging = folder.with_name(folder.name + ".partial")
-                shutil.rmtree(staging, ignore_errors=True)
-                save(staging)
-                folder.mkdir(parents=True, exist_ok=True)
-                for file in staging.iterdir():
-                    os.replace(file, folder / file.name)
-                staging.rmdir()
+                save(Path(folder))
         self.accelerator.wait_for_everyone()
+
+    def summary(self) -> dict[str, Any]:
+        """This stage in a memory's history: what it was, and the figures that it logged last."""
+        args, logged = self.args, {name: value for entry in self.state.log_history for name, value in entry.items()}
+        data = Path(args.data).name if args.data and Path(args.data).exists() else args.data
+        return {
+            "stage": args.stage,
+            "steps": self.state.global_step,
+            "seed": args.seed,
+            "data": data,
+            "rewards": self.collector.rewards.names if self.collector else [],
+            "figures": {name: logged[name] for name in FIGURES if name in logged},
+        }
+
+
+def write_manifest(folder: Path) -> None:
+    """Flushes the files of a finished checkpoint to the disk, and writes their checksums beside them."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    for path in found:
+        files.sync(path)
+    files.write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): files.sha256(path) for path in found})
+
+
+def verify(folder: Path) -> None:
+    """Compares the files of a checkpoint with its checksums; one without checksums passes with a warning.
+
+    Raises:
+        DamagedCheckpointError: if a file is missing or differs; names it.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        log.warning("%s has no %s, so damage to it cannot be noticed", folder, MANIFEST)
+        return
+    try:
+        expected = dict(json.loads(manifest.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise DamagedCheckpointError(f"{manifest} is damaged ({error})") from error
+    if wrong := changed(folder, expected):
+        raise DamagedCheckpointError(f"{folder / wrong} is damaged or missing: it does not match {MANIFEST}")
+
+
+def changed(folder: Path, expected: dict[str, str]) -> str | None:
+    """The first file that is missing or whose checksum is another one; None if all are as expected."""
+    for name, digest in expected.items():
+        if not (folder / name).is_file() or files.sha256(folder / name) != digest:
+            return name
+    return None
+
+
+def put_in_place(staged: Path, target: Path) -> None:
+    """Renames a finished checkpoint to where it belongs; one that is there stays on the disk until then."""
+    aside = target.parent / REPLACED / target.name
+    if target.exists():
+        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+    os.rename(staged, target)
+    files.sync(target.parent)
+    shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def checkpoints_of(folder: str | Path) -> list[Path]:
+    """A run's checkpoints, oldest first; puts back one that a killed process was about to replace."""
+    folder = Path(folder)
+    for aside in (folder / REPLACED).glob("checkpoint-*"):
+        with contextlib.suppress(OSError):  # the new one is there, or another process was faster
+            os.rename(aside, folder / aside.name)
+    found = [path for path in folder.glob("checkpoint-*") if (path / STATE).is_file()]
+    return sorted((path for path in found if path.name.partition("-")[2].isdigit()), key=step_of)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """A run's newest checkpoint, whatever state its files are in."""
+    return next(reversed(checkpoints_of(folder)), None)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint of a run, or None."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    numbered = [(int(path.name.partition("-")[2]), path) for path in found if path.name.partition("-")[2].isdigit()]
-    return str(max(numbered)[1]) if numbered else None
+    """The newest checkpoint of a run whose files are whole, or None if there is no checkpoint.
+
+    Newer ones that are damaged are passed over with a warning that names the file.
+
+    Raises:
+        DamagedCheckpointError: if there are checkpoints and all of them are damaged.
+    """
+    errors: list[DamagedCheckpointError] = []
+    for path in reversed(checkpoints_of(folder)):
+        try:
+            verify(path)
+        except DamagedCheckpointError as error:
+            errors.append(error)
+            continue
+        for error in errors:
+            log.warning("%s; continuing from %s", error, path)
+        return str(path)
+    if errors:
+        raise DamagedCheckpointError(f"{errors[0]}; no older checkpoint is whole, so choose another output_dir")
+    return None
+
+
+def drop_newer(folder: str | Path, step: int) -> None:
+    """Takes checkpoints after `step` out of the way of a run that resumes there."""
+    for path in checkpoints_of(folder):
+        if step_of(path) > step:
+            unused = path.with_name(f"unused-{path.name}")
+            shutil.rmtree(unused, ignore_errors=True)
+            os.rename(path, unused)
+            log.warning("%s is after step %d, where this run resumes; renamed to %s", path, step, unused.name)

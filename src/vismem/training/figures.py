@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Container, Iterator
@@ -13,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from vismem import jsonl
 from vismem.config import KINDS
 from vismem.data import Row
 from vismem.decoding.trace import Rollout
@@ -89,16 +89,14 @@ class Samples:
 
     def keep(self, step: int, rows: list[Row], texts: list[str], rewards: list[float], baselines: list[float]) -> None:
         """Appends one completion for each of `rows`."""
-        with open(self.file, "a", encoding="utf-8") as file:
-            for row, text, reward, baseline in zip(rows, texts, rewards, baselines, strict=True):
-                said = [part["text"] for part in row.prompt[-1]["content"] if part.get("type") == "text"]
-                entry = {"step": step, "id": row.id, "question": " ".join(said), "completion": text}
-                entry |= {"answer": row.answer, "reward": round(reward, 4), "baseline": round(baseline, 4)}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        entries = []
+        for row, text, reward, baseline in zip(rows, texts, rewards, baselines, strict=True):
+            said = [part["text"] for part in row.prompt[-1]["content"] if part.get("type") == "text"]
+            entry = {"step": step, "id": row.id, "question": " ".join(said), "completion": text}
+            entries.append({**entry, "answer": row.answer, "reward": round(reward, 4), "baseline": round(baseline, 4)})
+        jsonl.append(self.file, entries)
 
     def forget_from(self, step: int) -> None:
-        """Drops what was written from `step` on: it comes again when a run goes on from there."""
+        """Drops what was written from `step` on: a run that resumes there writes it again."""
         if self.file.is_file():
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-            self.file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            jsonl.write(self.file, [entry for entry in jsonl.read(self.file) if entry.get("step", 0) < step])

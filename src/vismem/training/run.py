@@ -1,4 +1,4 @@
-"""A stage from its settings to its saved memory: loads base, memory and data, trains, and can be gone on with.
+"""A stage from its settings to its saved memory: loads base, memory and data, trains, and resumes.
 
 `vismem train` is a thin skin over `train`. Each stage has a folder of its own with checkpoints, logs, sample
 completions and, at the end, `memory/`, which is what the next stage and `VisMem.from_pretrained` take, or a
@@ -7,6 +7,7 @@ baseline's `adapter/`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -17,13 +18,16 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import set_seed
 
+from vismem import checkpoint as checkpoint_files
+from vismem import files
 from vismem.backbones import backbone_of
 from vismem.config import VisMemConfig
 from vismem.data import load_dataset_rows
+from vismem.interrupts import advising
 from vismem.model import VisMem
 from vismem.training import baselines
 from vismem.training.arguments import STAGES, MemoryTrainingArguments, arguments_for
-from vismem.training.checkpoints import last_checkpoint
+from vismem.training.checkpoints import changed, last_checkpoint, newest_checkpoint, step_of
 from vismem.training.reporting import reported_apart
 from vismem.training.rewards import load_rewards
 from vismem.training.trainer import MemoryTrainer
@@ -39,7 +43,7 @@ def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Pat
     Args:
         stage: one of `STAGES`, `"all"`, or one of `BASELINES`.
         layers: settings as `load_settings` gives them.
-        resume: go on from the newest checkpoints; stages that are done are not run again.
+        resume: continue from the newest whole checkpoints; stages that are done are not run again.
 
     Returns:
         The folder of the last stage's memory, or of the baseline's adapter.
@@ -47,10 +51,23 @@ def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Pat
     Raises:
         ValueError: for unusable settings, rewards or data, of `"all"` before the first stage begins, or if an output
             folder holds another run and `resume` is not given.
+        FolderInUseError: if another run writes into the output folder.
+        Interrupted: at Ctrl-C; says from where `resume` continues.
     """
     if stage != "all":
         return run_stage(arguments_for(stage, layers), resume)
-    output = Path(str(arguments_for("stage1", layers).output_dir))
+    first = arguments_for("stage1", layers)
+    with locked(first):
+        return run_all(Path(str(first.output_dir)), layers, resume)
+
+
+def locked(args: MemoryTrainingArguments) -> contextlib.AbstractContextManager[None]:
+    """Keeps other runs out of the output folder; the main process does this for all."""
+    return files.locked(str(args.output_dir)) if args.process_index == 0 else contextlib.nullcontext()
+
+
+def run_all(output: Path, layers: list[dict[str, Any]], resume: bool) -> Path:
+    """The three stages one after another, in folders of `output`; returns the folder of the last memory."""
     planned: dict[str, dict[str, str]] = {}  # by stage, what the stages before it say
     read: dict[tuple[Any, ...], Any] = {}
     memory: Path | None = None
@@ -74,40 +91,96 @@ def run_stage(args: MemoryTrainingArguments, resume: bool, read: dict[tuple[Any,
     """Trains one stage and returns the folder of its memory or adapter; `read` is that of `prepared_rows`."""
     folder = Path(str(args.output_dir))
     result = folder / args.plan.result
-    done, checkpoint = progress(args, resume)
-    if done:
-        log.info("%s is done already; its %s is in %s", args.stage, args.plan.result, result)
-        return result
-    rows = prepared_rows(args, {} if read is None else read)
-    log.info("%s: %s", args.stage, folder)
-    set_seed(args.seed)  # a new memory's first weights
-    model = load_model(args)
-    trainer = MemoryTrainer(model, args, rows)
-    with reported_apart(args):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_result(result)
-    if args.should_save:
-        history = {"stage": args.stage, "seed": args.seed, "log": trainer.state.log_history}
-        (folder / "log.json").write_text(json.dumps(history, indent=0) + "\n", encoding="utf-8")
-        record = {"stage": args.stage, "steps": trainer.state.global_step, "base": args.base}
-        (folder / DONE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    with locked(args), advising(lambda: how_to_resume(args)):
+        done, checkpoint = progress(args, resume)
+        if done:
+            log.info("%s is done already; its %s is in %s", args.stage, args.plan.result, result)
+            return result
+        rows = prepared_rows(args, {} if read is None else read)
+        log.info("%s: %s", args.stage, folder)
+        set_seed(args.seed)  # a new memory's first weights
+        model = load_model(args)
+        trainer = MemoryTrainer(model, args, rows)
+        with reported_apart(args):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_result(result)
+        if args.should_save:
+            history = {"stage": args.stage, "seed": args.seed, "log": trainer.state.log_history}
+            record = {"stage": args.stage, "steps": trainer.state.global_step, "base": args.base}
+            files.write_json(folder / "log.json", history, indent=0)
+            files.write_json(folder / DONE, {**record, "files": checksums(result)})
     return result
 
 
+def how_to_resume(args: MemoryTrainingArguments) -> str:
+    """What `--resume` does with a stage that was stopped now."""
+    newest = newest_checkpoint(str(args.output_dir))
+    if newest is None:
+        return f"{args.stage} has saved nothing yet, so --resume begins it again"
+    return f"--resume continues {args.stage} from step {step_of(newest)} ({newest})"
+
+
+def checksums(result: Path) -> dict[str, str]:
+    """Checksums of a stage's result, without what people edit."""
+    found = [path for path in sorted(result.glob("*")) if path.suffix in (".json", ".safetensors")]
+    return {path.name: files.sha256(path) for path in found}
+
+
 def progress(args: MemoryTrainingArguments, resume: bool) -> tuple[bool, str | None]:
-    """Whether a stage is done already, and the checkpoint that it goes on from.
+    """Whether a stage is done already, and the checkpoint that it continues from.
+
+    A stage is done if `done.json` and the result that it names are whole; otherwise it continues, with a warning.
 
     Raises:
-        ValueError: if its folder holds a run of another stage, or any run and `resume` is not given.
+        ValueError: if its folder holds a run of another stage, any run and `resume` is not given, or checkpoints that
+            are all damaged.
     """
     folder = Path(str(args.output_dir))
-    done, checkpoint = folder / DONE, last_checkpoint(folder)
-    for earlier in (done, *([Path(checkpoint) / "training_args.json"] if checkpoint else [])):
-        if earlier.is_file() and json.loads(earlier.read_text(encoding="utf-8"))["stage"] != args.stage:
+    done, newest = folder / DONE, newest_checkpoint(folder)
+    for earlier in (done, *([newest / "training_args.json"] if newest else [])):
+        if read_stage(earlier) not in (None, args.stage):
             raise ValueError(f"{folder} holds a run of another stage; choose another output_dir for {args.stage}")
-    if not resume and (checkpoint or done.is_file()):
-        raise ValueError(f"{folder} holds a run already: go on with --resume, or choose another output_dir")
-    return done.is_file(), checkpoint
+    if not resume and (newest or done.exists()):
+        raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another output_dir")
+    if done.exists():
+        lacking = unfinished(done, folder / args.plan.result)
+        if lacking is None:
+            return True, None
+        log.warning("%s says that %s is done, but %s; training continues", done, args.stage, lacking)
+    return False, last_checkpoint(folder)
+
+
+def read_stage(path: Path) -> str | None:
+    """The stage that a JSON file names; None if it is missing or damaged."""
+    try:
+        return str(json.loads(path.read_bytes())["stage"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def unfinished(done: Path, result: Path) -> str | None:
+    """What is wrong with a `done.json` and the result that it names; None if both are whole."""
+    try:
+        record = json.loads(done.read_bytes())
+        named = record["files"] if "files" in record else named_before(result)
+        wrong = changed(result, dict(named))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"it is damaged ({error})"
+    if read_stage(done) is None:
+        return "it names no stage"
+    if not result.is_dir():
+        return f"there is no {result}"
+    return f"{result / wrong} is missing or was changed" if wrong else None
+
+
+def named_before(result: Path) -> dict[str, str]:
+    """What a `done.json` of earlier versions, which has no checksums, stands for: the memory as its record has it."""
+    found = checksums(result)
+    if checkpoint_files.CONFIG_FILE in found:
+        found[checkpoint_files.WEIGHTS_FILE] = checkpoint_files.read_record(result).sha256
+    elif len(found) < 2:
+        raise ValueError(f"{result} is not whole")
+    return found
 
 
 def prepared_rows(args: MemoryTrainingArguments, read: dict[tuple[Any, ...], Any]) -> Any:

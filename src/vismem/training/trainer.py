@@ -9,21 +9,30 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
+from vismem import files
 from vismem.data import Row
 from vismem.decoding.rows import NonFiniteError
 from vismem.model import VisMem
 from vismem.training import grpo
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.baselines import adapter_of, without_adapter
-from vismem.training.checkpoints import WholeCheckpoints, last_checkpoint
+from vismem.training.checkpoints import (
+    STATE,
+    WholeCheckpoints,
+    drop_newer,
+    last_checkpoint,
+    newest_checkpoint,
+    verify,
+)
 from vismem.training.experience import Collector, Experience, inputs_of
 from vismem.training.figures import Figures, Samples
 from vismem.training.replay import Learner, collate, decoded_log_probs, without_memory
@@ -66,7 +75,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         reward_funcs: str | Callable[..., Any] | list[str | Callable[..., Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vismem = model
+        self.vismem, self.history = model, model.history
         model.memory.float()
         model.tokens.float()
         model.base.requires_grad_(False)
@@ -107,12 +116,41 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
 
     # What the Trainer asks for.
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; leaves what it trained in evaluation mode."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.learner.eval()
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; leaves the model in evaluation mode, with this stage in its `history`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of `output_dir`.
+            *args, **kwargs: as the Trainer's.
+
+        Raises:
+            FolderInUseError: if another run writes into `output_dir`.
+            DiskFullError: if there is no room; names the newest checkpoint.
+            DamagedCheckpointError: if a file of the checkpoint is damaged.
+        """
+        folder, main = str(self.args.output_dir), self.is_world_process_zero()
+        with files.locked(folder) if main else contextlib.nullcontext():
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(folder)
+                if resume_from_checkpoint is None:
+                    raise ValueError(f"{folder} has no checkpoint to resume from")
+            step = 0
+            if resume_from_checkpoint:
+                verify(Path(resume_from_checkpoint))
+                step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE)).global_step
+            if main:
+                if resume_from_checkpoint:
+                    drop_newer(folder, step)
+                self.samples.forget_from(step)
+            self.accelerator.wait_for_everyone()
+            self.earlier, self.restored = 0.0, None
+            try:
+                with self.naming_checkpoint():
+                    output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+                self.vismem.history = (*self.history, self.summary())
+                return output
+            finally:
+                self.learner.eval()
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
@@ -126,7 +164,8 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         return self.sampler
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
-        # On several processes a run that goes on in the middle of an epoch would not reach the sampler otherwise.
+        self.restore_sums(named["start_time"])
+        # On several processes a run that resumes in the middle of an epoch would not reach the sampler otherwise.
         if self.sampler is not None:
             self.sampler.set_epoch(named["epoch"])
         super()._run_epoch(*positional, **named)
@@ -334,11 +373,11 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
 
     def diverged(self, what: str, rows: list[Row]) -> TrainingDivergedError:
         """The error that stops a run: what is not finite, at which rows, and which checkpoint to go back to."""
-        last = last_checkpoint(str(self.args.output_dir))
+        last = newest_checkpoint(str(self.args.output_dir))
         return TrainingDivergedError(
             f"{what} at step {self.state.global_step}, rows "
             f"{', '.join(row.id for row in rows[:8])}; last good checkpoint: {last or 'none yet'}. "
-            "Lower learning_rate or max_grad_norm and go on from there with --resume"
+            "Lower learning_rate or max_grad_norm and continue from there with --resume"
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -97,12 +97,14 @@ def audit(model: VisMem, rows: Sequence[Row], rewards: Rewards, options: Options
 
     Raises:
         ValueError: if there is no row, two rows share an id, or the folder holds results of other settings.
+        FolderInUseError: if another run writes into the folder.
     """
     if not rows:
         raise ValueError("there is no question to audit with")
     if len({row.id for row in rows}) < len(rows):
         raise ValueError("two questions have the same id; ids must differ")
-    return Audit(model, rows, rewards, options).run()
+    with files.locked(options.out):
+        return Audit(model, rows, rewards, options).run()
 
 
 class Audit:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from vismem import files
 from vismem.evaluation.runs import Rehearsed, Runs
 from vismem.evaluation.settings import Settings
 from vismem.evaluation.tables.comparing import main, partial
@@ -52,8 +53,14 @@ def make(
 
     Raises:
         ValueError: if a table lacks what it needs; names it.
+        FolderInUseError: if another run writes into the output folder.
     """
-    runs, found = Runs(settings), []
+    with files.locked(settings.output_dir):
+        return _made(names, Runs(settings), command, on_table)
+
+
+def _made(names: Sequence[str], runs: Runs, command: str, on_table: Callable[[Table], None] | None) -> list[Path]:
+    found = []
     if find_spec("matplotlib") is None:
         raise ValueError(NO_PLOTS)
     runs.rehearsing = True
@@ -63,7 +70,7 @@ def make(
     runs.rehearsing = False
     for name in names:
         table = TABLES[name](runs)
-        folder = Path(settings.output_dir)
+        folder = Path(runs.settings.output_dir)
         found += write(table, folder, command.replace("{}", name, 1))
         draw(table, folder / f"{name}.png")
         found.append(folder / f"{name}.png")

@@ -22,7 +22,7 @@ from vismem.training.rewards.answers import (
     plain,
     prompt_text,
 )
-from vismem.training.rewards.errors import RowFailure
+from vismem.training.rewards.errors import FAILURES, RowFailure
 from vismem.training.rewards.judge import judge
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -51,7 +51,7 @@ def per_row(
             values += [given[column][row] if column in given else None for column in optional]
             try:
                 scores.append(score(prompt, completion_text(completion), *values))
-            except Exception as error:
+            except FAILURES as error:
                 raise RowFailure(row) from error
         return scores
 

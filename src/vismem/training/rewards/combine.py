@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vismem.config import SettingsError
 from vismem.training.rewards.builtin import BUILT_IN
-from vismem.training.rewards.errors import RewardError, RowFailure
+from vismem.training.rewards.errors import FAILURES, RewardError, RowFailure
 from vismem.training.rewards.imports import import_function
 from vismem.training.rewards.waiting import finished, started
 
@@ -125,20 +125,20 @@ class _Call:
     def start(self) -> None:
         try:
             self.found = started(self.reward.function(**self.given))
-        except Exception as error:
+        except FAILURES as error:
             self.fail(error)
 
     def result(self) -> Any:
         try:
             return finished(self.found)
-        except Exception as error:
+        except FAILURES as error:
             self.fail(error)
 
     def cancel(self) -> None:
         if isinstance(self.found, Future):
             self.found.cancel()
 
-    def fail(self, error: Exception) -> NoReturn:
+    def fail(self, error: BaseException) -> NoReturn:
         row, cause = _failing_row(self.reward, self.count, self.given, error)
         ids = self.ids
         where = f"row {ids[row]}" if row is not None else f"one of the rows {', '.join(map(str, ids[:8]))}"
@@ -148,7 +148,7 @@ class _Call:
 
 
 def _failing_row(
-    reward: Reward, count: int, given: Mapping[str, Any], error: Exception
+    reward: Reward, count: int, given: Mapping[str, Any], error: BaseException
 ) -> tuple[int | None, BaseException]:
     """Which row it was, and the error; functions that do not say are called again, row by row, for some seconds."""
     if isinstance(error, RowFailure):
@@ -160,7 +160,7 @@ def _failing_row(
         alone = {name: [value[row]] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
         try:
             finished(started(reward.function(**alone)))
-        except Exception as again:
+        except FAILURES as again:
             if type(again) is type(error):
                 return row, error
         if time.monotonic() > end:

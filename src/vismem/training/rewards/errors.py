@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
+# What foreign code may raise and still has failed: also what ends a program, a task or a generator. Not Ctrl-C.
+FAILURES = (Exception, SystemExit, asyncio.CancelledError, GeneratorExit)
+
 
 class RewardError(RuntimeError):
     """A reward function that failed or gave something else than rewards; names the function and the row."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem.config import SettingsError
+from vismem.training.rewards.errors import FAILURES
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -23,12 +24,14 @@ def import_function(path: str) -> Callable[..., Any]:
         raise SettingsError(f"an import path must read 'module:function' or 'file.py:function', got {path!r}")
     try:
         found: Any = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever the module raises
+        for part in name.split("."):
+            if not hasattr(found, part):
+                raise SettingsError(f"{place} has no {name!r}")
+            found = getattr(found, part)
+    except SettingsError:
+        raise
+    except FAILURES as error:  # whatever the module raises
         raise SettingsError(f"cannot import {place}: {type(error).__name__}: {error}") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise SettingsError(f"{place} has no {name!r}")
-        found = getattr(found, part)
     if not callable(found):
         raise SettingsError(f"{path} is not a function")
     return found

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vismem.training.rewards.answers import completion_text, prompt_text
-from vismem.training.rewards.errors import JudgeError, RowFailure
+from vismem.training.rewards.errors import FAILURES, JudgeError, RowFailure
 from vismem.training.rewards.imports import import_function
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def judge(
     def one(row: int, prompt: Any, completion: Any, answer: Any) -> float | None:
         try:
             return ask(prompt_text(prompt), completion_text(completion), "" if answer is None else str(answer))
-        except Exception as error:
+        except FAILURES as error:
             if on_failure == "none":
                 logger.warning("the judge gave no score for row %d of the batch: %s", row, error)
                 return None
