@@ -246,6 +246,64 @@ def test_an_answer_cannot_drive_the_terminal():
     assert out.getvalue() == "a\\x1b[2Jb\tc\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("ask", "\x1b[31m\x07\nvismem: error: fake\r\x9b\u202e.png", "hi"),
+        ("ask", "a.png", "hi", "--base", "\x1b]0;x\x07\n/b"),
+        ("train", "stage1", "\x1b[31m\n\x9b=1"),
+        ("train", "stage1", "preset=\n\x9b"),
+        ("eval", "tables", "\x1b[31m\n\u2028"),
+        ("\x1b[2J\n",),
+    ],
+)
+def test_errors_cannot_drive_the_terminal(run_whole, words):
+    _, _, err = run_whole(*words)
+    assert err.startswith("vismem: error: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert not set(err) & set("\x1b\x07\r\x9b\u202e\u2028")
+
+
+def test_log_lines_cannot_drive_the_terminal(capsys):
+    import logging
+
+    from vismem.commands import parsing
+
+    root, before = logging.getLogger(), logging.getLogger().handlers[:]
+    root.handlers = []
+    try:
+        parsing.log_to_stderr(logging.WARNING)
+        logging.getLogger("vismem").warning("row %s is bad", "\x1b[2J\x9b.png")
+    finally:
+        root.handlers = before
+    assert capsys.readouterr().err == "row \\x1b[2J\\x9b.png is bad\n"
+
+
+def test_results_are_escaped_on_a_terminal_alone(monkeypatch):
+    from vismem.commands import parsing
+
+    for out, expected in ((Terminal(), "a\\x1b[2J\nb\n"), (io.StringIO(), "a\x1b[2J\nb\n")):
+        monkeypatch.setattr(sys, "stdout", out)
+        parsing.echo("a\x1b[2J\nb")
+        assert out.getvalue() == expected
+
+
+def test_an_error_is_not_written_behind_a_progress_bar(run_whole, monkeypatch):
+    from tqdm import tqdm
+
+    def fails(options):
+        tqdm(total=3, mininterval=0).update()
+        raise ValueError("gone")
+
+    monkeypatch.setattr(ask, "run", fails)
+    code, _, err = run_whole("ask", "hi")
+    assert code == 1 and err.endswith("\nvismem: error: gone\n") and "1/3" in err
+
+
+def test_a_question_longer_than_the_context_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(loading, "load_model", None)
+    refused(run("ask", "a.png", "word " * 5000), 1, "the base was made for 2048 at most")
+
+
 def test_streamer_waits_for_whole_characters():
     import torch
 

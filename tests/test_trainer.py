@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,11 @@ from vismem.cli import main
 from vismem.data import Row, prompt_inputs
 from vismem.decoding.invocation import Random
 from vismem.memory import Memory
-from vismem.training import experience, grpo, run
+from vismem.training import experience, grpo, run, watch
 from vismem.training.arguments import PRESETS, MemoryTrainingArguments, arguments_for, load_settings
 from vismem.training.checkpoints import last_checkpoint
 from vismem.training.replay import Learner, collate
+from vismem.training.reporting import reported_apart
 from vismem.training.rewards import RewardError
 from vismem.training.rollout import sampling, write
 from vismem.training.sampler import PromptSampler
@@ -147,6 +150,68 @@ def test_end_rows_learn_at_a_tenth_of_the_rate(family, tmp_path):
     # The first step of Adam is as long as the learning rate, whatever the gradient.
     assert steps["tokens.invocation"] == pytest.approx(1e-2, rel=1e-2)
     assert steps["tokens.end"] == pytest.approx(1e-3, rel=1e-2)
+
+
+# What a run says of itself.
+
+
+def rising(completions, **columns) -> list[float]:
+    return [float(index) for index in range(len(completions))]
+
+
+def alike(completions, **columns) -> list[float]:
+    return [1.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("stage", "reward", "config", "said"),
+    [
+        ("stage1", alike, {}, "in every group all answers earned the same"),
+        ("stage2", rising, {"max_invocations": 0}, "memory was never invoked"),
+        ("warmup", rising, {"max_invocations": 0}, "there was no gradient"),
+        ("grpo", rising, {}, ""),
+        ("stage1", rising, {}, ""),
+    ],
+)
+def test_a_run_that_learns_nothing_says_so(tmp_path, caplog, monkeypatch, stage, reward, config, said):
+    monkeypatch.setattr(watch, "PATIENCE", 2)
+    args = settings(tmp_path, stage, max_steps=3, penalty_coef=0.0, skip_solved=False)
+    train(equip("idefics3", **config), args, reward=reward)
+    found = [record.getMessage() for record in caplog.records if record.name == watch.__name__]
+    assert len(found) == (2 if said else 0), found
+    for message, start in zip(found, ("warning: in the last 2 updates", "warning: in 3 of 3 updates"), strict=False):
+        assert message.startswith(start) and said in message and "docs/training.md" in message
+
+
+def test_trackers_have_a_run_for_each_stage(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    tracker = types.ModuleType("wandb")
+    tracker.run = None
+    tracker.finish = lambda: setattr(tracker, "run", None)
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    args = settings(tmp_path, project="shelves")
+    with reported_apart(args):
+        assert os.environ["WANDB_PROJECT"] == "shelves"
+        tracker.run = object()
+    assert tracker.run is None and "WANDB_PROJECT" not in os.environ
+    with pytest.raises(RuntimeError), reported_apart(args):
+        tracker.run = object()
+        raise RuntimeError
+    assert tracker.run is None
+    tracker.run = mine = object()  # begun by whoever calls the trainer
+    with reported_apart(args):
+        pass
+    assert tracker.run is mine
+
+
+def test_a_prompt_longer_than_the_context_names_its_row(tmp_path):
+    long = [{"role": "user", "content": [{"type": "text", "text": "word " * 3000}]}]
+    data = [*rows(1), Row("too-long", long, [], "", "a", {})]
+    for stage in ("warmup", "stage1"):
+        with pytest.raises(ValueError, match=r"the prompt of too-long has \d+ tokens, but the base was made for 2048"):
+            train(
+                equip("idefics3"), settings(tmp_path / stage, stage, per_device_train_batch_size=1, max_steps=2), data
+            )
 
 
 # Afterwards it is still the same method.

@@ -125,7 +125,7 @@ def _read(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
-        problem = " ".join(str(error.problem or error.context).split())
+        problem = " ".join(" ".join(filter(None, (error.context, error.problem))).split())
         raise SettingsError(f"{where} is not valid YAML{line}: {problem}") from error
     except yaml.YAMLError as error:  # characters that YAML has no place for
         raise SettingsError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -218,7 +218,8 @@ def unknown(
     if other := (elsewhere or {}).get(name):
         return SettingsError(f"unknown setting {shown_name}; " + (other if " " in other else f"here it is {other}"))
     near = difflib.get_close_matches(name, known, 1)
-    return SettingsError(f"unknown setting {shown_name}" + (f"; did you mean {near[0]}?" if near else ""))
+    few = f"; there are {', '.join(known)}" if len(known) <= 20 else ""
+    return SettingsError(f"unknown setting {shown_name}" + (f"; did you mean {near[0]}?" if near else few))
 
 
 def typed(value: Any, kind: Any, name: str) -> Any:

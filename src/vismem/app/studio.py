@@ -20,13 +20,14 @@ from torch import Tensor
 from vismem.app.findings import Inspection
 from vismem.app.inspection import inspect_answer
 from vismem.app.session import Conversation, Refused, Reply, Settings, Side, Turn, one_line
+from vismem.decoding.generation import context_of
 from vismem.decoding.invocation import Policy
 from vismem.decoding.requests import Request
 from vismem.loading import Loaded
 from vismem.serving.engine import COLDEST
 from vismem.serving.errors import ApiError
 from vismem.serving.pictures import PictureLimits, Pictures
-from vismem.serving.prompts import context_of, inputs_of, marks_of
+from vismem.serving.prompts import inputs_of, marks_of
 from vismem.serving.worker import Closed, Full, Worker
 
 MOST_PICTURES = 8  # of a conversation
@@ -56,7 +57,7 @@ class Studio:
         self.worker = Worker(self.model, batch_size, most_waiting, record=True)
         # Fast tokenizers are not to be used by two threads at a time: the model's is the worker's.
         self.processor, self.asking = copy.deepcopy(self.model.processor), threading.Lock()
-        self.context, self.marks = context_of(self.model), marks_of(self.model)
+        self.context, self.marks = context_of(self.model.base), marks_of(self.model)
         self.visitors: OrderedDict[str, Conversation] = OrderedDict()
         self.visiting, self.looking = threading.RLock(), threading.Lock()  # events come in threads of their own
 

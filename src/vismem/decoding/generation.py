@@ -72,7 +72,8 @@ def prepared(
         inputs, **kwargs: as for `VisMem.generate`.
 
     Raises:
-        ValueError: for what memory decoding cannot honour, and for images that do not fit the prompt.
+        ValueError: for what memory decoding cannot honour, for a prompt longer than the base's context, and for images
+            that do not fit the prompt.
     """
     if kwargs.get("assistant_model") is not None:
         raise ValueError("assisted decoding is not supported with memory; leave assistant_model out")
@@ -81,6 +82,7 @@ def prepared(
     input_ids = kwargs.get("input_ids") if inputs is None else inputs
     if input_ids is None:
         raise ValueError("generate needs input_ids: pass the processor's output, model.generate(**inputs)")
+    check_length(backbone.base, input_ids.shape[1])
     tokenizer = kwargs.pop("tokenizer", tokenizer)
     copies = setting(backbone.base, kwargs, "num_return_sequences") or 1
     stop_strings = setting(backbone.base, kwargs, "stop_strings")
@@ -129,6 +131,21 @@ def prepared(
         return decode(Prepared(base, input_ids, images, settings, copies, model_kwargs))
 
     return backbone.base.generate(inputs, custom_generate=method, streamer=streamer, **kwargs)
+
+
+def context_of(base: Any) -> int:
+    """How many tokens a base was made for; a number beyond all use where its config does not say."""
+    return getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
+
+
+def check_length(base: Any, length: int, name: str = "the prompt") -> None:
+    """Refuses a prompt that the base has no positions for, before memory is allocated that grows with its square.
+
+    Raises:
+        ValueError: if it has more tokens than the base's context.
+    """
+    if length > (context := context_of(base)):
+        raise ValueError(f"{name} has {length} tokens, but the base was made for {context} at most; shorten it")
 
 
 @dataclass

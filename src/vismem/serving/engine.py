@@ -16,13 +16,14 @@ from typing import Any, Protocol
 from PIL.Image import Image
 from torch import Tensor
 
+from vismem.decoding.generation import context_of
 from vismem.decoding.invocation import Forced, Policy, Random, read_policy
 from vismem.decoding.requests import Request
 from vismem.decoding.rows import NonFiniteError
 from vismem.model import VisMem
 from vismem.serving.errors import ApiError, stopping
 from vismem.serving.pictures import PictureLimits, Pictures
-from vismem.serving.prompts import context_of, inputs_of, marks_of
+from vismem.serving.prompts import inputs_of, marks_of
 from vismem.serving.worker import Closed, Full, News, Worker
 from vismem.serving.writing import Delta, Ended, Event, Invoked, Started, Writer
 
@@ -123,7 +124,7 @@ class Engine:
         **generation: Any,
     ) -> None:
         self.model, self.max_tokens, self.pictures = model, max_tokens, Pictures(pictures or PictureLimits())
-        self.context = context or context_of(model)
+        self.context = context or context_of(model.base)
         self.worker = Worker(model, batch_size, most_waiting, **generation)
         self.tokenizer = copy.deepcopy(model.processor.tokenizer)  # for text; the processor's is used in another thread
         self.preparing = ThreadPoolExecutor(1, thread_name_prefix="vismem-prompts")

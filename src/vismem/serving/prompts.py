@@ -41,11 +41,6 @@ def inputs_of(
     return dict(inputs.to(model.device, dtype=model.dtype))
 
 
-def context_of(model: VisMem) -> int:
-    """How many tokens the base was made for; a number beyond all use where its config does not say."""
-    return getattr(model.base.config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
-
-
 def marks_of(model: VisMem) -> list[str]:
     """Texts that stand for images, videos and memory in a prompt, which no message may have in its words."""
     processor = model.processor

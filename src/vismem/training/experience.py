@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vismem.data import Row, prompt_inputs, reward_columns
+from vismem.decoding.generation import check_length
 from vismem.decoding.invocation import Policy, Random
 from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
@@ -174,6 +175,12 @@ class Collector:
 
 
 def inputs_of(model: VisMem, rows: list[Row]) -> dict[str, Tensor]:
-    """The processor's output for these prompts, on the base's device and in its dtype."""
+    """The processor's output for these prompts, on the base's device and in its dtype.
+
+    Raises:
+        ValueError: if a row cannot be encoded, or its prompt is longer than the base's context; names the row.
+    """
     found = prompt_inputs(model.processor, rows)
+    for row, length in zip(rows, found["attention_mask"].sum(1).tolist(), strict=True):
+        check_length(model.base, length, f"the prompt of {row.id}")
     return {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in found.items()}

@@ -124,7 +124,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("lr", "actor_lr"), "learning_rate"),
     **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "total_epochs"), "num_train_epochs"),
     **dict.fromkeys(("steps", "total_training_steps", "num_steps"), "max_steps"),
-    "warmup_ratio": "warmup_steps, where a number below 1 is a share of the steps",
+    "warmup_ratio": "here it is warmup_steps, where a number below 1 is a share of the steps",
     "evaluation_strategy": "eval_strategy",
     "group_by_length": "train_sampling_strategy",
     **dict.fromkeys(("no_cuda", "cpu"), "use_cpu"),
