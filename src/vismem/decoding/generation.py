@@ -203,7 +203,8 @@ class Layout:
         columns = call.input_ids.shape[1] + call.settings.budget
         if self.compiled is None:
             return columns
-        return columns + memory.max_invocations * (max(memory.short_length, memory.long_length) + 1)
+        invocations = min(memory.max_invocations, call.settings.budget)
+        return columns + invocations * (max(memory.short_length, memory.long_length) + 1)
 
 
 def asked_cache(kwargs: dict[str, Any]) -> str | None:

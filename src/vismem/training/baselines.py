@@ -23,6 +23,7 @@ from vismem.backbones import Backbone
 from vismem.checkpoint import recorded_name
 from vismem.config import VisMemConfig
 from vismem.model import VisMem
+from vismem.weights import check_finite
 
 NAME = "default"  # peft's own
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -119,7 +120,7 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
         folder: an adapter's folder or hub name.
 
     Raises:
-        ValueError: if it is not a LoRA adapter, or was made for another base.
+        ValueError: if it is not a LoRA adapter, was made for another base, or has tensors that are not finite.
 
     Example:
         >>> load_adapter(model, "runs/sft/adapter")
@@ -129,6 +130,10 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
     config = read_config(folder)
     state = {name.removeprefix(PREFIX): t for name, t in load_peft_weights(str(folder), device="cpu").items()}
     check_fit(state, base, f"adapter {folder}, made for {config.base_model_name_or_path or 'another base'},")
+    check_finite(state, f"adapter {folder}")
+    ranks = {len(tensor) for name, tensor in state.items() if ".lora_A." in name}
+    if odd_ranks := {config.r, *config.rank_pattern.values()} - ranks:
+        raise ValueError(f"adapter {folder} does not match its {CONFIG_FILE}: no tensor has rank {max(odd_ranks)}")
     if lora_layers(base):
         base.delete_adapter(NAME)
     config.inference_mode = False
