@@ -1,6 +1,6 @@
 """Checkpoints: a JSON record, one safetensors file with what was trained, and a model card; the base only by name.
 
-Nothing is unpickled. Weights carry a checksum, and the record says which base they were made for, so a damaged file
+None of them is unpickled. Weights carry a checksum, and the record names the base they were made for, so a damaged file
 or another base is refused with one line that names both sides. A save that is killed leaves the old memory or the new
 one, never a mix. The model card is in `card.py`.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load
+from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
@@ -26,6 +26,7 @@ from vismem.backbones import backbone_of
 from vismem.card import model_card
 from vismem.config import VisMemConfig
 from vismem.pocket import BASE_PATH
+from vismem.weights import check_finite, check_sizes
 
 if TYPE_CHECKING:
     from vismem.model import VisMem
@@ -155,6 +156,7 @@ def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()
         raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in trained_state(model).items()}
     weights = serialize(state, metadata={"format": "pt"})
+    check_finite(state, f"the memory is not saved to {folder}")
     record = {
         "format": FORMAT,
         "config": model.memory_config.to_dict(),
@@ -266,42 +268,52 @@ def read_record(folder: Path) -> Record:
             tuple(map(str, values.get("base_folders", ()))),
             tuple(dict(stage) for stage in values.get("history", ())),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is damaged or not a VisMem record: {reason}") from error
 
 
 def check_base(record: Record, base: nn.Module, folder: Path) -> None:
-    """Raises ValueError, naming both, unless `base` is of the kind that the checkpoint was made for."""
+    """Checks that a checkpoint fits `base`, and that its weights have the sizes that its record gives.
+
+    Raises:
+        OSError: if there are no weights.
+        ValueError: if `base` is of another kind, naming both, or the checksum of the weights or a size differs.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise OSError(f"{folder} is not a whole checkpoint: it has no {WEIGHTS_FILE}")
     found = facts_of(base)
     if found != record.base:
         raise ValueError(
             f"checkpoint {folder} was made for {record.base_name}, a {record.base}; "
             f"it does not fit {base.name_or_path or type(base).__name__}, a {found}"
         )
+    if hashlib.sha256(path.read_bytes()).hexdigest() != record.sha256:
+        raise ValueError(f"{path} is damaged: its checksum is not the one in {CONFIG_FILE}; get the file again")
+    check_sizes(path, record.config, found.hidden_size, backbone_of(base).merge)
 
 
 def load_weights(model: VisMem, folder: Path, record: Record) -> None:
     """Loads `vismem.safetensors` into an equipped model.
 
     Raises:
-        OSError: if the file is missing. ValueError: if its checksum, its tensors or the token ids differ.
+        ValueError: if its tensors or the token ids differ, or a tensor is not floating, or not finite in the dtype that
+            it is loaded in.
     """
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise OSError(f"{folder} is not a whole checkpoint: it has no {WEIGHTS_FILE}")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != record.sha256:
-        raise ValueError(f"{path} is damaged: its checksum is not the one in {CONFIG_FILE}; get the file again")
     if token_ids(model) != record.token_ids:
         raise ValueError(
             f"checkpoint {folder} was made for a tokenizer with memory tokens {record.token_ids}; "
             f"this one has {token_ids(model)}"
         )
-    state, expected = load(content), trained_state(model)
+    state, expected = load_file(path), trained_state(model)
     odd = sorted(set(state) ^ set(expected)) or [n for n, t in state.items() if t.shape != expected[n].shape]
     if odd:
         raise ValueError(f"{path} does not match its {CONFIG_FILE}: tensor {odd[0]} differs")
+    check_finite(state, str(path))
+    state = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
+    check_finite(state, f"{path}, loaded as {str(next(iter(state.values())).dtype).removeprefix('torch.')}")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(state[name])

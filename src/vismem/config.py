@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 Kind = Literal["short", "long"]
 KINDS: tuple[Kind, ...] = ("short", "long")
+LARGEST = 2**31  # that a size may be; JSON has no bounds
 ALLOWED_LENGTHS = (2, 4, 8, 16, 32)
 
 
@@ -69,18 +70,22 @@ class VisMemConfig:
 
     def __post_init__(self) -> None:
         for name in ("query_length", "builder_layers", "builder_heads", "lora_r", "lora_alpha"):
-            self._require(name, _is_int(value := getattr(self, name)) and value >= 1, "a whole number, 1 or more")
+            fits = _is_int(value := getattr(self, name)) and 1 <= value < LARGEST
+            self._require(name, fits, "a whole number, 1 or more (and below 2**31)")
         for name in ("max_invocations", "min_gap"):
-            self._require(name, _is_int(value := getattr(self, name)) and value >= 0, "a whole number, 0 or more")
+            fits = _is_int(value := getattr(self, name)) and 0 <= value < LARGEST
+            self._require(name, fits, "a whole number, 0 or more (and below 2**31)")
         for name in ("short_length", "long_length"):
-            self._require(name, getattr(self, name) in ALLOWED_LENGTHS, f"one of {ALLOWED_LENGTHS}")
+            fits = _is_int(value := getattr(self, name)) and value in ALLOWED_LENGTHS
+            self._require(name, fits, f"one of {ALLOWED_LENGTHS}")
         width = self.builder_width
-        fits = width is None or (_is_int(width) and width > 0 and width % self.builder_heads == 0)
+        fits = width is None or (_is_int(width) and 0 < width < LARGEST and width % self.builder_heads == 0)
         self._require("builder_width", fits, f"None or a multiple of builder_heads ({self.builder_heads})")
         self._require("lora_dropout", _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "in [0, 1)")
-        self._require("token_noise", _is_number(self.token_noise) and self.token_noise >= 0, "0 or more")
+        self._require("token_noise", _is_number(self.token_noise) and 0 <= self.token_noise < LARGEST, "0 or more")
         self._require("memory_init", self.memory_init in ("pooled", "learned"), "'pooled' or 'learned'")
         self._require("content", self.content in ("formed", "soft"), "'formed' or 'soft'")
+        self._require("delimiters", isinstance(self.delimiters, (list, tuple)), "a non-empty list of strings")
         object.__setattr__(self, "delimiters", tuple(self.delimiters))
         strings = bool(self.delimiters) and all(isinstance(text, str) and text for text in self.delimiters)
         self._require("delimiters", strings, "a non-empty list of strings")

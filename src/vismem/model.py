@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from vismem import checkpoint
 from vismem.backbones import Backbone, Image, backbone_of
+from vismem.backbones.checks import check_base, check_head, check_processor
 from vismem.config import KINDS, Kind, VisMemConfig
 from vismem.decoding.engine import Decoder
 from vismem.decoding.generation import Layout, Prepared, prepared
@@ -42,7 +43,7 @@ class VisMemForwardOutput(ModelOutput):
 
     Args:
         loss: mean cross-entropy over `labels`, where given.
-        logits: [B, L, vocabulary], aligned with `input_ids`: slots are read but not listed. End tokens are -inf.
+        logits: float32 [B, L, vocabulary], aligned with `input_ids`: slots are read, not listed. End tokens are -inf.
         memories: for each row its memory vectors [N, d], in order of invocation; None where a kind forms nothing.
         states: for each row and invocation the observed states [z, d] that the query was built from.
         log_probs: with `sampled`, float32 [B, L]: of the sampled tokens, and 0 elsewhere.
@@ -74,7 +75,8 @@ class VisMem(nn.Module):
             the `figures` that each logged last. Saved with the memory, and shown in its model card.
 
     Raises:
-        ValueError: if no backbone supports the family, or no delimiter is a single token.
+        ValueError: if no backbone supports the family, no delimiter is a single token, the base is wrapped or has an
+            adapter, or the processor has no tokenizer.
 
     Example:
         >>> model = vismem.VisMem(base, processor, vismem.VisMemConfig())
@@ -84,15 +86,19 @@ class VisMem(nn.Module):
 
     def __init__(self, base: nn.Module, processor: Any, config: VisMemConfig | None = None) -> None:
         super().__init__()
+        check_base(base)
+        self.backbone = backbone_of(base)
+        check_head(base)
+        check_processor(processor)
+        refuse_offloaded(self.backbone)
         self.memory_config = config or VisMemConfig()
         self.history: tuple[dict[str, Any], ...] = ()
         self.processor = processor
         self.base: Any = base.eval().requires_grad_(False)
-        self.backbone = backbone_of(base)
-        refuse_offloaded(self.backbone)
         tokenizer = processor.tokenizer
         delimiter = single_token_id(tokenizer, self.memory_config.delimiters)
         invocation_ids, end_ids = add_memory_tokens(tokenizer)
+        known_to_pipelines()
         self.memory = memory_of(self.backbone, self.memory_config)
         self.tokens = MemoryTokens(
             self.backbone.embeddings,
@@ -132,7 +138,7 @@ class VisMem(nn.Module):
         return self.base.name_or_path
 
     def can_generate(self) -> bool:
-        """True; asked by `transformers.pipeline`."""
+        """Returns True; asked by `transformers.pipeline`."""
         return True
 
     def train(self, mode: bool = True) -> VisMem:
@@ -151,6 +157,35 @@ class VisMem(nn.Module):
         if part not in parts:
             raise ValueError(f"unknown part {part!r}; there are {', '.join(parts)}")
         return list(parts[part].parameters())
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Counts parameters of base and memory, as `PreTrainedModel.num_parameters` does.
+
+        Args:
+            only_trainable: count those that require a gradient.
+            exclude_embeddings: leave out those of `nn.Embedding`s.
+        """
+        from transformers import PreTrainedModel  # slow to import
+
+        self.is_loaded_in_4bit = getattr(self.base, "is_loaded_in_4bit", False)  # asked there
+        return PreTrainedModel.num_parameters(self, only_trainable, exclude_embeddings)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Counts the trainable parameters and all parameters, as peft does."""
+        from peft import PeftModel  # slow to import
+
+        return PeftModel.get_nb_trainable_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trainable, in peft's words.
+
+        Example:
+            >>> model.print_trainable_parameters()
+            trainable params: 221,969 || all params: 4,063,377 || trainable%: 5.4627
+        """
+        from peft import PeftModel  # slow to import
+
+        PeftModel.print_trainable_parameters(self)
 
     @cached_property
     def delimiters(self) -> frozenset[int]:
@@ -254,7 +289,14 @@ class VisMem(nn.Module):
         """Has transformers prepare a call of `generate`, and `decode` write it."""
         policy, kwargs = policy_of(invocation), self.backbone.prepare(kwargs)
         return prepared(
-            self.backbone, self.processor.tokenizer, lambda: self.delimiters, policy, decode, inputs, **kwargs
+            self.backbone,
+            self.processor.tokenizer,
+            lambda: self.delimiters,
+            self.tokens.ids,
+            policy,
+            decode,
+            inputs,
+            **kwargs,
         )
 
     # Training.
@@ -398,8 +440,8 @@ class VisMem(nn.Module):
         open_ = torch.ones_like(tokens)[:, None].bool().expand(-1, 2) if allowed is None else allowed[rows, before + 1]
 
         def block(states: Tensor, tokens: Tensor, open_: Tensor) -> Tensor:
-            logits = self.tokens.forbid(self.tokens.extend(self.backbone.head(states), states), open_).float()
-            logits = logits / temperature
+            logits = self.tokens.forbid(self.tokens.extend(self.backbone.head(states), states), open_)
+            logits = logits.float() / temperature
             return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
 
         size = max(1, LOGITS_HELD // self.tokens.vocabulary)
@@ -568,6 +610,13 @@ class VisMem(nn.Module):
 
     def extra_repr(self) -> str:
         return f"base={self.name_or_path!r}, {self.memory_config}"
+
+
+def known_to_pipelines() -> None:
+    """Adds `VisMem` to the classes that transformers' image-text-to-text pipeline takes without a warning."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # slow to import
+
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["vismem"] = VisMem.__name__
 
 
 def refuse_offloaded(backbone: Backbone) -> None:

@@ -127,11 +127,25 @@ class MemoryTokens(nn.Module):
         return torch.where(hits.any(-1, keepdim=True), rows[hits.int().argmax(-1)].to(known.dtype), known)
 
     def extend(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """Base logits [..., base_vocabulary] from `hidden` [..., d], widened to [..., vocabulary] with the four."""
+        """Widens base logits by the four tokens' logits.
+
+        The four are computed in float32: a bfloat16 logit near 16 moves in steps of 0.125, far more than an update of
+        the rows moves it.
+
+        Args:
+            logits: of the base, [..., base_vocabulary].
+            hidden: the states that they are from, [..., d].
+
+        Returns:
+            [..., vocabulary], float32 (float64 where `hidden` is).
+        """
         rows = torch.cat([self.invocation, self.end] if self.tied else [self.invocation_output, self.end_output])
-        wide = nn.functional.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=float("-inf"))
-        index = self._ids_on(logits.device)
-        return wide.index_copy(-1, index, (hidden @ rows.to(hidden).T).to(logits))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            four = hidden.to(dtype) @ rows.to(hidden.device, dtype).T
+        wide = logits.new_full((*logits.shape[:-1], self.vocabulary), float("-inf"), dtype=dtype)
+        wide[..., : logits.shape[-1]] = logits
+        return wide.index_copy_(-1, self._ids_on(logits.device), four.to(logits.device))
 
     def forbid(self, logits: Tensor, allowed: Tensor) -> Tensor:
         """Sets to -inf what may not be sampled: both end tokens always, each invocation token where not `allowed`.

@@ -90,8 +90,9 @@ class Drawing:
                 index = on_device(slots, logits.device)
                 raw, hidden = logits[index], hidden[index]
             if members[0].settings.policy.samples:
-                raw = self.tokens.extend(raw, hidden)
-            raw = raw.to(dtype=torch.float32, device=self.ids.device, copy=True)
+                raw = self.tokens.extend(raw, hidden).to(dtype=torch.float32, device=self.ids.device)
+            else:
+                raw = raw.to(dtype=torch.float32, device=self.ids.device, copy=True)
             group = Drawn(members, slots, raw, raw)
             tokens = self.draw_group(group)
             if slots is None:

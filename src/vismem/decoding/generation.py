@@ -7,6 +7,7 @@ method put in the place of its loop (`custom_generate`), so that everything said
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria, StopStringCriteria
-from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationMode,
+    MaxLengthCriteria,
+    StopStringCriteria,
+    logits_process,
+)
 
 from vismem.backbones import Backbone, Image
 from vismem.backbones.base import CACHE_NAMES
@@ -25,6 +31,9 @@ from vismem.decoding.cache import Slots
 from vismem.decoding.invocation import Policy
 from vismem.decoding.rows import Settings
 
+# What transformers calls them; its other names are older ones of "static" or need storage that slots do not have.
+SLOT_CACHES = ("static", "sliding_window", "hybrid", "hybrid_chunked")
+DYNAMIC_CACHES = ("dynamic", "offloaded")
 KEPT: WeakKeyDictionary[Any, Slots] = WeakKeyDictionary()  # a base's compiled slots, since compiling takes long
 
 
@@ -53,6 +62,7 @@ def prepared(
     backbone: Backbone,
     tokenizer: Any,
     delimiters: Callable[[], frozenset[int]],
+    memory_ids: list[int],
     policy: Policy,
     decode: Callable[[Prepared], Any],
     inputs: Tensor | None,
@@ -68,6 +78,7 @@ def prepared(
         backbone: of the base.
         tokenizer: for stop strings, where none is given.
         delimiters: gives the ids after which a phrase ends.
+        memory_ids: of the four tokens.
         policy: of invocation.
         inputs, **kwargs: as for `VisMem.generate`.
 
@@ -79,6 +90,8 @@ def prepared(
         raise ValueError("assisted decoding is not supported with memory; leave assistant_model out")
     if isinstance(kwargs.get("custom_generate"), str):
         raise ValueError("custom_generate is not supported with memory: memory is itself a decoding method")
+    if setting(backbone.base, kwargs, "token_healing"):
+        raise ValueError("token_healing is not supported with memory: it rewrites the prompt; set token_healing=False")
     input_ids = kwargs.get("input_ids") if inputs is None else inputs
     if input_ids is None:
         raise ValueError("generate needs input_ids: pass the processor's output, model.generate(**inputs)")
@@ -110,7 +123,8 @@ def prepared(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Any:
-        refuse_unsupported(generation_config, model_kwargs)
+        off = not (policy.samples or policy.injects)
+        refuse_unsupported(generation_config, model_kwargs, off)
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         ends = [c.eos_token_id.tolist() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         others = (c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria)))
@@ -118,7 +132,7 @@ def prepared(
         settings = Settings(
             policy=policy,
             config=generation_config,
-            processors=for_copies(logits_processor, len(input_ids), copies),
+            processors=spared(for_copies(logits_processor, len(input_ids), copies), [] if off else memory_ids),
             criteria=StoppingCriteriaList(others),
             ends=frozenset(token for found in ends for token in found),
             budget=min(limits, default=2**31) - input_ids.shape[1],
@@ -160,15 +174,16 @@ class Layout:
 
     @classmethod
     def wanted(cls, base: Any, kwargs: dict[str, Any]) -> Layout | None:
-        """What `cache_implementation`, `compile_config` and `disable_compile` ask for; takes them out of `kwargs`.
+        """Takes the layout that `cache_implementation` asks for out of `kwargs`; returns None for a dynamic cache.
 
-        As in transformers, a static cache on a GPU is compiled unless `disable_compile=True`; elsewhere only where a
-        `compile_config` is given.
+        The keyword counts most, then the generation config given, then the base's own. As in transformers, a static
+        cache on a GPU is compiled unless `disable_compile=True`; elsewhere only where a `compile_config` is given.
 
         Raises:
-            ValueError: if the base's attention cannot read slots.
+            ValueError: for a cache that memory decoding cannot use, or attention that cannot read slots.
         """
-        if setting(base, kwargs, "cache_implementation") not in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+        wanted = cache_implementation(base, kwargs)
+        if wanted not in SLOT_CACHES:
             return None
         attention = base.config.get_text_config()._attn_implementation
         if attention not in ("sdpa", "eager"):
@@ -176,14 +191,9 @@ class Layout:
                 f"cache_implementation='static' needs attn_implementation 'sdpa' or 'eager', not {attention!r}"
             )
         given, disabled = setting(base, kwargs, "compile_config"), setting(base, kwargs, "disable_compile")
-        config = kwargs.get("generation_config")
-        if config is not None and config.cache_implementation is not None:
-            kwargs["generation_config"] = config = copy.deepcopy(config)
-            config.cache_implementation = None
-        if config is None or kwargs.get("cache_implementation") is not None:
-            kwargs["cache_implementation"] = "dynamic"  # for reading the prompts
         for name in ("compile_config", "disable_compile"):
             kwargs.pop(name, None)
+        read_dynamically(kwargs)
         if disabled or (given is None and base.device.type != "cuda"):
             return cls(None)
         keywords = {name: value for name, value in vars(given or CompileConfig()).items() if not name.startswith("_")}
@@ -210,7 +220,43 @@ class Layout:
         columns = call.input_ids.shape[1] + call.settings.budget
         if self.compiled is None:
             return columns
-        return columns + memory.max_invocations * (max(memory.short_length, memory.long_length) + 1)
+        invocations = min(memory.max_invocations, call.settings.budget)
+        return columns + invocations * (max(memory.short_length, memory.long_length) + 1)
+
+
+def asked_cache(kwargs: dict[str, Any]) -> str | None:
+    """The cache that a keyword or a generation config names, or None."""
+    return kwargs.get("cache_implementation") or getattr(kwargs.get("generation_config"), "cache_implementation", None)
+
+
+def cache_implementation(base: Any, kwargs: dict[str, Any]) -> str:
+    """The cache that a call of `generate` asks for.
+
+    Raises:
+        ValueError: if memory decoding cannot use it.
+    """
+    asked = asked_cache(kwargs)
+    default = getattr(base.generation_config, "cache_implementation", None)
+    found = asked or (None if default == "hybrid" else default) or "dynamic"  # transformers drops this old default too
+    if found not in (*SLOT_CACHES, *DYNAMIC_CACHES):
+        source = "" if asked else " (from the base's generation_config)"
+        raise ValueError(
+            f"memory decoding has no cache_implementation={found!r}{source}; use 'dynamic', 'offloaded' or 'static'"
+        )
+    if found == "offloaded" and base.device.type == "cpu":
+        raise ValueError("cache_implementation='offloaded' moves keys and values off a GPU, and the base is on the CPU")
+    return found
+
+
+def read_dynamically(kwargs: dict[str, Any]) -> None:
+    """Has transformers read the prompts into a dynamic cache, whatever a config or the base's defaults say."""
+    config = kwargs.get("generation_config")
+    kwargs.pop("cache_implementation", None)
+    if config is None:
+        kwargs["cache_implementation"] = "dynamic"
+    else:  # said in there: keywords beside a config are deprecated
+        kwargs["generation_config"] = config = copy.deepcopy(config)
+        config.cache_implementation = "dynamic"
 
 
 def setting(base: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -232,11 +278,72 @@ def for_copies(processors: LogitsProcessorList, prompts: int, copies: int) -> Lo
     return found
 
 
-def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+class WordsOnly(logits_process.LogitsProcessor):
+    """A processor that judges words by the words before them, without the four memory tokens.
+
+    Memory tokens are no repetition of a text: their logits stay what they were, and an n-gram reaches over them.
+
+    Args:
+        inner: the processor.
+        ids: of the four tokens.
+    """
+
+    def __init__(self, inner: logits_process.LogitsProcessor, ids: list[int]) -> None:
+        self.inner, self.ids = inner, torch.tensor(ids)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.ids = self.ids.to(scores.device)
+        if isinstance(self.inner, OF_SEQUENCES):
+            hits = torch.isin(input_ids, self.ids)
+            input_ids = input_ids.gather(
+                1, hits.int().argsort(dim=1, descending=True, stable=True)
+            )  # words stay adjacent
+        found = self.inner(input_ids, scores)
+        if isinstance(self.inner, PENALTIES):
+            found = found.index_copy(1, self.ids, scores[:, self.ids])
+        return found
+
+
+REMEDIES = defaultdict(
+    lambda: "set num_beams=1",
+    {
+        GenerationMode.ASSISTED_GENERATION: "unset prompt_lookup_num_tokens, assistant_early_exit and use_mtp",
+        GenerationMode.CONTRASTIVE_SEARCH: "unset penalty_alpha",
+        GenerationMode.DOLA_GENERATION: "unset dola_layers",
+    },
+)
+PENALTIES = (
+    logits_process.EncoderNoRepeatNGramLogitsProcessor,
+    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+)
+OF_SEQUENCES = (
+    logits_process.EncoderNoRepeatNGramLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,  # and of bad words
+)
+
+
+def spared(processors: LogitsProcessorList, ids: list[int]) -> LogitsProcessorList:
+    """Processors that leave the memory tokens `ids` alone, where transformers has penalties for repetition in them."""
+    if not ids:
+        return processors
+    return LogitsProcessorList(
+        WordsOnly(each, ids) if isinstance(each, PENALTIES + OF_SEQUENCES) else each for each in processors
+    )
+
+
+def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any], off: bool) -> None:
     """Refuses, in one line, what this decoder cannot honour."""
+    if config.guidance_scale not in (None, 1) and not off:
+        raise ValueError(
+            f"guidance_scale={config.guidance_scale} is not supported with memory, which its second forward has not; "
+            "leave it out or pass invocation='off'"
+        )
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"memory decodes greedily or by sampling, not by {mode.value}; set num_beams=1")
+        raise ValueError(f"memory decodes greedily or by sampling, not by {mode.value}; {REMEDIES[mode]}")
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name):
             raise ValueError(f"{name}=True is not supported by memory decoding; output_scores and output_logits are")

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from vismem.decoding.cache import Slots
 from vismem.decoding.engine import Decoder
-from vismem.decoding.generation import Layout, Prepared, setting
+from vismem.decoding.generation import (
+    Layout,
+    Prepared,
+    asked_cache,
+    cache_implementation,
+    read_dynamically,
+    setting,
+)
 from vismem.decoding.invocation import Policy, policy_of
 from vismem.decoding.rows import NonFiniteError, Row, plain
 from vismem.decoding.trace import Invocation, Rollout, Top
@@ -119,7 +126,7 @@ class RequestQueue:
         **generation: generation keywords for all requests: `max_new_tokens`, `do_sample`, `compile_config`, ...
 
     Raises:
-        ValueError: if `batch_size` is below 1.
+        ValueError: if `batch_size` is below 1, or the cache asked for is one that a queue does not have.
 
     Example:
         >>> queue = RequestQueue(model, batch_size=8, max_new_tokens=64)
@@ -139,6 +146,7 @@ class RequestQueue:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        check_cache(model.base, generation)
         generation["cache_implementation"] = "static"
         layout = Layout.wanted(model.base, generation)
         assert layout is not None  # as it is static
@@ -168,8 +176,10 @@ class RequestQueue:
             Its answers, one for each prompt and copy (`num_return_sequences`), which fill up with the steps.
 
         Raises:
-            ValueError: if it has more rows than the batch.
+            ValueError: if it has more rows than the batch, or asks for a cache that a queue does not have.
         """
+        if asked_cache(request.generation):
+            check_cache(self.model.base, request.generation)
         copies = setting(self.model.base, {**self.generation, **request.generation}, "num_return_sequences") or 1
         count = len(request.inputs["input_ids"]) * copies
         if count > self.batch_size:
@@ -305,7 +315,8 @@ class RequestQueue:
         if len(groups) > 1:
             inputs = padded_together([request.inputs for request in requests], model.processor.tokenizer.pad_token_id)
             keywords[0]["max_new_tokens"] = max(budgets)
-        call = {**keywords[0], **inputs, "cache_implementation": "dynamic"}  # for reading the prompts
+        call = {**keywords[0], **inputs}
+        read_dynamically(call)
         rows = model._prepare(self.policy_of(requests[0]), enter, record=self.record, **call)
         answers = [(answer, budget) for group, budget in zip(groups, budgets, strict=True) for answer in group]
         for (answer, budget), row in zip(answers, rows, strict=True):
@@ -318,6 +329,12 @@ class RequestQueue:
                 self.answers.pop(id(row))
                 if self.decoder is not None:
                     self.decoder.leave([row])
+
+
+def check_cache(base: Any, generation: dict[str, Any]) -> None:
+    """Raises ValueError for a cache that a queue cannot have: its keys and values lie in slots on the device."""
+    if (wanted := cache_implementation(base, generation)) == "offloaded":
+        raise ValueError(f"a queue of requests has no cache_implementation={wanted!r}; pass 'static', or use generate")
 
 
 def seeds_of(group: list[Answer]) -> list[int]:

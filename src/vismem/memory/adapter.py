@@ -45,7 +45,7 @@ class Adapter(nn.Module):
         fused_qkv: whether the targets are fused query-key-value layers of which the key third stays as it is.
 
     Raises:
-        ValueError: if no layer of `module` has one of the names, or the module has an adapter already.
+        ValueError: if no layer of `module` has one of the names.
     """
 
     def __init__(
@@ -55,10 +55,6 @@ class Adapter(nn.Module):
         from peft.tuners.lora import LoraLayer
 
         super().__init__()
-        if any(isinstance(layer, LoraLayer) for layer in module.modules()):
-            raise ValueError(
-                "the base has a LoRA adapter already: equip it with memory first, and add the adapter then"
-            )
         trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         had_config = hasattr(module, "peft_config")
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))

@@ -29,6 +29,7 @@ from vismem.checkpoint import POCKET, recorded_name
 from vismem.config import VisMemConfig
 from vismem.model import VisMem
 from vismem.training.stages import ADAPTER_FILE
+from vismem.weights import check_finite
 
 NAME = "default"  # peft's own
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILE, "adapter_model.safetensors"
@@ -175,7 +176,7 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
         folder: an adapter's folder, a run's folder with one adapter in it, or a hub name.
 
     Raises:
-        ValueError: if it is not a LoRA adapter, or was made for another base.
+        ValueError: if it is not a LoRA adapter, was made for another base, or has tensors that are not finite.
 
     Example:
         >>> load_adapter(model, "runs/sft/adapter")
@@ -185,6 +186,10 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
     config, place = read_config(folder), find_adapter(folder)
     state = {name.removeprefix(PREFIX): t for name, t in load_peft_weights(str(place), device="cpu").items()}
     check_fit(state, base, f"adapter {folder}, made for {config.base_model_name_or_path or 'another base'},")
+    check_finite(state, f"adapter {folder}")
+    ranks = {len(tensor) for name, tensor in state.items() if ".lora_A." in name}
+    if odd_ranks := {config.r, *config.rank_pattern.values()} - ranks:
+        raise ValueError(f"adapter {folder} does not match its {CONFIG_FILE}: no tensor has rank {max(odd_ranks)}")
     if lora_layers(base):
         base.delete_adapter(NAME)
     config.inference_mode = False

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +51,19 @@ def sampling(model: VisMem, max_new_tokens: int, temperature: float | None) -> G
     )
 
 
+@contextmanager
+def without_defaults(base: Any) -> Iterator[None]:
+    """Takes the base's generation defaults (penalties, beams, suppressed tokens) away while the context lasts.
+
+    Replay knows nothing of them, and the log-probabilities that it recomputes would be those of another distribution.
+    """
+    defaults, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = defaults
+
+
 def write(
     model: VisMem,
     inputs: dict[str, torch.Tensor],
@@ -71,13 +86,8 @@ def write(
     settings = copy.deepcopy(settings)
     settings.num_return_sequences = copies
     keywords: dict[str, Any] = {**inputs}
-    out = model.generate(
-        **keywords,
-        generation_config=settings,
-        invocation=policy,
-        seed=seeds,
-        record=True,
-    )
+    with without_defaults(model.base):
+        out = model.generate(**keywords, generation_config=settings, invocation=policy, seed=seeds, record=True)
     assert isinstance(out, VisMemOutput) and out.rollout is not None  # as `sampling` and `record` ask for
     return out.rollout
 
