@@ -143,7 +143,7 @@ def test_what_is_sent_is_bounded(client, monkeypatch):
     assert answer.status_code == 503 and "holds as many files as it may" in error_of(answer.content)["message"]
 
 
-def test_events_that_no_page_sends_are_refused_in_one_line(client, caplog):
+def test_events_that_no_page_sends_are_refused_in_one_line(client, caplog, capfd):
     dependencies = client.get("/config").json()["dependencies"]
     for name, data, said in (
         ("example", {"example": 99}, "cannot be read: load it again"),
@@ -151,6 +151,12 @@ def test_events_that_no_page_sends_are_refused_in_one_line(client, caplog):
         ("example", {}, "cannot be read: load it again"),
         ("follow", {}, "The question is empty"),
         ("inspect", {"turn": "x", "side": "memory", "index": 0}, "cannot be read: load it again"),
+        ("example", None, "cannot be read: load it again"),
+        ("example", "x", "cannot be read: load it again"),
+        ("follow", 7, "The question is empty"),
+        ("inspect", None, "cannot be read: load it again"),
+        ("inspect", 7, "cannot be read: load it again"),
+        ("inspect", [], "cannot be read: load it again"),
         ("inspect", {"turn": 10**30, "side": [], "index": None}, "cannot be read: load it again"),
         ("inspect", {"turn": 5, "side": "memory", "index": 0}, "That invocation is gone"),
     ):
@@ -159,4 +165,39 @@ def test_events_that_no_page_sends_are_refused_in_one_line(client, caplog):
         asked = {"data": values, "event_data": data, "fn_index": event["id"], "session_hash": "forged"}
         assert client.post("/gradio_api/queue/join", json=asked).status_code == 200
         assert said in json.dumps(heard(client, "forged")), (name, data)
-    assert "Traceback" not in caplog.text
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+def test_events_with_other_values_than_the_page_s_are_one_line(client, caplog, capfd):
+    event = next(each for each in client.get("/config").json()["dependencies"] if each["targets"][0][1:] == ["submit"])
+    wanted = len(event["inputs"])
+    forms = [[], [None] * wanted, *([value] * wanted for value in (5, "x", {}, [], True, {"a": 1}, 1e308, "\ud800"))]
+    for at, data in enumerate(forms):
+        asked = {"data": data, "fn_index": event["id"], "session_hash": f"odd {at}"}
+        headers = {"Content-Type": "application/json"}  # by hand, as httpx writes no half of a surrogate pair
+        assert client.post("/gradio_api/queue/join", content=json.dumps(asked), headers=headers).status_code == 200
+        told = heard(client, f"odd {at}")[-1]
+        assert not told["success"] and "\n" not in told["output"]["error"]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(forms) and all(line.startswith("the event submit cannot be read: ") for line in lines)
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+def test_requests_at_which_gradio_fails_are_one_line(client, caplog, capfd):
+    unknown = {"data": [], "session_hash": "none"}
+    for body in ({**unknown, "fn_index": 10**9}, {**unknown, "fn_index": -1}):
+        answer = client.post("/gradio_api/queue/join", json=body)
+        assert answer.status_code == 500 and answer.headers["x-content-type-options"] == "nosniff"
+    infinite = '{"data": [], "fn_index": 1e400, "session_hash": "none"}'
+    client.post("/gradio_api/queue/join", content=infinite, headers={"Content-Type": "application/json"})
+    client.get("/assets/" + "a" * 5000)
+    client.get("/gradio_api/queue/data", params={"session_hash": "never seen"})
+    assert len(caplog.records) == 5
+    assert all(record.getMessage().startswith("the viewer failed at ") for record in caplog.records)
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+def test_the_pages_own_address_is_not_what_a_client_says_it_is(client):
+    for headers in ({"X-Forwarded-Host": "evil.example"}, {"x-forwarded-host": "evil.example, localhost"}):
+        assert "evil" not in client.get("/", headers=headers).text
+        assert client.get("/config", headers=headers).json()["root"].startswith("http://127.0.0.1:")

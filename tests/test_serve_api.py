@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ from test_serve import BOUND, JSON, QUESTION, SHELF, ask, client_of, user, wait_
 
 from vismem.cli import main
 from vismem.loading import load_model
+from vismem.serving import page
+from vismem.serving.access import AccessLog
 from vismem.serving.checks import hosts_for
 from vismem.serving.connections import Patience, uvicorn_settings
 from vismem.serving.engine import Engine
@@ -242,6 +245,57 @@ def test_two_hundred_connections_at_once(engine, address, client):
     assert 'vismem_refused_total{reason="slow_head"}' in counts and "vismem_rows_writing 0.0" in counts
 
 
+def test_pages_for_browsers_load_nothing_and_need_the_key(address):
+    for path, words in (
+        ("/", ["VisMem", "pocket:vanilla", "/v1/chat/completions", "/docs"]),
+        ("/docs", ["min_p", "/v1"]),
+    ):
+        assert httpx.get(address + path).status_code == 401
+        found = httpx.get(address + path, headers=BEARER)
+        assert found.status_code == 200 and found.headers["content-type"].startswith("text/html")
+        assert found.headers["content-security-policy"].startswith("default-src 'none'")
+        assert all(word in found.text for word in words)
+        assert not re.search("<script|<img|<link|https?://", found.text)
+        assert all(httpx.get(address + link, headers=BEARER).status_code == 200 for link in links(found.text))
+
+
+def links(page: str) -> list[str]:
+    return re.findall("href=[\"']([^\"']+)", page)
+
+
+def test_a_name_is_no_markup_on_the_page(engine):
+    found = page.home(["<b>a</b>"], application(engine, Serving("<b>a</b>")).openapi())
+    assert "<b>" not in found.body.decode() and "&lt;b&gt;a" in found.body.decode()
+
+
+def test_an_answers_tokens_are_in_its_line(engine):
+    lines: list[str] = []
+
+    async def told(body: dict) -> str:
+        content = json.dumps(body).encode()
+        head = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/chat/completions"}
+        scope |= {"query_string": b"", "headers": head, "state": {}}
+        coming = [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def receive() -> dict:
+            return coming.pop() if coming else await asyncio.Event().wait()
+
+        async def send(message: dict) -> None:
+            pass
+
+        await AccessLog(application(engine, Serving("pocket")), lines.append)(scope, receive, send)
+        return lines[-1]
+
+    async def both() -> None:
+        body = {"model": "pocket", "messages": [user("Hello.")], "max_tokens": 2, "vismem": {"invocation": "off"}}
+        for more in ({}, {"stream": True}):
+            assert re.search(r" 200 \d+\.\d{3}s \d+\+2 tokens$", await told({**body, **more}))
+        assert re.search(r" 400 \d+\.\d{3}s$", await told({**body, "temperature": 9}))
+
+    asyncio.run(both())
+
+
 # The command.
 
 
@@ -259,16 +313,26 @@ def started(*options: str, **more) -> tuple[subprocess.Popen, str]:
     return process, line.split(" on ")[1].split("/v1")[0]
 
 
-def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
+@pytest.mark.parametrize("logged", [True, False])
+def test_the_command_serves_until_it_is_told_to_stop(tmp_path, logged):
     (tmp_path / "keys").write_text("# ours\nfirst\nsecond\n")
     process, place = started(
-        "--name", "shelves", "--api-key-file", str(tmp_path / "keys"), "--invocation", "off", VISMEM_API_KEY="third"
+        "--name",
+        "shelves",
+        "--api-key-file",
+        str(tmp_path / "keys"),
+        "--invocation",
+        "off",
+        *([] if logged else ["--no-access-log"]),
+        VISMEM_API_KEY="third",
     )
     try:
         for key in ("first", "second", "third"):
             with client_of(place).with_options(api_key=key) as client:
                 found = ask(client, model="shelves", max_tokens=8)
                 assert found.vismem["invocation"] == "off"
+                line = process.stdout.readline() if logged else ""
+                assert bool(re.search(r" POST /v1/chat/completions 200 \d+\.\d{3}s \d+\+8 tokens$", line)) == logged
         with client_of(place) as client, pytest.raises(openai.AuthenticationError):
             ask(client, model="shelves")
         with httpx.Client(headers={"Host": "evil.example"}) as rebound:
@@ -276,6 +340,10 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(BOUND) == 0
         assert process.stderr.read() == ""
+        rest = process.stdout.read()
+        assert [line.split()[2:5] for line in rest.splitlines()] == (
+            [["POST", "/v1/chat/completions", "401"], ["GET", "/health", "403"]] if logged else []
+        )
     finally:
         process.kill()
         process.communicate()

@@ -31,6 +31,14 @@ from vismem.serving.guards import Guards, guarded
         "Transfer-Encoding : chunked",
         "X: a\r\n Content-Length: 5\r\nContent-Length : 5",
         "X: \0",
+        "X: a\r\n folded",
+        "X: a\r\n\tfolded",
+        "Transfer-Encoding:\r\n chunked",
+        "Content-Length:\r\n 5",
+        "X: a\nContent-Length: 5",
+        "Content-Length: 5\nX: a",
+        "X: a\rContent-Length: 5",
+        "X: a\r",
     ],
 )
 def test_bodies_of_two_readings_are_refused_and_the_connection_ends(site: Site, port: int, head: str) -> None:
@@ -44,6 +52,54 @@ def test_bodies_of_two_readings_are_refused_and_the_connection_ends(site: Site, 
     assert status == 400, answer
     assert error_of(answer.partition(b"\r\n\r\n")[2])["type"] == "invalid_request_error"
     assert len(site.bodies) == seen
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health HTTP/1.1\nHost: localhost\n\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\n",
+        b"GET /health HTTP/1.1\nHost: localhost\r\n\r\n",
+        b"\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n Host: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: local\r\n host\r\n\r\n",
+    ],
+)
+def test_lines_that_end_otherwise_or_are_folded_are_refused(port: int, dropped: list[str], head: bytes) -> None:
+    dropped.clear()
+    with connected(port) as raw:
+        raw.sendall(head + get("/health"))
+        answer = rest(raw)
+    assert head_of(answer)[0] == 400 and answer.count(b"HTTP/1.1 ") == 1 and dropped == ["bad_http"]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        b"1\nx\r\n0\r\n\r\n",
+        b"1;a\rb\r\nx\r\n0\r\n\r\n",
+        b"1;a\nb\r\nx\r\n0\r\n\r\n",
+        b"1\r\nx\n0\r\n\r\n",
+        b"1\r\nx\r\n0\r\n\n",
+        b"1\r\nx\r\n0\r\nX: a\n\r\n",
+        b"1\r\nx\r\n0\r\nX: a\r\n b\r\n\r\n",
+    ],
+)
+def test_chunks_are_held_to_the_same(site: Site, port: int, dropped: list[str], chunks: bytes) -> None:
+    dropped.clear()
+    seen = len(site.bodies)
+    with connected(port) as raw:
+        raw.sendall(post("/v1/echo", chunks, AUTH, "Transfer-Encoding: chunked", length=""))
+        answer = rest(raw)
+    assert head_of(answer)[0] == 400 and dropped == ["bad_http"] and len(site.bodies) == seen
+
+
+def test_bare_line_ends_and_folds_are_welcome_within_a_body(site: Site, port: int) -> None:
+    for body in (b'{\n "a":\r 1}', b"\n\n", b"\r\n x"):
+        assert exchanged(port, post("/v1/echo", body, AUTH))[0] == 200
+        chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        assert exchanged(port, post("/v1/echo", chunked, AUTH, "Transfer-Encoding: chunked", length=""))[0] == 200
 
 
 @pytest.mark.parametrize("request_line", ["PRI * HTTP/2.0", "GET /health HTTP/9.9", "GET /health HTTP/0.9"])

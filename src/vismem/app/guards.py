@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
+import logging
 import os
 import re
 from pathlib import Path
@@ -17,10 +19,12 @@ from gradio.utils import get_upload_folder
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vismem.serving.access import request_line
 from vismem.serving.checks import Check, Hosts, Origins, digest, hosts_for
 from vismem.serving.errors import ApiError, refuse
 from vismem.serving.guards import BodyLimit
 
+log = logging.getLogger(__name__)
 UPLOAD = "/gradio_api/upload"
 USED = re.compile(  # the page, its parts, its exports, and of gradio's API what the page calls
     r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(?:assets|static|svelte|export)/.+"
@@ -46,7 +50,7 @@ def guarded(app: ASGIApp, address: str, password: str | None = None) -> ASGIApp:
         password: what visitors must know, if there is one.
     """
     hosts = hosts_for(address)
-    app = Used(Sizes(app))
+    app = Used(Sizes(Failing(app)))
     if password is not None:
         app = Password(app, password)
     app = OwnPages(app)
@@ -133,8 +137,46 @@ def held() -> int:
     return found
 
 
+class Failing:
+    """Says in one line of the log that a request failed, and where it is not answered yet, answers that it did.
+
+    Gradio fails at much that no page sends, and each time where it did would fill the log.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            debugging = log.isEnabledFor(logging.DEBUG)
+            log.error("the viewer failed at %s: %s", request_line(scope), brief(error), exc_info=debugging)
+            if not begun:
+                answer = ApiError(500, "the viewer failed at this; its log has the reason").response()
+                await answer(scope, receive, send)
+                return
+            with contextlib.suppress(Exception):  # else uvicorn has another line to say about it
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def brief(error: Exception) -> str:
+    """An error in one short line of printable ASCII."""
+    return ascii(" ".join(f"{type(error).__name__}: {error}".split()))[1:-1][:120]
+
+
 class Sealed:
-    """Tells browsers to load nothing from elsewhere, and to show the page in no other site's frame."""
+    """Tells browsers to load nothing from elsewhere, and to show the page in no other site's frame.
+
+    What a client says in X-Forwarded-Host is left out: gradio would make the page's own address of it.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -147,4 +189,7 @@ class Sealed:
                     headers[name] = value
             await send(message)
 
+        if scope["type"] == "http":
+            headers = [(name, value) for name, value in scope["headers"] if name != b"x-forwarded-host"]
+            scope = {**scope, "headers": headers}
         await self.app(scope, receive, sealed)

@@ -20,6 +20,7 @@ from vismem.app import rendering
 from vismem.app.examples import examples
 from vismem.app.session import Conversation, Refused, Settings, one_line
 from vismem.app.studio import Studio, check_text, read_pictures
+from vismem.app.uploads import UNREADABLE
 
 PAUSE = 0.05  # seconds between two looks at an answer that is being written
 MOST_SCHEDULE = 2000  # characters
@@ -79,7 +80,7 @@ class Handlers:
 
     async def follow(self, request: gr.Request, event: gr.EventData, *said: Any) -> AsyncIterator[Updates]:
         """Asks what was suggested."""
-        async for updates in self.put(request, str(getattr(event, "question", "")), [], said):
+        async for updates in self.put(request, str(told(event, "question")), [], said):
             yield updates
 
     async def put(
@@ -164,8 +165,8 @@ class Handlers:
         """Opens an invocation's panel, or closes it if it is open."""
         parts, conversation = self.parts, self.of(request)
         try:
-            chosen = whole(event, "turn"), str(getattr(event, "side", "")), whole(event, "index")
-            if conversation.selected == chosen and getattr(event, "closes", False):
+            chosen = whole(event, "turn"), str(told(event, "side")), whole(event, "index")
+            if conversation.selected == chosen and told(event, "closes"):
                 yield self.close(request)
                 return
             future = self.studio.inspect(*conversation.invocation(*chosen)[:2])
@@ -275,11 +276,19 @@ def settings_of(
     return Settings(invocation, bool(compare), float(temperature), int(seed), int(most))
 
 
+def told(event: gr.EventData, name: str) -> Any:
+    """What an event has under that name, or an empty text where it has nothing, or is no object at all."""
+    try:
+        return getattr(event, name, "")
+    except TypeError:  # gradio looks into whatever the browser sent
+        return ""
+
+
 def whole(event: gr.EventData, name: str, end: int = 2**31) -> int:
     """A number that an event has, from 0 up to `end`, which is not among them. Raises Refused."""
-    found = str(getattr(event, name, ""))
+    found = str(told(event, name))
     if not found.isdecimal() or len(found) > 10 or int(found) >= end:
-        raise Refused("The page said something that cannot be read: load it again.")
+        raise Refused(UNREADABLE)
     return int(found)
 
 

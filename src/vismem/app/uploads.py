@@ -6,6 +6,7 @@ launched itself, and this one is part of another application, so here is where t
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,17 +14,26 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 
+log = logging.getLogger(__name__)
+UNREADABLE = "The page said something that cannot be read: load it again."
+
 
 class Blocks(gr.Blocks):
     """Gradio's page, whose events take no file but what was uploaded."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *more: Any, **named: Any) -> list[Any]:
-        """What an event's function gets. Raises gr.Error if a file is named that was not uploaded."""
+        """What an event's function gets. Raises gr.Error if it cannot be read, or a file in it was not uploaded."""
         folder = os.path.realpath(get_upload_folder())
         for path in paths(inputs):
             if not isinstance(path, str) or "\0" in path or not inside(path, folder):
                 raise gr.Error("That file was not dropped into this page: drop it in again.", print_exception=False)
-        return await super().preprocess_data(block_fn, inputs, *more, **named)
+        try:
+            return await super().preprocess_data(block_fn, inputs, *more, **named)
+        except Exception as error:  # gradio's parts raise what they like, and gradio prints where
+            debugging = log.isEnabledFor(logging.DEBUG)
+            log.warning("the event %s cannot be read: %s", block_fn.name, type(error).__name__, exc_info=debugging)
+            said = error.message if isinstance(error, gr.Error) else UNREADABLE
+            raise gr.Error(said, print_exception=False) from None
 
 
 def paths(value: Any) -> Iterator[Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vismem.commands.loading import add_model_options, load
 from vismem.commands.parsing import (
@@ -24,6 +26,9 @@ from vismem.commands.parsing import (
 )
 from vismem.decoding.invocation import SPELLINGS
 from vismem.loading import POCKET
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 KEY_VARIABLE = "VISMEM_API_KEY"
 MIB = 2**20
@@ -64,6 +69,12 @@ def parser() -> Parser:
         default=[],
         metavar="HOST",
         help="fetch images by https from there; private addresses never (default: data URIs only)",
+    )
+    place.add_argument(
+        "--no-access-log",
+        action="store_false",
+        dest="access_log",
+        help="do not print a line for each request: time, method, path, status, seconds, tokens",
     )
     writing = found.add_argument_group("writing")
     writing.add_argument(
@@ -127,6 +138,7 @@ def run(options: argparse.Namespace) -> int:
     if options.replicas > 1 and find_spec("ray") is None:
         raise Failure('replicas need Ray Serve: pip install "vismem[replicas]"')
 
+    from vismem.serving.access import AccessLog, LineWriter
     from vismem.serving.checks import hosts_for, is_loopback, read_keys
     from vismem.serving.connections import Patience, uvicorn_settings
     from vismem.serving.guards import Guards, guarded
@@ -151,13 +163,19 @@ def run(options: argparse.Namespace) -> int:
         together=max(8 * options.max_body, 256) * MIB,
     )
     patience = Patience(write=options.body_timeout, connections=options.max_connections, dropped=metrics.dropped)
-    config = config_of(Counted(guarded(app, guards), metrics), options.grace, **uvicorn_settings(patience))
+    outermost: ASGIApp = Counted(guarded(app, guards), metrics)
+    lines = LineWriter(sys.stdout.fileno()) if options.access_log else None
+    if lines is not None:
+        outermost = AccessLog(outermost, lines)
+    config = config_of(outermost, options.grace, **uvicorn_settings(patience))
     if not keys and not is_loopback(here):
         say(f"note: without --api-key, whoever reaches {here} can ask")
     line = f"Serving {name} on {address_of(bound)}/v1 - Ctrl-C stops it"
     stop = partial(setattr, app.state, "stopping", True)
     server = Server(config, on_start=partial(echo, line), on_stop=stop)
     serve(server, bound)
+    if lines is not None:
+        lines.close()
     return 0
 
 

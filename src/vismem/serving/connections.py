@@ -6,18 +6,22 @@ What is wrong with a request that has come is for `guards.py`; here is what neve
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import h11
+from h11._receivebuffer import ReceiveBuffer
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vismem.serving.errors import ApiError
 
+T = TypeVar("T")
 LINGER = 1.0  # seconds in which a client that was turned away can read why
 SEND_BUFFER = 64 * 2**10  # the kernel's, for each connection: what a client does not read must pile up here
+LOOSE_LINE = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
 FEW_CHUNKS, SMALL_CHUNK = 1000, 64  # so many chunks may be smaller on average than so many bytes
 
 
@@ -53,10 +57,44 @@ def uvicorn_settings(patience: Patience) -> dict[str, Any]:
     }
 
 
+class _StrictBuffer(ReceiveBuffer):
+    """h11's buffer, whose lines end with CR LF alone, and none of which continues the one before it.
+
+    Proxies read such heads, trailers and chunk sizes in other ways than h11, so one request could hide in another.
+    """
+
+    by_lines = False
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        """See h11."""
+        return self._strictly(super().maybe_extract_lines)
+
+    def maybe_extract_next_line(self) -> bytearray | None:
+        """See h11."""
+        return self._strictly(super().maybe_extract_next_line)
+
+    def _strictly(self, extract: Callable[[], T]) -> T:
+        self.by_lines = True
+        try:
+            return extract()
+        finally:
+            self.by_lines = False
+
+    def _extract(self, count: int) -> bytearray:
+        found = super()._extract(count)
+        if self.by_lines and LOOSE_LINE.search(found):
+            raise h11.RemoteProtocolError("a line does not end with CR LF, or continues the one before it")
+        return found
+
+
 class _Connection(h11.Connection):
-    """h11's reader, which takes no body in crumbs: each costs far more time to read than to send."""
+    """h11's reader, with strict lines, which takes no body in crumbs: each costs far more to read than to send."""
 
     chunks = chunked = 0
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._receive_buffer = _StrictBuffer()
 
     def next_event(self) -> Any:
         event = super().next_event()

@@ -20,7 +20,16 @@ from vismem.serving.writing import Delta, Ended, Event, Invoked, Started
 if TYPE_CHECKING:
     from vismem.serving.engine import Load
 
-ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/health", "/metrics", "/openapi.json")
+ROUTES = (
+    "/v1/chat/completions",
+    "/v1/models",
+    "/v1/models/{name}",
+    "/health",
+    "/metrics",
+    "/openapi.json",
+    "/docs",
+    "/",
+)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REFUSALS = {
     400: "invalid",

@@ -15,6 +15,8 @@ from typing import Any
 
 import uvicorn
 
+from vismem.serving.connections import Patience, uvicorn_settings
+
 log = logging.getLogger(__name__)
 
 
@@ -101,7 +103,7 @@ def serve(server: Server, bound: socket.socket) -> None:
 
 
 def config_of(app: Any, grace: float, **more: Any) -> uvicorn.Config:
-    """uvicorn's settings: quiet but for what goes wrong.
+    """uvicorn's settings: quiet but for what goes wrong, and with connections as in `connections.py`.
 
     Args:
         app: the application, with its guards.
@@ -115,5 +117,5 @@ def config_of(app: Any, grace: float, **more: Any) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=max(round(grace), 1),
         lifespan="on",
-        **more,
+        **{**uvicorn_settings(Patience()), **more},
     )

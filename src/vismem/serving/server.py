@@ -20,7 +20,7 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from vismem import __version__
-from vismem.serving import protocol
+from vismem.serving import page, protocol
 from vismem.serving.assembling import DONE, Assembly, ask_of, server_sent
 from vismem.serving.engine import Answering
 from vismem.serving.errors import ApiError, stopping
@@ -107,7 +107,7 @@ def application(engine: Answering, serving: Serving, metrics: Metrics | None = N
         title="VisMem",
         version=__version__,
         description="Chat with a vision-language model that has a latent vision memory, as with OpenAI's.",
-        docs_url=None,  # its page loads from another host
+        docs_url=None,  # FastAPI's own page loads from another host
         redoc_url=None,
         redirect_slashes=False,  # to where a Host header says
         lifespan=lifespan,
@@ -121,7 +121,7 @@ def application(engine: Answering, serving: Serving, metrics: Metrics | None = N
         invocation = serving.invocation_for(body)
         if app.state.stopping or not engine.ready():
             raise stopping()
-        assembly = Assembly(body, ask_of(body, invocation))
+        assembly = request.state.assembly = Assembly(body, ask_of(body, invocation))
         events = metrics.watched(within(engine.answer(assembly.ask), serving.answer_timeout))
         if not body.stream:
             async with aclosing(events):
@@ -159,6 +159,14 @@ def application(engine: Answering, serving: Serving, metrics: Metrics | None = N
         """Counts for Prometheus."""
         content, media_type = metrics.render()
         return Response(content, media_type=media_type)
+
+    @app.get("/", include_in_schema=False)
+    async def home() -> Response:
+        return page.home(serving.names, app.openapi())
+
+    @app.get("/docs", include_in_schema=False)
+    async def reference() -> Response:
+        return page.reference(app.openapi())
 
     app.openapi = lambda: described(app, serving.keyed)  # type: ignore[method-assign]
     return app
