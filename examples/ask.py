@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 import vismem
+from vismem.data.images import open_image
 from vismem.pocket import MEMORY_PATH, load_base
 
 defaults = [Path(__file__).parent / "shelf.png", "What does row 2 cost with its promotion?"]
@@ -14,7 +13,7 @@ picture, question = (sys.argv[1:] + defaults[len(sys.argv) - 1 :])[:2]
 base, processor = load_base()
 model = vismem.VisMem.from_pretrained(MEMORY_PATH, base=base, processor=processor)
 
-content = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": question}]
+content = [{"type": "image", "image": open_image(picture)}, {"type": "text", "text": question}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
     add_generation_prompt=True,

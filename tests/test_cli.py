@@ -19,10 +19,11 @@ import tiny
 
 import vismem
 from vismem import cli, loading
-from vismem.commands import ask, images
+from vismem.commands import ask
 from vismem.commands.loading import load
-from vismem.commands.parsing import Failure, policy
+from vismem.commands.parsing import policy
 from vismem.commands.streaming import Paper, Streamer
+from vismem.data import images
 from vismem.decoding.invocation import Forced, Random
 from vismem.pocket.world import digit_indices, load_handwriting
 
@@ -396,16 +397,11 @@ def test_bad_images(run, name, words):
     refused(run("ask", name, QUESTION), 1, words)
 
 
-def test_what_is_no_image_is_a_failure():
-    with pytest.raises(Failure, match=r"^image a\.png is empty$"):
-        images.decode(b"", "a.png")
-
-
 def test_unreadable_image(run, monkeypatch):
-    def deny(self, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(self))
+    def deny(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", deny)  # permissions do not bind root, who may run the tests
+    monkeypatch.setattr(images, "open", deny, raising=False)  # permissions do not bind root, who may run the tests
     refused(run("ask", "a.png", QUESTION), 1, "cannot read image a.png", "Permission denied")
 
 
@@ -419,9 +415,19 @@ def test_huge_images_are_refused_unopened(run, tmp_path, size):
     refused(run("ask", tmp_path / "huge.png", QUESTION), 1, "huge.png", "89,478,485 pixels")
 
 
-def test_endless_files_are_refused(run, monkeypatch):
+def test_only_regular_files_up_to_a_size_are_read(run, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MOST_BYTES", 2**20)
-    refused(run("ask", "/dev/zero", QUESTION), 1, "1 MiB")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(2**20 + 1)
+    refused(run("ask", "/dev/zero", QUESTION), 2, "image /dev/zero is a device, not a regular file")
+    refused(run("ask", tmp_path / "link.png", QUESTION), 2, "link.png is a device")
+    refused(run("ask", tmp_path / "pipe.png", QUESTION), 2, "pipe.png is a pipe")
+    refused(run("ask", tmp_path, QUESTION), 2, "is a folder")
+    refused(run("ask", tmp_path / "large.png", QUESTION), 1, "large.png is larger than 1 MiB, the limit")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(2**20 + 1))))
+    refused(run("ask", "-", QUESTION), 1, "standard input is larger than 1 MiB, the limit")
 
 
 def test_empty_standard_input(run, monkeypatch):

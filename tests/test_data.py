@@ -289,9 +289,11 @@ def test_a_bad_image_gives_way_to_the_next_row(folder, caplog, kind):
         ("data:image/png;base64,!!!", "not valid base64"),
         ("data:image/png,abc", "not base64"),
         ("https://example.com/a.png", "not fetched"),
-        ("images", "cannot read image"),
+        ("images", "images is a folder, not a regular file"),
         ({"bytes": None, "path": None}, "an image must be"),
         (5, "an image must be"),
+        ({"bytes": "text"}, "must be bytes"),
+        ("a" * 5000, "cannot read image .{0,200}: File name too long"),
         ("\0", "cannot read image"),
     ],
 )

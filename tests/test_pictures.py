@@ -19,7 +19,9 @@ import pytest
 
 pytest.importorskip("httpx")
 
-from PIL import GifImagePlugin, Image, ImageFile
+import numpy as np
+from PIL import GifImagePlugin, Image, ImageFile, ImageOps
+from transformers.image_transforms import convert_to_rgb
 
 from vismem.data.images import BadImage, TooManyPixels, open_image
 from vismem.serving.errors import ApiError
@@ -65,6 +67,18 @@ def turned(orientation: int) -> bytes:
     return b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
 
 
+def xmp(orientation: int) -> bytes:
+    return b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r:Description tiff:Orientation="%d"/></x:xmpmeta>' % orientation
+
+
+def seen_through(mode: str) -> Image.Image:
+    """The scene with a hole, black beneath, and an edge that is half transparent."""
+    made = scene(mode="RGBA")
+    made.paste((0, 0, 0, 0), (5, 4, 15, 12))
+    made.paste((0, 0, 0, 128), (15, 4, 20, 12))
+    return made.convert(mode)
+
+
 def uri(file: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(file).decode()}"
 
@@ -97,8 +111,13 @@ KINDS = {
     "png": lambda: file_of(scene(), "PNG"),
     "png, palette": lambda: file_of(scene(mode="P"), "PNG"),
     "png, transparent palette": lambda: file_of(scene(mode="P"), "PNG", transparency=3),
-    "png, alpha": lambda: file_of(scene(mode="RGBA"), "PNG"),
-    "png, grey and alpha": lambda: file_of(scene(mode="LA"), "PNG"),
+    "png, palette of alphas": lambda: file_of(scene(mode="P"), "PNG", transparency=bytes([0, 99, 128, 255] * 64)),
+    "png, transparent palette, turned": lambda: file_of(scene(mode="P"), "PNG", transparency=3, exif=turned(6)),
+    "png, transparent colour": lambda: file_of(scene(), "PNG", transparency=(250, 10, 10)),
+    "png, alpha": lambda: file_of(seen_through("RGBA"), "PNG"),
+    "png, alpha, turned": lambda: file_of(seen_through("RGBA"), "PNG", exif=turned(5)),
+    "png, grey and alpha": lambda: file_of(seen_through("LA"), "PNG"),
+    "png, transparent grey": lambda: file_of(scene(mode="L"), "PNG", transparency=scene(mode="L").getpixel((0, 0))),
     "png, bits": lambda: file_of(scene(mode="1"), "PNG"),
     "png, 16 bits": lambda: file_of(Image.new("I;16", (9, 7), 40_000), "PNG"),
     "png, animated": lambda: file_of(scene(), "PNG", save_all=True, append_images=[scene(mode="L").convert("RGB")]),
@@ -110,7 +129,7 @@ KINDS = {
     "jpeg, comment and profile": lambda: file_of(scene(), "JPEG", comment="x" * 999, icc_profile=b"p" * 70_000),
     "jpeg of several": lambda: file_of(scene(), "MPO", save_all=True, append_images=[scene(20, 10)]),
     "webp": lambda: file_of(scene(), "WEBP"),
-    "webp, lossless and alpha": lambda: file_of(scene(mode="RGBA"), "WEBP", lossless=True),
+    "webp, lossless and alpha": lambda: file_of(seen_through("RGBA"), "WEBP", lossless=True, exact=True),
     "webp, animated": lambda: file_of(scene(), "WEBP", save_all=True, append_images=[scene(mode="L").convert("RGB")]),
     "webp, profile": lambda: file_of(scene(), "WEBP", icc_profile=b"p" * 5001),
     "gif": lambda: file_of(scene(), "GIF"),
@@ -122,6 +141,10 @@ KINDS = {
     **{f"jpeg, turned {i}": lambda i=i: file_of(scene(), "JPEG", exif=b"Exif\0\0" + turned(i)) for i in range(10)},
     **{f"png, turned {i}": lambda i=i: file_of(scene(), "PNG", exif=turned(i)) for i in (1, 5, 6, 8)},
     **{f"webp, turned {i}": lambda i=i: file_of(scene(), "WEBP", exif=turned(i)) for i in (1, 3, 6, 7)},
+    "jpeg, turned by xmp": lambda: file_of(scene(), "JPEG", xmp=xmp(6)),
+    "png, turned by xmp": lambda: png(9, 7, chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(6))),
+    "webp, turned by xmp": lambda: file_of(scene(), "WEBP", xmp=xmp(6)),
+    "jpeg, turned by exif, not xmp": lambda: file_of(scene(), "JPEG", exif=b"Exif\0\0" + turned(8), xmp=xmp(6)),
 }
 
 
@@ -130,6 +153,15 @@ def test_a_picture_is_what_it_is_elsewhere_in_vismem(kind: str) -> None:
     file = KINDS[kind]()
     found, wanted = fetched(uri(file)), open_image(file, Path())
     assert found.mode == "RGB" and found.size == wanted.size and found.tobytes() == wanted.tobytes()
+    if "by xmp" in kind:
+        assert found.height > found.width
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "16 bits" not in kind])
+def test_a_picture_is_what_transformers_makes_of_it(kind: str) -> None:
+    """It turns pictures first, and lays them on white then."""
+    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(KINDS[kind]())))
+    assert (np.asarray(fetched(uri(KINDS[kind]()))) == convert_to_rgb(picture, return_numpy=True)).all()
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])

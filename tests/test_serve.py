@@ -20,7 +20,7 @@ import openai
 import pytest
 import tiny
 from loopback import connected, post
-from PIL import Image
+from PIL import Image, ImageOps
 from starlette.requests import Request
 
 from vismem.decoding.invocation import read_policy
@@ -129,6 +129,14 @@ def test_the_words_are_the_models(client, model, invocation):
     words = len(model.processor.tokenizer.encode(text, add_special_tokens=False)) + 1
     assert found.usage.completion_tokens == words
     assert found.usage.total_tokens == found.usage.prompt_tokens + words
+
+
+def test_transparent_pictures_are_what_the_base_makes_of_them(client, model):
+    grey = SHELF.convert("L")
+    nothing = Image.new("L", grey.size)
+    ink = Image.merge("RGBA", (nothing, nothing, nothing, ImageOps.invert(grey)))
+    answer = ask(client, user(QUESTION, ink)).choices[0].message.content
+    assert answer == own(model, pictures=[ink])[0] != own(model, pictures=[ink.convert("RGB")])[0]
 
 
 def test_a_stream_is_the_answer_in_pieces(client):

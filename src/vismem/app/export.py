@@ -16,6 +16,7 @@ import vismem
 from vismem.app.findings import Inspection
 from vismem.app.maps import data_url
 from vismem.app.panels import CSS, answer_html, environment, panel, timeline
+from vismem.data.images import to_rgb
 from vismem.evaluation.marks import Piece
 
 LARGEST = 720  # pixels of the longer side of a picture
@@ -105,6 +106,6 @@ def shown(reply: Reply, turn: int, place: int) -> dict[str, Any]:
 
 def picture_url(picture: Image.Image) -> str:
     """A picture as an address, of `LARGEST` pixels at most."""
-    copy = picture.convert("RGB")
+    copy = to_rgb(picture)
     copy.thumbnail((LARGEST, LARGEST))
     return data_url(copy)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vismem.app.findings import Candidate, HeatMap, Inspection, Later, Looked, Moment, NextWord, Read, Token
 from vismem.config import KINDS, Kind
+from vismem.data.images import to_rgb
 from vismem.decoding.text import Detokenizer
 from vismem.decoding.trace import Rollout
 from vismem.evaluation.attention import SlotAttention, attention_to_slots
@@ -119,7 +120,7 @@ def attempted(find: Callable[[], T]) -> tuple[T | None, str]:
 
 def smaller(picture: Image.Image) -> Image.Image:
     """A copy of a picture, of `LARGEST` pixels at most."""
-    copy = picture.convert("RGB")
+    copy = to_rgb(picture)
     copy.thumbnail((LARGEST, LARGEST))
     return copy
 

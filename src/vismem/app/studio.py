@@ -20,6 +20,7 @@ from torch import Tensor
 from vismem.app.findings import Inspection
 from vismem.app.inspection import inspect_answer
 from vismem.app.session import Conversation, Refused, Reply, Settings, Side, Turn, one_line
+from vismem.data.images import BadImage, read_file
 from vismem.decoding.generation import context_of
 from vismem.decoding.invocation import Policy
 from vismem.decoding.requests import Request
@@ -249,7 +250,7 @@ def pixels_of(pictures: Sequence[Image.Image]) -> int:
 
 
 def read_picture(path: str | Path, name: str | None = None, left: int = ALL_PIXELS) -> Image.Image:
-    """A picture from a file, upright and in colour, by the rules and with the care that `Pictures.decode` has.
+    """Reads a picture from a file as `Pictures.decode` does, with its limits.
 
     Args:
         path: where it lies.
@@ -262,8 +263,8 @@ def read_picture(path: str | Path, name: str | None = None, left: int = ALL_PIXE
     name = name or Path(path).name
     try:
         with DECODING:  # one at a time: while it is decoded a picture takes many times its size
-            return Pictures(PictureLimits(pixels=max(min(MOST_PIXELS, left), 1))).decode([Path(path).read_bytes()])[0]
-    except OSError as error:
+            return Pictures(PictureLimits(pixels=max(min(MOST_PIXELS, left), 1))).decode([read_file(Path(path))])[0]
+    except BadImage as error:
         raise Refused(f"Image {name} is no longer here: drop it in again.") from error
     except ApiError as error:
         if error.status == 413 and left < MOST_PIXELS:

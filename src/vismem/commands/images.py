@@ -4,50 +4,42 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vismem.commands.parsing import Failure, Misuse
 
-MOST_BYTES = 512 * 2**20
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
-def read_images(names: list[str]) -> list:
-    """The images of those paths, as RGB pictures, upright; `-` is standard input, once.
+def read_images(names: list[str]) -> list[Image]:
+    """The images at those paths, as `vismem.data.images.open_image` gives them; `-` is standard input, once.
 
     Raises:
-        Misuse: if a path is not there or is a folder, or if standard input is named twice.
-        Failure: if a file cannot be read, is no whole image, or has more pixels than `vismem.data.images` allows.
+        Misuse: if a path names no regular file, or standard input is named twice or has nothing piped into it.
+        Failure: if an image cannot be read, is no whole image, or is beyond the limits of `vismem.data.images`.
     """
+    from vismem.data.images import BadImage, NoImageFileError, open_image
+
     if names.count("-") > 1:
         raise Misuse("standard input (-) can be read once only")
-    return [decode(read_bytes(name), "standard input" if name == "-" else name) for name in names]
-
-
-def read_bytes(name: str) -> bytes:
-    """The content of a file or of standard input, up to a limit that no image within ours comes near."""
     try:
-        if name == "-":
-            if sys.stdin is None or sys.stdin.isatty():
-                raise Misuse("no image on standard input: pipe one in, as in `vismem ask - QUESTION < image.png`")
-            content = sys.stdin.buffer.read(MOST_BYTES + 1)
-        else:
-            with Path(name).open("rb") as file:
-                content = file.read(MOST_BYTES + 1)
-    except FileNotFoundError as error:
-        raise Misuse(f"no such image: {name}") from error
-    except IsADirectoryError as error:
-        raise Misuse(f"{name} is a folder, not an image") from error
-    except (OSError, ValueError) as error:
-        raise Failure(f"cannot read image {name}: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > MOST_BYTES:
-        raise Failure(f"image {name} is larger than {MOST_BYTES // 2**20} MiB, the limit")
-    return content
-
-
-def decode(content: bytes, name: str):
-    """Bytes as an RGB picture, turned as its EXIF data says."""
-    from vismem.data.images import BadImage, open_image
-
-    try:
-        return open_image({"bytes": content, "path": name}, Path())
+        return [open_image(_standard_input() if name == "-" else Path(name)) for name in names]
+    except NoImageFileError as error:
+        raise Misuse(str(error)) from error
     except BadImage as error:
         raise Failure(str(error)) from error
+
+
+def _standard_input() -> dict[str, str | bytes]:
+    from vismem.data.images import MOST_BYTES
+
+    if sys.stdin is None or sys.stdin.isatty():
+        raise Misuse("no image on standard input: pipe one in, as in `vismem ask - QUESTION < image.png`")
+    try:
+        content = sys.stdin.buffer.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise Failure(f"cannot read standard input: {error.strerror or error}") from error
+    if len(content) > MOST_BYTES:
+        raise Failure(f"the image on standard input is larger than {MOST_BYTES // 2**20} MiB, the limit")
+    return {"bytes": content, "path": "on standard input"}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem import files
+from vismem.data.images import to_rgb
 from vismem.evaluation.looks import Look
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Panel:
 
 def enlarged(picture: Image.Image, side: int = 256) -> Image.Image:
     """A picture whose longer side has `side` pixels or little less; small ones keep their hard pixels."""
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture)
     longer = max(picture.size)
     if longer * 2 <= side:
         factor = side // longer

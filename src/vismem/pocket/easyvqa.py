@@ -10,7 +10,8 @@ from functools import lru_cache
 from random import Random
 
 import numpy as np
-from PIL import Image
+
+from vismem.data.images import open_image
 
 
 def _package():
@@ -43,7 +44,7 @@ def _paths(split: str) -> dict[int, str]:
 @lru_cache(maxsize=8192)
 def picture(split: str, image: int) -> np.ndarray:
     """An image of a split: uint8 [64, 64, 3]."""
-    return np.asarray(Image.open(_paths(split)[image]).convert("RGB"))
+    return np.asarray(open_image(_paths(split)[image]))
 
 
 def sample_image(rng: Random, split: str) -> tuple[np.ndarray, list[tuple[str, str]]]:

@@ -12,28 +12,18 @@ import functools
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import anyio
 import httpx
 from PIL import Image
 
 from vismem import __version__
-from vismem.data.images import BadImage, TooManyPixels, open_image, read_data_uri
+from vismem.data.images import BadImage, TooManyPixels, open_image, read_data_uri, turned
 from vismem.serving.addresses import Address, Place, Resolve, is_public, place_of, read_hosts, read_url, resolve
 from vismem.serving.errors import ApiError
 from vismem.serving.stripping import stripped
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whose decoders can be reached from outside; of GIF the first frame
-TURNS = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 MOST_STRETCHED = 200  # a line of many pixels, made as wide as models want pictures, is many times its size
 MOST_HEAD = 256  # characters of a data URI before its data
 
@@ -104,7 +94,7 @@ class Pictures:
         return files
 
     def decode(self, files: Sequence[bytes]) -> list[Image.Image]:
-        """Pictures of these files: RGB, upright. Sizes are read from the files' heads, before anything is decoded.
+        """Pictures of these files, as `vismem.data.images.open_image` makes them. Sizes are checked before decoding.
 
         Raises:
             ApiError: if one is no whole image of the `FORMATS`, or hardly more than a line, or has too many pixels, or
@@ -114,7 +104,7 @@ class Pictures:
         for file in files:
             try:
                 plain, orientation = stripped(file)
-                picture = open_image(plain, Path(), most_pixels=min(self.limits.pixels, left), formats=FORMATS)
+                picture = open_image(plain, most_pixels=min(self.limits.pixels, left), formats=FORMATS)
             except TooManyPixels as error:
                 raise self._too_many_pixels() from error
             except BadImage as error:
@@ -122,7 +112,7 @@ class Pictures:
             if max(picture.size) > MOST_STRETCHED * min(picture.size):
                 raise _bad(f"its longer side is more than {MOST_STRETCHED} times its shorter one")
             left -= picture.width * picture.height
-            pictures.append(picture.transpose(TURNS[orientation]) if orientation in TURNS else picture)
+            pictures.append(turned(picture, orientation))
         return pictures
 
     async def _file(self, url: str, most: int) -> bytes:

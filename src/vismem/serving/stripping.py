@@ -7,10 +7,11 @@ A file is walked part by part, never decoded; what does not look like its format
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 
-from vismem.data.images import BadImage
+from vismem.data.images import ORIENTATION, BadImage
 
 MOST_PARTS = 20_000  # of a file; PNG by the common encoders has one in 8 kB
 MOST_SCANS = 100  # of a JPEG: each goes over all of the picture, however few bytes it has
@@ -18,11 +19,12 @@ PNG, PNG_KEPT = b"\x89PNG\r\n\x1a\n", (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEN
 WEBP_KEPT = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 WEBP_METADATA = 0x2C  # flags of VP8X: profile, EXIF, XMP
 JPEG_KEPT = (0xE0, 0xEE)  # of the application's segments, those that tell the colours' meaning: JFIF, Adobe
-ORIENTATION = 0x0112
+PNG_XMP, JPEG_XMP = b"XML:com.adobe.xmp\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # the former not compressed
+XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
 def stripped(file: bytes) -> tuple[bytes, int]:
-    """The picture's own parts of a file, and its EXIF orientation (1 to 8; 1 is upright).
+    """The picture's own parts of a file, and its orientation by EXIF, else by XMP (1 to 8; 1 is upright).
 
     Args:
         file: PNG, JPEG, WebP, GIF; any other comes back as it is.
@@ -45,7 +47,7 @@ def stripped(file: bytes) -> tuple[bytes, int]:
 
 
 def _png(file: bytes) -> tuple[bytes, int]:
-    kept, orientation, at = [PNG], 1, len(PNG)
+    kept, exif, xmp, at = [PNG], b"", b"", len(PNG)
     for _ in _parts():
         length, kind = struct.unpack_from(">I4s", file, at)
         end = at + 12 + length
@@ -54,15 +56,17 @@ def _png(file: bytes) -> tuple[bytes, int]:
         if kind in PNG_KEPT:
             kept.append(file[at:end])
         elif kind == b"eXIf":
-            orientation = orientation_of(file[at + 8 : at + 8 + length])
+            exif = file[at + 8 : at + 8 + length]
+        elif kind == b"iTXt" and file.startswith(PNG_XMP, at + 8):
+            xmp = file[at + 8 : at + 8 + length]
         if kind == b"IEND":
-            return b"".join(kept), orientation
+            return b"".join(kept), orientation_of(exif, xmp)
         at = end
     raise AssertionError
 
 
 def _jpeg(file: bytes) -> tuple[bytes, int]:
-    kept, orientation, at = [b"\xff\xd8"], 1, 2
+    kept, exif, xmp, at = [b"\xff\xd8"], b"", b"", 2
     for _ in _parts():
         fill, marker = file[at], file[at + 1]
         if fill != 0xFF:
@@ -73,11 +77,13 @@ def _jpeg(file: bytes) -> tuple[bytes, int]:
         if marker == 0xDA:
             if file.count(b"\xff\xda", at) > MOST_SCANS:
                 raise BadImage(f"it has more than {MOST_SCANS} scans")
-            return b"".join(kept) + file[at:], orientation
+            return b"".join(kept) + file[at:], orientation_of(exif, xmp)
         (length,) = struct.unpack_from(">H", file, at + 2)
         segment = file[at : at + 2 + length]
         if marker == 0xE1 and segment[4:10] == b"Exif\0\0":
-            orientation = orientation_of(segment[10:])
+            exif = segment[10:]
+        elif marker == 0xE1 and segment.startswith(JPEG_XMP, 4):
+            xmp = segment
         if marker in JPEG_KEPT or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept.append(segment)
         at += 2 + length
@@ -85,7 +91,7 @@ def _jpeg(file: bytes) -> tuple[bytes, int]:
 
 
 def _webp(file: bytes) -> tuple[bytes, int]:
-    kept, orientation, at = [], 1, 12
+    kept, exif, xmp, at = [], b"", b"", 12
     for _ in _parts():
         if at + 8 > len(file):
             break
@@ -96,10 +102,12 @@ def _webp(file: bytes) -> tuple[bytes, int]:
         elif kind in WEBP_KEPT:
             kept.append(file[at:end])
         elif kind == b"EXIF":
-            orientation = orientation_of(file[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
+            exif = file[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0")
+        elif kind == b"XMP ":
+            xmp = file[at + 8 : at + 8 + length]
         at = end
     body = b"WEBP" + b"".join(kept)
-    return b"RIFF" + struct.pack("<I", len(body)) + body, orientation
+    return b"RIFF" + struct.pack("<I", len(body)) + body, orientation_of(exif, xmp)
 
 
 def _gif(file: bytes) -> bytes:
@@ -127,11 +135,16 @@ def _parts() -> Iterator[int]:
     raise BadImage(f"the file has more than {MOST_PARTS} parts")
 
 
-def orientation_of(exif: bytes) -> int:
-    """The orientation in EXIF data, which begin with a TIFF head; 1 where there is none to be read."""
+def orientation_of(exif: bytes, xmp: bytes = b"") -> int:
+    """Reads the orientation from EXIF data, which begin with a TIFF header, else from XMP; 1 if neither has one."""
+    said = XMP_ORIENTATION.search(xmp)
+    return _by_exif(exif) or (int(said[1]) if said else 1)
+
+
+def _by_exif(exif: bytes) -> int | None:
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
-        return 1
+        return None
     try:
         (at,) = struct.unpack_from(f"{order}I", exif, 4)
         (entries,) = struct.unpack_from(f"{order}H", exif, at)
@@ -141,4 +154,4 @@ def orientation_of(exif: bytes) -> int:
                 return value if (kind, count) == (3, 1) and 1 <= value <= 8 else 1
     except struct.error:
         pass
-    return 1
+    return None

@@ -14,6 +14,7 @@ from importlib.resources import files
 from PIL import Image
 
 from vismem.config import Kind
+from vismem.data.images import open_image
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Example:
         """Its pictures: one or none."""
         if self.picture is None:
             return []
-        with (files(__package__) / self.picture).open("rb") as file, Image.open(file) as image:
-            return [image.convert("RGB")]
+        return [open_image((files(__package__) / self.picture).read_bytes())]
 
 
 @lru_cache(maxsize=1)

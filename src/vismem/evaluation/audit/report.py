@@ -116,7 +116,7 @@ def picture(image: Any) -> str:
     small = image.copy()
     small.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
-    small.convert("RGB").save(file, "PNG")
+    small.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vismem.data.images import BadImage, open_image
@@ -51,6 +50,6 @@ def row_of(name: str, messages: Sequence[dict[str, Any]], mark: str | None = Non
 
 def _picture(name: str, number: int, value: Any) -> Any:
     try:
-        return open_image(value, Path())
+        return open_image(value)
     except BadImage as error:
         raise ValueError(f"{name}, image {number}: {error}") from error

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+from vismem.data.images import MOST_BYTES, BadImage
+
 
 def message(pictures: Iterable[Any], text: str) -> list[dict[str, Any]]:
     """One user message: the pictures, then the text."""
@@ -29,6 +31,7 @@ def picture(root: str, name: str) -> str | bytes:
 
     Raises:
         FileNotFoundError: if it is not there; says where it was looked for.
+        BadImage: if it is larger than `vismem.data.images.MOST_BYTES` in its archive.
     """
     place = Path(root)
     folder, beside = (place.with_suffix(""), place) if place.suffix == ".zip" else (place, Path(f"{place}.zip"))
@@ -75,4 +78,7 @@ def _from_archive(path: str, name: str) -> bytes:
     inside = [one for one in names if one == name or one.endswith(f"/{name}")]
     if not inside:
         raise FileNotFoundError(f"no picture {name} in the archive {path}")
-    return archive.read(min(inside, key=len))
+    found = archive.getinfo(min(inside, key=len))
+    if found.file_size > MOST_BYTES:
+        raise BadImage(f"picture {name} in the archive {path} is larger than {MOST_BYTES // 2**20} MiB, the limit")
+    return archive.read(found)
