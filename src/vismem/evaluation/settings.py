@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vismem.data.layouts import check_columns
 from vismem.training.arguments import read_change, read_mapping
 from vismem.training.baselines import CONFIG_FILE as ADAPTER_FILE
 from vismem.training.stages import BASELINES
@@ -36,6 +37,7 @@ class Benchmark:
         subtask: the column that tells its sub-tasks.
         limit: the first so many questions only.
         max_new_tokens: where it is not the evaluation's.
+        columns: names of the data's columns that differ, from ours to theirs.
     """
 
     name: str
@@ -47,8 +49,11 @@ class Benchmark:
     subtask: str = ""
     limit: int | None = None
     max_new_tokens: int | None = None
+    columns: Any = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.columns, str):  # as of a key
+            check_columns(self.columns)
         if bool(self.data) == bool(self.task):
             raise ValueError(f"benchmark {self.name!r} must have either data=FILE or task=LMMS_EVAL_TASK")
 

@@ -17,8 +17,10 @@ import torch
 from transformers import TrainingArguments
 
 from vismem.config import VisMemConfig
+from vismem.data.layouts import check_columns
 from vismem.training.stages import BASELINES, PLANS, STAGES, Plan
 
+NO_EVALUATION = "training does not evaluate: leave out eval_dataset and eval_strategy, and run `vismem eval` afterwards"
 SECTIONS = (*STAGES, *BASELINES)  # of a file of settings
 
 
@@ -38,6 +40,7 @@ class MemoryTrainingArguments(TrainingArguments):
         data: JSONL file, folder or hub name (`docs/data.md`); `"pocket"` is the pocket world (`"pocket:late"`: its
             late questions alone).
         split, streaming, strict, max_bad_rows, max_rows: how the data is read.
+        columns: names of the data's columns that differ, from ours to theirs: `{"prompt": "question"}`.
         rewards: reward functions: names, import paths, or mappings with `weight` and options (`docs/rewards.md`).
         group_size: G, trajectories per prompt.
         temperature: of sampling; log-probabilities are taken at the same one.
@@ -73,6 +76,7 @@ class MemoryTrainingArguments(TrainingArguments):
     strict: bool = False
     max_bad_rows: int = 10
     max_rows: int | None = None
+    columns: dict[str, str] | None = None
     rewards: Any = field(default_factory=lambda: ["exact"])
     group_size: int = 16
     temperature: float = 1.0
@@ -115,6 +119,9 @@ class MemoryTrainingArguments(TrainingArguments):
         own: Any = self.accelerator_config or {}
         self.accelerator_config = {"dispatch_batches": False, **own}
         super().__post_init__()
+        if self.eval_strategy != "no" or self.do_eval or self.eval_on_start or self.load_best_model_at_end:
+            raise ValueError(NO_EVALUATION)
+        check_columns(self.columns)
         one_of = {
             "stage": tuple(PLANS),
             "dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 
@@ -20,16 +21,20 @@ from transformers import Trainer
 from vismem.data import Row
 from vismem.model import VisMem
 from vismem.training import grpo
-from vismem.training.arguments import MemoryTrainingArguments
+from vismem.training.arguments import NO_EVALUATION, MemoryTrainingArguments
 from vismem.training.baselines import adapter_of, without_adapter
 from vismem.training.checkpoints import WholeCheckpoints, last_checkpoint
 from vismem.training.experience import Collector, Experience, inputs_of
 from vismem.training.figures import Figures, Samples
 from vismem.training.replay import Learner, collate, without_memory
 from vismem.training.rewards import load_rewards
+from vismem.training.rows import training_rows
 from vismem.training.sampler import PromptSampler
 from vismem.training.sharding import make_shardable, whole
 from vismem.training.supervised import supervised_batch
+
+EVALUATION = ("eval_dataset", "compute_metrics", "preprocess_logits_for_metrics")  # of transformers' trainer
+FIXED = ("data_collator", "compute_loss_func", "model_init")  # likewise, but the method's own here
 
 
 class TrainingDivergedError(RuntimeError):
@@ -43,10 +48,14 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         model: the model whose memory is trained; its base stays as it is, bit for bit. In a baseline an adapter that
             the base has is trained further, or a new one is added.
         args: of the stage.
-        train_dataset: `Row`s, as `vismem.data.load_dataset_rows` gives them.
+        train_dataset: a `datasets.Dataset` or `IterableDataset`, a list of dictionaries, a file's name, or `Row`s;
+            read by `vismem.data.load_dataset_rows`.
         reward_funcs: a function of TRL's signature, a name, an import path, or a list of them; by default those that
             `args.rewards` names.
         callbacks, optimizers: as in transformers.
+
+    Raises:
+        ValueError: if something is given that training does not use, such as an `eval_dataset`.
 
     Example:
         >>> args = MemoryTrainingArguments("runs/one", stage="stage1", learning_rate=5e-5, max_steps=100)
@@ -60,11 +69,16 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         self,
         model: VisMem,
         args: MemoryTrainingArguments,
-        train_dataset: Dataset[Row],
+        train_dataset: Any,
         reward_funcs: str | Callable[..., Any] | list[str | Callable[..., Any]] | None = None,
         **kwargs: Any,
     ) -> None:
+        if any(kwargs.get(name) is not None for name in EVALUATION):
+            raise ValueError(NO_EVALUATION)
+        if own := sorted(name for name in FIXED if kwargs.pop(name, None) is not None):
+            raise ValueError(f"MemoryTrainer has its own {own[0]}; leave it out")
         self.vismem = model
+        rows = training_rows(train_dataset, args, model)
         model.memory.float()
         model.tokens.float()
         model.base.requires_grad_(False)
@@ -73,7 +87,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             for parameter in model.parameters_of(part):
                 parameter.requires_grad_(part in args.plan.trains)
         super().__init__(
-            Learner(model, adapter), args, data_collator=cast(Any, list), train_dataset=train_dataset, **kwargs
+            Learner(model, adapter), args, data_collator=cast(Any, list), train_dataset=cast(Any, rows), **kwargs
         )
         if getattr(model.base, "hf_device_map", None) is None and not getattr(model.base, "is_quantized", False):
             model.base.to(args.device)
@@ -103,12 +117,37 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
 
     # What the Trainer asks for.
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; leaves what it trained in evaluation mode."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and leaves what it trained in evaluation mode.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest one of `output_dir`, if there is one.
+            *args, **kwargs: as in transformers.
+
+        Raises:
+            ValueError: if this trainer has trained before, or `output_dir` holds a run that is not to be resumed.
+        """
+        folder = Path(str(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(folder)
+        elif not resume_from_checkpoint:
+            if self.state.global_step:
+                raise ValueError("this trainer has trained already: make a new one, with another output_dir")
+            if last_checkpoint(folder) or (folder / self.args.plan.result).exists():
+                raise ValueError(
+                    f"{folder} holds a run already: go on with train(resume_from_checkpoint=True), "
+                    "or choose another output_dir"
+                )
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.learner.eval()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: answers are evaluated by `vismem eval`."""
+        raise ValueError(NO_EVALUATION)
+
+    predict = evaluate
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset

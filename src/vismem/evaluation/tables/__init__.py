@@ -57,7 +57,9 @@ def make(names: Sequence[str], settings: Settings, command: str) -> list[Path]:
             TABLES[name](runs)
     runs.rehearsing = False
     for name in names:
+        runs.failures.clear()
         table = TABLES[name](runs)
+        table.notes.extend(runs.failures_note())
         folder = Path(settings.output_dir)
         found += write(table, folder, command.replace("{}", name, 1))
         draw(table, folder / f"{name}.png")
