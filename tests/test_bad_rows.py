@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -12,6 +13,10 @@ from PIL import Image
 from test_trainer import equip, low, settings
 
 from vismem.data import BadDataError, Row, load_dataset_rows
+from vismem.evaluation.answering import answer
+from vismem.evaluation.records import RecordFile
+from vismem.evaluation.settings import settings_of
+from vismem.evaluation.tables import make
 from vismem.training.trainer import MemoryTrainer
 
 TALL = Image.new("RGB", (1, 300))  # Qwen's processor takes no picture that is over 200 times as high as wide
@@ -130,3 +135,88 @@ def test_a_missing_image_is_found_when_the_rows_are_opened(tmp_path, caplog):
     for kind in (table, table.cast_column("image", datasets.Image())):
         rows = load_dataset_rows(kind)
         assert len(rows) == 1 and "no such image" in rows.reports.found[0][1]
+
+
+# What the trainer is given.
+
+
+def test_the_trainer_takes_what_trl_takes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    raw = [{"question": row["prompt"], "image": row["images"][0], "answer": "a"} for row in records(4)]
+    table = datasets.Dataset.from_list(raw)
+    for number, source in enumerate((raw, table, table.to_iterable_dataset())):
+        done = run(tmp_path / str(number), "warmup", source, max_steps=1)
+        assert len(done.met[0][0]) == 2
+    renamed = table.rename_columns({"question": "q", "answer": "gt"})
+    columns = {"prompt": "q", "answer": "gt"}
+    done = run(tmp_path / "renamed", "warmup", renamed, max_steps=1, columns=columns)
+    assert done.train_dataset[0].answer == "a"
+
+
+def test_what_training_does_not_use_is_refused(tmp_path):
+    model, args, rows = equip("qwen2_5_vl"), settings(tmp_path, "warmup"), test_trainer.rows(2)
+    for given in ({"eval_dataset": rows}, {"compute_metrics": len}):
+        with pytest.raises(ValueError, match=r"training does not evaluate: .* run `vismem eval`"):
+            MemoryTrainer(model, args, rows, **given)
+    for given in ({"eval_strategy": "steps", "eval_steps": 1}, {"do_eval": True}, {"eval_on_start": True}):
+        with pytest.raises(ValueError, match="training does not evaluate"):
+            settings(tmp_path, "warmup", **given)
+    with pytest.raises(ValueError, match="has its own data_collator"):
+        MemoryTrainer(model, args, rows, data_collator=list)
+    with pytest.raises(ValueError, match="needs a train_dataset"):
+        MemoryTrainer(model, args, None)
+    with pytest.raises(ValueError, match="training does not evaluate"):
+        MemoryTrainer(model, args, rows).evaluate()
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path):
+    done = run(tmp_path, "warmup", records(4), max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="this trainer has trained already"):
+        done.train()
+    with pytest.raises(ValueError, match=r"holds a run already: go on with train\(resume_from_checkpoint=True\)"):
+        run(tmp_path, "warmup", records(4), max_steps=1)
+    again = run(tmp_path, "warmup", records(4), resume=True, max_steps=2)
+    assert again.state.global_step == 2 and len(again.met) == 1
+    other = run(tmp_path / "other", "warmup", records(4), max_steps=1)
+    other.vismem.base.name_or_path = "tiny"
+    other.save_model()
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(tmp_path / "other", "warmup", records(4), max_steps=1)
+
+
+# Evaluation.
+
+
+def test_a_question_that_cannot_be_asked_is_recorded_and_the_rest_kept(tmp_path, caplog):
+    model, rows = equip("qwen2_5_vl"), test_trainer.rows(3)
+    rows[1] = Row("tall", rows[1].prompt, [TALL], "a", "a", {"task": "sum"})
+    store = RecordFile(tmp_path / "a.jsonl", {})
+    found = answer(model, rows, "contains", batch_size=2, max_new_tokens=4, store=store)
+    assert [record.id for record in found] == ["row-0", "tall", "row-2"]
+    assert [record.finish == "error" for record in found] == [False, True, False]
+    assert "aspect ratio" in found[1].error and found[1].score == 0.0 and found[1].columns == {"task": "sum"}
+    assert "1 of 3 questions failed and count as wrong; the first: tall: " in caplog.text
+    assert RecordFile(tmp_path / "a.jsonl", {}).records == {record.id: record for record in found}
+    with pytest.raises(ValueError, match="none of 1 questions can be answered; the first: tall"):
+        answer(model, rows[1:2], "contains", max_new_tokens=4)
+
+
+def test_tables_say_how_many_questions_failed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.picture(0, (64, 64)).save("good.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:-400])
+    questions = [
+        {"q": "How many?", "answer": "3", "image": "good.png"},
+        {"q": "How many?", "answer": "3", "image": "broken.png"},
+        {"q": "How many?", "answer": "3", "image": "gone.png"},
+        {"q": "How many?" * 5000, "answer": "3", "image": "good.png"},
+        {"q": "How many?"},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
+    benchmark = {"name": "cups", "data": "t.jsonl", "columns": {"prompt": "q"}}
+    values = {"base": "pocket", "output_dir": "out", "max_new_tokens": 4, "methods": [{"name": "vanilla"}]}
+    make(["main"], settings_of({**values, "benchmarks": [benchmark]}), "vismem eval tables {}")
+    table = json.loads((tmp_path / "out" / "main.json").read_text())
+    assert [cell["n"] for cell in table["cells"]] == [5]
+    assert "Failed questions, which count as wrong: 4 of 5 in cups." in table["notes"]
+    assert "4 of 5 in cups" in (tmp_path / "out" / "main.md").read_text()

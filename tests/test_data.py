@@ -637,6 +637,48 @@ def test_converters_write_whole_files_or_none(tmp_path, images):
     assert out.read_text() == "as it was"
 
 
+def test_no_record_ends_a_converter(tmp_path, images):
+    """Whatever one record holds, it is one bad row, in a file of lines and in an array."""
+    good, path = visual_cot(0), "cot/vsr/0.png"
+    turns = good["conversations"]
+    bad = [
+        visual_cot(0, conversations=[{**turns[0], "from": ["human"]}, *turns[1:]]),
+        visual_cot(0, conversations=[{**turns[0], "value": {"a": 1}}, *turns[1:]]),
+        visual_cot(0, conversations=[None, 5]),
+        visual_cot(0, conversations={"a": 1}),
+        visual_cot(0, answer="half \ud800"),
+        visual_cot(0, note=["\udfff"]),
+        visual_cot(0, image=["x" * 5000]),
+        visual_cot(0, image=["a\0b"]),
+        visual_cot(0, image=[5]),
+        visual_cot(0, image={"path": path}),
+        visual_cot(0, image=[path, f"{path}###[1.2.3, 1, 1, 1]"]),
+        visual_cot(0, image=[path, f"{path}###[{'9' * 5000}, 1, 1, 1]"]),
+        visual_cot(0, answer="<image>"),
+        visual_cot(0, answer=""),
+        visual_cot(0, answer=float("nan")),
+        float("nan"),
+        [],
+        None,
+        "text",
+    ]
+    deep = "[" * 100_000 + "]" * 100_000
+    lines = [json.dumps(record) for record in [*bad, good]]
+    lines[1:1] = [f'{{"conversations": {deep}}}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    (tmp_path / "t.json").write_bytes(f"[{','.join(lines)}".encode() + b', {"image": "\xff"}]')
+    for name in ("t.jsonl", "t.json"):
+        for convert in (convert_visual_cot, convert_mulberry):
+            if convert is convert_visual_cot:
+                assert convert(tmp_path / name, tmp_path / "out.jsonl", images, max_bad_rows=None) == 1
+                assert len(load_dataset_rows(tmp_path / "out.jsonl", strict=True)) == 1
+            with pytest.raises(BadDataError, match="more than max_bad_rows=3"):
+                convert(tmp_path / name, tmp_path / "out.jsonl", images, max_bad_rows=3)
+    for wrong in ({"limit": 0}, {"limit": -1}, {"max_bad_rows": -1}):
+        with pytest.raises(ValueError, match="must be"):
+            convert_visual_cot(tmp_path / "t.jsonl", tmp_path / "out.jsonl", images, **wrong)
+
+
 def test_converters_from_the_command_line(tmp_path, images, capsys):
     source = write(tmp_path / "t.jsonl", [visual_cot(0), "{", visual_cot(1), visual_cot(2)])
     arguments = ["visual-cot", str(source), str(tmp_path / "out.jsonl"), "--image-root", str(images)]
@@ -647,3 +689,6 @@ def test_converters_from_the_command_line(tmp_path, images, capsys):
         main([*arguments, "--strict"])
     assert stopped.value.code == 1
     assert capsys.readouterr().err.startswith("error: t.jsonl:2: not valid JSON")
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--limit", "0"])
+    assert stopped.value.code == 2 and "--limit must be 1 or more" in capsys.readouterr().err
