@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import test_trainer
 import torch
+from PIL import Image
 
 import vismem.training.experience as experience
+from vismem.data import Row
 from vismem.training.replay import Learner
 
 
@@ -38,6 +42,7 @@ def main(folder: Path, plan: dict) -> None:
     plan = dict(plan)
     stage, family, count = plan.pop("stage"), plan.pop("family"), plan.pop("rows")
     resume, rank = plan.pop("resume", None), int(os.environ.get("RANK", "0"))
+    rows = with_bad_rows(test_trainer.rows(count), plan.pop("bad", ()))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         fsdp_on_cpu()
     written, write = [], experience.write
@@ -50,18 +55,24 @@ def main(folder: Path, plan: dict) -> None:
 
     experience.write = kept
     try:
-        record(folder, plan, stage, family, count, resume, rank, written)
+        record(folder, plan, stage, family, rows, resume, rank, written)
     finally:
         experience.write = write
 
 
-def record(folder, plan, stage, family, count, resume, rank, written) -> None:
+def with_bad_rows(rows: list[Row], bad: Sequence[int]) -> list[Row]:
+    """The rows, those at `bad` with a picture that Qwen's processor refuses."""
+    tall = Image.new("RGB", (1, 300))
+    return [replace(row, images=[tall]) if index in bad else row for index, row in enumerate(rows)]
+
+
+def record(folder, plan, stage, family, rows, resume, rank, written) -> None:
     """Trains, and writes down the memory and what the processes are to be compared by."""
     torch.manual_seed(7)
     model = test_trainer.equip(family, lora_dropout=0.0)
     base = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
     args = test_trainer.settings(folder / "run", stage, **plan)
-    done = test_trainer.train(model, args, test_trainer.rows(count), resume=resume)
+    done = test_trainer.train(model, args, rows, resume=resume)
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.base.state_dict().items())
     model.base.name_or_path = "tiny"
     done.save_memory(folder / "memory")

@@ -17,7 +17,7 @@ import tiny
 import torch
 from PIL import Image, ImageFile
 
-from vismem.data import BadDataError, Rows, StreamingRows, load_dataset_rows, prompt_inputs, reward_columns
+from vismem.data import BadDataError, Row, Rows, StreamingRows, load_dataset_rows, prompt_inputs, reward_columns
 from vismem.data.converters import convert_mulberry, convert_visual_cot, main
 from vismem.data.images import BadImage, open_image
 
@@ -185,14 +185,15 @@ BAD_LINES = [
     ({"prompt": "?"}, "no `answer`"),
     ({"prompt": "?", "answer": None}, "no `answer`"),
     ({"prompt": "?", "answer": " "}, "`answer` is empty"),
-    ({"prompt": "?", "answer": ["a"]}, "must be a text or a number, not list"),
-    ({"prompt": "?", "answer": True}, "must be a text or a number, not bool"),
+    ({"prompt": "?", "answer": []}, "`answer` is empty"),
+    ({"prompt": "?", "answer": float("inf")}, "must be a finite number"),
+    ({"prompt": "?", "answer": True}, "must be a text or a number, or a list of them, not bool"),
     ({"prompt": " ", "answer": "1"}, "`prompt` is empty"),
     ({"prompt": [], "answer": "1"}, "non-empty list of chat messages"),
     ({"prompt": {"role": "user"}, "answer": "1"}, "non-empty list of chat messages"),
     ({"prompt": ["hello"], "answer": "1"}, "must have a `role`"),
-    ({"prompt": [{"role": "human", "content": "?"}], "answer": "1"}, "must have a `role`"),
-    ({"prompt": [{"role": "user", "content": 5}], "answer": "1"}, "must be a text or a list of parts"),
+    ({"prompt": [{"role": "robot", "content": "?"}], "answer": "1"}, "must have a `role`"),
+    ({"prompt": [{"role": "user", "content": 5}], "answer": "1"}, "content must be a text or a list of parts"),
     ({"prompt": [{"role": "user", "content": [{"type": "video"}]}], "answer": "1"}, "not 'video'"),
     ({"prompt": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "answer": "1"}, "ends with"),
     ({"prompt": [{"role": "system", "content": "?"}], "images": ["images/0.png"], "answer": "1"}, "no user message"),
@@ -269,18 +270,20 @@ def test_a_bad_image_gives_way_to_the_next_row(folder, caplog, kind):
     bad = example(9, images=["images/bad.png"])
     path = write(folder / "t.jsonl", [example(0), bad, example(1), bad])
     rows = load_dataset_rows(path)
-    assert len(rows) == 4 and not caplog.records  # images are not opened before they are asked for
-    assert [row.id for row in rows] == [f"t.jsonl:{n}" for n in (1, 3, 3, 1)]
-    assert rows[1].id == "t.jsonl:3"
+    if kind == "missing":  # found when the file is opened
+        assert len(rows) == rows.reports.count == 2
+    else:  # images are not opened before they are asked for
+        assert len(rows) == 4 and not caplog.records
+        assert [row.id for row in rows] == [f"t.jsonl:{n}" for n in (1, 3, 3, 1)]
+        assert rows[1].id == "t.jsonl:3"
+    assert [row.id for row in rows.good()] == ["t.jsonl:1", "t.jsonl:3"]
     assert rows.reports.count == 2  # once for each row
     assert len(caplog.records) == 2 and problem in caplog.text and "t.jsonl:2: " in caplog.text
-    with pytest.raises(BadDataError, match=r"t\.jsonl:4: ") as caught:
+    with pytest.raises(BadDataError, match=r"t\.jsonl:[24]: ") as caught:
         load_dataset_rows(path, strict=True)[3]
     assert problem in str(caught.value)
-    few = load_dataset_rows(path, max_bad_rows=1)
-    few[1]
     with pytest.raises(BadDataError, match="2 bad rows"):
-        few[3]
+        list(load_dataset_rows(path, max_bad_rows=1))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +306,9 @@ def test_images_that_cannot_be(folder, value, problem):
 
 
 def test_no_good_image_at_all(folder):
-    rows = load_dataset_rows(write(folder / "t.jsonl", [example(9), example(8)]))
+    with pytest.raises(BadDataError, match=r"no good row \(2 bad\)"):
+        load_dataset_rows(write(folder / "t.jsonl", [example(9), example(8)]))
+    rows = load_dataset_rows([example(0, images=[b"broken"])])
     with pytest.raises(BadDataError, match="no good row left"):
         rows[0]
 
@@ -359,7 +364,7 @@ def test_memory_and_datasets(folder):
     assert isinstance(stream, StreamingRows)
     assert [row.id for row in stream] == ["dataset[0]", "dataset[1]", "dataset[2]"]
     assert [row.columns["level"] for row in stream] == [0, 1, 2]
-    with pytest.raises(BadDataError, match=r"dataset has no column 'answer'; it has prompt"):
+    with pytest.raises(BadDataError, match=r"dataset: no `answer`; its columns are `prompt`; name it: columns="):
         load_dataset_rows(datasets.Dataset.from_list([{"prompt": "?"}]))
     with pytest.raises(BadDataError, match="cannot read rows from int"):
         load_dataset_rows(5)
@@ -488,18 +493,16 @@ def test_prompt_inputs_errors(family):
     rows = list(mixed_rows())
     with pytest.raises(ValueError, match="at least one row"):
         prompt_inputs(processor, [])
-    marked = load_dataset_rows([{"prompt": f"What is {processor.image_token}?", "answer": "x"}])
+    prompt = [{"role": "user", "content": [{"type": "text", "text": f"What is {processor.image_token}?"}]}]
     with pytest.raises(ValueError, match=r"rows\[0\]: the prompt's text holds the processor's image mark"):
-        prompt_inputs(processor, list(marked))
+        prompt_inputs(processor, [Row("rows[0]", prompt, [], "x", "x", {})])
 
     def refuse(*arguments, **options):
         raise RuntimeError("no mixing")
 
     processor.tokenizer.padding_side = "right"
     processor.apply_chat_template = refuse
-    with pytest.raises(
-        ValueError, match=r"cannot encode the prompts of rows\[0\], rows\[1\], rows\[2\]: no mixing; .*mixed"
-    ):
+    with pytest.raises(ValueError, match=r"rows\[0\], rows\[1\], rows\[2\]: .*cannot encode it: no mixing; .*mixed"):
         prompt_inputs(processor, rows)
     assert processor.tokenizer.padding_side == "right"
     processor.chat_template = processor.tokenizer.chat_template = None
@@ -516,6 +519,7 @@ def test_reward_columns():
     assert columns == {
         "id": ["rows[0]", "rows[1]"],
         "answer": ["1", "2"],
+        "references": [["1"], ["2"]],
         "task": ["sum", None],
         "level": [None, [3]],
     }
@@ -635,6 +639,48 @@ def test_converters_write_whole_files_or_none(tmp_path, images):
     assert out.read_text() == "as it was"
 
 
+def test_no_record_ends_a_converter(tmp_path, images):
+    """Whatever one record holds, it is one bad row, in a file of lines and in an array."""
+    good, path = visual_cot(0), "cot/vsr/0.png"
+    turns = good["conversations"]
+    bad = [
+        visual_cot(0, conversations=[{**turns[0], "from": ["human"]}, *turns[1:]]),
+        visual_cot(0, conversations=[{**turns[0], "value": {"a": 1}}, *turns[1:]]),
+        visual_cot(0, conversations=[None, 5]),
+        visual_cot(0, conversations={"a": 1}),
+        visual_cot(0, answer="half \ud800"),
+        visual_cot(0, note=["\udfff"]),
+        visual_cot(0, image=["x" * 5000]),
+        visual_cot(0, image=["a\0b"]),
+        visual_cot(0, image=[5]),
+        visual_cot(0, image={"path": path}),
+        visual_cot(0, image=[path, f"{path}###[1.2.3, 1, 1, 1]"]),
+        visual_cot(0, image=[path, f"{path}###[{'9' * 5000}, 1, 1, 1]"]),
+        visual_cot(0, answer="<image>"),
+        visual_cot(0, answer=""),
+        visual_cot(0, answer=float("nan")),
+        float("nan"),
+        [],
+        None,
+        "text",
+    ]
+    deep = "[" * 100_000 + "]" * 100_000
+    lines = [json.dumps(record) for record in [*bad, good]]
+    lines[1:1] = [f'{{"conversations": {deep}}}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    (tmp_path / "t.json").write_bytes(f"[{','.join(lines)}".encode() + b', {"image": "\xff"}]')
+    for name in ("t.jsonl", "t.json"):
+        for convert in (convert_visual_cot, convert_mulberry):
+            if convert is convert_visual_cot:
+                assert convert(tmp_path / name, tmp_path / "out.jsonl", images, max_bad_rows=None) == 1
+                assert len(load_dataset_rows(tmp_path / "out.jsonl", strict=True)) == 1
+            with pytest.raises(BadDataError, match="more than max_bad_rows=3"):
+                convert(tmp_path / name, tmp_path / "out.jsonl", images, max_bad_rows=3)
+    for wrong in ({"limit": 0}, {"limit": -1}, {"max_bad_rows": -1}):
+        with pytest.raises(ValueError, match="must be"):
+            convert_visual_cot(tmp_path / "t.jsonl", tmp_path / "out.jsonl", images, **wrong)
+
+
 def test_converters_from_the_command_line(tmp_path, images, capsys):
     source = write(tmp_path / "t.jsonl", [visual_cot(0), "{", visual_cot(1), visual_cot(2)])
     arguments = ["visual-cot", str(source), str(tmp_path / "out.jsonl"), "--image-root", str(images)]
@@ -645,3 +691,6 @@ def test_converters_from_the_command_line(tmp_path, images, capsys):
         main([*arguments, "--strict"])
     assert stopped.value.code == 1
     assert capsys.readouterr().err.startswith("error: t.jsonl:2: not valid JSON")
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--limit", "0"])
+    assert stopped.value.code == 2 and "--limit must be 1 or more" in capsys.readouterr().err

@@ -84,6 +84,18 @@ def test_two_processes_train_as_one(stage, family, tmp_path):
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-3 * moved
 
 
+def test_two_processes_stay_in_step_over_bad_rows(tmp_path):
+    """Each replaces the bad rows that it meets: one in the first process' share, then one in the second's."""
+    plan = {**PLAN, "rows": 8, "stage": "stage1", "family": "qwen2_5_vl", "max_steps": 2, "bad": [1, 6]}
+    plan["train_sampling_strategy"] = "sequential"
+    single = alone(tmp_path / "one", {**plan, "per_device_train_batch_size": 4})
+    both = launch(TORCHRUN, tmp_path / "two", {**plan, "per_device_train_batch_size": 2})
+    half = 2 * PLAN["group_size"]
+    order = [(rank, index) for step in (0, 1) for rank in (0, 1) for index in range(step * half, (step + 1) * half)]
+    assert [both[rank]["written"][index] for rank, index in order] == single["written"]
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
 def test_two_processes_go_on(tmp_path):
     """From a checkpoint in the middle of the second epoch."""
     plan = {**PLAN, "stage": "stage1", "family": "idefics3", "per_device_train_batch_size": 2, "max_steps": 4}

@@ -611,7 +611,7 @@ def test_bad_settings_are_one_line(folder, tmp_path, capsys, change, said):
         ("stage2.temperature=0", "temperature must be more than 0"),
         ("stage1.data=/nowhere.jsonl", "no such file or folder: /nowhere.jsonl"),
         ("stage2.data=pocket:lately", "unknown pocket mixture 'lately'"),
-        ("stage2.data={folder}/blind.jsonl", "blind.jsonl has no good row left (1 bad)"),
+        ("stage2.data={folder}/blind.jsonl", "blind.jsonl has no good row (1 bad)"),
         ("stage2.data={folder}/words.jsonl stage2.streaming=true", "words.jsonl has no good row (1 bad)"),
         ("stage2.seed=1", "stage2 holds a run already"),
     ],

@@ -47,6 +47,12 @@ def parser() -> Parser:
     )
     found.add_argument("--split", default="test", metavar="NAME", help="of a hub data set (default: test)")
     found.add_argument(
+        "--columns",
+        type=columns,
+        metavar="OURS=THEIRS",
+        help="names of the data's columns that differ, with commas, as prompt=question,answer=gt",
+    )
+    found.add_argument(
         "--rewards",
         metavar="NAMES",
         help="what scores answers, with commas (default: exact; pocket for pocket's suites)",
@@ -122,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
     pocket = options.data.partition(":")[0] == POCKET
     rewards = [name for name in (options.rewards or (POCKET if pocket else "exact")).split(",") if name]
     scorer = load_rewards(rewards)
-    rows = questions(options.data, options.reference or 4 * options.n, options.seed, options.split)
+    rows = questions(options.data, options.reference or 4 * options.n, options.seed, options.split, options.columns)
     loaded = load(options)
     chosen = PLACED if options.invocation == PLACED else policy(options.invocation, options.seed)
     about = {
@@ -163,6 +169,14 @@ def show(found: dict) -> None:
             echo(f"\n{words.capitalize()}")
         for one in own:
             echo(f"  {one['question']} {one['answer']}{', large' if one['large'] else ''}: {one['text']}")
+
+
+def columns(text: str) -> dict[str, str]:
+    """The type of `--columns`."""
+    pairs = [part.partition("=") for part in names(text)]
+    if not pairs or not all(ours and theirs for ours, _, theirs in pairs):
+        raise argparse.ArgumentTypeError(f"must be pairs as prompt=question,answer=gt, got {text!r}")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
 def policy_or_placed(text: str) -> str:

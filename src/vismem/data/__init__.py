@@ -5,8 +5,18 @@
 
 from __future__ import annotations
 
-from vismem.data.batches import prompt_inputs, reward_columns
+from vismem.data.batches import prompt_inputs, reward_columns, row_inputs
 from vismem.data.dataset import Rows, StreamingRows, load_dataset_rows
-from vismem.data.rows import BadDataError, Row
+from vismem.data.rows import BadDataError, BadRow, Row
 
-__all__ = ["BadDataError", "Row", "Rows", "StreamingRows", "load_dataset_rows", "prompt_inputs", "reward_columns"]
+__all__ = [
+    "BadDataError",
+    "BadRow",
+    "Row",
+    "Rows",
+    "StreamingRows",
+    "load_dataset_rows",
+    "prompt_inputs",
+    "reward_columns",
+    "row_inputs",
+]

@@ -18,16 +18,15 @@ from tqdm.auto import tqdm
 
 from vismem import files, jsonl
 from vismem.data.dataset import Reports
+from vismem.data.layouts import TAKEN, read_messages, split_marks
 from vismem.data.rows import BadDataError, BadRow, read_row
 from vismem.data.sources import JsonArray, JsonLines, find_source
 
-IMAGE_MARK = "<image>"
 _REGION_REQUEST = re.compile(
     r"\s*Please (?:think step by step and )?provide the bounding box coordinate of the region.*", re.S
 )
 _REGION = re.compile(r"###\s*\[(-?[\d.]+),\s*(-?[\d.]+),\s*(-?[\d.]+),\s*(-?[\d.]+)\]\s*$")
 _FINAL = re.compile(r"the final answer is\s*:?", re.IGNORECASE)
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def convert_visual_cot(
@@ -56,6 +55,7 @@ def convert_visual_cot(
 
     Raises:
         BadDataError: if the source cannot be read, has no good row, or more bad ones than allowed.
+        ValueError: if `limit` is below 1 or `max_bad_rows` below 0.
     """
     return _convert(source, out_jsonl, image_root, _visual_cot, strict, max_bad_rows, limit)
 
@@ -79,21 +79,17 @@ def convert_mulberry(
 def _visual_cot(record: dict[str, Any]) -> dict[str, Any]:
     """{"image": [path, path###[x1, y1, x2, y2]], "conversations": [question + request, box, "<image>", answer], ...}"""
     images = _paths(record.get("image"))
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRow("`conversations` must be a list of at least two turns")
-    messages = []
-    for turn in turns:
-        if turn.get("from") not in _LLAVA_ROLES or not isinstance(turn.get("value"), str):
-            raise BadRow("a turn must have `from` (human or gpt) and a text `value`")
-        messages.append({"role": _LLAVA_ROLES[turn["from"]], "content": turn["value"]})
+    messages = _messages(record, "conversations")
     regions = [image for image in images if "###" in image]
     bboxes = []
     for region in regions:
         match = _REGION.search(region)
         if match is None:
-            raise BadRow(f"no region [x1, y1, x2, y2] after ### in {region!r}")
-        bboxes.append([float(number) if "." in number else int(number) for number in match.groups()])
+            raise BadRow(f"no region [x1, y1, x2, y2] after ### in {region[-100:]!r}")
+        try:
+            bboxes.append([float(number) if "." in number else int(number) for number in match.groups()])
+        except ValueError as error:
+            raise BadRow(f"no numbers in the region {region[-100:]!r}") from error
     *prompt, reply = messages
     if regions:
         question = next((message for message in messages if message["role"] == "user"), None)
@@ -107,12 +103,7 @@ def _visual_cot(record: dict[str, Any]) -> dict[str, Any]:
 
 def _mulberry(record: dict[str, Any]) -> dict[str, Any]:
     """{"messages": [user with <image>, assistant ending in "### The final answer is:"], "images": path or paths}"""
-    messages = record.get("messages")
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise BadRow("`messages` must be a list of at least two messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise BadRow("a message must have `role` and a text `content`")
+    messages = _messages(record, "messages")
     *prompt, reply = messages
     found = list(_FINAL.finditer(reply["content"]))
     answer = reply["content"][found[-1].end() :].strip() if found else ""
@@ -129,8 +120,20 @@ def _row(
 ) -> dict[str, Any]:
     if reply.get("role") != "assistant":
         raise BadRow("the last turn is not the model's")
-    content = [{**message, "content": _parts(message["content"])} for message in prompt]
-    return {"prompt": content, "images": images, "answer": answer.strip(), "completion": reply["content"], **columns}
+    content = [{**message, "content": split_marks(message["content"])} for message in prompt]
+    others = {name: value for name, value in columns.items() if name not in TAKEN}
+    return {"prompt": content, "images": images, "answer": answer.strip(), "completion": reply["content"], **others}
+
+
+def _messages(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """A record's turns, at least two, each with a text."""
+    turns = record.get(name)
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise BadRow(f"`{name}` must be a list of at least two turns")
+    messages = read_messages(turns, name)
+    if not all(len(message["content"]) == 1 and message["content"][0]["type"] == "text" for message in messages):
+        raise BadRow(f"each turn of `{name}` must have one text")
+    return [{"role": message["role"], "content": message["content"][0]["text"]} for message in messages]
 
 
 def _paths(value: Any) -> list[str]:
@@ -138,18 +141,6 @@ def _paths(value: Any) -> list[str]:
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise BadRow("the images must be a path or a list of paths")
     return paths
-
-
-def _parts(text: str) -> list[dict[str, Any]]:
-    """Text with <image> marks as parts, without the line break that follows a mark."""
-    first, *rest = text.split(IMAGE_MARK)
-    parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first.strip() else []
-    for piece in rest:
-        parts.append({"type": "image"})
-        piece = piece.removeprefix("\n")
-        if piece.strip():
-            parts.append({"type": "text", "text": piece})
-    return parts
 
 
 def _records(source: Path) -> Iterator[tuple[str, Any]]:
@@ -170,6 +161,10 @@ def _convert(
     max_bad_rows: int | None,
     limit: int | None,
 ) -> int:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 or more, or None for all rows, got {limit}")
+    if max_bad_rows is not None and max_bad_rows < 0:
+        raise ValueError(f"max_bad_rows must be 0 or more, or None for any number, got {max_bad_rows}")
     source, out, root = Path(source), Path(out_jsonl), Path(image_root)
     if not root.is_dir():
         raise BadDataError(f"no such folder of images: {root}")
@@ -187,15 +182,15 @@ def _convert(
                     if not isinstance(record, dict):
                         raise BadRow(f"a record must be an object, not {type(record).__name__}")
                     row = convert(record)
-                    for image in row["images"]:
-                        if not (root / image.lstrip("/")).is_file():
-                            raise BadRow(f"no such image: {root / image.lstrip('/')}")
-                    row["images"] = [Path(base, image.lstrip("/")).as_posix() for image in row["images"]]
-                    read_row(row)
-                except BadRow as error:
-                    reports.add(row_id, str(error))
+                    row["images"] = [image.lstrip("/") for image in row["images"]]
+                    read_row(row).find(root)
+                    row["images"] = [Path(base, image).as_posix() for image in row["images"]]
+                    line = jsonl.dumps([row])
+                except (BadRow, RecursionError) as error:
+                    nested = "nested too deeply to be written"
+                    reports.add(row_id, str(error) if isinstance(error, BadRow) else nested)
                     continue
-                file.write(jsonl.dumps([row]))
+                file.write(line)
                 written += 1
                 if written == limit:
                     break
@@ -218,8 +213,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-bad-rows", type=int, default=10, metavar="N", help="how many are skipped; -1 for any number"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="write at most N rows")
+    parser.add_argument("--limit", type=int, metavar="N", help="write at most N rows, 1 or more")
     options = parser.parse_args(arguments)
+    if options.limit is not None and options.limit < 1:
+        parser.error(f"--limit must be 1 or more, got {options.limit}; leave it out for all rows")
     most = None if options.max_bad_rows < 0 else options.max_bad_rows
     try:
         written = CONVERTERS[options.layout](

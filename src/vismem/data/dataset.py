@@ -1,25 +1,31 @@
 """Rows as torch datasets: map-style (`Rows`) and streamed (`StreamingRows`), with bad rows reported and skipped.
 
 Both read lazily and open images when a row is asked for. Shuffling, batching and sharding over processes are the
-trainer's; a DataLoader's workers are taken care of here.
+trainer's; a DataLoader's workers are taken care of here. A row is bad if it cannot be read, if its images cannot be
+opened, or if the check that `checked` adds refuses it: all three are counted and replaced alike.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 from array import array
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
+from vismem.data.layouts import check_columns
 from vismem.data.rows import BadDataError, BadRow, Row, read_row
 from vismem.data.sources import JsonLines, Stream, Table, find_source
 
 logger = logging.getLogger(__name__)
+
+
+Check = Callable[[Row], object]  # raises BadRow for a row that cannot be used
+Source = JsonLines | Table | Stream
 
 
 class Reports:
@@ -29,49 +35,93 @@ class Reports:
         name: the source, for messages.
         strict: give up at the first.
         max_bad_rows: how many are skipped; None for any number.
+
+    Attributes:
+        found: ids and problems of the bad rows.
     """
 
     def __init__(self, name: str, strict: bool, max_bad_rows: int | None) -> None:
         self.name, self.strict, self.most = name, strict, max_bad_rows
-        self.count = 0
-        self._last: deque[str] = deque(maxlen=3)
+        self.found: list[tuple[str, str]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.found)
 
     def add(self, row_id: str, problem: str) -> None:
         """Raises BadDataError if this bad row is one too many."""
-        message = f"{row_id}: {problem}"
         if self.strict:
-            raise BadDataError(f"{message}; mend the row, or skip bad rows with strict=False")
-        self.count += 1
-        self._last.append(message)
+            raise BadDataError(f"{row_id}: {problem}; fix the row, or skip bad rows with strict=False")
+        self.found.append((row_id, problem))
         if self.most is not None and self.count > self.most:
+            last: dict[str, list[str]] = {}
+            for one, why in self.found[-3:]:
+                last.setdefault(why, []).append(one)
+            said = "; ".join(f"{', '.join(ids)}: {why}" for why, ids in last.items())
             raise BadDataError(
-                f"{self.count} bad rows in {self.name}, more than max_bad_rows={self.most}; the last: "
-                + "; ".join(self._last)
+                f"{self.count} bad rows in {self.name}, more than max_bad_rows={self.most}; the last: {said}"
             )
-        logger.warning("skipped a bad row: %s", message)
+        logger.warning("skipped a bad row: %s: %s", row_id, problem)
+
+    def copy(self) -> Reports:
+        """Reports that count on from here by themselves."""
+        found = copy.copy(self)
+        found.found = list(self.found)
+        return found
+
+
+def opened(raw: Any, row_id: str, source: Source, columns: Mapping[str, str] | None, check: Check | None) -> Row:
+    """The row that a source's entry holds, with its images. Raises BadRow."""
+    row = raw if isinstance(raw, Row) else read_row(raw, columns).open(row_id, source.folder)
+    if check is not None:
+        check(row)
+    return row
 
 
 class Rows(Dataset[Row]):
     """Rows by index. Made by `load_dataset_rows`.
 
-    A row whose image turns out to be broken is replaced by the next good one, always the same. `Rows[i]` does not
-    depend on what was read before.
+    A row that turns out to be bad when it is read is replaced by the next good one, always the same. `Rows[i]` does
+    not depend on what was read before.
     """
 
-    def __init__(self, source: JsonLines | Table, reports: Reports, limit: int | None = None) -> None:
-        self.source, self.reports = source, reports
-        self._keys, self._numbers = array("q"), array("q")
-        self._broken: set[int] = set()
-        for key, number, problem in tqdm(source.scan(), desc=f"reading {source.name}", unit=" rows", delay=2):
-            if problem is not None:
-                reports.add(source.row_id(number), problem)
-                continue
-            self._keys.append(key)
-            self._numbers.append(number)
-            if limit is not None and len(self._keys) >= limit:
-                break
+    def __init__(
+        self,
+        source: JsonLines | Table,
+        reports: Reports,
+        limit: int | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        self.source, self.reports, self.columns = source, reports, columns
+        self._check: Check | None = None
+        self._bad: set[int] = set()
+        self._keys: Sequence[int]
+        self._numbers: Sequence[int]
+        if isinstance(source, Table) and source.trusted:
+            length = len(source.rows)
+            self._keys = self._numbers = range(length if limit is None else min(limit, length))
+        else:
+            self._keys, self._numbers = self._scanned(limit)
         if not self._keys:
             raise BadDataError(f"{source.name} has no good row ({reports.count} bad)")
+
+    def _scanned(self, limit: int | None) -> tuple[array[int], array[int]]:
+        """Keys and numbers of the rows that can be read and whose image files are there."""
+        keys, numbers, source = array("q"), array("q"), self.source
+
+        def look(raw: Any) -> None:
+            if not isinstance(raw, Row):
+                read_row(raw, self.columns).find(source.folder)
+
+        for key, number, problem in tqdm(source.scan(look), desc=f"reading {source.name}", unit=" rows", delay=2):
+            if problem is not None:
+                self.reports.add(source.row_id(number), problem)
+                continue
+            keys.append(key)
+            numbers.append(number)
+            if limit is not None and len(keys) >= limit:
+                break
+        return keys, numbers
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -82,32 +132,59 @@ class Rows(Dataset[Row]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.source.name}")
         for step in range(len(self)):
-            place = (index + step) % len(self)
-            if place in self._broken:
-                continue
-            row_id = self.source.row_id(self._numbers[place])
-            try:
-                return read_row(self.source.fetch(self._keys[place])).open(row_id, self.source.folder)
-            except BadRow as error:
-                self.reports.add(row_id, str(error))
-                self._broken.add(place)
+            row = self._read((index + step) % len(self))
+            if row is not None:
+                return row
         raise BadDataError(f"{self.source.name} has no good row left ({self.reports.count} bad)")
+
+    def _read(self, place: int) -> Row | None:
+        """The row at a place; None, and a report when it is first met, if it is bad."""
+        if place in self._bad:
+            return None
+        row_id = self.source.row_id(self._numbers[place])
+        try:
+            raw = self.source.fetch(self._keys[place])
+            return opened(raw, row_id, self.source, self.columns, self._check)
+        except BadRow as error:
+            self._bad.add(place)
+            self.reports.add(row_id, str(error))
+            return None
+
+    def good(self) -> Iterator[Row]:
+        """Every good row once, in order; bad ones are reported and left out."""
+        yield from (row for place in range(len(self)) if (row := self._read(place)) is not None)
+
+    def checked(self, check: Check) -> Rows:
+        """The same rows, of which those are bad too that `check` refuses by a BadRow."""
+        found = copy.copy(self)
+        found._check, found._bad, found.reports = check, set(self._bad), self.reports.copy()
+        return found
 
 
 class StreamingRows(IterableDataset[Row]):
     """Rows in order, without an index. Made by `load_dataset_rows(..., streaming=True)`.
 
-    Each DataLoader worker reads its own part, and counts its own bad rows, anew in every epoch.
+    Each DataLoader worker reads its own part and counts its own bad rows, starting from 0 in every epoch. A bad row
+    is left out where it is met, so that a stream gives the same rows however often it is read.
     """
 
     def __init__(
         self,
-        source: JsonLines | Table | Stream,
+        source: Source,
         strict: bool = False,
         max_bad_rows: int | None = 10,
         limit: int | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         self.source, self.strict, self.max_bad_rows, self.limit = source, strict, max_bad_rows, limit
+        self.columns = columns
+        self._check: Check | None = None
+
+    def checked(self, check: Check) -> StreamingRows:
+        """The same rows, of which those are bad too that `check` refuses by a BadRow."""
+        found = copy.copy(self)
+        found._check = check
+        return found
 
     def __iter__(self) -> Iterator[Row]:
         info = get_worker_info()
@@ -125,9 +202,7 @@ class StreamingRows(IterableDataset[Row]):
             if own and info:  # a shard's indices start from 0 in every worker
                 row_id = f"{row_id}, worker {worker}"
             try:
-                if isinstance(raw, BadRow):
-                    raise raw
-                row = read_row(raw).open(row_id, self.source.folder)
+                row = opened(raw, row_id, self.source, self.columns, self._check)
             except BadRow as error:
                 reports.add(row_id, str(error))
                 continue
@@ -147,21 +222,24 @@ def load_dataset_rows(
     max_bad_rows: int | None = 10,
     streaming: bool = False,
     limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Rows | StreamingRows:
-    """Rows in TRL's layout from a file, a folder, the hub, or memory.
+    """Rows from a file, a folder, the hub, or memory, in any layout of `docs/data.md`.
 
     Args:
         source: a .jsonl, .json or .parquet file, a folder of `datasets.save_to_disk`, a hub dataset (`name` or
-            `name:config`), a `datasets.Dataset` or `IterableDataset`, or a list of dictionaries.
+            `name:config`), a `datasets.Dataset` or `IterableDataset`, a list of dictionaries, or a torch dataset or
+            list of `Row`s. What `load_dataset_rows` made is returned as it is.
         split: which part of a hub dataset or of a saved dictionary of datasets; files have none.
         strict: raise at the first bad row instead of skipping it.
         max_bad_rows: how many bad rows are skipped, with a warning each, before it is an error; None for any number.
         streaming: read in order, without an index; always so for an `IterableDataset`.
         limit: at most this many good rows.
+        columns: names of columns that differ, from ours to the source's: `{"prompt": "q", "answer": "gt"}`.
 
     Raises:
         BadDataError: if the source cannot be read, has no good row, or more bad ones than allowed.
-        ValueError: if `max_bad_rows` or `limit` is out of range.
+        ValueError: if `max_bad_rows` or `limit` is out of range, or `columns` is no mapping of texts.
 
     Example:
         >>> rows = load_dataset_rows([{"prompt": "1 + 1?", "answer": 2}])
@@ -172,7 +250,10 @@ def load_dataset_rows(
         raise ValueError(f"max_bad_rows must be 0 or more, or None for no limit, got {max_bad_rows}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, or None for all rows, got {limit}")
-    found = find_source(source, split, streaming)
+    check_columns(columns)
+    if isinstance(source, (Rows, StreamingRows)):
+        return source
+    found = find_source(source, split, streaming, columns)
     if streaming or isinstance(found, Stream):
-        return StreamingRows(found, strict, max_bad_rows, limit)
-    return Rows(found, Reports(found.name, strict, max_bad_rows), limit)
+        return StreamingRows(found, strict, max_bad_rows, limit, columns)
+    return Rows(found, Reports(found.name, strict, max_bad_rows), limit, columns)

@@ -1,31 +1,37 @@
 """What a row is, and how one is made from the dictionary that a file or a dataset holds.
 
-A row follows TRL's conversational layout. Nothing here opens files: images stay as given until `Draft.open`.
+Where the columns are is known to `layouts.py`. Images stay as given until `Draft.open`.
 """
 
 from __future__ import annotations
 
-import math
+import os
+import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vismem.data.images import BadImage, open_image
+from vismem.data.layouts import (
+    TAKEN,
+    BadRow,
+    check_marks,
+    check_unicode,
+    place_images,
+    read_conversation,
+    read_images,
+    read_references,
+    renamed,
+)
 
-TAKEN = ("prompt", "images", "image", "answer", "completion")
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_INSIDE = ("image", "path", "url", "base64", "image_url")  # where an image part may hold its image
+__all__ = ["BadDataError", "BadRow", "Draft", "Row", "read_row"]
 
 
 class BadDataError(ValueError):
     """A source that cannot be used, or one with too many bad rows."""
-
-
-class BadRow(ValueError):
-    """One row that cannot be used; the message says why, not where."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,10 @@ class Row:
         id: where it came from: "file.jsonl:12" (file and line), or "name[12]" (dataset and index).
         prompt: chat messages; every content is a list of parts, and {"type": "image"} stands where an image goes.
         images: as many RGB pictures as `prompt` has image parts, in their order.
-        answer: the reference answer.
+        answer: the reference answer; of several the most frequent one.
         completion: the reference reply, for supervised warm-up; the answer where the source has none.
         columns: all other columns, untouched, for the rewards.
+        references: all reference answers, where there are several.
     """
 
     id: str
@@ -47,6 +54,7 @@ class Row:
     answer: str
     completion: str
     columns: dict[str, Any]
+    references: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -58,131 +66,82 @@ class Draft:
     answer: str
     completion: str
     columns: dict[str, Any]
+    references: list[str]
+
+    def find(self, folder: Path) -> None:
+        """Looks whether the image files are there, without opening them. Raises BadRow."""
+        for source in self.sources:
+            if isinstance(source, dict) and source.get("bytes") is None:
+                source = source.get("path")
+            if not isinstance(source, (str, Path)) or str(source).startswith("data:"):
+                continue
+            if str(source).startswith(("http://", "https://")):
+                raise BadRow(f"image {_short(source)} is a web address, which is not fetched; download it first")
+            path = folder / str(source).removeprefix("file://")
+            try:
+                mode = os.stat(path).st_mode
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise BadRow(f"no such image: {_short(path)}") from error
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise BadRow(f"cannot read image {_short(path)}: {reason}") from error
+            if not stat.S_ISREG(mode):
+                raise BadRow(f"cannot read image {_short(path)}: not a regular file")
 
     def open(self, row_id: str, folder: Path) -> Row:
         """The row with its images; relative paths start from `folder`. Raises BadRow."""
+        self.find(folder)
         try:
             images = [open_image(source, folder) for source in self.sources]
         except BadImage as error:
             raise BadRow(str(error)) from error
-        return Row(row_id, self.prompt, images, self.answer, self.completion, self.columns)
+        return Row(row_id, self.prompt, images, self.answer, self.completion, self.columns, self.references)
 
 
-def read_row(raw: Any) -> Draft:
+def read_row(raw: Any, columns: Mapping[str, str] | None = None) -> Draft:
     """Checks a dictionary and brings it into shape.
 
+    Args:
+        raw: the dictionary, in one of the layouts of `docs/data.md`.
+        columns: from our names of columns to the dictionary's.
+
     Raises:
-        BadRow: if the prompt or the answer is missing or malformed, or images and image parts do not match.
+        BadRow: if the prompt or the answer is missing or malformed, images and their places do not match, or a text
+            holds what a model takes for an image.
     """
-    messages, answer, completion = read_text(raw)
+    if isinstance(raw, BadRow):
+        raise raw
+    if not isinstance(raw, Mapping):
+        raise BadRow(f"a row must be an object with `prompt` and `answer`, not {type(raw).__name__}")
+    try:
+        return _read(raw, columns)
+    except RecursionError as error:
+        raise BadRow("nested too deeply to be read") from error
+
+
+def _read(raw: Mapping[Any, Any], columns: Mapping[str, str] | None) -> Draft:
+    for name in raw:
+        if not isinstance(name, str):
+            raise BadRow(f"a column's name must be a text, not {type(name).__name__}")
+    check_unicode(raw)
+    row = renamed(raw, columns)
+    messages, reply = read_conversation(row)
+    sources = read_images(row)
     inside = [part.pop("image") for message in messages for part in message["content"] if part.get("image") is not None]
     places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    sources = _sources(raw)
     if inside and sources:
         raise BadRow("images stand both in the prompt's parts and in `images`; give them in one place")
     if inside and len(inside) != places:
         raise BadRow(f"{places} image parts in the prompt, but only {len(inside)} of them hold an image")
     sources = inside or sources
-    if places and places != len(sources):
-        raise BadRow(f"{places} image parts in the prompt, but {len(sources)} images")
-    if sources and not places:
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is None:
-            raise BadRow("the prompt has no user message to put the images into")
-        first["content"] = [{"type": "image"} for _ in sources] + first["content"]
-    columns = {name: value for name, value in raw.items() if name not in TAKEN}
-    return Draft(messages, sources, answer, completion, columns)
+    place_images(messages, len(sources))
+    answer, references = read_references(row, reply)
+    completion = answer if reply is None else reply
+    check_marks(completion, "reply")
+    others = {name: value for name, value in row.items() if name not in TAKEN}
+    return Draft(messages, sources, answer, completion, others, references if len(references) > 1 else [])
 
 
-def read_text(raw: Any) -> tuple[list[dict[str, Any]], str, str]:
-    """Messages, answer and completion of a dictionary; does not look at `images`. Raises BadRow."""
-    if not isinstance(raw, Mapping):
-        raise BadRow(f"a row must be an object with `prompt` and `answer`, not {type(raw).__name__}")
-    messages = _messages(raw.get("prompt"))
-    answer = _answer(raw.get("answer"))
-    completion = raw.get("completion")
-    return messages, answer, answer if completion is None else _completion(completion)
-
-
-def _messages(prompt: Any) -> list[dict[str, Any]]:
-    if prompt is None:
-        raise BadRow("no `prompt`")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, (list, tuple)) or not prompt:
-        raise BadRow("`prompt` must be a text or a non-empty list of chat messages")
-    messages = []
-    for message in prompt:
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise BadRow(f"a message of `prompt` must have a `role` among {', '.join(ROLES)}")
-        kept = {name: value for name, value in message.items() if value is not None and name != "content"}
-        messages.append({**kept, "content": _parts(message.get("content"))})
-    if messages[-1]["role"] == "assistant":
-        raise BadRow("`prompt` ends with the assistant's message; put a reference reply into `completion`")
-    if not any(part["type"] == "image" or part["text"].strip() for one in messages for part in one["content"]):
-        raise BadRow("`prompt` is empty")
-    return messages
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    """A message's content as parts: {"type": "text", "text": ...} and {"type": "image"}, with "image" if given."""
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, (list, tuple)):
-        raise BadRow("a message's `content` must be a text or a list of parts")
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if isinstance(part, str):
-            part = {"type": "text", "text": part}
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind in ("image", "image_url"):
-            value = next((part[name] for name in _INSIDE if part.get(name) is not None), None)
-            if isinstance(value, Mapping) and "url" in value:  # the OpenAI layout
-                value = value["url"]
-            if isinstance(value, str) and part.get("base64") is value:
-                value = "data:image;base64," + value
-            parts.append({"type": "image"} if value is None else {"type": "image", "image": value})
-        else:
-            raise BadRow(f"a part of a message must be of type 'text' or 'image', not {kind!r}")
-    return parts
-
-
-def _sources(raw: Mapping[str, Any]) -> list[Any]:
-    many, one = raw.get("images"), raw.get("image")
-    if many is not None and one is not None:
-        raise BadRow("both `images` and `image`; give one of them")
-    found = one if many is None else many
-    if found is None:
-        return []
-    sources = list(found) if isinstance(found, (list, tuple)) else [found]
-    if any(source is None or (isinstance(source, str) and not source) for source in sources):
-        raise BadRow("an entry of `images` is empty")
-    return sources
-
-
-def _answer(answer: Any) -> str:
-    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
-        raise BadRow("no `answer`")
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise BadRow(f"`answer` must be a text or a number, not {type(answer).__name__}")
-    if isinstance(answer, float) and answer.is_integer() and abs(answer) < 2**53:
-        answer = int(answer)
-    if not str(answer).strip():
-        raise BadRow("`answer` is empty")
-    return str(answer)
-
-
-def _completion(completion: Any) -> str:
-    if isinstance(completion, str):
-        return completion
-    if isinstance(completion, Mapping):
-        completion = [completion]
-    if isinstance(completion, (list, tuple)) and len(completion) == 1 and isinstance(completion[0], Mapping):
-        parts = _parts(completion[0].get("content"))
-        if completion[0].get("role") == "assistant" and all(part["type"] == "text" for part in parts):
-            return "".join(part["text"] for part in parts)
-    raise BadRow("`completion` must be a text, or one message of the assistant with text alone")
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:80]}...{text[-80:]}"

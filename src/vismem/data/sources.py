@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vismem.data.rows import BadDataError, BadRow, read_row, read_text
+from torch.utils.data import IterableDataset
+
+from vismem.data.layouts import ANSWERS, CONVERSATIONS, LABELS, PROMPTS, REPLIES, missing
+from vismem.data.rows import BadDataError, BadRow
 
 FILES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -21,7 +24,7 @@ _CHUNK = 2**20
 _LONGEST = 2**28
 
 
-def missing(package: str, needed_for: str) -> BadDataError:
+def no_package(package: str, needed_for: str) -> BadDataError:
     return BadDataError(f"{needed_for} needs the package {package}: pip install 'vismem[train]'")
 
 
@@ -32,6 +35,9 @@ def _object(line: bytes) -> Any:
         raise BadRow(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise BadRow(f"not valid JSON: {error}") from error
+
+
+Check = Callable[[Any], object]  # raises BadRow
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,11 @@ class JsonLines:
                     yield number, start, text
                 offset += len(line)
 
-    def scan(self) -> Iterator[tuple[int, int, str | None]]:
-        """Each line's offset and number, and what is wrong with it but for its images."""
+    def scan(self, check: Check) -> Iterator[tuple[int, int, str | None]]:
+        """Each line's offset and number, and what `check` finds wrong with it."""
         for number, offset, line in self._lines():
             try:
-                read_row(_object(line))
+                check(_object(line))
                 yield offset, number, None
             except BadRow as error:
                 yield offset, number, str(error)
@@ -86,29 +92,28 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class Table:
-    """A list of dictionaries or a `datasets.Dataset`. Keys and numbers are indices."""
+    """A list of dictionaries, a `datasets.Dataset`, or a torch dataset of `Row`s. Keys and numbers are indices.
+
+    `trusted`: rows are made when they are asked for, so they are not looked at before.
+    """
 
     rows: Any
     name: str
     folder: Path
+    trusted: bool = False
 
     def row_id(self, number: int) -> str:
         return f"{self.name}[{number}]"
 
     def fetch(self, key: int) -> Any:
-        return self.rows[key]
+        try:
+            return self.rows[key]
+        except Exception as error:  # what a dataset's decoders and transforms raise
+            raise BadRow(f"cannot be read: {type(error).__name__}: {error}") from error
 
-    def scan(self) -> Iterator[tuple[int, int, str | None]]:
-        """Each row's index and what is wrong with it; a dataset's image columns are left for later, for speed."""
-        rows: Any = self.rows
-        check: Callable[[Any], object] = read_row
-        if hasattr(rows, "select_columns"):
-            names = [name for name in ("prompt", "answer", "completion") if name in rows.column_names]
-            absent = {"prompt", "answer"} - set(names)
-            if absent:
-                raise BadDataError(f"{self.name} has no column {min(absent)!r}; it has {', '.join(rows.column_names)}")
-            rows, check = rows.select_columns(names), read_text
-        for index, raw in enumerate(rows):
+    def scan(self, check: Check) -> Iterator[tuple[int, int, str | None]]:
+        """Each row's index and what `check` finds wrong with it; a dataset's pictures are not decoded for it."""
+        for index, raw in enumerate(_without_bytes(self.rows) if hasattr(self.rows, "features") else self.rows):
             try:
                 check(raw)
                 yield index, index, None
@@ -142,8 +147,9 @@ class JsonArray:
     path: Path
 
     def __iter__(self) -> Iterator[Any]:
+        """Each element, or a BadRow where one is nested too deeply. Bytes that are no UTF-8 become surrogates."""
         decoder, text, done, started = json.JSONDecoder(), "", False, False
-        with self.path.open(encoding="utf-8-sig") as file:
+        with self.path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             while True:
                 text = text.lstrip(" \t\r\n," if started else " \t\r\n")
                 if started and text.startswith("]"):
@@ -154,34 +160,60 @@ class JsonArray:
                 found, end = None, 0
                 try:
                     found, end = decoder.raw_decode(text)
-                except (json.JSONDecodeError, RecursionError) as error:
+                except RecursionError:
+                    found, end = BadRow("nested too deeply to be read"), _end_of(text)
+                except ValueError as error:
                     if done or len(text) > _LONGEST:
                         raise BadDataError(f"{self.path} is not a whole JSON array: {error}") from error
                 if end and (end < len(text) or done):  # a number at the very end might go on
                     yield found
                     text = text[end:]
                     continue
+                if done:
+                    raise BadDataError(f"{self.path} is not a whole JSON array: it ends within an element")
                 piece = file.read(max(_CHUNK, len(text)))
                 done, text = not piece, text + piece
 
 
-def find_source(source: Any, split: str, streaming: bool) -> JsonLines | Table | Stream:
+def _end_of(text: str) -> int:
+    """Where the JSON object or array that a text begins with ends; 0 if it goes on after the text."""
+    depth = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text, re.DOTALL):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found.group(), 0)
+        if not depth:
+            return found.end()
+    return 0
+
+
+def find_source(
+    source: Any, split: str, streaming: bool, columns: Mapping[str, str] | None = None
+) -> JsonLines | Table | Stream:
     """The source behind what a user named.
+
+    Args:
+        source, split, streaming, columns: as for `load_dataset_rows`.
 
     Raises:
         BadDataError: if there is no such file or dataset, or it is of no known kind; the message says what is.
     """
     if isinstance(source, (str, Path)):
-        return _named(str(source), split, streaming)
-    if isinstance(source, (list, tuple)):
-        return Table(source, "rows", Path())
-    if isinstance(source, Mapping):  # a DatasetDict
-        return find_source(_split_of(source, split, "the dataset"), split, streaming)
-    if hasattr(source, "column_names"):
-        return _dataset(source, str(getattr(source, "split", None) or "dataset"), Path())
-    raise BadDataError(
-        f"cannot read rows from {type(source).__name__}; give a path, a hub name, a datasets.Dataset, or a list"
-    )
+        found = _named(str(source), split, streaming)
+    elif isinstance(source, (list, tuple)):
+        found = Table(source, "rows", Path())
+    elif isinstance(source, Mapping):  # a DatasetDict
+        return find_source(_split_of(source, split, "the dataset"), split, streaming, columns)
+    elif hasattr(source, "column_names"):
+        name = str(getattr(source, "split", None) or "dataset")
+        found = (Table if hasattr(source, "__len__") else Stream)(source, name, Path())
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        found = Table(source, "rows", Path(), trusted=True)
+    elif isinstance(source, IterableDataset):
+        found = Stream(source, "rows", Path())
+    else:
+        raise BadDataError(
+            f"cannot read rows from {type(source).__name__}; give a path, a hub name, a datasets.Dataset, or a list"
+        )
+    return _prepared(found, columns or {}) if hasattr(getattr(found, "rows", None), "column_names") else found
 
 
 def _named(source: str, split: str, streaming: bool) -> JsonLines | Table | Stream:
@@ -195,18 +227,12 @@ def _named(source: str, split: str, streaming: bool) -> JsonLines | Table | Stre
             return _parquet(path, streaming)
         if path.suffix == ".json" and _first_byte(path) == b"[":
             rows = JsonArray(path)
-            return Stream(rows, path.name, path.absolute().parent) if streaming else _whole(rows)
+            where = (path.name, path.absolute().parent)
+            return Stream(rows, *where) if streaming else Table(list(rows), *where)
         return JsonLines(path)
     if path.suffix in FILES or path.is_absolute() or not _HUB_NAME.fullmatch(source):
         raise BadDataError(f"no such file or folder: {source}")
     return _hub(source, split, streaming)
-
-
-def _whole(rows: JsonArray) -> Table:
-    try:
-        return Table(list(rows), rows.path.name, rows.path.absolute().parent)
-    except UnicodeDecodeError as error:
-        raise BadDataError(f"{rows.path} is not UTF-8: {error}") from error
 
 
 def _first_byte(path: Path) -> bytes:
@@ -220,30 +246,30 @@ def _folder(path: Path, split: str) -> Table | Stream:
     try:
         from datasets import load_from_disk
     except ImportError as error:
-        raise missing("datasets", f"reading {path}") from error
+        raise no_package("datasets", f"reading {path}") from error
     found = load_from_disk(str(path))
     if isinstance(found, Mapping):
         found = _split_of(found, split, str(path))
-    return _dataset(found, path.name, path)
+    return _table(found, path.name, path)
 
 
 def _parquet(path: Path, streaming: bool) -> Table | Stream:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise missing("datasets", f"reading {path}") from error
+        raise no_package("datasets", f"reading {path}") from error
     try:
         found = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
     except Exception as error:  # pyarrow's and datasets' own kinds
         raise BadDataError(f"cannot read {path}: {error}") from error
-    return _dataset(found, path.name, path.absolute().parent)
+    return _table(found, path.name, path.absolute().parent)
 
 
 def _hub(source: str, split: str, streaming: bool) -> Table | Stream:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise missing("datasets", f"loading {source}, which is no file here and so taken for a hub dataset,") from error
+        raise no_package("datasets", f"loading {source}, which is not a file here but could be on the hub,") from error
     name, _, config = source.partition(":")
     try:
         found = load_dataset(name, config or None, split=split, streaming=streaming)
@@ -253,7 +279,7 @@ def _hub(source: str, split: str, streaming: bool) -> Table | Stream:
             f"no file {source} here, and the hub dataset {name} (config {config or 'default'}, split {split}) "
             f"cannot be loaded: {reason}"
         ) from error
-    return _dataset(found, source, Path())
+    return _table(found, source, Path())
 
 
 def _split_of(splits: Mapping[str, Any], split: str, where: str) -> Any:
@@ -262,17 +288,81 @@ def _split_of(splits: Mapping[str, Any], split: str, where: str) -> Any:
     return splits[split]
 
 
-def _dataset(dataset: Any, name: str, folder: Path) -> Table | Stream:
-    """A datasets.Dataset or IterableDataset whose images stay encoded, so that a broken one is one row's problem."""
+def _table(dataset: Any, name: str, folder: Path) -> Table | Stream:
+    return Table(dataset, name, folder) if hasattr(dataset, "__len__") else Stream(dataset, name, folder)
+
+
+def _prepared(found: Any, columns: Mapping[str, str]) -> Table | Stream:
+    """A datasets.Dataset or IterableDataset as plain values, its images encoded: a broken one is one row's problem.
+
+    Raises:
+        BadDataError: if it has no column with a prompt, or none with an answer.
+    """
+    dataset = found.rows
+    names = list(dataset.column_names or [])
+    ours = {theirs: name for name, theirs in columns.items()}
+    known = {*(ours.get(name, name) for name in names)} if {*ours} <= {*names} else set()
+    answers = (*ANSWERS, *LABELS, *CONVERSATIONS, "reward_model", "completion", "response", *REPLIES.values())
+    for what, likely in (("prompt", PROMPTS), ("answer", answers)):
+        if known and known.isdisjoint(likely):
+            raise BadDataError(f"{found.name}: {missing(what, names).replace('the row has', 'its columns are')}")
+    if hasattr(dataset, "with_format") and (getattr(dataset, "format", None) or {}).get("type") not in (None, "custom"):
+        dataset = dataset.with_format(None)
+    for name in {*columns.values(), *PROMPTS, "images", "image"} & {*names}:
+        feature = (dataset.features or {}).get(name)
+        encoded = _encoded(feature)
+        if encoded != feature:
+            dataset = dataset.cast_column(name, encoded)
+    if isinstance(found, Table):
+        return Table(dataset, found.name, found.folder)
+    return Stream(dataset, found.name, found.folder, shards_itself=True)
+
+
+def _encoded(feature: Any) -> Any:
+    """A feature of `datasets` whose images, at any depth, are not decoded."""
     from datasets import Image, List
 
-    for column in ("images", "image"):
-        feature = (dataset.features or {}).get(column)
-        inner = getattr(feature, "feature", None)
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(inner, Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
-    if hasattr(dataset, "__len__"):
-        return Table(dataset, name, folder)
-    return Stream(dataset, name, folder, shards_itself=True)
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_encoded(feature.feature), length=feature.length)
+    if isinstance(feature, dict):
+        return {name: _encoded(inner) for name, inner in feature.items()}
+    return feature
+
+
+def _without_bytes(dataset: Any) -> Iterator[dict[str, Any]]:
+    """A dataset's rows, with a placeholder for every image that holds its own bytes."""
+    from datasets import Image
+
+    pictures = [
+        name
+        for name, feature in dataset.features.items()
+        if isinstance(feature, Image) or isinstance(getattr(feature, "feature", None), Image)
+    ]
+    texts = dataset.remove_columns(pictures)
+    rows = iter(texts) if texts.column_names else ({} for _ in range(len(dataset)))
+    columns = [_paths(dataset, name) for name in pictures]
+    for row, *images in zip(rows, *columns, strict=True):
+        yield {**row, **dict(zip(pictures, images, strict=True))}
+
+
+def _paths(dataset: Any, column: str) -> Iterator[Any]:
+    """Each row's image or images as `{"path": ...}` where they are files, without reading those that are not."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(1000):
+        values = batch.column(column).combine_chunks()
+        several = not pa.types.is_struct(values.type)
+        inner = values.flatten() if several else values
+        held = pc.is_valid(pc.struct_field(inner, "bytes")).to_pylist()
+        paths = pc.struct_field(inner, "path").to_pylist()
+        found = iter(
+            b"" if own else None if path is None else {"path": path} for own, path in zip(held, paths, strict=True)
+        )
+        if several:
+            for length in values.value_lengths().to_pylist():
+                yield None if length is None else [next(found) for _ in range(length)]
+        else:
+            yield from found

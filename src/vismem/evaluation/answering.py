@@ -7,12 +7,13 @@ wants it. What is made of the records is for the tables and the audit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from vismem.data import Row, prompt_inputs, reward_columns
+from vismem.data import BadRow, Row, reward_columns, row_inputs
 from vismem.decoding.invocation import After, Policy, Random
 from vismem.decoding.requests import Answer, Request
 from vismem.evaluation.records import Record, RecordFile
@@ -20,7 +21,9 @@ from vismem.model import VisMem
 from vismem.tokens import single_token_id
 from vismem.training.experience import seed_of
 from vismem.training.rewards import Rewards, load_rewards
+from vismem.training.rows import context_of
 
+log = logging.getLogger(__name__)
 KEPT = ("benchmark", "suite", "cell", "ability", "task", "subtask", "distance")  # columns that records keep
 PLACED_AFTER = ":"  # the mark that the column `places` counts
 
@@ -56,11 +59,12 @@ def answer(
         **generation: keywords of `generate`; greedy without any.
 
     Returns:
-        A record for each row, in their order.
+        A record for each row, in their order. A row that cannot be asked or answered has a record with its `error` and
+        the score 0; a warning says how many there are.
 
     Raises:
-        ValueError: if two rows share an id, `"placed"` is asked for and a row has no `places`, or a prompt cannot be
-            encoded; names the row.
+        ValueError: if two rows share an id, `"placed"` is asked for and a row has no `places`, or no row at all can be
+            answered; names the row.
         RewardError: if a reward fails.
     """
     scorer = rewards if isinstance(rewards, Rewards) else load_rewards(rewards)
@@ -72,22 +76,69 @@ def answer(
     missing = [row for row in rows if row.id not in done]
     settings = {"do_sample": False, **generation, "max_new_tokens": max_new_tokens}
     with tqdm(total=len(rows), initial=len(done), desc=label or "answers", delay=2, mininterval=1) as bar:
-        requests = asked(model, missing, invocation, seed)
-        for written in model.stream_batch(requests, batch_size, **settings):
-            row = by_id[written.tag]
-            done[row.id] = record_of(model, row, written, scorer, keep)
+
+        def keep_record(record: Record) -> None:
+            done[record.id] = record
             if store is not None:
-                store.add([done[row.id]])
+                store.add([record])
             bar.update()
-    return [done[row.id] for row in rows]
+
+        requests = asked(model, missing, invocation, seed, keep_record, keep)
+        for written in model.stream_batch(requests, batch_size, **settings):
+            keep_record(record_of(model, by_id[written.tag], written, scorer, keep))
+    records = [done[row.id] for row in rows]
+    report_failures(records, label or "answers")
+    return records
 
 
-def asked(model: VisMem, rows: Sequence[Row], invocation: str | Policy, seed: int) -> Iterator[Request]:
-    """A request for each row, made when there is room for it."""
+def asked(
+    model: VisMem,
+    rows: Sequence[Row],
+    invocation: str | Policy,
+    seed: int,
+    failed: Callable[[Record], object],
+    keep: Sequence[str] = KEPT,
+) -> Iterator[Request]:
+    """A request for each row, made when there is room for it; `failed` gets the record of one that cannot be asked."""
     for row in rows:
-        inputs = prompt_inputs(model.processor, [row])
+        try:
+            inputs = row_inputs(model.processor, row, context_of(model))
+        except BadRow as error:
+            failed(Record.failed(row.id, str(error), kept(row, keep)))
+            continue
         inputs = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
         yield Request(inputs, policy_for(model, row, invocation), seed_of(seed, row.id), tag=row.id)
+
+
+def answerable(model: VisMem, rows: Sequence[Row]) -> tuple[list[Row], list[Record]]:
+    """The rows that the model's processor takes, and a record with its error of each of the others."""
+    found: list[Row] = []
+    failed: list[Record] = []
+    for row in rows:
+        try:
+            row_inputs(model.processor, row, context_of(model))
+            found.append(row)
+        except BadRow as error:
+            failed.append(Record.failed(row.id, str(error)))
+    return found, failed
+
+
+def report_failures(records: Sequence[Record], label: str) -> None:
+    """Warns of questions without an answer. Raises ValueError if none has one."""
+    failed = [record for record in records if record.error]
+    if not failed:
+        return
+    first = f"{failed[0].id}: {failed[0].error}"
+    if len(failed) == len(records):
+        raise ValueError(f"{label}: none of {len(records)} questions can be answered; the first: {first}")
+    log.warning(
+        "%s: %d of %d questions failed and count as wrong; the first: %s", label, len(failed), len(records), first
+    )
+
+
+def kept(row: Row, keep: Sequence[str]) -> dict[str, Any]:
+    """The row's columns that records keep."""
+    return {name: row.columns[name] for name in keep if name in row.columns}
 
 
 def policy_for(model: VisMem, row: Row, invocation: str | Policy) -> str | Policy:
@@ -105,7 +156,9 @@ def policy_for(model: VisMem, row: Row, invocation: str | Policy) -> str | Polic
 
 
 def record_of(model: VisMem, row: Row, written: Answer, rewards: Rewards, keep: Sequence[str]) -> Record:
-    """One answer, scored."""
+    """One answer, scored; or what went wrong while it was written."""
+    if written.error is not None:
+        return Record.failed(row.id, str(written.error) or type(written.error).__name__, kept(row, keep))
     reply = model.processor.tokenizer.decode(written.tokens, skip_special_tokens=True)
     sampled = sum(not invocation.forced for invocation in written.invocations)
     return Record(
@@ -117,7 +170,7 @@ def record_of(model: VisMem, row: Row, written: Answer, rewards: Rewards, keep: 
         delimiters=sum(token in model.delimiters for token in written.tokens) + sampled,
         invocations=[invocation.to_dict() for invocation in written.invocations],
         finish=str(written.finish),
-        columns={name: row.columns[name] for name in keep if name in row.columns},
+        columns=kept(row, keep),
     )
 
 

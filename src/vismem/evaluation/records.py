@@ -25,8 +25,9 @@ class Record:
         sampled: how many of them were sampled.
         delimiters: places where memory might have been called for: ends of phrases, and sampled invocations.
         invocations: `kind`, `position` (index among the new tokens), `length` and `forced` of each, in order.
-        finish: `"stop"` or `"length"`.
+        finish: `"stop"`, `"length"` or `"error"`.
         columns: of the row, what tables group by.
+        error: why there is no answer; the question then counts as wrong.
     """
 
     id: str
@@ -38,6 +39,12 @@ class Record:
     invocations: list[dict[str, Any]] = field(default_factory=list)
     finish: str = "stop"
     columns: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    @classmethod
+    def failed(cls, row_id: str, error: str, columns: dict[str, Any] | None = None) -> Record:
+        """The record of a question that could not be asked or answered."""
+        return cls(row_id, 0.0, "", 0, 0, finish="error", columns=columns or {}, error=error)
 
 
 class RecordFile:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem import checkpoint as memory_files
-from vismem.data import Row, load_dataset_rows
+from vismem.data import BadDataError, Row, load_dataset_rows
 from vismem.decoding.invocation import Policy, read_policy
 from vismem.evaluation.answering import answer
 from vismem.evaluation.records import Record, RecordFile
@@ -48,6 +48,8 @@ class Runs:
         self.settings, self.rehearsing = settings, False
         self._held: tuple[Any, VisMem] | None = None  # the model that was asked last
         self._rows: dict[tuple[Benchmark, bool], list[Row]] = {}
+        self._unread: dict[str, list[Record]] = {}  # by benchmark, of questions that cannot be read
+        self.failures: dict[str, tuple[int, int]] = {}  # by benchmark, the most failed questions of a method, and all
         self._tasks: set[str] = set()  # of lmms-eval, that are known to be there
 
     # Making.
@@ -105,7 +107,7 @@ class Runs:
 
     def rows(self, benchmark: Benchmark, bound: bool = False) -> list[Row]:
         """A benchmark's questions."""
-        key = (replace(benchmark, rewards=str(benchmark.rewards)), bound)
+        key = (replace(benchmark, rewards=str(benchmark.rewards), columns=str(benchmark.columns)), bound)
         if key not in self._rows:
             self._rows[key] = self._read(benchmark, bound)
         return self._rows[key]
@@ -115,11 +117,17 @@ class Runs:
         limit = benchmark.limit if benchmark.limit is not None else settings.limit
         source, _, suite = benchmark.data.partition(":")
         if source == POCKET:
-            from vismem.pocket.suites import rows
+            from vismem.pocket.suites import rows as suite_rows
 
-            return rows(suite, settings.n, settings.question_seed, bound)[:limit]
-        found: Any = load_dataset_rows(benchmark.data, split=benchmark.split, limit=limit)
-        return [found[index] for index in range(len(found))]
+            return suite_rows(suite, settings.n, settings.question_seed, bound)[:limit]
+        found: Any = load_dataset_rows(
+            benchmark.data, split=benchmark.split, limit=limit, columns=benchmark.columns, max_bad_rows=None
+        )
+        rows = list(found.good())
+        if not rows:
+            raise BadDataError(f"{benchmark.data} has no good row ({found.reports.count} bad)")
+        self._unread[benchmark.name] = [Record.failed(row_id, why) for row_id, why in found.reports.found]
+        return rows
 
     def has(self, method: Method, benchmark: Benchmark) -> bool:
         """Whether the method can be asked: a bound exists in the pocket world only, and not for all of its suites."""
@@ -141,7 +149,7 @@ class Runs:
         invocation, tokens = method.policy, self.tokens(benchmark)
         file = self.file(method, benchmark, seed)
         if benchmark.task:
-            return self.task_records(method, benchmark, seed, invocation, tokens, file)
+            return self._counted(benchmark, self.task_records(method, benchmark, seed, invocation, tokens, file))
         rows = self.rows(benchmark, method.bound)
         if any(row.id not in file.done for row in rows):
             model = self.model(method, seed)
@@ -156,7 +164,20 @@ class Runs:
                 label=f"{method.name}, {benchmark.name}",
                 keep=(),
             )
-        return [file.records[row.id] for row in rows]
+        answered = [file.records[row.id] for row in rows]
+        return self._counted(benchmark, [*answered, *self._unread.get(benchmark.name, ())])
+
+    def _counted(self, benchmark: Benchmark, records: list[Record]) -> list[Record]:
+        """The records, after a note of how many have failed."""
+        failed, all_failed = sum(bool(record.error) for record in records), self.failures.get(benchmark.name, (0, 0))
+        if failed > all_failed[0]:
+            self.failures[benchmark.name] = (failed, len(records))
+        return records
+
+    def failures_note(self) -> list[str]:
+        """A sentence on questions without an answer, if there are any."""
+        said = [f"{failed} of {total} in {name}" for name, (failed, total) in self.failures.items()]
+        return [f"Failed questions, which count as wrong: {', '.join(said)}."] if said else []
 
     def check(self, method: Method, benchmark: Benchmark, seed: int | None) -> None:
         """Looks at what the answers need besides a model: questions, and where answers are missing what scores them.
@@ -204,7 +225,7 @@ class Runs:
         if benchmark.task:
             return [str(record.columns.get(benchmark.subtask, "")) for record in records]
         columns = {row.id: row.columns for row in self.rows(benchmark)}
-        return [str(columns[record.id].get(benchmark.subtask, "")) for record in records]
+        return [str(columns.get(record.id, {}).get(benchmark.subtask, "")) for record in records]
 
     def task_records(
         self, method: Method, benchmark: Benchmark, seed: int | None, invocation: str, tokens: int, file: RecordFile

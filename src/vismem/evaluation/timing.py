@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from vismem import files
 from vismem.data import Row, prompt_inputs
-from vismem.evaluation.answering import policy_for
+from vismem.evaluation.answering import answerable, policy_for
 from vismem.evaluation.records import check_settings
 from vismem.evaluation.runs import Rehearsed, Runs, policy_of
 from vismem.evaluation.settings import Method
@@ -77,6 +77,9 @@ def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, di
     first_seed = settings.seeds[0]
     methods = {way.method.name: way.method for way in ways.values()}
     models = {name: runs.load(runs.artefact(method, first_seed)) for name, method in methods.items()}
+    rows, failed = answerable(next(iter(models.values())), rows)
+    if not rows:
+        raise ValueError(f"no question can be asked for times; the first: {failed[0].id}: {failed[0].error}")
     seconds: dict[str, list[list[float]]] = {label: [[] for _ in rows] for label in ways}
     firsts: dict[str, list[list[float]]] = {label: [[] for _ in rows] for label in ways}
     counts: dict[str, list[tuple[int, int]]] = {label: [(0, 0)] * len(rows) for label in ways}

@@ -19,12 +19,15 @@ from transformers import TrainingArguments, integrations
 from transformers.training_args import trainer_log_levels
 
 from vismem.config import VisMemConfig
+from vismem.data.layouts import check_columns
 from vismem.settings import Flag, Number, SettingsError, Whole, shown, typed
 from vismem.training.precision import choose_precision
 from vismem.training.settings import PRESETS, SECTIONS, kinds, load_settings, memory_config, own_kinds, values_for
 from vismem.training.stages import PLANS, STAGES, Plan
 
 __all__ = ["PRESETS", "SECTIONS", "STAGES", "MemoryTrainingArguments", "arguments_for", "load_settings"]
+
+NO_EVALUATION = "training does not evaluate: leave out eval_dataset and eval_strategy, and run `vismem eval` afterwards"
 
 
 @dataclass
@@ -43,6 +46,7 @@ class MemoryTrainingArguments(TrainingArguments):
         data: JSONL file, folder or hub name (`docs/data.md`); `"pocket"` is the pocket world (`"pocket:late"`: its
             late questions alone).
         split, streaming, strict, max_bad_rows, max_rows: how the data is read.
+        columns: names of the data's columns that differ, from ours to theirs: `{"prompt": "question"}`.
         rewards: reward functions: names, import paths, or mappings with `weight` and options (`docs/rewards.md`).
         group_size: G, trajectories per prompt.
         temperature: of sampling; log-probabilities are taken at the same one.
@@ -80,6 +84,7 @@ class MemoryTrainingArguments(TrainingArguments):
     strict: bool = False
     max_bad_rows: int = 10
     max_rows: int | None = None
+    columns: dict[str, str] | None = None
     rewards: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = field(default_factory=lambda: ["exact"])
     group_size: int = 16
     temperature: float = 1.0
@@ -120,6 +125,9 @@ class MemoryTrainingArguments(TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError, NotImplementedError, OSError) as error:
             raise SettingsError(" ".join(str(error).split())) from error
+        if self.eval_strategy != "no" or self.do_eval or self.eval_on_start or self.load_best_model_at_end:
+            raise SettingsError(NO_EVALUATION)
+        check_columns(self.columns)
         for name in ("log_level", "log_level_replica"):
             allowed = ", ".join(trainer_log_levels)
             self._require(name, getattr(self, name) in trainer_log_levels, f"one of {allowed}")

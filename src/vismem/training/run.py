@@ -102,7 +102,7 @@ def run_stage(args: MemoryTrainingArguments, resume: bool, read: dict[tuple[Any,
         model = load_model(args)
         trainer = MemoryTrainer(model, args, rows)
         with reported_apart(args):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint or resume)
         trainer.save_result(result)
         if args.should_save:
             history = {"stage": args.stage, "seed": args.seed, "log": trainer.state.log_history}
@@ -196,6 +196,7 @@ def prepared_rows(args: MemoryTrainingArguments, read: dict[tuple[Any, ...], Any
     if not args.plan.supervised:
         load_rewards(args.rewards)
     key: tuple[Any, ...] = (args.data, args.split, args.strict, args.max_bad_rows, args.streaming, args.max_rows)
+    key = (*key, str(args.columns))
     if args.data.partition(":")[0] == "pocket":
         key = (*key, args.stage)
     if key not in read:
@@ -264,4 +265,5 @@ def load_rows(args: MemoryTrainingArguments) -> Any:
         max_bad_rows=args.max_bad_rows,
         streaming=args.streaming,
         limit=args.max_rows,
+        columns=args.columns,
     )

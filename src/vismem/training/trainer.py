@@ -23,7 +23,7 @@ from vismem.data import Row
 from vismem.decoding.rows import NonFiniteError
 from vismem.model import VisMem
 from vismem.training import grpo
-from vismem.training.arguments import MemoryTrainingArguments
+from vismem.training.arguments import NO_EVALUATION, MemoryTrainingArguments
 from vismem.training.baselines import adapter_of, without_adapter
 from vismem.training.checkpoints import (
     STATE,
@@ -37,10 +37,14 @@ from vismem.training.experience import Collector, Experience, inputs_of
 from vismem.training.figures import Figures, Samples
 from vismem.training.replay import Learner, collate, decoded_log_probs, without_memory
 from vismem.training.rewards import load_rewards
+from vismem.training.rows import training_rows
 from vismem.training.sampler import PromptSampler
 from vismem.training.sharding import make_shardable, whole
 from vismem.training.supervised import supervised_batch
 from vismem.training.watch import SignalWatch
+
+EVALUATION = ("eval_dataset", "compute_metrics", "preprocess_logits_for_metrics")  # of transformers' trainer
+FIXED = ("data_collator", "compute_loss_func", "model_init")  # likewise, but the method's own here
 
 
 class TrainingDivergedError(RuntimeError):
@@ -54,10 +58,14 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         model: the model whose memory is trained; its base stays as it is, bit for bit. In a baseline an adapter that
             the base has is trained further, or a new one is added.
         args: of the stage.
-        train_dataset: `Row`s, as `vismem.data.load_dataset_rows` gives them.
+        train_dataset: a `datasets.Dataset` or `IterableDataset`, a list of dictionaries, a file's name, or `Row`s;
+            read by `vismem.data.load_dataset_rows`.
         reward_funcs: a function of TRL's signature, a name, an import path, or a list of them; by default those that
             `args.rewards` names.
         callbacks, optimizers: as in transformers.
+
+    Raises:
+        ValueError: if something is given that training does not use, such as an `eval_dataset`.
 
     Example:
         >>> args = MemoryTrainingArguments("runs/one", stage="stage1", learning_rate=5e-5, max_steps=100)
@@ -71,11 +79,16 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         self,
         model: VisMem,
         args: MemoryTrainingArguments,
-        train_dataset: Dataset[Row],
+        train_dataset: Any,
         reward_funcs: str | Callable[..., Any] | list[str | Callable[..., Any]] | None = None,
         **kwargs: Any,
     ) -> None:
+        if any(kwargs.get(name) is not None for name in EVALUATION):
+            raise ValueError(NO_EVALUATION)
+        if own := sorted(name for name in FIXED if kwargs.pop(name, None) is not None):
+            raise ValueError(f"MemoryTrainer has its own {own[0]}; leave it out")
         self.vismem, self.history = model, model.history
+        rows = training_rows(train_dataset, args, model)
         model.memory.float()
         model.tokens.float()
         model.base.requires_grad_(False)
@@ -84,7 +97,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             for parameter in model.parameters_of(part):
                 parameter.requires_grad_(part in args.plan.trains)
         super().__init__(
-            Learner(model, adapter), args, data_collator=cast(Any, list), train_dataset=train_dataset, **kwargs
+            Learner(model, adapter), args, data_collator=cast(Any, list), train_dataset=cast(Any, rows), **kwargs
         )
         if getattr(model.base, "hf_device_map", None) is None and not getattr(model.base, "is_quantized", False):
             model.base.to(args.device)
@@ -117,27 +130,30 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
     # What the Trainer asks for.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; leaves the model in evaluation mode, with this stage in its `history`.
+        """Trains; leaves the model in evaluation mode, with this stage in its `history`.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of `output_dir`.
-            *args, **kwargs: as the Trainer's.
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of `output_dir`, if there
+                is one.
+            *args, **kwargs: as in transformers.
 
         Raises:
+            ValueError: if this trainer has trained before, or `output_dir` holds a run that is not to be resumed.
             FolderInUseError: if another run writes into `output_dir`.
             DiskFullError: if there is no room; names the newest checkpoint.
             DamagedCheckpointError: if a file of the checkpoint is damaged.
         """
-        folder, main = str(self.args.output_dir), self.is_world_process_zero()
+        folder, main = Path(str(self.args.output_dir)), self.is_world_process_zero()
         with files.locked(folder) if main else contextlib.nullcontext():
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_checkpoint(folder)
-                if resume_from_checkpoint is None:
-                    raise ValueError(f"{folder} has no checkpoint to resume from")
+            elif not resume_from_checkpoint:
+                self.refuse_old_run(folder)
             step = 0
             if resume_from_checkpoint:
                 verify(Path(resume_from_checkpoint))
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE)).global_step
+            self.accelerator.wait_for_everyone()  # before anything that the others look for is written
             if main:
                 if resume_from_checkpoint:
                     drop_newer(folder, step)
@@ -151,6 +167,22 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                 return output
             finally:
                 self.learner.eval()
+
+    def refuse_old_run(self, folder: Path) -> None:
+        """Raises ValueError if training from the start would overwrite what is there."""
+        if self.state.global_step:
+            raise ValueError("this trainer has trained already: make a new one, with another output_dir")
+        if newest_checkpoint(folder) or (folder / self.args.plan.result).exists():
+            raise ValueError(
+                f"{folder} holds a run already: continue it with train(resume_from_checkpoint=True), "
+                "or choose another output_dir"
+            )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: answers are evaluated by `vismem eval`."""
+        raise ValueError(NO_EVALUATION)
+
+    predict = evaluate
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset

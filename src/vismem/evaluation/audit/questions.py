@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from vismem.data import BadDataError, Row, load_dataset_rows
@@ -11,7 +11,9 @@ from vismem.evaluation.audit.bank import image_digest
 POCKET = "pocket"
 
 
-def questions(data: str, count: int, seed: int = 0, split: str = "test") -> list[Row]:
+def questions(
+    data: str, count: int, seed: int = 0, split: str = "test", columns: Mapping[str, str] | None = None
+) -> list[Row]:
     """Rows of a data set, the same for a seed; the first n of them are those that a smaller count gives.
 
     Args:
@@ -19,6 +21,7 @@ def questions(data: str, count: int, seed: int = 0, split: str = "test") -> list
         count: how many at most.
         seed: of the choice.
         split: of a hub data set.
+        columns: as for `load_dataset_rows`.
 
     Raises:
         ValueError: if the suite is unknown or two rows share an id.
@@ -27,7 +30,7 @@ def questions(data: str, count: int, seed: int = 0, split: str = "test") -> list
     source, _, suite = data.partition(":")
     if source == POCKET:
         return pocket_questions(suite, count, seed)
-    rows = load_dataset_rows(data, split=split)
+    rows = load_dataset_rows(data, split=split, columns=columns, max_bad_rows=None)
     if not hasattr(rows, "__getitem__"):
         raise BadDataError(f"{data} can only be read in order, and the audit draws its questions by chance")
     return drawn(rows, count, seed)

@@ -45,8 +45,12 @@ def intact_answers(
     done = {row.id for row in bank.rows if row.id in store.records and bank.load(row.id)}
     missing = [row for row in bank.rows if row.id not in done]
     bar = tqdm(total=len(bank.rows), initial=len(done), desc=label or "intact", delay=2, mininterval=1)
+
+    def unasked(record: Record) -> None:
+        raise ValueError(f"{record.id}: {record.error}")
+
     with bar, watched(bank) as (queries, shown):
-        requests = asked(bank.model, missing, invocation, seed)
+        requests = asked(bank.model, missing, invocation, seed, unasked)
         settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "record": True}
         for written in bank.model.stream_batch(requests, batch_size, **settings):
             row = bank.row(written.tag)

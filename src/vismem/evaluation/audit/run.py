@@ -25,7 +25,7 @@ from vismem import __version__, files
 from vismem.config import KINDS
 from vismem.data import Row
 from vismem.decoding.invocation import Policy
-from vismem.evaluation.answering import answer
+from vismem.evaluation.answering import answer, answerable
 from vismem.evaluation.audit.bank import Bank
 from vismem.evaluation.audit.effects import effect, overview
 from vismem.evaluation.audit.gaze import gazes, watch
@@ -85,6 +85,8 @@ class Options:
 def audit(model: VisMem, rows: Sequence[Row], rewards: Rewards, options: Options) -> dict[str, Any]:
     """Audits a memory, and writes numbers and a page.
 
+    Questions that the model's processor refuses are left out and listed in the results, as `failed`.
+
     Args:
         model: base and memory.
         rows: all rows of the reference pass; the first `options.n` are those whose memories are replaced. Their ids
@@ -96,21 +98,29 @@ def audit(model: VisMem, rows: Sequence[Row], rewards: Rewards, options: Options
         What `audit.json` holds: `settings`, `overview`, `effects`, `gaze`, `probes`, `structure`, `verdicts`, ...
 
     Raises:
-        ValueError: if there is no row, two rows share an id, or the folder holds results of other settings.
+        ValueError: if there is no row that can be asked, two rows share an id, or the folder holds results of other
+            settings.
         FolderInUseError: if another run writes into the folder.
     """
+    rows, failed = answerable(model, rows)
     if not rows:
-        raise ValueError("there is no question to audit with")
+        why = f"; the first: {failed[0].id}: {failed[0].error}" if failed else ""
+        raise ValueError(f"there is no question to audit with{why}")
+    for record in failed:
+        log.warning("audit: left out a question: %s: %s", record.id, record.error)
     if len({row.id for row in rows}) < len(rows):
         raise ValueError("two questions have the same id; ids must differ")
     with files.locked(options.out):
-        return Audit(model, rows, rewards, options).run()
+        return Audit(model, rows, rewards, options, failed).run()
 
 
 class Audit:
     """One audit under way; `audit` is the way in."""
 
-    def __init__(self, model: VisMem, rows: Sequence[Row], rewards: Rewards, options: Options) -> None:
+    def __init__(
+        self, model: VisMem, rows: Sequence[Row], rewards: Rewards, options: Options, failed: Sequence[Record] = ()
+    ) -> None:
+        self.failed = failed
         self.model, self.rewards, self.options, self.out = model, rewards, options, Path(options.out)
         self.bank = Bank(model, rows, self.out / "bank", options.seed, 2 * options.batch_size)
         self.asked = [row.id for row in rows[: options.n]]
@@ -149,6 +159,7 @@ class Audit:
         files.write_json(self.out / "maps.json", {"ids": ids, "maps": likeness.pop("maps")}, indent=1)
         result: dict[str, Any] = {
             "settings": {**self.settings, "questions": len(self.asked), "reference": len(records)},
+            "failed": {record.id: record.error for record in self.failed},
             "machine": machine(),
             "thresholds": asdict(THRESHOLDS),
             "overview": overview(list(intact.values()), off, bank),

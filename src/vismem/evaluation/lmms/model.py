@@ -22,7 +22,7 @@ from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
 
-from vismem.data import prompt_inputs
+from vismem.data import row_inputs
 from vismem.decoding.invocation import read_policy
 from vismem.decoding.requests import Answer, Request
 from vismem.evaluation.answering import policy_for
@@ -30,6 +30,7 @@ from vismem.evaluation.lmms.messages import row_of
 from vismem.loading import DTYPES, load_model, silence_libraries
 from vismem.model import VisMem
 from vismem.training.experience import seed_of
+from vismem.training.rows import context_of
 
 AUTOMATIC_BATCH = 16
 BLANK_LINE = "\n\n"  # what lmms-eval puts into `until` where a task says nothing
@@ -43,19 +44,21 @@ class Traced(TokenCounts):
     Args:
         sampled_tokens: how many of the output tokens the model sampled.
         delimiters: places where memory might have been called for: ends of phrases, and sampled invocations.
-        finish: `"stop"` or `"length"`.
+        finish: `"stop"`, `"length"` or `"error"`.
         invocations: `kind`, `position` (index among the output tokens), `length` and `forced` of each, in order.
+        error: why there is no answer.
     """
 
     sampled_tokens: int = 0
     delimiters: int = 0
     finish: str = "stop"
     invocations: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """What lmms-eval logs."""
         own = {name: getattr(self, name) for name in ("sampled_tokens", "delimiters", "finish", "invocations")}
-        return {**super().to_dict(), **own}
+        return {**super().to_dict(), **own, **({"error": self.error} if self.error else {})}
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,10 @@ class VisMemChat(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers to requests, in their order.
 
+        A sample that cannot be read or answered has an empty answer, with the reason in its trace and in the log.
+
         Raises:
-            ValueError: if a sample cannot be read or answered; names it.
+            ValueError: if no sample at all can be answered; names the first.
         """
         questions: dict[int, Question] = {}
         samples: dict[int, tuple[str, int]] = {}
@@ -192,9 +197,11 @@ class VisMemChat(lmms):
                     messages, notes[index] = (lambda found=found: found[0]), found[3]
                 questions.append(Question(name, messages, generation))
                 asked.append(index)
-            for index, answer in zip(asked, self._answer(questions), strict=True):
+            answers = self._answer(questions)
+            for index, answer in zip(asked, answers, strict=True):
                 written[index].append(answer.text)
-            going, number = asked, number + 1
+            going = [index for index, one in zip(asked, answers, strict=True) if not one.token_counts.error]
+            number += 1
         return written
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -225,22 +232,43 @@ class VisMemChat(lmms):
         stops = {question.name: until(question.generation) for question in questions}
         start = time.perf_counter()
         with tqdm(total=len(questions), disable=self.rank != 0, desc="Model Responding") as bar:
-            for answer in self.vismem.stream_batch(self._requests(questions, lengths), self.batch_size):
+
+            def failed(name: str, reason: str) -> None:
+                logger.warning(f"no answer, which counts as wrong: {name}: {reason}")
+                found[name] = GenerationResult("", Traced(0, 0, finish="error", error=reason))
+                bar.update()
+
+            for answer in self.vismem.stream_batch(self._requests(questions, lengths, failed), self.batch_size):
+                if answer.error is not None:
+                    failed(answer.tag, str(answer.error))
+                    continue
                 found[answer.tag] = self._result(answer, lengths.pop(answer.tag), stops[answer.tag])
                 bar.update()
+        errors = {name: result.token_counts.error for name, result in found.items() if result.token_counts.error}
+        if errors:
+            first = "{}: {}".format(*next(iter(errors.items())))
+            if len(errors) == len(questions):
+                raise ValueError(f"none of {len(questions)} samples can be answered; the first: {first}")
+            logger.warning(f"{len(errors)} of {len(questions)} samples failed and count as wrong; the first: {first}")
         seconds = time.perf_counter() - start
         tokens = sum(result.token_counts.output_tokens for result in found.values())
         if questions:
             log_metrics(seconds, tokens, tokens / seconds, {"num_requests": len(questions)})
         return [found[question.name] for question in questions]
 
-    def _requests(self, questions: list[Question], lengths: dict[str, int]) -> Iterator[Request]:
-        """A request for each question, made when there is room for it; notes how long its prompt is."""
+    def _requests(
+        self, questions: list[Question], lengths: dict[str, int], failed: Callable[[str, str], None]
+    ) -> Iterator[Request]:
+        """A request for each question, made when there is room; notes how long its prompt is, or why it fails."""
         model = self.vismem
         mark = getattr(model.processor, "image_token", None)
         for question in questions:
-            row = row_of(question.name, question.messages(), mark)
-            inputs = prompt_inputs(model.processor, [row])
+            try:
+                row = row_of(question.name, question.messages(), mark)
+                inputs = row_inputs(model.processor, row, context_of(model))
+            except ValueError as error:
+                failed(question.name, str(error).removeprefix(f"{question.name}: "))
+                continue
             inputs = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
             lengths[question.name] = inputs["input_ids"].shape[1]
             policy, seed = policy_for(model, row, self.policy), seed_of(self.seed, question.name)

@@ -228,6 +228,7 @@ def records_of(
             delimiters=trace.delimiters,
             invocations=trace.invocations,
             finish=trace.finish,
+            error=trace.error,
             columns={**plain, "lmms_task": name},
         )
     return list(found.values())

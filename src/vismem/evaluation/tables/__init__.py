@@ -69,7 +69,9 @@ def _made(names: Sequence[str], runs: Runs, command: str, on_table: Callable[[Ta
             TABLES[name](runs)
     runs.rehearsing = False
     for name in names:
+        runs.failures.clear()
         table = TABLES[name](runs)
+        table.notes.extend(runs.failures_note())
         folder = Path(runs.settings.output_dir)
         found += write(table, folder, command.replace("{}", name, 1))
         draw(table, folder / f"{name}.png")

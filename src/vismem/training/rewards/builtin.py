@@ -35,6 +35,8 @@ def per_row(
 ) -> RewardFunction:
     """A reward from `score(prompt, completion, *columns, *optional)` on one row's texts and values.
 
+    `score` gets all reference answers as `answer`, where the row has several; the best of them counts.
+
     Raises (when called):
         ValueError: if one of `columns` is not there; `optional` ones are None then.
     """
@@ -45,6 +47,7 @@ def per_row(
                 raise ValueError(
                     f"the reward {name!r} needs a column {column!r}; there are {', '.join(given) or 'none'}"
                 )
+        given = {**given, "answer": given["references"]} if "references" in given and "answer" in given else given
         scores = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             values = [given[column][row] for column in columns]
@@ -301,7 +304,9 @@ def pocket() -> RewardFunction:
     def score(prompt: Any, text: str, task: Any, answer: Any) -> float | None:
         from vismem.pocket.tasks import score as score_pocket
 
-        return None if task is None else score_pocket(task, text, str(answer))
+        return (
+            None if task is None else max((score_pocket(task, text, one) for one in _references(answer)), default=0.0)
+        )
 
     return per_row("pocket", score, "task", "answer")
 

@@ -96,8 +96,12 @@ def judge(
         raise ValueError(f"the judge must be a function or its import path, got {function!r}")
 
     def one(row: int, prompt: Any, completion: Any, answer: Any) -> float | None:
+        answers = [str(each) for each in (answer if isinstance(answer, list) else [answer]) if each is not None] or [""]
+        if url is not None:  # one request a row
+            answers = [" or ".join(answers)]
         try:
-            return ask(prompt_text(prompt), completion_text(completion), "" if answer is None else str(answer))
+            scores = [ask(prompt_text(prompt), completion_text(completion), each) for each in answers]
+            return max((score for score in scores if score is not None), default=None)
         except FAILURES as error:
             if on_failure == "none":
                 logger.warning("the judge gave no score for row %d of the batch: %s", row, error)
@@ -105,7 +109,7 @@ def judge(
             raise RowFailure(row) from error
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        answers = columns.get("answer") or [None] * len(completions)
+        answers = columns.get("references") or columns.get("answer") or [None] * len(completions)
         with ThreadPoolExecutor(max_workers=workers) as pool:
             asked = [
                 pool.submit(one, row, *rest) for row, rest in enumerate(zip(prompts, completions, answers, strict=True))

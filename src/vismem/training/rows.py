@@ -1,0 +1,56 @@
+"""The rows that a trainer reads: what it was given as `train_dataset`, each row tried on the base's processor.
+
+A row that the processor refuses is a bad row, like one that cannot be read: it is named, counted, and replaced by the
+next one. Whether a row is bad depends on the row alone, so that a resumed run, or one on more processes, meets the
+same rows.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from vismem.data import BadRow, Row, Rows, StreamingRows, load_dataset_rows, row_inputs
+from vismem.data.batches import marks_of
+from vismem.model import VisMem
+from vismem.training.arguments import MemoryTrainingArguments
+
+
+def training_rows(source: Any, args: MemoryTrainingArguments, model: VisMem) -> Rows | StreamingRows:
+    """The rows of a stage.
+
+    Args:
+        source: anything that `load_dataset_rows` takes.
+        args: of the stage; they say how the source is read.
+        model: whose processor is to take the rows.
+
+    Raises:
+        ValueError: if there is no source.
+        BadDataError: if it cannot be read, has no good row, or more bad ones than allowed.
+    """
+    if source is None:
+        raise ValueError("MemoryTrainer needs a train_dataset: a file's name, a datasets.Dataset, a list, or rows")
+    rows = load_dataset_rows(
+        source,
+        args.split,
+        strict=args.strict,
+        max_bad_rows=args.max_bad_rows,
+        streaming=args.streaming,
+        limit=args.max_rows,
+        columns=args.columns,
+    )
+    return rows.checked(partial(check_row, model.processor, context_of(model), args.plan.supervised))
+
+
+def check_row(processor: Any, context: int | None, supervised: bool, row: Row) -> None:
+    """Raises BadRow if the processor refuses a row, its prompt is too long, or its reply has an image mark."""
+    row_inputs(processor, row, context)
+    if supervised:
+        for mark in marks_of(processor):
+            if mark in row.completion:
+                raise BadRow(f"the reply holds the processor's image mark {mark}; take it out")
+
+
+def context_of(model: VisMem) -> int | None:
+    """How many tokens the base was made for; None where its config does not say."""
+    return getattr(model.base.config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,290 @@
+"""The field's layouts as they are: each is read, each bad one is one line, and nothing else is ever raised."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from vismem.data import BadDataError, load_dataset_rows, reward_columns
+from vismem.data.layouts import BadRow
+from vismem.data.rows import Draft, read_row
+from vismem.training.rewards import load_rewards
+
+PICTURE = tiny.picture(0)
+
+
+def texts(draft: Draft) -> list[tuple[str, str]]:
+    """Roles and contents; an image part is written [image]."""
+    return [
+        (m["role"], "".join("[image]" if part["type"] == "image" else part["text"] for part in m["content"]))
+        for m in draft.prompt
+    ]
+
+
+def said(*turns: str, keys=("role", "content"), roles=("user", "assistant")) -> list[dict]:
+    return [dict(zip(keys, (roles[i % 2], text), strict=True)) for i, text in enumerate(turns)]
+
+
+LLAVA = {"keys": ("from", "value"), "roles": ("human", "gpt")}
+LAYOUTS = {
+    "TRL prompt and completion": (
+        {"prompt": said("How many?"), "completion": said("", "Three.")[1:], "image": "a.png"},
+        ([("user", "[image]How many?")], "Three.", "Three."),
+    ),
+    "TRL messages": (
+        {"messages": said("How many?", "Three."), "images": ["a.png"]},
+        ([("user", "[image]How many?")], "Three.", "Three."),
+    ),
+    "messages in several turns": (
+        {"messages": said("Hello", "Hi", "How many?", "3"), "answer": 3},
+        ([("user", "Hello"), ("assistant", "Hi"), ("user", "How many?")], "3", "3"),
+    ),
+    "messages that end with the user": (
+        {"messages": said("How many?"), "solution": "<answer>3</answer>"},
+        ([("user", "How many?")], "<answer>3</answer>", "<answer>3</answer>"),
+    ),
+    "LLaVA": (
+        {"id": "1", "image": "a.png", "conversations": said("<image>\nHow many?", "Three", "Sure?", "Yes", **LLAVA)},
+        ([("user", "[image]How many?"), ("assistant", "Three"), ("user", "Sure?")], "Yes", "Yes"),
+    ),
+    "ShareGPT with a system text": (
+        {"system": "Be brief.", "conversations": said("How many?", "Three", **LLAVA)},
+        ([("system", "Be brief."), ("user", "How many?")], "Three", "Three"),
+    ),
+    "conversations by columns": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["How many?", "Three"]}},
+        ([("user", "How many?")], "Three", "Three"),
+    ),
+    "the Cauldron": (
+        {"images": ["a.png"], "texts": [{"user": "How many?", "assistant": "Three", "source": "x"}]},
+        ([("user", "[image]How many?")], "Three", "Three"),
+    ),
+    "EasyR1": (
+        {"problem": "<image>How many?", "images": ["a.png"], "answer": "3"},
+        ([("user", "[image]How many?")], "3", "3"),
+    ),
+    "verl": (
+        {
+            "data_source": "x",
+            "prompt": said("Compare <image> and <image>."),
+            "images": [{"bytes": b"x", "path": None}, {"bytes": b"x", "path": None}],
+            "reward_model": {"style": "rule", "ground_truth": "3"},
+            "extra_info": {"index": 0, "answer": "no"},
+        },
+        ([("user", "Compare [image] and [image].")], "3", "3"),
+    ),
+    "LLaMA-Factory": (
+        {"messages": said("What is it?<image>", "A cup."), "images": ["a.png"]},
+        ([("user", "What is it?[image]")], "A cup.", "A cup."),
+    ),
+    "alpaca": (
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "system": "Be brief.", "history": [["a", "b"]]},
+        ([("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "Add.\n1 and 2")], "3", "3"),
+    ),
+    "ms-swift": (
+        {"query": "<image>How many?", "response": "Three.", "images": ["a.png"], "answer": "3"},
+        ([("user", "[image]How many?")], "3", "Three."),
+    ),
+    "question and answer": (
+        {"question": "How many?", "image": "a.png", "answer": 3},
+        ([("user", "[image]How many?")], "3", "3"),
+    ),
+    "text and label": ({"text": "Cat?", "image": "a.png", "label": 1}, ([("user", "[image]Cat?")], "1", "1")),
+    "labels": ({"query": "How many?", "label": ["14"], "image": "a.png"}, ([("user", "[image]How many?")], "14", "14")),
+    "target": ({"question": "How many?", "target": "14"}, ([("user", "How many?")], "14", "14")),
+    "ground truth": ({"problem": "How many?", "ground_truth": 1.0}, ([("user", "How many?")], "1", "1")),
+    "VQA": (
+        {"question": "How many?", "answers": [{"answer": "two", "answer_id": 1}, {"answer": "2"}, {"answer": "2"}]},
+        ([("user", "How many?")], "2", "2"),
+    ),
+    "SQuAD": (
+        {"question": "Who?", "answers": {"text": ["Ada"], "answer_start": [3]}},
+        ([("user", "Who?")], "Ada", "Ada"),
+    ),
+    "parts without a type": (
+        {"messages": [{"role": "user", "content": [{"image": "a.png"}, {"text": "How many?"}]}], "answer": "3"},
+        ([("user", "[image]How many?")], "3", "3"),
+    ),
+    "arrays, as pandas has them": (
+        {"prompt": np.array(said("How many?"), dtype=object), "answer": np.int64(3), "images": np.array([], object)},
+        ([("user", "How many?")], "3", "3"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layout_is_read(name):
+    raw, (prompt, answer, completion) = LAYOUTS[name]
+    draft = read_row(raw)
+    assert (texts(draft), draft.answer, draft.completion) == (prompt, answer, completion)
+    assert len(draft.sources) == sum(text.count("[image]") for _, text in prompt)
+    assert all(draft.columns[key] is value for key, value in raw.items() if key in draft.columns)
+
+
+def test_lists_of_references_and_the_best_of_them():
+    votes = [{"answer": "two"}, {"answer": "2"}, {"answer": "two"}, {"answer": "a pair"}]
+    rows = list(load_dataset_rows([{"question": "?", "answers": votes}, {"question": "?", "answer": "dog"}]))
+    assert rows[0].answer == "two" and rows[0].references == ["two", "2", "a pair"]
+    columns = reward_columns(rows)
+    assert columns["answer"] == ["two", "dog"] and columns["references"] == [["two", "2", "a pair"], ["dog"]]
+    assert columns["answers"] == [votes, None]
+    for name, replies in {
+        "exact": ("A pair.", "dog"),
+        "contains": ("it is 2 of them", "a dog"),
+        "numeric": ("2", ""),
+    }.items():
+        found = load_rewards([name, {"name": "format", "pattern": ".*"}])(["?", "?"], list(replies), columns)
+        assert found.parts[0, 0] == 1.0
+    seen = []
+    judge = {"name": "judge", "function": lambda question, completion, answer: seen.append(answer) or answer == "2"}
+    assert load_rewards([judge])(["?", "?"], ["2", "2"], columns).total.tolist() == [1.0, 0.0]
+    assert sorted(seen) == ["2", "a pair", "dog", "two"]
+
+    def old(completions, answer, **others):
+        return [float(text == one.strip()) for text, one in zip(completions, answer, strict=True)]
+
+    assert load_rewards(old)(["?", "?"], ["two", "cat"], columns).total.tolist() == [1.0, 0.0]
+
+
+def test_columns_have_other_names(tmp_path):
+    PICTURE.save(tmp_path / "a.png")
+    raw = {"q": "<image>How many?", "gt": ["3", "three"], "pic": "a.png", "image": "preview.png", "prompt": 7, "k": 1}
+    names = {"prompt": "q", "answer": "gt", "images": "pic", "kind": "k"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(raw))
+    for more in ({}, {"streaming": True}):
+        (row,) = load_dataset_rows(tmp_path / "t.jsonl", columns=names, strict=True, **more)
+        assert len(row.images) == 1 and row.references == ["3", "three"] and row.columns == {"kind": 1}
+    with pytest.raises(
+        BadDataError, match="no column `label`, which `columns` names for answer; the row has `q`, `gt`"
+    ):
+        load_dataset_rows([raw], columns={"prompt": "q", "answer": "label"}, strict=True)
+    swapped = {"prompt": "completion", "completion": "prompt"}
+    (row,) = load_dataset_rows([{"prompt": "a", "completion": "b"}], columns=swapped)
+    assert (row.prompt[0]["content"][0]["text"], row.completion) == ("b", "a")
+    for wrong in ("prompt", ["prompt"], {"prompt": 1}, {1: "a"}, {"prompt": ""}):
+        with pytest.raises(ValueError, match="columns must map"):
+            load_dataset_rows([raw], columns=wrong)
+
+
+def test_datasets_with_other_names_and_kinds_of_images(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_dict({"q": ["?", "?"], "gt": ["1", "2"], "pic": [PICTURE, PICTURE]})
+    many = datasets.Dataset.from_dict(
+        {"q": ["<image>?", "<image><image>?"], "gt": ["1", "2"], "pic": [[PICTURE], [PICTURE]]}
+    )
+    talk = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "?"}]}]
+    feature = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    feature = datasets.List({"role": datasets.Value("string"), "content": datasets.List(feature)})
+    inside = datasets.Dataset.from_list(
+        [{"q": talk, "gt": "1"}], features=datasets.Features({"q": feature, "gt": datasets.Value("string")})
+    )
+    for dataset, good, names in ((one, 2, ("q", "gt", "pic")), (many, 1, ("q", "gt", "pic")), (inside, 1, ("q", "gt"))):
+        columns = dict(zip(("prompt", "answer", "images"), names, strict=False))
+        for kind in (dataset, dataset.with_format("numpy"), dataset.to_iterable_dataset()):
+            rows = load_dataset_rows(kind, columns=columns)
+            if hasattr(rows, "__len__"):
+                assert len(rows) == good
+            assert [row.images[0].tobytes() == PICTURE.tobytes() for row in rows] == [True] * good
+    with pytest.raises(BadDataError, match=r"no `prompt`; its columns are `q`, `gt`, `pic`; .*columns=\{prompt: q\}"):
+        load_dataset_rows(one)
+
+
+MARKED = [
+    ({"prompt": "<image> and <image>?", "images": ["a.png"]}, "<image> stands in the prompt twice, but"),
+    ({"prompt": "What does <image> do?"}, "<image> stands in the prompt once, but the row has 0 images"),
+    ({"prompt": "<image>?", "images": ["a.png", "b.png"]}, "once, but the row has 2 images"),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "image"}, "<image>?"]}], "image": "a"},
+        "both image parts and the text <image>",
+    ),
+    ({"prompt": "<video>What happens?"}, "the prompt has <video>: VisMem takes images and text"),
+    ({"messages": said("?", "See <image>.")}, "the reply's text holds <image>"),
+    ({"prompt": "?", "videos": ["a.mp4"]}, "`videos` cannot be read"),
+    ({"prompt": "?", "video": "a.mp4"}, "`video` cannot be read"),
+    ({"prompt": "<|image_pad|>?"}, "holds <|image_pad|>"),
+    ({"prompt": "<image_soft_token>?"}, "holds <image_soft_token>"),
+    ({"prompt": "half \ud800"}, r"half of a surrogate pair"),
+    ({"prompt": "?", "note": {"deep": ["\udfff"]}}, r"half of a surrogate pair"),
+    ({"question": "", "label": 1}, "`question` is empty"),
+    ({"img": "a.png", "gt": "b"}, "no `prompt`; the row has `img`, `gt`"),
+    ({"instruction": "Add.", "input": 5}, "`input` must be a text"),
+    ({"query": "?", "history": [["a"]]}, "`history` must be a list of pairs"),
+    ({"conversations": [{"from": ["human"], "value": "?"}]}, "must have a `role`"),
+    ({"messages": [*said("?"), {"role": "assistant"}]}, "last message of `messages` must be a text"),
+    ({"prompt": "?", "answer": 10**5000}, "too many digits"),
+    ({"prompt": "?", "answers": [None, ""]}, "`answers` is empty"),
+    ({"prompt": "?", "answers": [{"score": 1}]}, "not an object without `answer`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "problem"), MARKED)
+def test_what_cannot_be_read_says_so(raw, problem):
+    with pytest.raises(BadRow) as caught:
+        read_row({**({} if "gt" in raw or "label" in raw or "answers" in raw else {"answer": "x"}), **raw})
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_missing_is_named_and_the_nearest_column_suggested():
+    for raw, hint in [
+        ({"question": "?", "img": "a", "gt": "b"}, "no `answer`; the row has `question`, `img`, `gt`; if `gt` is it"),
+        ({"questions": "?", "answer": "b"}, "if `questions` is it: columns={prompt: questions}"),
+        ({"user_prompt": "?", "answer": "b"}, "columns={prompt: user_prompt}"),
+        ({"prompt": "?", "gold_answer": "b"}, "columns={answer: gold_answer}"),
+        ({"x": "?", "answer": "b"}, "name it: columns={prompt: NAME}"),
+    ]:  # fmt: skip
+        with pytest.raises(BadRow) as caught:
+            read_row(raw)
+        assert hint in str(caught.value)
+
+
+def test_nesting_without_end():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    loop: dict = {"prompt": "?", "answer": "x"}
+    loop["self"] = loop
+    for raw in ({"prompt": "?", "answer": "x", "deep": deep}, loop):
+        with pytest.raises(BadRow, match="nested too deeply"):
+            read_row(raw)
+    while deep:
+        deep = deep[0]  # freed from the outside: Python frees so deep a list by recursion
+
+
+def test_any_values_give_a_row_or_a_bad_row():
+    """Random rows of all layouts with wrong types anywhere."""
+    rng = random.Random(0)
+    odd = [None, True, 0, -1, 1.5, float("nan"), float("inf"), "", "a", "<image>", "\ud800", b"x", [], {}, [[]], [None],
+           {"type": "image"}, {"role": []}, {1: 2}, ("a",), {"a"}, object(), PICTURE, np.zeros(3), np.zeros((2, 2)),
+           np.array("a"), Path("a"), 10**5000, {"bytes": 5}, {"path": 5}, lambda: 0]  # fmt: skip
+
+    def broken(value, depth=0):
+        if rng.random() < 0.12:
+            return rng.choice(odd)
+        if isinstance(value, dict) and not isinstance(value, Image.Image):
+            found = {key: broken(inner, depth + 1) for key, inner in value.items() if rng.random() > 0.05}
+            if rng.random() < 0.1:
+                found[rng.choice(["images", "image", "system", "history", "input", "completion", "videos", 5])] = (
+                    rng.choice(odd)
+                )
+            return found
+        if isinstance(value, list):
+            return [broken(inner, depth + 1) for inner in value for _ in range(rng.choice((0, 1, 1, 1, 2)))]
+        return value
+
+    good = 0
+    for _ in range(3000):
+        raw = broken(rng.choice(list(LAYOUTS.values()))[0])
+        names = rng.choice([None, None, {"prompt": "question"}, {"answer": "label", "images": "image"}])
+        try:
+            draft = read_row(raw, names)
+            draft.find(Path("/nowhere"))
+            good += 1
+        except BadRow as error:
+            assert str(error) and "\n" not in str(error) and str(error).isprintable()
+    assert good > 100
