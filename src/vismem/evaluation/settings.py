@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from vismem.data.layouts import check_columns
 from vismem.decoding.invocation import read_policy
 from vismem.settings import SettingsError, check, kind_of, preset_named, read_changes, read_file, shown, typed
 from vismem.training.settings import checked
@@ -50,11 +49,9 @@ class Benchmark:
     subtask: str = ""
     limit: int | None = None
     max_new_tokens: int | None = None
-    columns: Any = None
+    columns: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.columns, str):  # as of a key
-            check_columns(self.columns)
         if bool(self.data) == bool(self.task):
             raise SettingsError(f"benchmark {self.name!r} must have either data=FILE or task=LMMS_EVAL_TASK")
         for name in ("limit", "max_new_tokens"):

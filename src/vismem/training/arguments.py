@@ -19,7 +19,6 @@ from transformers import TrainingArguments, integrations
 from transformers.training_args import trainer_log_levels
 
 from vismem.config import VisMemConfig
-from vismem.data.layouts import check_columns
 from vismem.settings import Flag, Number, SettingsError, Whole, shown, typed
 from vismem.training.precision import choose_precision
 from vismem.training.settings import PRESETS, SECTIONS, kinds, load_settings, memory_config, own_kinds, values_for
@@ -84,7 +83,7 @@ class MemoryTrainingArguments(TrainingArguments):
     strict: bool = False
     max_bad_rows: int = 10
     max_rows: int | None = None
-    columns: dict[str, str] | None = None
+    columns: Mapping[str, str] | None = None
     rewards: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = field(default_factory=lambda: ["exact"])
     group_size: int = 16
     temperature: float = 1.0
@@ -127,7 +126,6 @@ class MemoryTrainingArguments(TrainingArguments):
             raise SettingsError(" ".join(str(error).split())) from error
         if self.eval_strategy != "no" or self.do_eval or self.eval_on_start or self.load_best_model_at_end:
             raise SettingsError(NO_EVALUATION)
-        check_columns(self.columns)
         for name in ("log_level", "log_level_replica"):
             allowed = ", ".join(trainer_log_levels)
             self._require(name, getattr(self, name) in trainer_log_levels, f"one of {allowed}")
