@@ -114,15 +114,40 @@ def open_image(
         return _decode(bytes(value), "image in bytes", most_pixels, formats)
     if isinstance(value, str) and value.startswith("data:"):
         return _decode(read_data_uri(value), "image in a data URI", most_pixels, formats)
-    if isinstance(value, (str, Path)) and str(value):
-        name = str(value)
-        if name.startswith(("http://", "https://")):
-            raise BadImage(f"image {name} is a web address, which is not fetched; download it and give its path")
-        path = folder / name.removeprefix("file://")
+    path = _path(value, folder)
+    if path is not None:
         return _decode(read_file(path), f"image {_named(path)}", most_pixels, formats)
     raise BadImage(
         f"an image must be a path, bytes, a data URI, a picture or a dictionary of these, not {_short(value)}"
     )
+
+
+def check_image_file(value: Any, folder: Path = Path()) -> None:
+    """Checks that the file of a picture is there, without opening it; a value that names no file passes.
+
+    Args:
+        value, folder: as of `open_image`.
+
+    Raises:
+        NoImageFileError: if nothing is there, or something other than a regular file, also by a link.
+        BadImage: if it is a web address, cannot be reached, or is larger than `MOST_BYTES`.
+    """
+    if isinstance(value, dict) and value.get("bytes") is None:
+        value = value.get("path")
+    path = None if isinstance(value, str) and value.startswith("data:") else _path(value, folder)
+    if path is not None:
+        with _file_errors(path):
+            _check_file(os.stat(path), path)
+
+
+def _path(value: Any, folder: Path) -> Path | None:
+    """The path that a value names; None if it is something else. Raises BadImage for a web address."""
+    if not isinstance(value, (str, Path)) or not str(value):
+        return None
+    name = str(value)
+    if name.startswith(("http://", "https://")):
+        raise BadImage(f"image {_short(name)} is a web address, which is not fetched; download it and give its path")
+    return folder / name.removeprefix("file://")
 
 
 def read_data_uri(uri: str) -> bytes:
@@ -157,15 +182,21 @@ def read_file(path: Path) -> bytes:
         NoImageFileError: if nothing is there, or something other than a regular file, also by a link.
         BadImage: if it cannot be read, or is larger than that.
     """
-    try:
+    with _file_errors(path):
         _check_file(os.stat(path), path)
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
             _check_file(status, path)
             return file.read(status.st_size)  # no more: files of /proc say that they are empty, and some have no end
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except BadImage:
         raise
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NoImageFileError(f"no such image: {_named(path)}") from error
     except (OSError, ValueError) as error:
         raise BadImage(f"cannot read image {_named(path)}: {getattr(error, 'strerror', None) or error}") from error

@@ -5,8 +5,6 @@ Where the columns are is known to `layouts.py`. Images stay as given until `Draf
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vismem.data.images import BadImage, open_image
+from vismem.data.images import BadImage, check_image_file, open_image
 from vismem.data.layouts import (
     TAKEN,
     BadRow,
@@ -70,27 +68,14 @@ class Draft:
 
     def find(self, folder: Path) -> None:
         """Looks whether the image files are there, without opening them. Raises BadRow."""
-        for source in self.sources:
-            if isinstance(source, dict) and source.get("bytes") is None:
-                source = source.get("path")
-            if not isinstance(source, (str, Path)) or str(source).startswith("data:"):
-                continue
-            if str(source).startswith(("http://", "https://")):
-                raise BadRow(f"image {_short(source)} is a web address, which is not fetched; download it first")
-            path = folder / str(source).removeprefix("file://")
-            try:
-                mode = os.stat(path).st_mode
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise BadRow(f"no such image: {_short(path)}") from error
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise BadRow(f"cannot read image {_short(path)}: {reason}") from error
-            if not stat.S_ISREG(mode):
-                raise BadRow(f"cannot read image {_short(path)}: not a regular file")
+        try:
+            for source in self.sources:
+                check_image_file(source, folder)
+        except BadImage as error:
+            raise BadRow(str(error)) from error
 
     def open(self, row_id: str, folder: Path) -> Row:
         """The row with its images; relative paths start from `folder`. Raises BadRow."""
-        self.find(folder)
         try:
             images = [open_image(source, folder) for source in self.sources]
         except BadImage as error:
@@ -140,8 +125,3 @@ def _read(raw: Mapping[Any, Any], columns: Mapping[str, str] | None) -> Draft:
     check_marks(completion, "reply")
     others = {name: value for name, value in row.items() if name not in TAKEN}
     return Draft(messages, sources, answer, completion, others, references if len(references) > 1 else [])
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:80]}...{text[-80:]}"
