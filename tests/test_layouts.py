@@ -195,6 +195,23 @@ def test_datasets_with_other_names_and_kinds_of_images(tmp_path):
         load_dataset_rows(one)
 
 
+def test_datasets_that_make_or_hold_images_in_their_own_way(tmp_path, caplog):
+    """A transform, structs of bytes as pandas writes them, and a column that nobody reads."""
+    datasets = pytest.importorskip("datasets")
+    PICTURE.save(tmp_path / "a.png")
+    raw = {"prompt": "<image>?", "answer": "1"}
+    held = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    gone = {"bytes": None, "path": str(tmp_path / "gone.png")}
+    rows = load_dataset_rows(datasets.Dataset.from_list([{**raw, "images": [held]}, {**raw, "images": [gone]}]))
+    assert len(rows) == 1 and rows[0].images[0].tobytes() == PICTURE.tobytes()
+    made = datasets.Dataset.from_dict({"n": [1, 2]})
+    made.set_transform(lambda batch: {"question": ["?" for _ in batch["n"]], "answer": batch["n"]})
+    assert [row.answer for row in load_dataset_rows(made)] == ["1", "2"]
+    assert "is not read" not in caplog.text
+    assert not load_dataset_rows([{"question": "?", "answer": 1, "img": "a.png"}] * 2)[0].images
+    assert caplog.text.count("`img` looks like an image but is not read; if it is one: columns={images: img}") == 1
+
+
 MARKED = [
     ({"prompt": "<image> and <image>?", "images": ["a.png"]}, "<image> stands in the prompt twice, but"),
     ({"prompt": "What does <image> do?"}, "<image> stands in the prompt once, but the row has 0 images"),

@@ -17,7 +17,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
-from vismem.data.layouts import check_columns
+from vismem.data.layouts import check_columns, unread_image
 from vismem.data.rows import BadDataError, BadRow, Row, read_row
 from vismem.data.sources import JsonLines, Stream, Table, find_source
 
@@ -109,9 +109,22 @@ class Rows(Dataset[Row]):
         """Keys and numbers of the rows that can be read and whose image files are there."""
         keys, numbers, source = array("q"), array("q"), self.source
 
+        said = False
+
         def look(raw: Any) -> None:
-            if not isinstance(raw, Row):
-                read_row(raw, self.columns).find(source.folder)
+            nonlocal said
+            if isinstance(raw, Row):
+                return
+            draft = read_row(raw, self.columns)
+            draft.find(source.folder)
+            if not (said or draft.sources) and (name := unread_image(draft.columns)):
+                said = True
+                logger.warning(
+                    "%s: `%s` looks like an image but is not read; if it is one: columns={images: %s}",
+                    source.name,
+                    name,
+                    name,
+                )
 
         for key, number, problem in tqdm(source.scan(look), desc=f"reading {source.name}", unit=" rows", delay=2):
             if problem is not None:

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from PIL import Image
+
 IMAGE_MARK = "<image>"
 CONVERSATIONS = ("messages", "conversations", "conversation", "texts")  # these may end with the reply
 QUESTIONS = ("problem", "question", "query", "instruction", "text")
@@ -281,6 +283,16 @@ def read_images(row: Mapping[str, Any]) -> list[Any]:
         if unread and (name in ("videos", "audios") or not sources):
             raise BadRow(f"`{name}` cannot be read: VisMem takes images and text")
     return sources
+
+
+def unread_image(columns: Mapping[str, Any]) -> str | None:
+    """The name of a column that looks like an image, among those that are not read as one; or None."""
+    for name, value in columns.items():
+        first = value[0] if isinstance(value, list) and value else value
+        named = isinstance(first, str) and first.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"))
+        if named or isinstance(first, (bytes, Image.Image)) or (isinstance(first, Mapping) and "bytes" in first):
+            return name
+    return None
 
 
 def place_images(messages: list[dict[str, Any]], count: int) -> None:

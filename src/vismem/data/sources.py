@@ -113,7 +113,8 @@ class Table:
 
     def scan(self, check: Check) -> Iterator[tuple[int, int, str | None]]:
         """Each row's index and what `check` finds wrong with it; a dataset's pictures are not decoded for it."""
-        for index, raw in enumerate(_without_bytes(self.rows) if hasattr(self.rows, "features") else self.rows):
+        plain = not hasattr(self.rows, "features") or _transforms(self.rows)
+        for index, raw in enumerate(self.rows if plain else _without_bytes(self.rows)):
             try:
                 check(raw)
                 yield index, index, None
@@ -299,6 +300,8 @@ def _prepared(found: Any, columns: Mapping[str, str]) -> Table | Stream:
         BadDataError: if it has no column with a prompt, or none with an answer.
     """
     dataset = found.rows
+    if _transforms(dataset):  # its columns are known to the transform alone
+        return found
     names = list(dataset.column_names or [])
     ours = {theirs: name for name, theirs in columns.items()}
     known = {*(ours.get(name, name) for name in names)} if {*ours} <= {*names} else set()
@@ -306,7 +309,7 @@ def _prepared(found: Any, columns: Mapping[str, str]) -> Table | Stream:
     for what, likely in (("prompt", PROMPTS), ("answer", answers)):
         if known and known.isdisjoint(likely):
             raise BadDataError(f"{found.name}: {missing(what, names).replace('the row has', 'its columns are')}")
-    if hasattr(dataset, "with_format") and (getattr(dataset, "format", None) or {}).get("type") not in (None, "custom"):
+    if isinstance(found, Table):
         dataset = dataset.with_format(None)
     for name in {*columns.values(), *PROMPTS, "images", "image"} & {*names}:
         feature = (dataset.features or {}).get(name)
@@ -316,6 +319,11 @@ def _prepared(found: Any, columns: Mapping[str, str]) -> Table | Stream:
     if isinstance(found, Table):
         return Table(dataset, found.name, found.folder)
     return Stream(dataset, found.name, found.folder, shards_itself=True)
+
+
+def _transforms(dataset: Any) -> bool:
+    """Whether a transform of the user's own makes the rows."""
+    return (getattr(dataset, "format", None) or {}).get("type") == "custom"
 
 
 def _encoded(feature: Any) -> Any:
@@ -335,11 +343,11 @@ def _without_bytes(dataset: Any) -> Iterator[dict[str, Any]]:
     """A dataset's rows, with a placeholder for every image that holds its own bytes."""
     from datasets import Image
 
-    pictures = [
-        name
-        for name, feature in dataset.features.items()
-        if isinstance(feature, Image) or isinstance(getattr(feature, "feature", None), Image)
-    ]
+    def shows(feature: Any) -> bool:
+        return isinstance(feature, Image) or (isinstance(feature, dict) and {*feature} == {"bytes", "path"})
+
+    features = dataset.features.items()
+    pictures = [name for name, one in features if shows(one) or shows(getattr(one, "feature", None))]
     texts = dataset.remove_columns(pictures)
     rows = iter(texts) if texts.column_names else ({} for _ in range(len(dataset)))
     columns = [_paths(dataset, name) for name in pictures]
