@@ -21,7 +21,8 @@ from vismem.evaluation.runs import Runs, slug
 from vismem.evaluation.settings import Method, load_settings, settings_of
 from vismem.evaluation.tables import TABLES, make
 from vismem.evaluation.tables.continuing import forgetting
-from vismem.evaluation.tables.layout import Cell, Table, averaged, grid, measured
+from vismem.evaluation.tables.gathering import never_invoked
+from vismem.evaluation.tables.layout import Cell, Table, averaged, grid, in_terminal, measured
 from vismem.evaluation.tables.occasions import relative
 from vismem.pocket import BASE_PATH, MEMORY_PATH, easyvqa, suites
 from vismem.pocket.tasks import score
@@ -226,6 +227,32 @@ def test_two_rows_of_one_id_are_refused(shipped):
     rows = suites.rows("late", 1)[:1] * 2
     with pytest.raises(ValueError, match="two questions have the id 'pocket:late"):
         answer(shipped, rows, ["pocket"])
+
+
+def test_a_table_fits_the_terminal():
+    names = [f"benchmark {number}" for number in range(5)]
+    cells = [Cell(row, name, 0.5, 0.4, 0.6) for row in ("vanilla", "memory") for name in names]
+    table = Table("t", "Results", "", ["vanilla", "memory"], names, cells, notes=["A note."], first="method")
+    for width in (None, 200, 60, 36, 10):
+        text = in_terminal(table, width)
+        lines = text.splitlines()
+        assert lines[0] == "Results" and lines[-1] == "A note."
+        assert text.count("50.0 [40.0, 60.0]") == 10 and all(text.count(name) >= 1 for name in names)
+        if width is not None and width >= 36:
+            assert max(map(len, lines)) <= width
+    assert in_terminal(table, 36).count("benchmark 3") == 2  # the rows' names again, above each further column
+    assert in_terminal(table, 200).count("benchmark 3") == 1
+
+
+def test_a_method_that_never_invoked_is_named():
+    answers = {
+        ("memory", "one"): [[Record("a", 1.0, "x", 1, 1), Record("b", 1.0, "x", 1, 1)]],
+        ("busy", "one"): [[Record("a", 1.0, "x", 1, 1, invocations=[{"kind": "short"}])]],
+        ("vanilla", "one"): [[Record("a", 1.0, "x", 1, 1)]],
+    }
+    methods = {"vanilla": Method("vanilla"), "off": Method("off", checkpoint="x", invocation="off")}
+    methods |= {name: Method(name, checkpoint="x") for name in ("memory", "busy")}
+    assert never_invoked(methods, answers) == ["memory never invoked memory in 2 answers, so these are the base's."]
 
 
 # Settings.
