@@ -428,6 +428,29 @@ def test_samples_that_cannot_be_read_are_named(model, messages, message):
         lm.generate_until([one])
 
 
+def test_one_bad_sample_costs_no_other(model):
+    """Its answer is empty and its trace says why; its rounds end, those of others go on."""
+    lm = VisMemChat(model, batch_size=2)
+    lm.task_dict = {"made_up": {"test": [{}, {"url": "no.png"}, {"odd": 5}]}}
+
+    def messages(doc, round_idx=None, **_):
+        picture = [{"type": "image", "url": doc["url"]}] if "url" in doc else []
+        asked = [{"role": "user", "content": doc.get("odd") or [*picture, {"type": "text", "text": "How many?"}]}]
+        return asked if round_idx is None else (asked, round_idx > 1, [], None)
+
+    def requests(kind):
+        arguments = [("", messages, {"max_new_tokens": 3}, number, "made_up", "test") for number in range(3)]
+        about = {"task": "made_up", "repeats": 1}
+        return [Instance(kind, one, 0, {**about, "doc_id": number}) for number, one in enumerate(arguments)]
+
+    good, bad, odd = lm.generate_until(requests("generate_until"))
+    assert good.text and not good.token_counts.to_dict().get("error")
+    assert bad.text == odd.text == "" and bad.token_counts.finish == "error" and odd.token_counts.error
+    assert bad.token_counts.to_dict()["error"].startswith("made_up, sample 1, image 1: no such image")
+    found = lm.generate_until_multi_round(requests("generate_until_multi_round"))
+    assert [len(texts) for texts in found] == [2, 1, 1] and found[1] == [""]
+
+
 def test_a_task_that_fails_on_a_sample_is_named(model):
     lm, one = ask(model, None)
     lm.task_dict = {"made_up": {"test": Dataset.from_list([{"a": 1}]).select([])}}

@@ -107,6 +107,7 @@ class VisMemChat(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.written: dict[tuple[str, int], GenerationResult] = {}  # by task and sample; of repeats the first
         self._unknown: set[str] = set()
+        self.answered = 0  # samples so far, by this model
 
     @classmethod
     def create_from_arg_string(
@@ -245,9 +246,10 @@ class VisMemChat(lmms):
                 found[answer.tag] = self._result(answer, lengths.pop(answer.tag), stops[answer.tag])
                 bar.update()
         errors = {name: result.token_counts.error for name, result in found.items() if result.token_counts.error}
+        self.answered += len(found) - len(errors)
         if errors:
             first = "{}: {}".format(*next(iter(errors.items())))
-            if len(errors) == len(questions):
+            if not self.answered:
                 raise ValueError(f"none of {len(questions)} samples can be answered; the first: {first}")
             logger.warning(f"{len(errors)} of {len(questions)} samples failed and count as wrong; the first: {first}")
         seconds = time.perf_counter() - start
@@ -266,7 +268,7 @@ class VisMemChat(lmms):
             try:
                 row = row_of(question.name, question.messages(), mark)
                 inputs = row_inputs(model.processor, row, context_of(model))
-            except ValueError as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of malformed messages
                 failed(question.name, str(error).removeprefix(f"{question.name}: "))
                 continue
             inputs = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
