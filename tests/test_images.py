@@ -330,10 +330,13 @@ def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_that_becomes_a_pipe_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file.png").write_bytes(b"x")
     os.mkfifo(tmp_path / "pipe.png")
-    status = os.stat(tmp_path / "file.png")
-    monkeypatch.setattr(images.os, "stat", lambda path: status)
+    status, flags = os.stat(tmp_path / "file.png"), []
+    monkeypatch.setattr(images.os, "stat", lambda path, **more: status)
+    opens = os.open
+    monkeypatch.setattr(images.os, "open", lambda path, how: flags.append(how) or opens(path, how | os.O_NONBLOCK))
     with pytest.raises(NoImageFileError, match="is a pipe"):
         open_image("pipe.png", tmp_path)
+    assert flags[0] & os.O_NONBLOCK  # without it, opening waits for a writer
 
 
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's /proc")
