@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -168,13 +168,13 @@ class VisMem(nn.Module):
         from transformers import PreTrainedModel  # slow to import
 
         self.is_loaded_in_4bit = getattr(self.base, "is_loaded_in_4bit", False)  # asked there
-        return PreTrainedModel.num_parameters(self, only_trainable, exclude_embeddings)
+        return PreTrainedModel.num_parameters(cast(Any, self), only_trainable, exclude_embeddings)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Counts the trainable parameters and all parameters, as peft does."""
         from peft import PeftModel  # slow to import
 
-        return PeftModel.get_nb_trainable_parameters(self)
+        return PeftModel.get_nb_trainable_parameters(cast(Any, self))
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trainable, in peft's words.
@@ -185,7 +185,7 @@ class VisMem(nn.Module):
         """
         from peft import PeftModel  # slow to import
 
-        PeftModel.print_trainable_parameters(self)
+        PeftModel.print_trainable_parameters(cast(Any, self))
 
     @cached_property
     def delimiters(self) -> frozenset[int]:

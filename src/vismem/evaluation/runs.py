@@ -107,7 +107,7 @@ class Runs:
 
     def rows(self, benchmark: Benchmark, bound: bool = False) -> list[Row]:
         """A benchmark's questions."""
-        key = (replace(benchmark, rewards=str(benchmark.rewards), columns=str(benchmark.columns)), bound)
+        key = (str(benchmark), bound)
         if key not in self._rows:
             self._rows[key] = self._read(benchmark, bound)
         return self._rows[key]
