@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Runs:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.rehearsing = settings, False
         self._held: tuple[Any, VisMem] | None = None  # the model that was asked last
-        self._rows: dict[tuple[Benchmark, bool], list[Row]] = {}
+        self._rows: dict[tuple[str, bool], list[Row]] = {}
         self._unread: dict[str, list[Record]] = {}  # by benchmark, of questions that cannot be read
         self.failures: dict[str, tuple[int, int]] = {}  # by benchmark, the most failed questions of a method, and all
         self._tasks: set[str] = set()  # of lmms-eval, that are known to be there
