@@ -266,7 +266,7 @@ def test_the_command_reads_a_file_and_prints_verdicts(capsys, caplog, tmp_path):
         ("--data pocket:late --invocation sometimes", 2, "unknown policy"),
         ("--data pocket:lte", 1, "unknown pocket suite 'lte'"),
         ("--data nowhere.jsonl", 1, "no such file or folder"),
-        ("--data pocket:late --rewards beauty", 1, "no reward 'beauty'"),
+        ("--data pocket:late --rewards beauty", 2, "no reward 'beauty'"),
     ],
 )
 def test_misuse_is_one_line(capsys, tmp_path, options, code, message):
