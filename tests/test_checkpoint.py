@@ -286,22 +286,22 @@ def pocketed():
 @pytest.mark.parametrize("given", ["bases/one", "./bases/one", "bases/deep/../one"])
 def test_a_base_in_a_relative_folder_is_found_from_anywhere(tmp_path, monkeypatch, given):
     base, processor = tiny.base_and_processor("idefics3")
-    (tmp_path / "work" / "bases" / "deep").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "there" / "bases" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
     base.save_pretrained("bases/one")
     processor.save_pretrained("bases/one")
     model = vismem.VisMem(type(base).from_pretrained(given), processor, tiny.equip("idefics3").memory_config)
     model.save_pretrained("runs/memory")
     monkeypatch.chdir(tmp_path)
-    assert vismem.VisMem.from_pretrained("work/runs/memory").base.config.model_type == "idefics3"
-    (tmp_path / "work").rename(tmp_path / "moved")  # the tree as a whole: the path from the memory still leads there
+    assert vismem.VisMem.from_pretrained("there/runs/memory").base.config.model_type == "idefics3"
+    (tmp_path / "there").rename(tmp_path / "moved")  # the tree as a whole: the path from the memory still leads there
     assert vismem.VisMem.from_pretrained("moved/runs/memory").base.config.model_type == "idefics3"
     from vismem.loading import load_model
 
     assert load_model("moved/runs").base == given
     (tmp_path / "moved" / "bases" / "one").rename(tmp_path / "elsewhere")
     for load_it in (vismem.VisMem.from_pretrained, load_model):
-        with pytest.raises(OSError, match=r"is in none of .*/work/bases/one, .*/moved/bases/one.* base= \(--base"):
+        with pytest.raises(OSError, match=r"is in none of .*/there/bases/one, .*/moved/bases/one.* base= \(--base"):
             load_it("moved/runs/memory")
     found = vismem.VisMem.from_pretrained("moved/runs/memory", base=type(base).from_pretrained("elsewhere"))
     assert found.base.name_or_path == "elsewhere"
