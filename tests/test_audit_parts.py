@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -500,9 +501,18 @@ def test_questions_of_an_image_are_drawn_together():
     assert len(drawn(rows, 99, 0)) == 30
 
 
+def test_rows_that_cannot_be_read_are_named(tmp_path):
+    tiny.picture(0).save(tmp_path / "a.png")
+    raw = [{"prompt": "?", "answer": 1, "image": name} for name in ("a.png", "gone.png", "a.png")]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(one) + "\n" for one in raw))
+    rows, unread = questions(str(tmp_path / "t.jsonl"), 9)
+    assert {row.id for row in rows} == {"t.jsonl:1", "t.jsonl:3"}
+    assert [record.id for record in unread] == ["t.jsonl:2"] and "no such image" in unread[0].error
+
+
 def test_pocket_questions_take_cells_in_turn():
-    found = questions("pocket:late", 23, 3)
+    found = questions("pocket:late", 23, 3)[0]
     assert len(found) == 23 and len({one.columns["cell"] for one in found[:20]}) == 20
-    assert [one.id for one in questions("pocket:late", 20, 3)] == [one.id for one in found[:20]]
+    assert [one.id for one in questions("pocket:late", 20, 3)[0]] == [one.id for one in found[:20]]
     with pytest.raises(ValueError, match="unknown pocket suite 'lte'"):
         questions("pocket:lte", 3)

@@ -173,7 +173,7 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
     done = run(tmp_path, "warmup", records(4), max_steps=1, save_strategy="steps", save_steps=1)
     with pytest.raises(ValueError, match="this trainer has trained already"):
         done.train()
-    with pytest.raises(ValueError, match=r"holds a run already: go on with train\(resume_from_checkpoint=True\)"):
+    with pytest.raises(ValueError, match=r"holds a run already: continue it with train\(resume_from_checkpoint=True\)"):
         run(tmp_path, "warmup", records(4), max_steps=1)
     again = run(tmp_path, "warmup", records(4), resume=True, max_steps=2)
     assert again.state.global_step == 2 and len(again.met) == 1

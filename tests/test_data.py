@@ -183,7 +183,7 @@ BAD_LINES = [
     ("5", "must be an object"),
     ({"answer": "1"}, "no `prompt`"),
     ({"prompt": "?"}, "no `answer`"),
-    ({"prompt": "?", "answer": None}, "no `answer`"),
+    ({"prompt": "?", "answer": None}, "no `answer`; the row has `prompt`; name it"),
     ({"prompt": "?", "answer": " "}, "`answer` is empty"),
     ({"prompt": "?", "answer": []}, "`answer` is empty"),
     ({"prompt": "?", "answer": float("inf")}, "must be a finite number"),
@@ -238,7 +238,7 @@ def test_too_many_bad_lines(folder):
         BadDataError, match=r"3 bad rows in t\.jsonl, more than max_bad_rows=2; the last: .*t\.jsonl:4: "
     ):
         load_dataset_rows(path, max_bad_rows=2)
-    with pytest.raises(BadDataError, match=r"t\.jsonl has no good row \(2 bad\)"):
+    with pytest.raises(BadDataError, match=r"t\.jsonl has no good row \(2 bad\); the last: t.jsonl:1, t.jsonl:2: not"):
         load_dataset_rows(write(folder / "t.jsonl", ["{", "{"]))
     with pytest.raises(BadDataError, match="has no good row"):
         list(load_dataset_rows(write(folder / "t.jsonl", []), streaming=True))
@@ -290,7 +290,7 @@ def test_a_bad_image_gives_way_to_the_next_row(folder, caplog, kind):
     ("value", "problem"),
     [
         ("data:image/png;base64,!!!", "not valid base64"),
-        ("data:image/png,abc", "not base64"),
+        ("data:image/png,abc", "in a data URI is not an image"),
         ("https://example.com/a.png", "not fetched"),
         ("images", "images is a folder, not a regular file"),
         ({"bytes": None, "path": None}, "an image must be"),
@@ -666,7 +666,7 @@ def test_no_record_ends_a_converter(tmp_path, images):
     ]
     deep = "[" * 100_000 + "]" * 100_000
     lines = [json.dumps(record) for record in [*bad, good]]
-    lines[1:1] = [f'{{"conversations": {deep}}}']
+    lines[1:1] = [f'{{"conversations": {deep}}}', f'{{"note": {"9" * 5000}}}']
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     (tmp_path / "t.json").write_bytes(f"[{','.join(lines)}".encode() + b', {"image": "\xff"}]')
     for name in ("t.jsonl", "t.json"):

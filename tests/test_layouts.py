@@ -191,6 +191,8 @@ def test_datasets_with_other_names_and_kinds_of_images(tmp_path):
             if hasattr(rows, "__len__"):
                 assert len(rows) == good
             assert [row.images[0].tobytes() == PICTURE.tobytes() for row in rows] == [True] * good
+    both = load_dataset_rows(one, columns={"prompt": "q", "answer": "gt", "completion": "gt", "question": "q"})
+    assert both[1].completion == "2"  # one column by two names
     with pytest.raises(BadDataError, match=r"no `prompt`; its columns are `q`, `gt`, `pic`; .*columns=\{prompt: q\}"):
         load_dataset_rows(one)
 
@@ -207,6 +209,9 @@ def test_datasets_that_make_or_hold_images_in_their_own_way(tmp_path, caplog):
     made = datasets.Dataset.from_dict({"n": [1, 2]})
     made.set_transform(lambda batch: {"question": ["?" for _ in batch["n"]], "answer": batch["n"]})
     assert [row.answer for row in load_dataset_rows(made)] == ["1", "2"]
+    made.set_transform(lambda batch: {"question": ["?"], "answer": [1 // (2 - batch["n"][0])]})
+    rows = load_dataset_rows(made)
+    assert len(rows) == 1 and "ZeroDivisionError" in rows.reports.found[0][1]
     assert "is not read" not in caplog.text
     assert not load_dataset_rows([{"question": "?", "answer": 1, "img": "a.png"}] * 2)[0].images
     assert caplog.text.count("`img` looks like an image but is not read; if it is one: columns={images: img}") == 1
@@ -237,6 +242,8 @@ MARKED = [
     ({"prompt": "?", "answer": 10**5000}, "too many digits"),
     ({"prompt": "?", "answers": [None, ""]}, "`answers` is empty"),
     ({"prompt": "?", "answers": [{"score": 1}]}, "not an object without `answer`"),
+    ({"messages": [{"role": "system", "content": "Be brief."}]}, "`messages` has no user message"),
+    ({"messages": [{"role": "assistant", "content": "Hi."}], "system": "Be brief."}, "has no user message"),
 ]  # fmt: skip
 
 
@@ -258,6 +265,21 @@ def test_what_is_missing_is_named_and_the_nearest_column_suggested():
         with pytest.raises(BadRow) as caught:
             read_row(raw)
         assert hint in str(caught.value)
+
+
+def test_columns_that_hold_nothing():
+    """What tables put where a row has no value, and what pandas makes of turns by columns."""
+    turns = {"from": np.array(["human", "gpt"], dtype=object), "value": np.array(["<image>?", "1"], dtype=object)}
+    draft = read_row({"prompt": np.float32("nan"), "conversations": turns, "images": [], "image": "a.png"})
+    assert draft.prompt[0]["content"][0]["type"] == "image" and draft.answer == "1" and draft.sources == ["a.png"]
+
+
+def test_what_is_no_image_is_found_when_the_rows_are_opened():
+    for value in (5, ["a.png"], {"path": None, "bytes": None}, np.zeros((2, 2, 3)), 10**5000):
+        rows = load_dataset_rows([{"prompt": "?", "answer": 1, "images": [value]}, {"prompt": "?", "answer": 1}])
+        ((row_id, problem),) = rows.reports.found
+        assert len(rows) == 1 and row_id == "rows[0]" and "an image must be a path" in problem
+        assert ("PIL.Image.fromarray" in problem) == isinstance(value, np.ndarray)
 
 
 def test_nesting_without_end():

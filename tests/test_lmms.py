@@ -16,7 +16,7 @@ pytest.importorskip("lmms_eval")
 
 from datasets import Dataset
 from lmms_eval import models
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from lmms_tasks import write_task
@@ -25,8 +25,8 @@ from PIL import Image
 from vismem.data import prompt_inputs
 from vismem.evaluation.answering import answer
 from vismem.evaluation.lmms.messages import row_of
-from vismem.evaluation.lmms.model import VisMemChat, until
-from vismem.evaluation.lmms.run import run_task, scorer, task_records
+from vismem.evaluation.lmms.model import Traced, VisMemChat, until
+from vismem.evaluation.lmms.run import records_of, run_task, scorer, task_records
 from vismem.loading import load_model
 from vismem.pocket.suites import rows
 
@@ -207,6 +207,15 @@ def test_the_score_of_a_sample(value, aggregation, score, tmp_path):
         assert of({"found": value}) == score
     with pytest.raises(ValueError, match="own: its samples have none of its metrics"):
         of({"other": 1.0})
+
+
+def test_a_sample_without_an_answer_scores_nothing():
+    """Some metrics give an empty answer a point, such as those that guess where they find no option."""
+    samples = [{"doc_id": number, "doc": {"answer": "a"}} for number in range(4)]
+    given = {"own": GenerationResult("a", Traced(1, 1)), "bad": GenerationResult("", Traced(0, 0, error="no image"))}
+    written = {("own", number): given["bad" if number == 2 else "own"] for number in range(4)}
+    found = records_of("own", samples, lambda sample: 1.0, written)
+    assert [record.score for record in found] == [1.0, 1.0, 0.0, 1.0] and found[2].error == "no image"
 
 
 def test_a_task_that_is_not_there(model, folder):

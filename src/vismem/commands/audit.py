@@ -128,7 +128,8 @@ def run(options: argparse.Namespace) -> int:
     pocket = options.data.partition(":")[0] == POCKET
     rewards = [name for name in (options.rewards or (POCKET if pocket else "exact")).split(",") if name]
     scorer = load_rewards(rewards)
-    rows = questions(options.data, options.reference or 4 * options.n, options.seed, options.split, options.columns)
+    count = options.reference or 4 * options.n
+    rows, unread = questions(options.data, count, options.seed, options.split, options.columns)
     loaded = load(options)
     chosen = PLACED if options.invocation == PLACED else policy(options.invocation, options.seed)
     about = {
@@ -155,6 +156,7 @@ def run(options: argparse.Namespace) -> int:
                 map=options.map,
                 about=about,
             ),
+            unread,
         )
     show(found)
     echo(f"\n{options.out / 'report.html'}")

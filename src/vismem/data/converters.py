@@ -195,7 +195,7 @@ def _convert(
                 if written == limit:
                     break
         if not written:
-            raise BadDataError(f"{source.name} has no good row ({reports.count} bad)")
+            raise reports.nothing()
     return written
 
 

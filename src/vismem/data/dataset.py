@@ -54,14 +54,22 @@ class Reports:
             raise BadDataError(f"{row_id}: {problem}; fix the row, or skip bad rows with strict=False")
         self.found.append((row_id, problem))
         if self.most is not None and self.count > self.most:
-            last: dict[str, list[str]] = {}
-            for one, why in self.found[-3:]:
-                last.setdefault(why, []).append(one)
-            said = "; ".join(f"{', '.join(ids)}: {why}" for why, ids in last.items())
             raise BadDataError(
-                f"{self.count} bad rows in {self.name}, more than max_bad_rows={self.most}; the last: {said}"
+                f"{self.count} bad rows in {self.name}, more than max_bad_rows={self.most}{self._last()}"
             )
         logger.warning("skipped a bad row: %s: %s", row_id, problem)
+
+    def nothing(self, left: str = "") -> BadDataError:
+        """The error that no row is good."""
+        return BadDataError(f"{self.name} has no good row{left} ({self.count} bad){self._last()}")
+
+    def _last(self) -> str:
+        """What is wrong with the last three bad rows."""
+        last: dict[str, list[str]] = {}
+        for row_id, problem in self.found[-3:]:
+            last.setdefault(problem, []).append(row_id)
+        said = "; ".join(f"{', '.join(ids)}: {problem}" for problem, ids in last.items())
+        return f"; the last: {said}" if said else ""
 
     def copy(self) -> Reports:
         """Reports that count on from here by themselves."""
@@ -103,7 +111,7 @@ class Rows(Dataset[Row]):
         else:
             self._keys, self._numbers = self._scanned(limit)
         if not self._keys:
-            raise BadDataError(f"{source.name} has no good row ({reports.count} bad)")
+            raise reports.nothing()
 
     def _scanned(self, limit: int | None) -> tuple[array[int], array[int]]:
         """Keys and numbers of the rows that can be read and whose image files are there."""
@@ -148,7 +156,7 @@ class Rows(Dataset[Row]):
             row = self._read((index + step) % len(self))
             if row is not None:
                 return row
-        raise BadDataError(f"{self.source.name} has no good row left ({self.reports.count} bad)")
+        raise self.reports.nothing(" left")
 
     def _read(self, place: int) -> Row | None:
         """The row at a place; None, and a report when it is first met, if it is bad."""
@@ -224,7 +232,7 @@ class StreamingRows(IterableDataset[Row]):
             if given == left:
                 return
         if not given and workers == 1:
-            raise BadDataError(f"{self.source.name} has no good row ({reports.count} bad)")
+            raise reports.nothing()
 
 
 def load_dataset_rows(

@@ -110,40 +110,42 @@ def open_image(
             if not isinstance(content, (bytes, bytearray, memoryview)):
                 raise BadImage(f"the `bytes` of an image must be bytes, not {_short(content)}")
             return _decode(bytes(content), f"image {value or 'in bytes'}", most_pixels, formats)
-    if isinstance(value, (bytes, bytearray)):
+    if isinstance(value, (bytes, bytearray, memoryview)):
         return _decode(bytes(value), "image in bytes", most_pixels, formats)
     if isinstance(value, str) and value.startswith("data:"):
         return _decode(read_data_uri(value), "image in a data URI", most_pixels, formats)
     path = _path(value, folder)
-    if path is not None:
-        return _decode(read_file(path), f"image {_named(path)}", most_pixels, formats)
-    raise BadImage(
-        f"an image must be a path, bytes, a data URI, a picture or a dictionary of these, not {_short(value)}"
-    )
+    return _decode(read_file(path), f"image {_named(path)}", most_pixels, formats)
 
 
 def check_image_file(value: Any, folder: Path = Path()) -> None:
-    """Checks that the file of a picture is there, without opening it; a value that names no file passes.
+    """Checks what can be known of a picture without opening it: that its file is there, or that it may be an image.
 
     Args:
         value, folder: as of `open_image`.
 
     Raises:
         NoImageFileError: if nothing is there, or something other than a regular file, also by a link.
-        BadImage: if it is a web address, cannot be reached, or is larger than `MOST_BYTES`.
+        BadImage: if it is a web address, cannot be reached, is larger than `MOST_BYTES`, or is no kind of image.
     """
-    if isinstance(value, dict) and value.get("bytes") is None:
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return
         value = value.get("path")
-    path = None if isinstance(value, str) and value.startswith("data:") else _path(value, folder)
-    if path is not None:
+    if isinstance(value, (Image.Image, bytes, bytearray, memoryview)):
+        return
+    if not (isinstance(value, str) and value.startswith("data:")):
+        path = _path(value, folder)
         with _file_errors(path):
             _check_file(os.stat(path), path)
 
 
-def _path(value: Any, folder: Path) -> Path | None:
-    """The path that a value names; None if it is something else. Raises BadImage for a web address."""
+def _path(value: Any, folder: Path) -> Path:
+    """The path that a value names. Raises BadImage for a web address, and for what is neither path nor image."""
     if not isinstance(value, (str, Path)) or not str(value):
-        return None
+        known = "a path, bytes, a data URI, a picture or a dictionary of these"
+        array = "; make a picture of an array: PIL.Image.fromarray" if hasattr(value, "shape") else ""
+        raise BadImage(f"an image must be {known}, not {_short(value)}{array}")
     name = str(value)
     if name.startswith(("http://", "https://")):
         raise BadImage(f"image {_short(name)} is a web address, which is not fetched; download it and give its path")
@@ -395,5 +397,8 @@ def _named(path: Path) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python's limit on the digits of an integer
+        text = type(value).__name__
     return text if len(text) <= 60 else text[:57] + "..."

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from PIL import Image
@@ -106,7 +107,12 @@ def nearest(what: str, names: Sequence[str]) -> str | None:
 
 def absent(value: Any) -> bool:
     """Whether a column holds nothing: None, or the nan that tables have in its place."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return value is None or (isinstance(value, Real) and value != value)
+
+
+def _filled(row: Mapping[str, Any]) -> list[str]:
+    """The columns that hold something."""
+    return [name for name, value in row.items() if not absent(value)]
 
 
 def plain(value: Any) -> Any:
@@ -146,7 +152,7 @@ def read_conversation(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str
     """
     name = next((name for name in PROMPTS if not absent(row.get(name))), None)
     if name is None:
-        raise BadRow(missing("prompt", row))
+        raise BadRow(missing("prompt", _filled(row)))
     messages = read_messages(row[name], name)
     if name == "instruction" and not absent(row.get("input")):
         if not isinstance(row["input"], str):
@@ -171,6 +177,8 @@ def read_conversation(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str
         reply = read_reply(row[given], given)
     if not any(part["type"] == "image" or part["text"].strip() for one in messages for part in one["content"]):
         raise BadRow(f"`{name}` is empty" + (" before the assistant's message" if reply is not None else ""))
+    if not any(message["role"] == "user" for message in messages):
+        raise BadRow(f"`{name}` has no user message")
     return messages, reply
 
 
@@ -179,8 +187,10 @@ def read_messages(value: Any, name: str) -> list[dict[str, Any]]:
     value = plain(value)
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
-        value = [dict(zip(value, turn, strict=False)) for turn in zip(*value.values(), strict=False)]  # by columns
+    if isinstance(value, Mapping):
+        columns = [plain(column) for column in value.values()]
+        if columns and all(isinstance(column, list) for column in columns):
+            value = [dict(zip(value, turn, strict=False)) for turn in zip(*columns, strict=False)]
     if not isinstance(value, (list, tuple)) or not value:
         raise BadRow(f"`{name}` must be a text or a non-empty list of chat messages")
     messages = []
@@ -270,11 +280,13 @@ def read_reply(value: Any, name: str) -> str:
 
 def read_images(row: Mapping[str, Any]) -> list[Any]:
     """What `images` or `image` holds, as a list."""
-    many, one = plain(row.get("images")), plain(row.get("image"))
-    if not absent(many) and not absent(one):
+    many, one = (
+        [] if absent(found) else list(found) if isinstance(found, (list, tuple)) else [found]
+        for found in (plain(row.get("images")), plain(row.get("image")))
+    )
+    if many and one:
         raise BadRow("both `images` and `image`; give one of them")
-    found = one if absent(many) else many
-    sources = [] if absent(found) else list(found) if isinstance(found, (list, tuple)) else [found]
+    sources = many or one
     if any(absent(source) or (isinstance(source, str) and not source) for source in sources):
         raise BadRow("an entry of `images` is empty")
     for name in ("videos", "audios", "video", "audio"):
@@ -299,7 +311,7 @@ def place_images(messages: list[dict[str, Any]], count: int) -> None:
     """Puts an image part in the place of each `<image>`, or all of them before the first user text without any.
 
     Args:
-        messages: of the prompt; changed in place.
+        messages: of the prompt, one of them the user's; changed in place.
         count: images of the row.
 
     Raises:
@@ -318,9 +330,7 @@ def place_images(messages: list[dict[str, Any]], count: int) -> None:
             parts = [split_marks(part["text"]) if part["type"] == "text" else [part] for part in message["content"]]
             message["content"] = [part for several in parts for part in several]
     elif count and not places:
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is None:
-            raise BadRow("the prompt has no user message to put the images into")
+        first = next(message for message in messages if message["role"] == "user")
         first["content"] = [{"type": "image"} for _ in range(count)] + first["content"]
     for message in messages:
         for part in message["content"]:
@@ -379,7 +389,7 @@ def read_references(row: Mapping[str, Any], reply: str | None) -> tuple[str, lis
     if reply is None and not absent(row.get("response")):
         reply = read_reply(row["response"], "response")
     if reply is None:
-        raise BadRow(missing("answer", row))
+        raise BadRow(missing("answer", _filled(row)))
     if not reply.strip():
         raise BadRow("the reference reply is empty")
     return reply, [reply]

@@ -114,9 +114,10 @@ class Table:
     def scan(self, check: Check) -> Iterator[tuple[int, int, str | None]]:
         """Each row's index and what `check` finds wrong with it; a dataset's pictures are not decoded for it."""
         plain = not hasattr(self.rows, "features") or _transforms(self.rows)
-        for index, raw in enumerate(self.rows if plain else _without_bytes(self.rows)):
+        texts = None if plain else _without_bytes(self.rows)
+        for index in range(len(self.rows)):
             try:
-                check(raw)
+                check(self.fetch(index) if texts is None else next(texts))
                 yield index, index, None
             except BadRow as error:
                 yield index, index, str(error)
@@ -163,9 +164,11 @@ class JsonArray:
                     found, end = decoder.raw_decode(text)
                 except RecursionError:
                     found, end = BadRow("nested too deeply to be read"), _end_of(text)
-                except ValueError as error:
+                except json.JSONDecodeError as error:
                     if done or len(text) > _LONGEST:
                         raise BadDataError(f"{self.path} is not a whole JSON array: {error}") from error
+                except ValueError as error:  # Python's limit on the digits of an integer
+                    found, end = BadRow(f"not valid JSON: {error}"), _end_of(text)
                 if end and (end < len(text) or done):  # a number at the very end might go on
                     yield found
                     text = text[end:]
@@ -303,8 +306,8 @@ def _prepared(found: Any, columns: Mapping[str, str]) -> Table | Stream:
     if _transforms(dataset):  # its columns are known to the transform alone
         return found
     names = list(dataset.column_names or [])
-    ours = {theirs: name for name, theirs in columns.items()}
-    known = {*(ours.get(name, name) for name in names)} if {*ours} <= {*names} else set()
+    theirs = {*columns.values()}
+    known = {*columns} | ({*names} - theirs) if theirs <= {*names} else set()
     answers = (*ANSWERS, *LABELS, *CONVERSATIONS, "reward_model", "completion", "response", *REPLIES.values())
     for what, likely in (("prompt", PROMPTS), ("answer", answers)):
         if known and known.isdisjoint(likely):

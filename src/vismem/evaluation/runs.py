@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vismem import checkpoint as memory_files
-from vismem.data import BadDataError, Row, load_dataset_rows
+from vismem.data import Row, load_dataset_rows
 from vismem.decoding.invocation import Policy, read_policy
 from vismem.evaluation.answering import answer
 from vismem.evaluation.records import Record, RecordFile
@@ -125,7 +125,7 @@ class Runs:
         )
         rows = list(found.good())
         if not rows:
-            raise BadDataError(f"{benchmark.data} has no good row ({found.reports.count} bad)")
+            raise found.reports.nothing()
         self._unread[benchmark.name] = [Record.failed(row_id, why) for row_id, why in found.reports.found]
         return rows
 
@@ -221,11 +221,15 @@ class Runs:
         return RecordFile(folder / f"{slug(benchmark.name)}-{slug(invocation)}-{place}.jsonl", known)
 
     def subtasks(self, benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
-        """The sub-task of each record: a column of its question, or of the sample of a task of lmms-eval."""
+        """The sub-task of each record: a column of its question, or of the sample of a task of lmms-eval.
+
+        A question that cannot be read has none; it is "unread".
+        """
         if benchmark.task:
             return [str(record.columns.get(benchmark.subtask, "")) for record in records]
         columns = {row.id: row.columns for row in self.rows(benchmark)}
-        return [str(columns.get(record.id, {}).get(benchmark.subtask, "")) for record in records]
+        unread = {benchmark.subtask: "unread"}
+        return [str(columns.get(record.id, unread).get(benchmark.subtask, "")) for record in records]
 
     def task_records(
         self, method: Method, benchmark: Benchmark, seed: int | None, invocation: str, tokens: int, file: RecordFile

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from random import Random
 
-from vismem.data import BadDataError, Row, load_dataset_rows
+from vismem.data import BadDataError, Row, Rows, load_dataset_rows
 from vismem.evaluation.audit.bank import image_digest
+from vismem.evaluation.records import Record
 
 POCKET = "pocket"
 
 
 def questions(
     data: str, count: int, seed: int = 0, split: str = "test", columns: Mapping[str, str] | None = None
-) -> list[Row]:
+) -> tuple[list[Row], list[Record]]:
     """Rows of a data set, the same for a seed; the first n of them are those that a smaller count gives.
+
+    Beside them a record of each row met that cannot be read, with its error.
 
     Args:
         data: a JSON Lines file, a folder, a hub name, or a suite of the pocket world such as `"pocket:late"`.
@@ -29,11 +32,12 @@ def questions(
     """
     source, _, suite = data.partition(":")
     if source == POCKET:
-        return pocket_questions(suite, count, seed)
+        return pocket_questions(suite, count, seed), []
     rows = load_dataset_rows(data, split=split, columns=columns, max_bad_rows=None)
-    if not hasattr(rows, "__getitem__"):
+    if not isinstance(rows, Rows):
         raise BadDataError(f"{data} can only be read in order, and the audit draws its questions by chance")
-    return drawn(rows, count, seed)
+    found = drawn(rows, count, seed)
+    return found, [Record.failed(row_id, why) for row_id, why in rows.reports.found]
 
 
 def pocket_questions(suite: str, count: int, seed: int) -> list[Row]:

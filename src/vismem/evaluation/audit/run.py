@@ -82,7 +82,9 @@ class Options:
             Intervention(name)
 
 
-def audit(model: VisMem, rows: Sequence[Row], rewards: Rewards, options: Options) -> dict[str, Any]:
+def audit(
+    model: VisMem, rows: Sequence[Row], rewards: Rewards, options: Options, unread: Sequence[Record] = ()
+) -> dict[str, Any]:
     """Audits a memory, and writes numbers and a page.
 
     Questions that the model's processor refuses are left out and listed in the results, as `failed`.
@@ -93,6 +95,7 @@ def audit(model: VisMem, rows: Sequence[Row], rewards: Rewards, options: Options
             must differ.
         rewards: what scores the answers.
         options: the rest.
+        unread: records of rows that cannot be read, which are listed too.
 
     Returns:
         What `audit.json` holds: `settings`, `overview`, `effects`, `gaze`, `probes`, `structure`, `verdicts`, ...
@@ -111,7 +114,7 @@ def audit(model: VisMem, rows: Sequence[Row], rewards: Rewards, options: Options
     if len({row.id for row in rows}) < len(rows):
         raise ValueError("two questions have the same id; ids must differ")
     with files.locked(options.out):
-        return Audit(model, rows, rewards, options, failed).run()
+        return Audit(model, rows, rewards, options, [*unread, *failed]).run()
 
 
 class Audit:

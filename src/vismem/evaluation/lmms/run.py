@@ -221,7 +221,7 @@ def records_of(
         }
         found[number] = Record(
             id=f"{name}/{number}",
-            score=score(sample),
+            score=0.0 if trace.error else score(sample),  # some metrics give an empty answer a point
             reply=answer.text,
             tokens=trace.output_tokens,
             sampled=trace.sampled_tokens,
