@@ -198,6 +198,12 @@ def test_requests_at_which_gradio_fails_are_one_line(client, caplog, capfd):
 
 
 def test_the_pages_own_address_is_not_what_a_client_says_it_is(client):
-    for headers in ({"X-Forwarded-Host": "evil.example"}, {"x-forwarded-host": "evil.example, localhost"}):
+    told = [
+        {"X-Forwarded-Host": "evil.example"},
+        {"x-forwarded-host": "evil.example, localhost"},
+        {"X-Forwarded-Proto": "https"},
+        {"X-Gradio-Server": "https://evil.example"},
+    ]
+    for headers in told:
         assert "evil" not in client.get("/", headers=headers).text
         assert client.get("/config", headers=headers).json()["root"].startswith("http://127.0.0.1:")

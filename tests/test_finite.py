@@ -135,6 +135,15 @@ def test_a_former_of_nan_fails_the_rows_that_invoke_it(model):
     same_but_for(found, expected, (0, 3, 6))
 
 
+@pytest.mark.parametrize("warper", [{"eta_cutoff": 1e-3}, {"top_h": 0.4}])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_warpers_that_refuse_a_batch_with_nan_refuse_its_row_alone(model, warper, value, monkeypatch):
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # torch.compile turns it off
+    inputs, more = visible(model, 6), {"do_sample": True, **warper}
+    expected = answers_of(model, inputs, **more)
+    same_but_for(answers_of(model, inputs, bad=(1, 2), value=value, **more), expected, (1, 2))
+
+
 class Breaks(LogitsProcessor):
     """Sets the scores of rows that have written `after` tokens to `value`."""
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from test_slots import tempting
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import logits_process
 
 from vismem import Request, RequestQueue
@@ -79,6 +79,16 @@ def test_caches_that_cannot_be_had_are_refused_by_name(model, name):
     with pytest.raises(ValueError, match=f"cache_implementation='{name}'"):
         model.generate(**batch)
     assert model.generate(**batch, cache_implementation="static", max_new_tokens=2).shape[0] == 3
+
+
+def test_a_cache_object_other_than_a_dynamic_one_is_refused_by_name(model):
+    batch = tiny.mixed_batch(model.processor)
+    static = StaticCache(config=model.base.config.get_text_config(), max_cache_len=400)
+    for invocation in ("learned", "off"):
+        with pytest.raises(ValueError, match=r"past_key_values cannot be a StaticCache: .* cache_implementation$"):
+            model.generate(**batch, max_new_tokens=2, past_key_values=static, invocation=invocation)
+    expected = model.generate(**batch, max_new_tokens=6)
+    assert torch.equal(model.generate(**batch, max_new_tokens=6, past_key_values=DynamicCache()), expected)
 
 
 DEFAULTS = [

@@ -267,7 +267,7 @@ BODIES = {
     **{f"choices from seed {seed}": {"seed": seed, "temperature": 1, "n": 3} for seed in (-2, 2**63 - 1)},
     **{f"chance from seed {seed}": {"seed": seed, "vismem": {"invocation": "random:0.5"}} for seed in (-7, 2**63 - 1)},
     **{f"top_k {k}": {"top_k": k, "temperature": 1} for k in (-1, 0, 1, 10**6, 5.0, None)},
-    **{f"top_p {p}": {"top_p": p} for p in (1, 1.0, 1e-9)},
+    **{f"top_p {p}": {"top_p": p} for p in (0, 1, 1.0, 1e-9)},
     **{f"min_p {p}": {"min_p": p} for p in (0, 0.5, 1)},
     **{f"temperature {t}": {"temperature": t} for t in (0, 0.0, 1e-9, 2)},
     **{f"stop {stop}": {"stop": stop} for stop in ("x", [], [None], ["x", None], None)},
@@ -299,6 +299,7 @@ SHOWN = {
     "octets": {"type": "image_url", "image_url": PICTURE.replace("image/png", "application/octet-stream")},
     "no type": {"type": "image_url", "image_url": {"url": PICTURE.replace("image/png", "")}},
     "no label": {"type": "image_url", "image_url": {"url": PICTURE.replace("image/png;base64", "")}},
+    "blanks around it": {"type": "image_url", "image_url": f" \n{PICTURE}\n"},
     "unpadded": {"type": "image_url", "image_url": {"url": PICTURE.rstrip("=")}},
 }
 

@@ -70,6 +70,22 @@ def test_wrong_types_of_sizes_are_refused_by_name(name, value):
         vismem.VisMemConfig(**{name: value})
 
 
+@pytest.mark.parametrize("value", [10**400, "x" * 10**6, ["x"] * 10**5])
+@pytest.mark.parametrize("name", ["query_length", "short_length", "content"])
+def test_wrong_values_are_shown_short(name, value):
+    with pytest.raises(ValueError, match=rf"VisMemConfig.{name} must be .*\.\.\.$") as caught:
+        vismem.VisMemConfig(**{name: value})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4)])
+@pytest.mark.parametrize("name", ["memory.x.down.weight", "memory.builder.query_init", "memory.builder.blocks.x"])
+def test_tensors_of_odd_shapes_are_refused(saved, name, shape):
+    rewrite(saved[1], change_state=lambda state: state.update({name: torch.ones(shape)}))
+    with pytest.raises(ValueError, match="does not match its"):
+        load(saved)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", ["memory.long.log_gain", "tokens.invocation", "memory.builder.query_init"])
 def test_weights_that_are_not_finite_are_refused_by_name(saved, part, value):

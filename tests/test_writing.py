@@ -118,6 +118,16 @@ def test_log_probabilities_go_with_their_words(model, stops):
     assert bytes(entries[0].bytes).decode() == entries[0].token
 
 
+def test_a_special_token_without_a_role_has_neither_text_nor_bytes(model):
+    tokenizer = model.processor.tokenizer
+    (mark,) = words(model, "<user>")
+    assert mark not in tokenizer.all_special_ids
+    ids = [mark, *words(model, SENTENCE), mark]
+    events = told(Writer(0, tokenizer, model.tokens, top=0), ids, tops=[Top(-1.0, []) for _ in ids])
+    entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+    assert text_of(events) == b"".join(bytes(entry.bytes) for entry in entries).decode() == SENTENCE
+
+
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("stop", [" blue", ",", "27"])
 def test_log_probabilities_end_before_a_stop_string(model, stop, size):

@@ -92,7 +92,7 @@ class VisMemConfig:
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ValueError(f"VisMemConfig.{name} must be {rule}, got {getattr(self, name)!r}")
+            raise ValueError(f"VisMemConfig.{name} must be {rule}, got {shortened(getattr(self, name))}")
 
     def length(self, kind: Kind) -> int:
         """N of that kind: how many vectors one invocation of it inserts."""
@@ -120,6 +120,12 @@ class VisMemConfig:
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
+
+
+def shortened(value: Any) -> str:
+    """A value as a message shows it, on at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_int(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismem.config import KINDS, Kind
+from vismem.config import KINDS, Kind, shortened
 
 INVOCATION_TOKENS: dict[Kind, str] = {"short": "<ms_I>", "long": "<ml_I>"}
 END_TOKENS: dict[Kind, str] = {"short": "<ms_E>", "long": "<ml_E>"}
@@ -35,7 +35,9 @@ def single_token_id(tokenizer: Any, strings: tuple[str, ...]) -> int:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
             return ids[0]
-    raise ValueError(f"none of the delimiters {strings} is a single token of this tokenizer; set config.delimiters")
+    raise ValueError(
+        f"none of the delimiters {shortened(strings)} is a single token of this tokenizer; set config.delimiters"
+    )
 
 
 def delimiter_ids(tokenizer: Any, strings: tuple[str, ...]) -> frozenset[int]:

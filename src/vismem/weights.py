@@ -49,7 +49,7 @@ def check_sizes(path: Path, config: VisMemConfig, hidden_size: int, merge: int) 
         found = {"short_length": size("short.vectors", 0), "long_length": size("long.vectors", 0)}
     else:
         blocks = {name.split(".")[3] for name in shapes if name.startswith("memory.builder.blocks.")}
-        ranks = {shape[0] for name, shape in shapes.items() if name.endswith(".down.weight")}
+        ranks = {shape[0] for name, shape in shapes.items() if shape and name.endswith(".down.weight")}
         found = {
             "query_length": size("builder.query_init", 0),
             "builder_layers": len(blocks),

@@ -33,6 +33,7 @@ USED = re.compile(  # the page, its parts, its exports, and of gradio's API what
 )
 LARGEST_BODY, MOST_PARTS = 2**20, 100_000  # bytes of what is no upload, and commas in it
 LARGEST_UPLOAD, KEPT_UPLOADS = 256 * 2**20, 4 * 2**30  # bytes of one, and of all that are there
+NAMING = (b"x-forwarded-", b"x-gradio-server")
 OWN = "'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # gradio's scripts are inline, and make functions
 HEADERS = {
     "Content-Security-Policy": f"default-src {OWN}; frame-ancestors 'self'; form-action 'self'; base-uri 'self'",
@@ -175,7 +176,8 @@ def brief(error: Exception) -> str:
 class Sealed:
     """Tells browsers to load nothing from elsewhere, and to show the page in no other site's frame.
 
-    What a client says in X-Forwarded-Host is left out: gradio would make the page's own address of it.
+    Headers in which a client names the server (`NAMING`) are dropped: gradio would build the page's own address from
+    them.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -190,6 +192,6 @@ class Sealed:
             await send(message)
 
         if scope["type"] == "http":
-            headers = [(name, value) for name, value in scope["headers"] if name != b"x-forwarded-host"]
+            headers = [(name, value) for name, value in scope["headers"] if not name.startswith(NAMING)]
             scope = {**scope, "headers": headers}
         await self.app(scope, receive, sealed)

@@ -17,7 +17,7 @@ from torch import Tensor
 from vismem.app.findings import Candidate, HeatMap, Inspection, Later, Looked, Moment, NextWord, Read, Token
 from vismem.config import KINDS, Kind
 from vismem.data.images import to_rgb
-from vismem.decoding.text import Detokenizer
+from vismem.decoding.text import Detokenizer, special_ids
 from vismem.decoding.trace import Rollout
 from vismem.evaluation.attention import SlotAttention, attention_to_slots
 from vismem.evaluation.looks import Look, looks
@@ -144,7 +144,7 @@ def spelled(ids: Sequence[int], tokenizer: Any, tokens: Any) -> list[Token]:
         tokens: `model.tokens`.
     """
     words, found, count = Detokenizer(tokenizer), [], 0
-    ends, special = {index: kind for kind, index in tokens.end_ids.items()}, set(tokenizer.all_special_ids)
+    ends, special = {index: kind for kind, index in tokens.end_ids.items()}, special_ids(tokenizer)
     for each in ids:
         if each in tokens.kind_of:
             found.append(Token("", "mark", tokens.kind_of[each], count))
@@ -247,7 +247,7 @@ def word_after(before: list[int], token: int, model: VisMem) -> str:
         return f"{model.tokens.kind_of[token]}-term memory"
     if token >= len(tokenizer):
         return f"token {token}"
-    if token in tokenizer.all_special_ids:
+    if token in special_ids(tokenizer):
         return str(tokenizer.convert_ids_to_tokens(token))
     return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) if before else 0 :]
 

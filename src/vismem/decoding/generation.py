@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
     EosTokenCriteria,
     GenerationMode,
@@ -29,7 +29,7 @@ from vismem.backbones.base import CACHE_NAMES
 from vismem.config import VisMemConfig
 from vismem.decoding.cache import Slots
 from vismem.decoding.invocation import Policy
-from vismem.decoding.rows import Settings
+from vismem.decoding.rows import ALL_OR_NONE, FiniteRows, Settings
 
 # What transformers calls them; its other names are older ones of "static" or need storage that slots do not have.
 SLOT_CACHES = ("static", "sliding_window", "hybrid", "hybrid_chunked")
@@ -132,7 +132,9 @@ def prepared(
         settings = Settings(
             policy=policy,
             config=generation_config,
-            processors=spared(for_copies(logits_processor, len(input_ids), copies), [] if off else memory_ids),
+            processors=row_by_row(
+                spared(for_copies(logits_processor, len(input_ids), copies), [] if off else memory_ids)
+            ),
             criteria=StoppingCriteriaList(others),
             ends=frozenset(token for found in ends for token in found),
             budget=min(limits, default=2**31) - input_ids.shape[1],
@@ -334,6 +336,11 @@ def spared(processors: LogitsProcessorList, ids: list[int]) -> LogitsProcessorLi
     )
 
 
+def row_by_row(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Processors that spare the other rows where one row's scores are not finite."""
+    return LogitsProcessorList(FiniteRows(each) if isinstance(each, ALL_OR_NONE) else each for each in processors)
+
+
 def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any], off: bool) -> None:
     """Refuses, in one line, what this decoder cannot honour."""
     if config.guidance_scale not in (None, 1) and not off:
@@ -349,5 +356,10 @@ def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any], off: bo
             raise ValueError(f"{name}=True is not supported by memory decoding; output_scores and output_logits are")
     for name in CACHE_NAMES:
         cache = kwargs.get(name)
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"{name} cannot be a {type(cache).__name__}: leave it out, and say what cache you want by "
+                "cache_implementation"
+            )
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(f"a filled {name} cannot be continued: memory slots in it have no token ids")

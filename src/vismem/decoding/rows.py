@@ -30,6 +30,10 @@ BLIND = (
 )
 
 
+# They build a `torch.distributions.Categorical`, which refuses the whole batch for one row that is not finite.
+ALL_OR_NONE = (logits_process.EtaLogitsWarper, logits_process.TopHLogitsWarper)
+
+
 class NonFiniteError(ArithmeticError):
     """A row has no finite scores to draw its next token from: NaN or infinity in its inputs, memory or logits.
 
@@ -42,6 +46,21 @@ class NonFiniteError(ArithmeticError):
     def __init__(self, message: str, rows: Sequence[int] = (), output: VisMemOutput | Tensor | None = None) -> None:
         super().__init__(message)
         self.rows, self.output = list(rows), output
+
+
+class FiniteRows(logits_process.LogitsProcessor):
+    """Applies a processor to the rows that have finite scores, and leaves the others as they are.
+
+    Args:
+        inner: the processor; sees zeros in place of a row that is left.
+    """
+
+    def __init__(self, inner: logits_process.LogitsProcessor) -> None:
+        self.inner = inner
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite = scores.amax(-1, keepdim=True).isfinite()  # -inf beside a finite score is no fault
+        return torch.where(finite, self.inner(input_ids, scores.where(finite, 0.0)), scores)
 
 
 @dataclass
@@ -86,9 +105,10 @@ class Settings:
     key: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.blind = all(type(processor) in BLIND for processor in self.processors)
+        bare = [p.inner if isinstance(p, FiniteRows) else p for p in self.processors]
+        self.blind = all(type(processor) in BLIND for processor in bare)
         # Rows of like settings are drawn together; what cannot be compared is alike with itself only.
-        alike = tuple((type(p), *map(plain, vars(p).values())) for p in self.processors) if self.blind else id(self)
+        alike = tuple((type(p), *map(plain, vars(p).values())) for p in bare) if self.blind else id(self)
         self.key = (alike, bool(self.config.do_sample), self.policy.samples, self.policy.injects)
 
     @property

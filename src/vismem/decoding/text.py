@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that are left out of a text (`skip_special_tokens`): those with a role, and all others marked as special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+
+
 class Detokenizer:
     """Turns the words of one answer into text while it is written.
 

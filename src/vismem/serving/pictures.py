@@ -116,6 +116,7 @@ class Pictures:
         return pictures
 
     async def _file(self, url: str, most: int) -> bytes:
+        url = url.strip()  # as browsers do
         if url[:5].lower() == "data:":
             return await asyncio.to_thread(self._from_data, url, most)
         try:

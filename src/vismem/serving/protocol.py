@@ -283,7 +283,7 @@ class ChatRequest(Lenient):
     )
     max_completion_tokens: int | None = Field(default=None, ge=1, description="The same by its newer name.")
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False, description="0 is greedy.")
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="0 is greedy.")
     top_k: int | None = Field(
         default=None,
         ge=-1,

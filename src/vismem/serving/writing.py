@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vismem.decoding.text import Detokenizer
+from vismem.decoding.text import Detokenizer, special_ids
 from vismem.decoding.trace import Top
 from vismem.serving.protocol import FinishReason, InvocationTrace, MemoryUsage, TokenLogprob, TopLogprob
 from vismem.serving.token_bytes import TokenBytes
@@ -88,7 +88,7 @@ class Writer:
     def __post_init__(self) -> None:
         self.words = Detokenizer(self.tokenizer, self.before)
         self.spell = None if self.top is None else TokenBytes(self.tokenizer)
-        self.end_ids, self.special = set(self.tokens.end_ids.values()), set(self.tokenizer.all_special_ids)
+        self.end_ids, self.special = set(self.tokens.end_ids.values()), special_ids(self.tokenizer)
         self.first = self.special.issuperset(self.before)  # whether the next word is the first of its text
         self.held, self.given = "", 0  # text that is not given out yet, and how much was
         self.entries: list[tuple[int, TokenLogprob]] = []  # and log-probabilities, by where their token's text begins
