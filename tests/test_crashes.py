@@ -247,7 +247,8 @@ ENDINGS = ["sys.exit(0)", "sys.exit('bye')", "raise GeneratorExit"]
 def test_a_reward_that_ends_the_program_has_failed(work, tmp_path, capsys, ending, where):
     head, inside = (ending, "pass") if where == "import" else ("", ending)
     (tmp_path / "ends.py").write_text(f"import sys\n{head}\ndef low(completions, **others):\n    {inside}\n")
-    assert command(work, tmp_path / "run", f"rewards={tmp_path / 'ends.py'}:low", stage="stage1") == 1
+    code = command(work, tmp_path / "run", f"rewards={tmp_path / 'ends.py'}:low", stage="stage1")
+    assert code == (2 if where == "import" else 1)  # found with the settings, or while training
     last = capsys.readouterr().err.strip().splitlines()[-1]
     kind = "GeneratorExit" if "Generator" in ending else "SystemExit"
     assert last.startswith("vismem: error: ") and kind in last
