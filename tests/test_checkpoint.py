@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,8 +212,8 @@ def test_parameters_of():
 
 def loaded(folder, model) -> dict[str, torch.Tensor]:
     """The weights of the memory in a folder, as a model loads them."""
-    record = read_record(checkpoint.find_memory(folder))
-    checkpoint.load_weights(model, folder, record)
+    record, weights = checkpoint.read_whole(checkpoint.find_memory(folder))
+    checkpoint.load_weights(model, checkpoint.read_weights(weights, folder, record, model.base), folder, record)
     return {name: tensor.clone() for name, tensor in checkpoint.trained_state(model).items()}
 
 
@@ -270,6 +272,35 @@ def test_a_first_save_that_is_killed_is_a_memory_or_a_clear_error(tmp_path, unfl
         except OSError as error:
             said.add(str(error))
     assert any("a save into it was stopped" in text for text in said) and "" in said
+
+
+def test_a_memory_is_read_whole_while_others_are_saved(tmp_path, unflushed, monkeypatch):
+    """At each of the reader's looks at the disk in turn, another save takes place before it."""
+    models = [tiny.equip("idefics3", seed=seed) for seed in (1, 2)]
+    states = [{n: t.clone() for n, t in checkpoint.trained_state(model).items()} for model in models]
+    folder, reader = tmp_path / "memory", tiny.equip("idefics3")
+    for number in range(50):
+        models[0].save_pretrained(folder)
+        left = [number]
+
+        def before(look, left=left):
+            def looked(path, *given):
+                left[0] -= 1
+                if left[0] == -1:
+                    models[1].save_pretrained(folder)
+                return look(path, *given)
+
+            return looked
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", before(Path.read_bytes))
+            patch.setattr(Path, "is_file", before(Path.is_file))
+            patch.setattr(files, "sha256", before(files.sha256))
+            state = loaded(folder, reader)
+        assert same(state, states[0]) or same(state, states[1])
+        if left[0] >= 0:  # the reader was done before
+            break
+    assert 3 < number < 49
 
 
 # Where a memory and its base are found.
@@ -387,6 +418,38 @@ def test_the_card_has_the_runs_figures_and_a_snippet_that_works(pocketed, tmp_pa
     card = (tmp_path / "copy" / CARD_FILE).read_text()
     assert "| stage1 | 25 | 0 | pocket | pocket | 0.53 |" in card
     exec(card.split("```python\n")[1].split("```")[0].replace("max_new_tokens=256", "max_new_tokens=2"), {})
+
+
+ODD_NAMES = [
+    'my "best" one',
+    "a: b #c",
+    "back\\slash",
+    "two\nlines",
+    "\N{SNOWMAN}\u2028|`",
+    "\x1b[31m",
+    "\udcff",
+    "- x",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_the_card_holds_together_with_any_name(saved, tmp_path, name):
+    model, _ = saved
+    model.base.name_or_path = f"/bases/{name}"
+    model.history = ({"stage": "stage1", "steps": 1, "seed": 0, "data": f"{name}.jsonl", "rewards": [name]},)
+    folder = tmp_path / name
+    checkpoint.save(model, folder, tags=(name,) if name.isprintable() else ())
+    front = front_matter(folder)
+    assert front["pipeline_tag"] == "image-text-to-text" and (not name.isprintable() or name in front["tags"])
+    card = (folder / CARD_FILE).read_text()
+    snippet = ast.parse(card.split("```python\n")[1].split("```")[0])
+    calls = [node for node in ast.walk(snippet) if isinstance(node, ast.Call)]
+    call = next(node for node in calls if "from_pretrained" in ast.unparse(node.func))
+    assert ast.literal_eval(call.args[0]) == folder.as_posix()
+    table = [line for line in card.split("\n") if line.startswith("|")]
+    assert len(table) == 12 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3, 6}
+    assert not set(card) & set("\x1b\u2028")
+    model.history = ()
 
 
 def test_pushing_uploads_a_card_that_names_the_repository(saved, monkeypatch):

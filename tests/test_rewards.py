@@ -516,6 +516,10 @@ async def late_exit(completions):
     sys.exit(0)
 
 
+async def late_interrupt(completions):
+    raise KeyboardInterrupt
+
+
 async def late_text(completions):
     return "good"
 
@@ -525,6 +529,7 @@ async def late_text(completions):
     [
         (late_failure, "the reward 'late_failure' failed at row b: OSError: no answer"),
         (late_exit, "failed at row a: RuntimeError: SystemExit: 0"),
+        (late_interrupt, "failed at row a: RuntimeError: KeyboardInterrupt"),  # not Ctrl-C, and it does not hang
         (late_text, "must give a list of 2 numbers, not str"),
     ],
 )

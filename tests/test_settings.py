@@ -82,6 +82,7 @@ def bomb(levels: int) -> str:
         ("a: \x1b[31m", "not valid YAML"),
         ("a: " + "x" * MOST_BYTES, "is larger than 256 KiB"),
         ("a: " + "9" * 5000, "is not of the type int"),
+        ("a: 0x" + "f" * 5000, "is not of the type int"),
     ],
 )
 def test_files_that_cannot_be_used_are_one_line(tmp_path, content, said):
@@ -102,6 +103,12 @@ def test_changes_go_into_sections():
     assert read_changes(["memory=pocket", "memory.lora_r=4"]) == {"memory": {"preset": "pocket", "lora_r": 4}}
     with pytest.raises(SettingsError, match=r"a\.b is set inside a, which is set to 1"):
         read_changes(["a=1", "a.b=2"])
+    assert read_changes(["a=exp #3", "b= #x ", "c='1 #2' # 3", "d=[1] # 2"]) == {
+        "a": "exp #3",  # on a command line nobody writes comments
+        "b": "#x",
+        "c": "1 #2",
+        "d": [1],
+    }
     with pytest.raises(SettingsError, match="the value of data is not valid YAML"):
         read_changes(["data=*.jsonl"])
 
@@ -119,6 +126,8 @@ def test_changes_go_into_sections():
         ("memory.short_length=eight", "memory.short_length must be a whole number, got 'eight'"),
         ("memory.delimiters=5", "memory.delimiters must be a list of texts, got 5"),
         ("memory.content=hard", "memory.content must be one of formed, soft, got 'hard'"),
+        ("memory=off", "memory: unknown preset 'off'; there are paper, paper-table4, pocket"),
+        ("memory.preset=4", "memory.preset must be text, got 4"),
         ("memory.lenght=5", "unknown setting memory.lenght; there are preset, query_length, "),
         ("stage2.memory.short_length=true", "stage2.memory.short_length must be a whole number, got true"),
         ("learning_rate=fast", "learning_rate must be a number, got 'fast'"),
@@ -153,7 +162,7 @@ def test_changes_go_into_sections():
 )
 def test_wrong_types_and_names_are_one_line(change, said):
     with pytest.raises(SettingsError) as caught:
-        load_settings(None, [change])
+        values_for("stage1", load_settings(None, [change]))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -293,7 +302,7 @@ def test_values_out_of_range_are_misuse(capsys, tmp_path, change, said):
         ("methods=5", "methods must be a list of"),
         ("methods=[5]", "a method must be a mapping with a `name`, got 5"),
         ("methods=[{name: 5}]", "a method must be a mapping with a `name`"),
-        ("methods=[{name: a, invocation: sometimes}]", "method 'a': "),
+        ("methods=[{name: a, invocation: sometimes}]", "method 'a': invocation: unknown policy"),
         ("methods=[{name: a, invocation: off}]", ""),
         ("methods=[{name: a, train: [{step: stage9}]}]", "needs a `step`, one of all, warmup"),
         ("methods=[{name: a, train: [{step: sft, lerning_rate: 1}]}]", "did you mean learning_rate"),

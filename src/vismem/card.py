@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from vismem.escaping import visible
 
 if TYPE_CHECKING:
     from vismem.model import VisMem
@@ -47,7 +50,7 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
         tags: besides those that every memory has.
     """
     config, hub = model.memory_config, hub_name(base)
-    shown = hub or Path(base).name or facts.partition(" ")[0]
+    shown = cell(hub or Path(base).name or facts.partition(" ")[0])
     total = sum(parameter.numel() for parameter in model.base.parameters())
     front: dict[str, Any] = {"library_name": "vismem", "pipeline_tag": "image-text-to-text"}
     if hub:
@@ -67,7 +70,8 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
         *made,
         ("parameters of the memory", f"{trained:,} ({100 * trained / total:.2f} % of the base)"),
     ]
-    arguments = f'"{name}"' if base else f'"{name}", base=base, processor=processor'
+    quoted = visible(json.dumps(name, ensure_ascii=False))
+    arguments = quoted if base else f"{quoted}, base=base, processor=processor"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# Latent vision memory for {shown}",
@@ -91,13 +95,18 @@ def training(history: Sequence[dict[str, Any]]) -> str:
     names = [name for name in FIGURES if any(name in stage.get("figures", {}) for stage in history)]
     lines = [["stage", "steps", "seed", "data", "rewards", *names]]
     for stage in history:
-        plain = [str(stage.get(name, "")) for name in ("stage", "steps", "seed", "data")]
+        plain = [cell(stage.get(name, "")) for name in ("stage", "steps", "seed", "data")]
         figures = stage.get("figures", {})
         values = [f"{figures[name]:.4g}" if name in figures else "" for name in names]
-        lines.append([*plain, ", ".join(stage.get("rewards", ())), *values])
+        lines.append([*plain, cell(", ".join(stage.get("rewards", ()))), *values])
     shown = ["| " + " | ".join(line) + " |" for line in lines]
     table = "\n".join([shown[0], "|" + "---|" * len(lines[0]), *shown[1:]])
     return f"{table}\n\nFigures are the last that were logged in training, on training prompts."
+
+
+def cell(value: object) -> str:
+    """A value as text that does not break a line or a table."""
+    return visible(str(value)).replace("|", "\\|")
 
 
 def hub_name(base: str) -> str:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
@@ -26,7 +25,7 @@ from vismem.backbones import backbone_of
 from vismem.card import model_card
 from vismem.config import VisMemConfig
 from vismem.pocket import BASE_PATH
-from vismem.weights import check_finite, check_sizes
+from vismem.weights import check_finite, check_sizes, read_state
 
 if TYPE_CHECKING:
     from vismem.model import VisMem
@@ -273,32 +272,55 @@ def read_record(folder: Path) -> Record:
         raise ValueError(f"{path} is damaged or not a VisMem record: {reason}") from error
 
 
-def check_base(record: Record, base: nn.Module, folder: Path) -> None:
-    """Checks that a checkpoint fits `base`, and that its weights have the sizes that its record gives.
+def read_whole(folder: Path) -> tuple[Record, bytes]:
+    """Reads the record and the weights of one save, also while another process saves into the folder.
 
     Raises:
-        OSError: if there are no weights.
-        ValueError: if `base` is of another kind, naming both, or the checksum of the weights or a size differs.
+        OSError: if either is missing.
+        ValueError: if the record is not what `save` writes, or the checksum of the weights is not the one in it.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise OSError(f"{folder} is not a whole checkpoint: it has no {WEIGHTS_FILE}")
+    path, before = folder / WEIGHTS_FILE, None
+    while True:
+        record = read_record(folder)
+        try:
+            weights = path.read_bytes()
+        except FileNotFoundError as error:
+            raise OSError(f"{folder} is not a whole checkpoint: it has no {WEIGHTS_FILE}") from error
+        found = (record.sha256, hashlib.sha256(weights).hexdigest())
+        if found[0] == found[1]:
+            return record, weights
+        if found == before:  # not changed by a save between the two reads
+            raise ValueError(f"{path} is damaged: its checksum is not the one in {CONFIG_FILE}; get the file again")
+        before = found
+
+
+def check_base(record: Record, base: nn.Module, folder: Path) -> None:
+    """Raises ValueError if a checkpoint was made for another kind of base; names both."""
     found = facts_of(base)
     if found != record.base:
         raise ValueError(
             f"checkpoint {folder} was made for {record.base_name}, a {record.base}; "
             f"it does not fit {base.name_or_path or type(base).__name__}, a {found}"
         )
-    if hashlib.sha256(path.read_bytes()).hexdigest() != record.sha256:
-        raise ValueError(f"{path} is damaged: its checksum is not the one in {CONFIG_FILE}; get the file again")
-    check_sizes(path, record.config, found.hidden_size, backbone_of(base).merge)
 
 
-def load_weights(model: VisMem, folder: Path, record: Record) -> None:
-    """Loads `vismem.safetensors` into an equipped model.
+def read_weights(weights: bytes, folder: Path, record: Record, base: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors in the bytes of `vismem.safetensors`.
 
     Raises:
-        ValueError: if its tensors or the token ids differ, or a tensor is not floating, or not finite in the dtype that
+        ValueError: if it is no safetensors file, or its tensors do not have the sizes that the record gives.
+    """
+    path = folder / WEIGHTS_FILE
+    state = read_state(weights, path)
+    check_sizes(state, path, record.config, record.base.hidden_size, backbone_of(base).merge)
+    return state
+
+
+def load_weights(model: VisMem, state: dict[str, torch.Tensor], folder: Path, record: Record) -> None:
+    """Copies a checkpoint's tensors into an equipped model.
+
+    Raises:
+        ValueError: if the tensors or the token ids differ, or a tensor is not floating, or not finite in the dtype that
             it is loaded in.
     """
     path = folder / WEIGHTS_FILE
@@ -307,7 +329,7 @@ def load_weights(model: VisMem, folder: Path, record: Record) -> None:
             f"checkpoint {folder} was made for a tokenizer with memory tokens {record.token_ids}; "
             f"this one has {token_ids(model)}"
         )
-    state, expected = load_file(path), trained_state(model)
+    expected = trained_state(model)
     odd = sorted(set(state) ^ set(expected)) or [n for n, t in state.items() if t.shape != expected[n].shape]
     if odd:
         raise ValueError(f"{path} does not match its {CONFIG_FILE}: tensor {odd[0]} differs")

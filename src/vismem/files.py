@@ -117,11 +117,17 @@ def matching(path: Path, fits: Callable[[bytes], bool]) -> bytes | None:
 
     None where neither is there, or only an unfinished version.
     """
-    pending = partial_path(path)
-    if not pending.is_file():
-        return path.read_bytes() if path.is_file() else None
-    content, found = pending.read_bytes(), path.read_bytes() if path.is_file() else None
+    content, found = _content(partial_path(path)), _content(path)  # in this order: the one becomes the other
+    if content is None:
+        return found
     return content if (found is None or not fits(found)) and fits(content) else found
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
 
 
 def sync(path: Path) -> None:

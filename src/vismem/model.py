@@ -599,13 +599,15 @@ class VisMem(nn.Module):
                 f"cannot load {name or 'an unnamed model'}, the base of memory {folder}: {reason}; "
                 "say where it is with base= (--base on the command line)"
             ) from error
+        record, weights = checkpoint.read_whole(folder)
         checkpoint.check_base(record, base, folder)
+        state = checkpoint.read_weights(weights, folder, record, base)
         model = cls(base, processor, record.config)
         model.history = record.history
         if memory_dtype is not None:
             model.memory.to(memory_dtype)
             model.tokens.to(memory_dtype)
-        checkpoint.load_weights(model, folder, record)
+        checkpoint.load_weights(model, state, folder, record)
         return model.eval()
 
     def extra_repr(self) -> str:

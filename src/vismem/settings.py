@@ -113,14 +113,23 @@ def read_changes(texts: Sequence[str]) -> dict[str, Any]:
                 before = ".".join(sections[: depth + 1])
                 raise SettingsError(f"{name} is set inside {before}, which is set to {shown(inner)}")
             target = inner
-        target[key] = _read(value, f"the value of {name}")
+        target[key] = _read(value, f"the value of {name}", comments=False)
     return found
 
 
-def _read(text: str, where: str) -> Any:
-    """A YAML document as plain values. Raises SettingsError."""
+def _read(text: str, where: str, comments: bool = True) -> Any:
+    """A YAML document as plain values. Raises SettingsError.
+
+    Args:
+        text: the document.
+        where: what it is, for messages.
+        comments: whether `#` after a plain word begins a comment; if not, it is part of the text.
+    """
     try:
         node = yaml.compose(text, Loader=_Loader)
+        plain = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
+        if not comments and plain and text[node.end_mark.index if node else 0 :].strip():
+            return text.strip()
         return None if node is None else _plain(node, [MOST_VALUES], 0)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -167,7 +176,10 @@ def _refused(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
 
 
 def _int(text: str) -> int:
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    value = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    if value.bit_length() > 1024:  # Python does not print every whole number
+        raise ValueError
+    return value
 
 
 def _float(text: str) -> float:

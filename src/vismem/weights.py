@@ -6,30 +6,35 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from vismem.config import VisMemConfig
 
 
-def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """Reads the shapes of a safetensors file's tensors from its header; no tensor is read.
+def read_state(content: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        content: of the file.
+        path: where it was read from, for the message.
 
     Raises:
         ValueError: if it is no whole safetensors file.
     """
     try:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        return load(content)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise ValueError(f"{path} is damaged: it is no whole safetensors file ({error})") from error
 
 
-def check_sizes(path: Path, config: VisMemConfig, hidden_size: int, merge: int) -> None:
-    """Holds the sizes that a config gives against a file's header, before anything of these sizes is made.
+def check_sizes(state: Mapping[str, Tensor], path: Path, config: VisMemConfig, hidden_size: int, merge: int) -> None:
+    """Holds the sizes that a config gives against the tensors, before anything of these sizes is made.
 
     Args:
-        path: of `vismem.safetensors`.
+        state: the tensors of `vismem.safetensors`.
+        path: of that file, for the message.
         config: read from beside it.
         hidden_size: of the base.
         merge: m, of the base: its projector turns m * m memory positions into one vector.
@@ -37,7 +42,7 @@ def check_sizes(path: Path, config: VisMemConfig, hidden_size: int, merge: int) 
     Raises:
         ValueError: where they differ; names the field, both values and the file.
     """
-    shapes = shapes_of(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def size(name: str, axis: int) -> int | None:
         shape = shapes.get(f"memory.{name}", ())

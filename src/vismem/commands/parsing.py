@@ -105,7 +105,7 @@ def log_to_stderr(level: int, layout: str = "%(message)s") -> None:
     handler = _Lines()
     handler.setFormatter(logging.Formatter(layout))
     logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("httpx", "accelerate", "absl"):
+    for noisy in ("httpx", "accelerate", "absl", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

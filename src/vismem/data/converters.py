@@ -21,6 +21,7 @@ from vismem.data.dataset import Reports
 from vismem.data.layouts import TAKEN, read_messages, split_marks
 from vismem.data.rows import BadDataError, BadRow, read_row
 from vismem.data.sources import JsonArray, JsonLines, find_source
+from vismem.escaping import visible
 
 _REGION_REQUEST = re.compile(
     r"\s*Please (?:think step by step and )?provide the bounding box coordinate of the region.*", re.S
@@ -171,11 +172,11 @@ def _convert(
     if not source.is_file():
         raise BadDataError(f"no such file: {source}")
     base = os.path.relpath(root.absolute(), out.absolute().parent)
-    reports = Reports(source.name, strict, max_bad_rows)
+    reports, title = Reports(source.name, strict, max_bad_rows), visible(f"converting {source.name}")
     written = 0
     with files.replacing(out) as partial:
         with partial.open("wb") as file:
-            for row_id, record in tqdm(_records(source), desc=f"converting {source.name}", unit=" rows", delay=2):
+            for row_id, record in tqdm(_records(source), desc=title, unit=" rows", delay=2):
                 try:
                     if isinstance(record, BadRow):
                         raise record
@@ -228,8 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
             limit=options.limit,
         )
     except (BadDataError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-    print(f"{written} rows written to {options.out}")
+        parser.exit(1, f"error: {visible(str(error))}\n")
+    print(visible(f"{written} rows written to {options.out}"))
     return 0
 
 

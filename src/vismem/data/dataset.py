@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from vismem.data.layouts import check_columns, unread_image
 from vismem.data.rows import BadDataError, BadRow, Row, read_row
 from vismem.data.sources import JsonLines, Stream, Table, find_source
+from vismem.escaping import visible
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,8 @@ class Rows(Dataset[Row]):
                     name,
                 )
 
-        for key, number, problem in tqdm(source.scan(look), desc=f"reading {source.name}", unit=" rows", delay=2):
+        title = visible(f"reading {source.name}")
+        for key, number, problem in tqdm(source.scan(look), desc=title, unit=" rows", delay=2):
             if problem is not None:
                 self.reports.add(source.row_id(number), problem)
                 continue

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from vismem.data import BadRow, Row, reward_columns, row_inputs
 from vismem.decoding.invocation import After, Policy, Random
 from vismem.decoding.requests import Answer, Request
+from vismem.escaping import visible
 from vismem.evaluation.records import Record, RecordFile
 from vismem.model import VisMem
 from vismem.tokens import single_token_id
@@ -75,7 +76,7 @@ def answer(
     done = {} if store is None else {i: record for i, record in store.records.items() if i in by_id}
     missing = [row for row in rows if row.id not in done]
     settings = {"do_sample": False, **generation, "max_new_tokens": max_new_tokens}
-    with tqdm(total=len(rows), initial=len(done), desc=label or "answers", delay=2, mininterval=1) as bar:
+    with tqdm(total=len(rows), initial=len(done), desc=visible(label or "answers"), delay=2, mininterval=1) as bar:
 
         def keep_record(record: Record) -> None:
             done[record.id] = record

@@ -57,7 +57,7 @@ class Runs:
     def artefact(self, method: Method, seed: int | None) -> Path | None:
         """The folder of a method's memory or adapter, trained first where it has to be; None for the base alone."""
         if method.checkpoint:
-            place = Path(method.checkpoint.format(seed=seed)).expanduser()
+            place = Path(method.checkpoint.replace("{seed}", str(seed))).expanduser()
             return place if (place / ADAPTER_FILE).is_file() else memory_files.locate(str(place))
         made = None
         for count in range(1, len(method.train) + 1):

@@ -92,7 +92,7 @@ class Method:
             try:
                 read_policy(self.invocation)
             except ValueError as error:
-                raise SettingsError(f"method {self.name!r}: {error}") from error
+                raise SettingsError(f"method {self.name!r}: invocation: {error}") from error
 
     @property
     def adapts(self) -> bool:

@@ -162,7 +162,7 @@ def unfinished(done: Path, result: Path) -> str | None:
     """What is wrong with a `done.json` and the result that it names; None if both are whole."""
     try:
         record = json.loads(done.read_bytes())
-        named = record["files"] if "files" in record else named_before(result)
+        named = record.get("files") or named_before(result)
         wrong = changed(result, dict(named))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"it is damaged ({error})"
@@ -238,6 +238,8 @@ def load_base(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         from vismem.pocket import BASE_PATH
 
         name = str(BASE_PATH)
+    elif Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser())
     trusted = {"trust_remote_code": options["trust_remote_code"]}
     try:
         backbone_of(SimpleNamespace(config=AutoConfig.from_pretrained(name, **trusted)))  # before weights are read

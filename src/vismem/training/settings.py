@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from vismem.config import PRESETS as MEMORY_PRESETS
 from vismem.config import VisMemConfig
 from vismem.settings import (
     SettingsError,
@@ -224,7 +225,8 @@ def values_for(stage: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any
 def memory_config(values: Mapping[str, Any] | str | None) -> VisMemConfig:
     """The configuration of a new memory. Raises SettingsError for an unknown preset or field, or a wrong value."""
     given = check({"preset": values} if isinstance(values, str) else values or {}, memory_kinds(), "memory.")
+    name = preset_named(given.pop("preset", "paper"), MEMORY_PRESETS, "memory: ")
     try:
-        return VisMemConfig.preset(given.pop("preset", "paper"), **given)
+        return VisMemConfig.preset(name, **given)
     except ValueError as error:
         raise SettingsError(str(error).replace("VisMemConfig.", "memory.")) from error

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
 
+from vismem.escaping import visible
 from vismem.evaluation.records import Record
 from vismem.evaluation.runs import Rehearsed, Runs
 from vismem.evaluation.settings import Benchmark, Method
@@ -50,7 +51,7 @@ def gather(runs: Runs, methods: Mapping[str, Method], benchmarks: Sequence[Bench
     with tqdm(plan, desc=title, unit="set", delay=1, dynamic_ncols=True) as bar:
         for label, method, seed, benchmark in bar:
             # Shown before its delay is over, a bar would not end its line: an error would stand on it.
-            bar.set_postfix_str(f"{label}, {benchmark.name}", refresh=bar.n > 0)
+            bar.set_postfix_str(visible(f"{label}, {benchmark.name}"), refresh=bar.n > 0)
             found.setdefault((label, benchmark.name), []).append(runs.records(method, benchmark, seed))
     return found
 

@@ -28,8 +28,8 @@ def finished(value: Any) -> Any:
 async def _awaited(value: Awaitable[Any]) -> Any:
     try:
         return await value
-    except SystemExit as stop:  # which would end the loop
-        raise RuntimeError(f"SystemExit: {stop}") from stop
+    except (SystemExit, KeyboardInterrupt) as stop:  # which would end the loop; Ctrl-C reaches the main thread alone
+        raise RuntimeError(f"{type(stop).__name__}: {stop}") from stop
 
 
 @cache
