@@ -441,6 +441,14 @@ def test_workers(folder, workers):
     assert sorted(torch.utils.data.DataLoader(limited, 1, num_workers=workers, collate_fn=first)) == expected[:4]
 
 
+def test_an_error_in_a_worker_is_one_line(folder):
+    (folder / "images" / "0.png").write_bytes(b"no image")
+    rows = load_dataset_rows(write(folder / "t.jsonl", [example(1), example(0)]), max_bad_rows=0)
+    with pytest.raises(BadDataError) as caught:
+        list(torch.utils.data.DataLoader(rows, num_workers=1, collate_fn=list))
+    assert str(caught.value).startswith("1 bad rows in t.jsonl, more") and "\n" not in str(caught.value)
+
+
 def test_workers_over_a_stream_that_shards_itself():
     datasets = pytest.importorskip("datasets")
     raw = datasets.Dataset.from_list([{"prompt": "?", "answer": n} for n in range(6)])

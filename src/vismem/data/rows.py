@@ -29,7 +29,13 @@ __all__ = ["BadDataError", "BadRow", "Draft", "Row", "read_row"]
 
 
 class BadDataError(ValueError):
-    """A source that cannot be used, or one with too many bad rows."""
+    """A source that cannot be used, or one with too many bad rows.
+
+    A DataLoader hands on its worker's whole traceback as the message; the error itself is what that ends with.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip())
 
 
 @dataclass(frozen=True)
