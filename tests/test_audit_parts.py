@@ -71,7 +71,7 @@ def filled(model, rows, folder, invocation=BOTH, **options) -> Bank:
 def written(bank, rows, batch_size, intervention=None, invocation=BOTH):
     """Tokens and memories of rows, by id, decoded in one live batch."""
     found = {}
-    requests = list(asked(bank.model, rows, invocation, 0))
+    requests = list(asked(bank.model, rows, invocation, 0, lambda record: pytest.fail(str(record.error))))
 
     def decode():
         for one in bank.model.stream_batch(requests, batch_size, max_new_tokens=6, do_sample=False):

@@ -323,6 +323,7 @@ def test_a_full_disk_is_one_line_with_the_last_good_checkpoint(work, tmp_path, m
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_stopped_run_says_how_to_resume(work, tmp_path, monkeypatch, capsys, number, step):
     run, real = tmp_path / "run", MemoryTrainer.training_step
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
     def stopped(self, *given, **named):
         if self.state.global_step == step:
@@ -331,9 +332,12 @@ def test_a_stopped_run_says_how_to_resume(work, tmp_path, monkeypatch, capsys, n
         return real(self, *given, **named)
 
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(MemoryTrainer, "training_step", stopped)
-        assert command(work, run) == 128 + number
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryTrainer, "training_step", stopped)
+            assert command(work, run) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, ours)
     assert signal.getsignal(signal.SIGTERM) is before
     last = capsys.readouterr().err.strip().splitlines()[-1]
     word = "interrupted" if number == signal.SIGINT else "terminated"

@@ -319,6 +319,10 @@ assert main(["ask", {picture!r}, "What does row 1 cost?"]) == 0
 # What is declared.
 
 
+# Parts of another package, which always brings them and hands them on under its own name.
+PARTS = {"pyarrow": "datasets", "pydantic_core": "pydantic"}
+
+
 def imported(path: Path) -> set[str]:
     """Top-level names of what a file imports, anywhere in it."""
     found = set()
@@ -338,6 +342,7 @@ def test_what_is_imported_is_declared():
         extras = set().union(*(e for place, e in USES.items() if own == place or own.startswith(f"{place}/")))
         allowed = names(PROJECT["dependencies"] + [line for extra in extras for line in EXTRAS[extra]])
         for name in imported(path):
+            name = PARTS.get(name, name)
             packages = {canonicalize_name(found) for found in homes().get(name, [name])}
             if not packages & allowed:
                 undeclared.append(f"{own} imports {name}, which neither the package nor {sorted(extras)} asks for")

@@ -235,7 +235,9 @@ def unknown(
 
 
 def typed(value: Any, kind: Any, name: str) -> Any:
-    """A value of that type, from what YAML or a command line gives. Raises SettingsError."""
+    """A value of that type, from what YAML or a command line gives; null is the empty text. Raises SettingsError."""
+    if value is None and kind is str:
+        return ""
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError:

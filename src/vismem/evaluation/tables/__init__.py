@@ -55,12 +55,7 @@ def make(
         ValueError: if a table lacks what it needs; names it.
         FolderInUseError: if another run writes into the output folder.
     """
-    with files.locked(settings.output_dir):
-        return _made(names, Runs(settings), command, on_table)
-
-
-def _made(names: Sequence[str], runs: Runs, command: str, on_table: Callable[[Table], None] | None) -> list[Path]:
-    found = []
+    runs, folder, found = Runs(settings), Path(settings.output_dir), []
     if find_spec("matplotlib") is None:
         raise ValueError(NO_PLOTS)
     runs.rehearsing = True
@@ -68,14 +63,14 @@ def _made(names: Sequence[str], runs: Runs, command: str, on_table: Callable[[Ta
         with contextlib.suppress(Rehearsed):
             TABLES[name](runs)
     runs.rehearsing = False
-    for name in names:
-        runs.failures.clear()
-        table = TABLES[name](runs)
-        table.notes.extend(runs.failures_note())
-        folder = Path(runs.settings.output_dir)
-        found += write(table, folder, command.replace("{}", name, 1))
-        draw(table, folder / f"{name}.png")
-        found.append(folder / f"{name}.png")
-        if on_table:
-            on_table(table)
+    with files.locked(folder):
+        for name in names:
+            runs.failures.clear()
+            table = TABLES[name](runs)
+            table.notes.extend(runs.failures_note())
+            found += write(table, folder, command.replace("{}", name, 1))
+            draw(table, folder / f"{name}.png")
+            found.append(folder / f"{name}.png")
+            if on_table:
+                on_table(table)
     return found
