@@ -148,7 +148,7 @@ def test_a_memory_that_the_model_ignores_shows_no_effect(tmp_path):
 
 def test_the_shipped_short_memory_is_of_the_image_and_worth_much(shipped, tmp_path):
     """Late questions: the picture has left the window, so what the memory holds decides the answer."""
-    rows = questions("pocket:late", 20, 1)[0]
+    rows = questions("pocket:late", 20, 1)
     options = Options(tmp_path, n=20, batch_size=20, max_new_tokens=32, about={"base": "pocket", "data": "pocket:late"})
     unread = [Record.failed("gone", "no such image")]
     found = audit(shipped, rows, load_rewards("pocket"), options, unread)
@@ -169,7 +169,7 @@ def test_the_shipped_short_memory_is_of_the_image_and_worth_much(shipped, tmp_pa
 
 def test_rows_that_are_read_together_are_told_apart(shipped, tmp_path):
     """Learned invocations let waiting prompts be read in one batch; each look is still noted as its own row's."""
-    rows = questions("pocket:late", 4, 1)[0]
+    rows = questions("pocket:late", 4, 1)
     bank, store = Bank(shipped, rows, tmp_path / "bank"), RecordFile(tmp_path / "intact.jsonl", {})
     intact_answers(bank, load_rewards("pocket"), store, batch_size=4, max_new_tokens=24)
     for row_id, entry in bank.entries.items():
@@ -181,7 +181,7 @@ def test_rows_that_are_read_together_are_told_apart(shipped, tmp_path):
 
 def test_both_kinds_are_replaced_apart(shipped, tmp_path):
     """Withheld rules: a look and a recall in every answer; another image is nothing to long memory's recall."""
-    rows = questions("pocket:rules", 12, 1)[0]
+    rows = questions("pocket:rules", 12, 1)
     options = Options(
         tmp_path, n=12, batch_size=12, max_new_tokens=40, interventions=("zeros", "another_image", "another_question")
     )
@@ -239,7 +239,7 @@ def test_an_audit_without_memory_says_so(model, tmp_path):
 
 def test_the_command_reads_a_file_and_prints_verdicts(capsys, caplog, tmp_path):
     lines = []
-    for number, row in enumerate(questions("pocket:in_view", 12, 2)[0]):
+    for number, row in enumerate(questions("pocket:in_view", 12, 2)):
         row.images[0].save(tmp_path / f"{number}.png")
         text = row.prompt[-1]["content"][0].get("text") or row.prompt[-1]["content"][-1]["text"]
         lines.append({"prompt": text, "image": f"{number}.png", "answer": row.answer, "half": number % 2})

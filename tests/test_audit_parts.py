@@ -32,7 +32,7 @@ from vismem.evaluation.audit.interventions import (
 )
 from vismem.evaluation.audit.names import INTERVENTIONS
 from vismem.evaluation.audit.probes import FOLDS, folds_of, probe
-from vismem.evaluation.audit.questions import drawn, questions
+from vismem.evaluation.audit.questions import drawn, questions, questions_and_unread
 from vismem.evaluation.audit.reference import intact_answers
 from vismem.evaluation.audit.replay import Lines, replay
 from vismem.evaluation.audit.statistics import change, share, wilson
@@ -505,14 +505,14 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     tiny.picture(0).save(tmp_path / "a.png")
     raw = [{"prompt": "?", "answer": 1, "image": name} for name in ("a.png", "gone.png", "a.png")]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(one) + "\n" for one in raw))
-    rows, unread = questions(str(tmp_path / "t.jsonl"), 9)
+    rows, unread = questions_and_unread(str(tmp_path / "t.jsonl"), 9)
     assert {row.id for row in rows} == {"t.jsonl:1", "t.jsonl:3"}
     assert [record.id for record in unread] == ["t.jsonl:2"] and "no such image" in unread[0].error
 
 
 def test_pocket_questions_take_cells_in_turn():
-    found = questions("pocket:late", 23, 3)[0]
+    found = questions("pocket:late", 23, 3)
     assert len(found) == 23 and len({one.columns["cell"] for one in found[:20]}) == 20
-    assert [one.id for one in questions("pocket:late", 20, 3)[0]] == [one.id for one in found[:20]]
+    assert [one.id for one in questions("pocket:late", 20, 3)] == [one.id for one in found[:20]]
     with pytest.raises(ValueError, match="unknown pocket suite 'lte'"):
         questions("pocket:lte", 3)

@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     logging.getLogger("vismem").setLevel(logging.INFO)
     silence_libraries(options.debug)  # before they are imported, as some speak up then
     try:
-        from vismem.evaluation.audit.questions import questions
+        from vismem.evaluation.audit.questions import questions_and_unread
         from vismem.evaluation.audit.run import Options, audit
     except ImportError as error:
         if (error.name or "").partition(".")[0] in EXTRA:
@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
     rewards = [name for name in (options.rewards or (POCKET if pocket else "exact")).split(",") if name]
     scorer = load_rewards(rewards)
     count = options.reference or 4 * options.n
-    rows, unread = questions(options.data, count, options.seed, options.split, options.columns)
+    rows, unread = questions_and_unread(options.data, count, options.seed, options.split, options.columns)
     loaded = load(options)
     chosen = PLACED if options.invocation == PLACED else policy(options.invocation, options.seed)
     about = {

@@ -14,10 +14,8 @@ POCKET = "pocket"
 
 def questions(
     data: str, count: int, seed: int = 0, split: str = "test", columns: Mapping[str, str] | None = None
-) -> tuple[list[Row], list[Record]]:
+) -> list[Row]:
     """Rows of a data set, the same for a seed; the first n of them are those that a smaller count gives.
-
-    Beside them a record of each row met that cannot be read, with its error.
 
     Args:
         data: a JSON Lines file, a folder, a hub name, or a suite of the pocket world such as `"pocket:late"`.
@@ -30,6 +28,13 @@ def questions(
         ValueError: if the suite is unknown or two rows share an id.
         BadDataError: if the data cannot be read.
     """
+    return questions_and_unread(data, count, seed, split, columns)[0]
+
+
+def questions_and_unread(
+    data: str, count: int, seed: int = 0, split: str = "test", columns: Mapping[str, str] | None = None
+) -> tuple[list[Row], list[Record]]:
+    """Returns `questions`, and beside them a record of each row met that cannot be read, with its error."""
     source, _, suite = data.partition(":")
     if source == POCKET:
         return pocket_questions(suite, count, seed), []
