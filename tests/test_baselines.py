@@ -481,7 +481,7 @@ def test_wrong_adapters_are_one_line(tmp_path):
     ("given", "said"),
     [
         (["sft", "checkpoint=CHECKPOINT", "base="], "is not a LoRA adapter: it has no adapter_config.json"),
-        (["grpo", "base="], "no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of an adapter"),
+        (["grpo", "base="], "no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of what a run made"),
         (["sft", "sft.lerning_rate=1"], "unknown setting sft.lerning_rate; did you mean learning_rate?"),
         (["sft", "memory.content=hard"], "memory.content must be one of formed, soft, got 'hard'"),
         (["sft", "preset=pocket", "base=pocket", "data=pocket:warm"], "unknown pocket mixture 'warm'"),

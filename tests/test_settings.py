@@ -118,7 +118,6 @@ def test_changes_go_into_sections():
     [
         ("preset=[pocket]", "unknown preset ['pocket']; there are paper, pocket"),
         ("data=5", "data must be text, got 5"),
-        ("data=", "data must be text, got null"),
         ("base={a: 1}", "base must be text, got {'a': 1}"),
         ("rewards=3", "rewards must be text or a mapping or a list of texts or mappings, got 3"),
         ("rewards=[[exact]]", "rewards must be text or a mapping or a list of texts or mappings, got [['exact']]"),
