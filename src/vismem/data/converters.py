@@ -90,7 +90,7 @@ def _visual_cot(record: dict[str, Any]) -> dict[str, Any]:
         try:
             bboxes.append([float(number) if "." in number else int(number) for number in match.groups()])
         except ValueError as error:
-            raise BadRow(f"no numbers in the region {region[-100:]!r}") from error
+            raise BadRow(f"the region must hold numbers, got {region[-100:]!r}") from error
     *prompt, reply = messages
     if regions:
         question = next((message for message in messages if message["role"] == "user"), None)

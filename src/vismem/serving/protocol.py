@@ -317,7 +317,7 @@ class ChatRequest(Lenient):
         default=None, description="vLLM's: begin an assistant's turn after the messages; true by default."
     )
     continue_final_message: bool | None = Field(
-        default=None, description="vLLM's: go on with the last message, an assistant's, instead of a new turn."
+        default=None, description="vLLM's: continue the last message, an assistant's, instead of a new turn."
     )
     vismem: Memory | None = None
     # What would change the answer.

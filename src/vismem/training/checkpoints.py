@@ -43,7 +43,7 @@ class WholeCheckpoints:
 
     staging = ""  # where a checkpoint is being written
     restored: dict[str, Any] | None = None  # sums of a checkpoint, until the loop begins
-    started = earlier = 0.0  # when this session began, and the seconds that the run took before
+    started = earlier = 0.0  # when this process began training, and the seconds that the run took before
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging or super()._get_output_dir(trial)
@@ -108,7 +108,7 @@ class WholeCheckpoints:
         """Continues the sums behind the next log and `train_loss` where a checkpoint left them.
 
         Args:
-            started: when the Trainer began this session and set its own sums to zero, in seconds.
+            started: when the Trainer began in this process and set its own sums to zero, in seconds.
         """
         self.started = started
         if self.restored is None:
@@ -117,7 +117,7 @@ class WholeCheckpoints:
         self.figures.values.update(sums["figures"])
         self._tr_loss = sums["loss"].to(self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = sums["total_loss"], sums["last_logged"]
-        self._initial_global_step = 0  # loss and speed are those of the run, not of this session
+        self._initial_global_step = 0  # loss and speed are those of the run, not of this process
         self.earlier = sums["seconds"]
 
     def seconds(self) -> float:

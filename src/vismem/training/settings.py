@@ -130,7 +130,7 @@ OTHER_NAMES = {
     "group_by_length": "train_sampling_strategy",
     **dict.fromkeys(("no_cuda", "cpu"), "use_cpu"),
     "logging_dir": "set output_dir; TensorBoard's files go into its folder runs",
-    "overwrite_output_dir": "a run's folder is never overwritten; choose another output_dir, or go on with --resume",
+    "overwrite_output_dir": "a run's folder is never overwritten; choose another output_dir, or continue with --resume",
     **dict.fromkeys(("lora_r", "lora_rank", "r", "rank"), "memory.lora_r"),
     "lora_alpha": "memory.lora_alpha",
     "lora_dropout": "memory.lora_dropout",
