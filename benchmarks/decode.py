@@ -50,7 +50,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import vismem
-from vismem.decoding.invocation import Forced
+from vismem.decoding.policies import Forced
 
 SEGMENT = 16
 KINDS_IN_ORDER = ("short", "short", "long", "short", "long")

@@ -38,9 +38,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, CompileConfig
 from transformers.initialization import no_init_weights
 
 import vismem
-from vismem.commands.unloaded import CONFIGS
-from vismem.decoding.generation import KEPT
-from vismem.decoding.invocation import Forced
+from vismem.cli.meta import CONFIGS
+from vismem.decoding.policies import Forced
+from vismem.decoding.prepare import KEPT
 
 BATCHES = (1, 8, 64)
 COSTLY = (1, 8)  # batches for which invocations are measured

@@ -44,7 +44,7 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
     from bases import prompt, random_qwen
     from train import INVOCATIONS, NEW_TOKENS, as_sampled, equip, roll, schedule
 
-    from vismem.decoding.invocation import Forced
+    from vismem.decoding.policies import Forced
     from vismem.estimates import TRAINED, Load, inference, training
     from vismem.sizes import memory_parameters, read_shape
     from vismem.training.replay import Learner, collate

@@ -42,8 +42,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 import vismem
 from vismem.config import KINDS
 from vismem.decoding.cache import Slots
-from vismem.decoding.generation import Layout
-from vismem.decoding.invocation import Policy, Random
+from vismem.decoding.policies import Policy, Random
+from vismem.decoding.prepare import Layout
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 VISUAL_TOKENS, SHORTEST, LONGEST = 64, 8, 96

@@ -42,7 +42,7 @@ from transformers import GenerationConfig
 
 import vismem
 from vismem.config import KINDS
-from vismem.decoding.invocation import Forced, Policy
+from vismem.decoding.policies import Forced, Policy
 from vismem.decoding.trace import Rollout
 from vismem.memory.adapter import Adapter
 from vismem.training import grpo, rollout

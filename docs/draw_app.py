@@ -17,10 +17,10 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from vismem.app.studio import Studio
+from vismem.app.chat import Studio
 from vismem.app.web import uploads, web
 from vismem.loading import load_model, silence_libraries
-from vismem.serving.running import Server, address_of, config_of, listening_socket
+from vismem.serving.lifespan import Server, address_of, config_of, listening_socket
 
 CHIP = ".vm-answer .vm-chip"
 

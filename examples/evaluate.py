@@ -10,14 +10,14 @@ this and more from the command line, for any base and data.
 
 from functools import partial
 
+from vismem.analysis.heatmaps import Panel, figure_of, png
+from vismem.analysis.replacement import next_token_kl
+from vismem.analysis.short_attention import looks
+from vismem.analysis.slot_attention import attention_to_slots
 from vismem.data import prompt_inputs
+from vismem.decoding.markers import pieces, plain
 from vismem.evaluation.answering import answer
-from vismem.evaluation.attention import attention_to_slots
-from vismem.evaluation.drawing import Panel, figure_of, png
 from vismem.evaluation.intervals import bootstrap_difference, bootstrap_mean
-from vismem.evaluation.looks import looks
-from vismem.evaluation.marks import pieces, plain
-from vismem.evaluation.replaying import next_token_kl
 from vismem.loading import load_model
 from vismem.pocket.suites import rows
 

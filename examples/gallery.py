@@ -14,12 +14,12 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+from vismem.analysis.heatmaps import Panel, figure_of, png, scale_end
+from vismem.analysis.short_attention import looks
+from vismem.analysis.slot_attention import attention_to_slots
 from vismem.data import load_dataset_rows, prompt_inputs
+from vismem.decoding.markers import SHAPES, pieces, plain
 from vismem.evaluation.answering import scores
-from vismem.evaluation.attention import attention_to_slots
-from vismem.evaluation.drawing import Panel, figure_of, png, scale_end
-from vismem.evaluation.looks import looks
-from vismem.evaluation.marks import SHAPES, pieces, plain
 from vismem.loading import load_model
 from vismem.pocket.suites import rows
 from vismem.training.rewards import load_rewards

@@ -20,17 +20,17 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the viewer's extra is not installed")
 
 from vismem import cli
+from vismem.app import chat as studios
 from vismem.app import rendering
-from vismem.app import studio as studios
+from vismem.app.chat import MOST_PICTURES, Studio, read_picture
 from vismem.app.examples import examples
 from vismem.app.handlers import settings_of
 from vismem.app.session import Conversation, Refused, Settings
 from vismem.app.sharing import exported
-from vismem.app.studio import MOST_PICTURES, Studio, read_picture
-from vismem.commands import app as command
-from vismem.commands.parsing import Failure
+from vismem.cli import app as command
+from vismem.cli.parsing import Failure
 from vismem.loading import Loaded, load_model
-from vismem.serving.running import listening_socket
+from vismem.serving.lifespan import listening_socket
 
 BOUND = 60  # seconds after which a test gives up
 BOTH = examples()[1]  # invokes short, then long

@@ -139,7 +139,7 @@ def test_what_goes_wrong_is_one_line(visit, studio, monkeypatch):
 
     page.locator("#ui-renew").click()
     with monkeypatch.context() as patch:
-        patch.setattr("vismem.app.studio.inspect_answer", lambda *given: 1 / 0)
+        patch.setattr("vismem.app.chat.inspect_answer", lambda *given: 1 / 0)
         page.locator("[data-example='1']").click()
         written(page)
         page.locator(CHIP).first.click()

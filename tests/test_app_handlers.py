@@ -15,11 +15,11 @@ pytest.importorskip("gradio", reason="the viewer's extra is not installed")
 import gradio as gr
 
 from vismem.app import rendering
+from vismem.app.chat import Studio
 from vismem.app.examples import examples
 from vismem.app.handlers import Handlers, Parts
 from vismem.app.session import Conversation, Settings
 from vismem.app.sharing import exported
-from vismem.app.studio import Studio
 from vismem.loading import load_model
 
 BOUND = 60  # seconds after which a test gives up

@@ -16,11 +16,11 @@ pytest.importorskip("gradio", reason="the viewer's extra is not installed")
 from loopback import error_of, exchanged, post
 
 from vismem.app import guards
+from vismem.app.chat import Studio
 from vismem.app.examples import examples
-from vismem.app.studio import Studio
 from vismem.app.web import uploads, web
 from vismem.loading import load_model
-from vismem.serving.running import Server, address_of, config_of, listening_socket
+from vismem.serving.lifespan import Server, address_of, config_of, listening_socket
 
 BOUND = 60  # seconds after which a test gives up
 

@@ -7,9 +7,9 @@ import tiny
 import torch
 from torch import nn
 
-from vismem.decoding.invocation import Forced
-from vismem.evaluation.attention import GROUPS, attention_layers, attention_to_slots, eager
-from vismem.memory.splice import Splice, find_invocations
+from vismem.analysis.slot_attention import GROUPS, attention_layers, attention_to_slots, eager
+from vismem.decoding.policies import Forced
+from vismem.reading.splice import Splice, find_invocations
 from vismem.training.replay import collate
 
 EVERY_FAMILY = True

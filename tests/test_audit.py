@@ -11,16 +11,16 @@ import torch
 
 import vismem
 from vismem import cli
+from vismem.audit import audit as running
+from vismem.audit.activations import Bank
+from vismem.audit.audit import Options, audit
+from vismem.audit.interventions import formed_by
+from vismem.audit.names import INTERVENTIONS
+from vismem.audit.questions import questions
+from vismem.audit.reference import intact_answers
+from vismem.audit.verdicts import NO, UNTESTED, YES
 from vismem.data import Row
-from vismem.decoding.invocation import Forced
-from vismem.evaluation.audit import run as running
-from vismem.evaluation.audit.bank import Bank
-from vismem.evaluation.audit.interventions import formed_by
-from vismem.evaluation.audit.names import INTERVENTIONS
-from vismem.evaluation.audit.questions import questions
-from vismem.evaluation.audit.reference import intact_answers
-from vismem.evaluation.audit.run import Options, audit
-from vismem.evaluation.audit.verdicts import NO, UNTESTED, YES
+from vismem.decoding.policies import Forced
 from vismem.evaluation.records import Record, RecordFile
 from vismem.pocket import MEMORY_PATH
 from vismem.training.rewards import load_rewards

@@ -11,17 +11,13 @@ import scipy.stats
 import tiny
 import torch
 
-from vismem.config import KINDS
-from vismem.data import Row
-from vismem.decoding.invocation import Forced
-from vismem.decoding.trace import Invocation, Rollout
-from vismem.evaluation.answering import asked
-from vismem.evaluation.attention import attention_to_slots
-from vismem.evaluation.audit import bank as banks
-from vismem.evaluation.audit.bank import Bank
-from vismem.evaluation.audit.effects import effect
-from vismem.evaluation.audit.gaze import PARTS, evenly, gazes, watch
-from vismem.evaluation.audit.interventions import (
+from vismem.analysis.replacement import next_token_kl
+from vismem.analysis.slot_attention import attention_to_slots
+from vismem.audit import activations as banks
+from vismem.audit.activations import Bank
+from vismem.audit.attention import PARTS, evenly, gazes, watch
+from vismem.audit.effects import effect
+from vismem.audit.interventions import (
     STAND_INS,
     Intervention,
     formed_by,
@@ -30,17 +26,21 @@ from vismem.evaluation.audit.interventions import (
     resampled,
     stand_ins,
 )
-from vismem.evaluation.audit.names import INTERVENTIONS
-from vismem.evaluation.audit.probes import FOLDS, folds_of, probe
-from vismem.evaluation.audit.questions import drawn, questions, questions_and_unread
-from vismem.evaluation.audit.reference import intact_answers
-from vismem.evaluation.audit.replay import Lines, replay
-from vismem.evaluation.audit.statistics import change, share, wilson
-from vismem.evaluation.audit.structure import structure
-from vismem.evaluation.audit.targets import Target, targets
-from vismem.evaluation.audit.verdicts import NO, OPEN, UNTESTED, YES, Thresholds, depends, readable, verdicts
+from vismem.audit.names import INTERVENTIONS
+from vismem.audit.probes import FOLDS, folds_of, probe
+from vismem.audit.questions import drawn, questions, questions_and_unread
+from vismem.audit.reference import intact_answers
+from vismem.audit.replay import Lines, replay
+from vismem.audit.statistics import change, share, wilson
+from vismem.audit.structure import structure
+from vismem.audit.targets import Target, targets
+from vismem.audit.verdicts import NO, OPEN, UNTESTED, YES, Thresholds, depends, readable, verdicts
+from vismem.config import KINDS
+from vismem.data import Row
+from vismem.decoding.policies import Forced
+from vismem.decoding.trace import Invocation, Rollout
+from vismem.evaluation.answering import asked
 from vismem.evaluation.records import Record, RecordFile
-from vismem.evaluation.replaying import next_token_kl
 from vismem.training.rewards import load_rewards
 
 BOTH = Forced([(0, 1, "short"), (0, 3, "long")])

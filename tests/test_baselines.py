@@ -16,7 +16,7 @@ from test_trainer import Gradients, command, distance, folder, low, quick, rows,
 
 import vismem
 from vismem.data import prompt_inputs
-from vismem.decoding.invocation import Forced, Random
+from vismem.decoding.policies import Forced, Random
 from vismem.pocket.practice import MIXTURES, PocketRows, annotated, practice
 from vismem.training.arguments import arguments_for, load_settings
 from vismem.training.baselines import LanguageAdapter, adapter_of, load_adapter, lora_layers, without_adapter

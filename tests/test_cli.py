@@ -19,12 +19,12 @@ import tiny
 
 import vismem
 from vismem import cli, loading
-from vismem.commands import ask
-from vismem.commands.loading import load
-from vismem.commands.parsing import policy
-from vismem.commands.streaming import Paper, Streamer
+from vismem.cli import ask
+from vismem.cli.model_options import load
+from vismem.cli.parsing import policy
+from vismem.cli.streaming import Paper, Streamer
 from vismem.data import images
-from vismem.decoding.invocation import Forced, Random
+from vismem.decoding.policies import Forced, Random
 from vismem.pocket.world import digit_indices, load_handwriting
 
 QUESTION = "What is on the table?"
@@ -267,7 +267,7 @@ def test_errors_cannot_drive_the_terminal(run_whole, words):
 def test_log_lines_cannot_drive_the_terminal(capsys):
     import logging
 
-    from vismem.commands import parsing
+    from vismem.cli import parsing
 
     root, before = logging.getLogger(), logging.getLogger().handlers[:]
     root.handlers = []
@@ -280,7 +280,7 @@ def test_log_lines_cannot_drive_the_terminal(capsys):
 
 
 def test_results_are_escaped_on_a_terminal_alone(monkeypatch):
-    from vismem.commands import parsing
+    from vismem.cli import parsing
 
     for out, expected in ((Terminal(), "a\\x1b[2J\nb\n"), (io.StringIO(), "a\x1b[2J\nb\n")):
         monkeypatch.setattr(sys, "stdout", out)
@@ -527,7 +527,7 @@ def test_pocket_that_is_not_there(run_whole, monkeypatch, tmp_path):
 
 def test_pocket_without_its_extra(run_whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "vismem.pocket.sample", None)  # makes the import fail
-    monkeypatch.setattr("vismem.commands.pocket.EXTRA", ("vismem",))
+    monkeypatch.setattr("vismem.cli.pocket.EXTRA", ("vismem",))
     refused(run_whole("pocket", "sample", "--out", "x"), 1, 'pip install "vismem[pocket]"')
 
 
@@ -540,7 +540,7 @@ def test_samples_that_cannot_be_drawn_leave_no_folder(run_whole, monkeypatch, tm
 
 
 def test_bench_needs_a_source_checkout(run_whole, monkeypatch, tmp_path):
-    monkeypatch.setattr("vismem.commands.bench.folder", lambda: tmp_path / "benchmarks")
+    monkeypatch.setattr("vismem.cli.bench.folder", lambda: tmp_path / "benchmarks")
     refused(run_whole("bench", "decode"), 1, "source checkout")
 
 
@@ -636,7 +636,7 @@ def test_pocket_steps_call_their_functions(run_whole, monkeypatch):
 
 def test_bench_passes_everything_on(run_whole, monkeypatch, tmp_path):
     (tmp_path / "speed.py").write_text("def main(argv):\n    print(argv)\n    return 1 if '--bad' in argv else None\n")
-    monkeypatch.setattr("vismem.commands.bench.folder", lambda: tmp_path)
+    monkeypatch.setattr("vismem.cli.bench.folder", lambda: tmp_path)
     assert run_whole("bench", "speed", "--help", "-n", "3") == (0, "['--help', '-n', '3']\n", "")
     assert run_whole("bench", "speed", "--bad")[0] == 1
 

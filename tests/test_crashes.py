@@ -305,7 +305,7 @@ def test_a_full_disk_is_one_line_with_the_last_good_checkpoint(work, tmp_path, m
             patch.setattr(torch, "save", save)
             patch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(full) if path.name[:5] == "probe" else None)
         elif place == "completions":
-            patch.setattr("vismem.training.figures.jsonl.append", lambda *given: (_ for _ in ()).throw(full))
+            patch.setattr("vismem.training.metrics.jsonl.append", lambda *given: (_ for _ in ()).throw(full))
         else:
             patch.setattr("vismem.files.write_pair", lambda *given: (_ for _ in ()).throw(full))
         assert command(work, run) == 1

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 import vismem
-from vismem.decoding.invocation import Forced, Random, policy_of
+from vismem.decoding.policies import Forced, Random, policy_of
 
 
 @pytest.fixture

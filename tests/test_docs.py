@@ -19,7 +19,7 @@ from documents import DOCS, PAGES, ROOT, Block, blocks, command_lines
 
 import vismem
 from vismem.backbones import FAMILIES
-from vismem.commands import COMMANDS
+from vismem.cli import COMMANDS
 from vismem.config import VisMemConfig
 
 ELSEWHERE = ("curl", "git", "cd", "ls", "mkdir")  # programs that are not ours to check
@@ -115,7 +115,7 @@ def check_ours(words: list[str], where: str) -> None:
     command, rest = words[0], words[1:]
     assert command in COMMANDS, where
     try:
-        options = import_module(f"vismem.commands.{command}").parse(rest)
+        options = import_module(f"vismem.cli.{command}").parse(rest)
     except Exception as error:
         raise AssertionError(f"{where}: {error}") from error
     if command == "train":

@@ -12,9 +12,7 @@ import tiny
 import torch
 from PIL import Image
 
-from vismem.commands.streaming import Paper, Streamer
-from vismem.decoding.invocation import Forced
-from vismem.evaluation.drawing import (
+from vismem.analysis.heatmaps import (
     Panel,
     data_url,
     enlarged,
@@ -25,8 +23,10 @@ from vismem.evaluation.drawing import (
     strength,
     vectors_of,
 )
-from vismem.evaluation.looks import looks
-from vismem.evaluation.marks import CSS, Piece, html, pieces, plain
+from vismem.analysis.short_attention import looks
+from vismem.cli.streaming import Paper, Streamer
+from vismem.decoding.markers import CSS, Piece, html, pieces, plain
+from vismem.decoding.policies import Forced
 
 PICTURE = tiny.picture(3, (48, 32))
 

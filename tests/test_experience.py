@@ -11,7 +11,7 @@ from vismem.decoding.trace import Invocation, Rollout
 from vismem.training import experience
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.experience import Collector
-from vismem.training.figures import Figures
+from vismem.training.metrics import Figures
 from vismem.training.rewards import load_rewards
 from vismem.training.rollout import seed_of
 

@@ -13,8 +13,8 @@ from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
 from vismem import NonFiniteError, Request, RequestQueue
 from vismem.decoding import cache
-from vismem.decoding.chance import pick
-from vismem.decoding.invocation import Forced, Random
+from vismem.decoding.policies import Forced, Random
+from vismem.decoding.rng import pick
 from vismem.training.trainer import MemoryTrainer, TrainingDivergedError
 
 EVERY_FAMILY = True

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from vismem import cli
-from vismem.commands.images import read_images
+from vismem.cli.images import read_images
 from vismem.data import images, load_dataset_rows, prompt_inputs
 from vismem.data.images import BadImage, NoImageFileError, open_image, to_rgb
 
@@ -373,7 +373,7 @@ def ink(size: tuple[int, int] = (32, 48)) -> Image.Image:
 
 def read_everywhere(file: Path, tmp_path: Path) -> dict[str, Image.Image]:
     """A picture file as each of VisMem's readers gives it."""
-    from vismem.app.studio import read_picture
+    from vismem.app.chat import read_picture
     from vismem.evaluation.lmms.messages import row_of
     from vismem.serving.pictures import PictureLimits, Pictures
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, 
 
 import vismem
 from vismem import cli
-from vismem.commands.unloaded import CONFIGS
+from vismem.cli.meta import CONFIGS
 from vismem.estimates import Load, cache, inference, layer_activations, patch_cache, seen_keys, training
 from vismem.sizes import (
     PARTS,

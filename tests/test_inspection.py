@@ -17,18 +17,18 @@ import tiny
 import torch
 from PIL import Image
 
+from vismem.analysis.heatmaps import overlaid
+from vismem.analysis.inspection import inspect_answer, spelled
+from vismem.analysis.long_attention import readings
+from vismem.analysis.replacement import distributions
+from vismem.analysis.short_attention import looks
+from vismem.analysis.slot_attention import attention_to_slots
 from vismem.app.export import Conversation, Reply, Turn, page
-from vismem.app.inspection import inspect_answer, spelled
 from vismem.app.maps import layer, place
 from vismem.app.panels import CSS, answer_html, panel, percent, timeline
-from vismem.decoding.invocation import Forced
-from vismem.decoding.requests import Request, RequestQueue
-from vismem.evaluation.attention import attention_to_slots
-from vismem.evaluation.drawing import overlaid
-from vismem.evaluation.looks import looks
-from vismem.evaluation.marks import INK, Piece
-from vismem.evaluation.readings import readings
-from vismem.evaluation.replaying import distributions
+from vismem.decoding.batching import Request, RequestQueue
+from vismem.decoding.markers import INK, Piece
+from vismem.decoding.policies import Forced
 from vismem.loading import load_model
 
 WRITING = {"return_dict_in_generate": True, "record": True, "do_sample": False}

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vismem
-from vismem.decoding.invocation import Forced, Random
+from vismem.decoding.policies import Forced, Random
 
 EVERY_FAMILY = True
 SCHEDULE = Forced([(0, 0, "short"), (0, 7, "long"), (1, 3, "long"), (1, 3, "short"), (1, 9, "short"), (2, 5, "short")])
@@ -281,7 +281,7 @@ def test_cached_patches_give_the_same_memory(family):
     rows = model.backbone.rows_of_images(batch["input_ids"] == model.backbone.image_token_id, images)
     assert sum(encoded) == len(rows[0]) + len(rows[1])  # the second look at row 1 encodes nothing
     sizes = len(encoded)
-    engine = sys.modules["vismem.decoding.engine"]
+    engine = sys.modules["vismem.decoding.decoder"]
     observe = engine.Decoder.observe
 
     def forgetful(self, row, kind, states):

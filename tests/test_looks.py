@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vismem.decoding.invocation import Forced
-from vismem.evaluation.looks import looks, watched
-from vismem.evaluation.views import views
+from vismem.analysis.image_geometry import views
+from vismem.analysis.short_attention import looks, watched
+from vismem.decoding.policies import Forced
 
 EVERY_FAMILY = True
 WRITING = {"return_dict_in_generate": True, "record": True, "eos_token_id": None, "max_new_tokens": 8}

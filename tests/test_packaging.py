@@ -37,9 +37,11 @@ EXTRAS = PROJECT["optional-dependencies"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # Who may use what, beyond what every installation has.
 USES = {
+    "analysis": {"app", "eval"},
     "app": {"app"},
-    "commands/app.py": {"app"},
-    "commands/serve.py": {"serve", "replicas"},
+    "audit": {"eval"},
+    "cli/app.py": {"app"},
+    "cli/serve.py": {"serve", "replicas"},
     "data": {"train"},
     "evaluation": {"eval"},
     "pocket": {"pocket"},
@@ -119,7 +121,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         "pocket/weights/base/model.safetensors",
         "pocket/weights/base/tokenizer.json",
         "pocket/weights/memory/vismem.safetensors",
-        "commands/configs/Qwen2.5-VL-7B.json",
+        "cli/configs/Qwen2.5-VL-7B.json",
         "evaluation/audit/templates/report.html",
         "evaluation/lmms/tasks/multitrust/_multitrust_yaml",
         "app/examples/examples.json",
@@ -240,7 +242,7 @@ def test_a_plain_installation_asks_and_says_what_else_needs(unpacked, tmp_path):
     picture = next((unpacked / "vismem" / "app" / "examples").glob("*.png"))
     code = f"""
 from vismem.cli import main
-from vismem.commands import COMMANDS
+from vismem.cli import COMMANDS
 def run(*words):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

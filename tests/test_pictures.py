@@ -25,8 +25,8 @@ from transformers.image_transforms import convert_to_rgb
 
 from vismem.data.images import BadImage, TooManyPixels, open_image
 from vismem.serving.errors import ApiError
+from vismem.serving.metadata import orientation_of, stripped
 from vismem.serving.pictures import FORMATS, PictureLimits, Pictures
-from vismem.serving.stripping import orientation_of, stripped
 
 LIMITS = PictureLimits(count=3, size=200_000, pixels=250_000, total_pixels=400_000, timeout=5.0)
 

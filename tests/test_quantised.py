@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import vismem
-from vismem.decoding.invocation import Forced
+from vismem.decoding.policies import Forced
 
 SCHEDULE = Forced([(0, 0, "short"), (0, 7, "long"), (1, 3, "long"), (1, 3, "short"), (2, 5, "short")])
 SIZES = {"query_length": 4, "short_length": 4, "long_length": 4, "lora_r": 4}

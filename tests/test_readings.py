@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from vismem.decoding.invocation import Forced
-from vismem.evaluation.attention import attention_layers
-from vismem.evaluation.readings import readings, visual_states, weighed
+from vismem.analysis.long_attention import readings, visual_states, weighed
+from vismem.analysis.slot_attention import attention_layers
+from vismem.decoding.policies import Forced
 
 EVERY_FAMILY = True
 WRITING = {"return_dict_in_generate": True, "record": True, "eos_token_id": None, "max_new_tokens": 10}

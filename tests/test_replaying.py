@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from vismem.decoding.invocation import Forced
-from vismem.evaluation.replaying import distributions, next_token_kl
+from vismem.analysis.replacement import distributions, next_token_kl
+from vismem.decoding.policies import Forced
 
 EVERY_FAMILY = True
 SCHEDULE = Forced([(0, 2, "short"), (0, 7, "long"), (1, 5, "long"), (2, 3, "short")])

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vismem.config import KINDS
-from vismem.decoding.invocation import Random
+from vismem.decoding.policies import Random
 from vismem.memory import Observation
 from vismem.training.replay import Learner, collate, without_memory
 from vismem.training.rollout import counterfactuals, sampling, write

@@ -23,12 +23,12 @@ from loopback import connected, post
 from PIL import Image, ImageOps
 from starlette.requests import Request
 
-from vismem.decoding.invocation import read_policy
+from vismem.decoding.policies import read_policy
 from vismem.loading import load_model
 from vismem.serving.engine import Ask, Delta, Ended, Engine, Load, Started
 from vismem.serving.errors import ApiError
+from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.protocol import ChatRequest
-from vismem.serving.running import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.server import ClientGone, Serving, application, while_connected
 
 SHELF = Image.open(Path(__file__).parents[1] / "examples" / "shelf.png").convert("RGB")

@@ -31,8 +31,8 @@ from vismem.serving.checks import hosts_for
 from vismem.serving.connections import Patience, uvicorn_settings
 from vismem.serving.engine import Engine
 from vismem.serving.guards import Guards, guarded
+from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.metrics import Counted, Metrics
-from vismem.serving.running import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.server import Serving, application
 
 KEY = "open-sesame"
@@ -184,7 +184,7 @@ def test_fields_of_today_that_change_nothing(client):
 
 
 def test_the_limit_of_a_body_is_that_of_its_images_too(monkeypatch):
-    from vismem.commands import serve as command
+    from vismem.cli import serve as command
 
     monkeypatch.setattr(command, "load", lambda options: load_model())
     for told, most in (("200", 200), ("8", 64)):

@@ -11,8 +11,8 @@ from transformers.generation import EtaLogitsWarper, TemperatureLogitsWarper
 
 import vismem
 from vismem.decoding import cache
-from vismem.decoding.invocation import Forced, Random, policy_of
-from vismem.decoding.rows import Settings
+from vismem.decoding.policies import Forced, Random, policy_of
+from vismem.decoding.row import Settings
 
 EVERY_FAMILY = True
 SCHEDULE = Forced([(0, 0, "short"), (0, 7, "long"), (1, 3, "long"), (1, 3, "short"), (1, 9, "short"), (2, 5, "short")])

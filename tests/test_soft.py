@@ -12,7 +12,7 @@ from test_trainer import STAGES, Gradients, distance, quick, settings, train, we
 
 import vismem
 from vismem.backbones import Backbone
-from vismem.decoding.invocation import Forced, Random
+from vismem.decoding.policies import Forced, Random
 from vismem.memory.soft import SoftMemory
 from vismem.sizes import memory_parameters, read_shape
 from vismem.training.replay import collate

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState
 
 from vismem.cli import main
 from vismem.data import BadDataError, Row, prompt_inputs
-from vismem.decoding.invocation import Random
+from vismem.decoding.policies import Random
 from vismem.memory import Memory
 from vismem.training import experience, grpo, run, watch
 from vismem.training.arguments import PRESETS, MemoryTrainingArguments, arguments_for, load_settings

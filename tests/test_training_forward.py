@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from vismem.decoding.invocation import Forced
-from vismem.memory.splice import Reader, Splice, find_invocations, of_like_length
+from vismem.decoding.policies import Forced
+from vismem.reading.splice import Reader, Splice, find_invocations, of_like_length
 
 SCHEDULE = Forced([(0, 2, "short"), (0, 7, "long"), (1, 5, "long"), (2, 3, "short")])
 

@@ -14,8 +14,8 @@ import pytest
 import tiny
 
 from vismem import NonFiniteError, Request
-from vismem.decoding.engine import Decoder
-from vismem.decoding.invocation import Forced
+from vismem.decoding.decoder import Decoder
+from vismem.decoding.policies import Forced
 from vismem.serving.worker import Closed, Full, Worker
 
 BOUND = 60  # seconds after which a test gives up

@@ -13,7 +13,7 @@ import vismem
 from vismem import Answer, Invocation, Request, RequestQueue, VisMem, VisMemConfig, VisMemOutput, invocation
 from vismem.config import Kind
 from vismem.data import load_dataset_rows
-from vismem.decoding.invocation import Place, Policy
+from vismem.decoding.policies import Place, Policy
 from vismem.loading import load_model
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.trainer import MemoryTrainer

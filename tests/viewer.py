@@ -13,11 +13,11 @@ pytest.importorskip("gradio", reason="the viewer's extra is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import expect, sync_playwright
 
+from vismem.app.chat import Studio
 from vismem.app.examples import examples
-from vismem.app.studio import Studio
 from vismem.app.web import uploads, web
 from vismem.loading import load_model
-from vismem.serving.running import Server, address_of, config_of, listening_socket
+from vismem.serving.lifespan import Server, address_of, config_of, listening_socket
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKS = [

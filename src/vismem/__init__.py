@@ -5,13 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vismem import deprecation
+
 if TYPE_CHECKING:
     from vismem import invocation
     from vismem.config import VisMemConfig
-    from vismem.decoding.requests import Answer, Request, RequestQueue
-    from vismem.decoding.rows import NonFiniteError
+    from vismem.decoding.batching import Answer, Request, RequestQueue
+    from vismem.decoding.row import NonFiniteError
     from vismem.decoding.trace import Invocation, VisMemOutput
     from vismem.model import VisMem
+
+deprecation.install()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,11 +32,11 @@ __all__ = [
 
 # Imported when first asked for, so that `vismem --help` does not wait for torch.
 _HOMES = {
-    "Answer": "vismem.decoding.requests",
+    "Answer": "vismem.decoding.batching",
     "Invocation": "vismem.decoding.trace",
-    "NonFiniteError": "vismem.decoding.rows",
-    "Request": "vismem.decoding.requests",
-    "RequestQueue": "vismem.decoding.requests",
+    "NonFiniteError": "vismem.decoding.row",
+    "Request": "vismem.decoding.batching",
+    "RequestQueue": "vismem.decoding.batching",
     "VisMem": "vismem.model",
     "VisMemConfig": "vismem.config",
     "VisMemOutput": "vismem.decoding.trace",

@@ -1,5 +1,5 @@
 """Invocation policies under their public name: `vismem.invocation.Random`, `vismem.invocation.Forced`, ..."""
 
-from vismem.decoding.invocation import After, Forced, Learned, Off, Only, Policy, Random
+from vismem.decoding.policies import After, Forced, Learned, Off, Only, Policy, Random
 
 __all__ = ["After", "Forced", "Learned", "Off", "Only", "Policy", "Random"]

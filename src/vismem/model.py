@@ -24,14 +24,14 @@ from vismem import checkpoint
 from vismem.backbones import Backbone, Image, backbone_of
 from vismem.backbones.checks import check_base, check_head, check_processor
 from vismem.config import KINDS, Kind, VisMemConfig
-from vismem.decoding.engine import Decoder
-from vismem.decoding.generation import Layout, Prepared, prepared
-from vismem.decoding.invocation import Policy, policy_of
-from vismem.decoding.requests import Answer, Request, RequestQueue, stream
-from vismem.decoding.rows import output
+from vismem.decoding.batching import Answer, Request, RequestQueue, stream
+from vismem.decoding.decoder import Decoder
+from vismem.decoding.policies import Policy, policy_of
+from vismem.decoding.prepare import Layout, Prepared, prepared
+from vismem.decoding.row import output
 from vismem.decoding.trace import VisMemOutput
 from vismem.memory import Observation, memory_of
-from vismem.memory.splice import Place, Reader, Splice, find_invocations, of_like_length
+from vismem.reading.splice import Place, Reader, Splice, find_invocations, of_like_length
 from vismem.tokens import MemoryTokens, add_memory_tokens, delimiter_ids, single_token_id
 
 LOGITS_HELD = 2**26  # float32 numbers of logits that `log_probs` are computed from at a time

@@ -1,7 +1,7 @@
 """How large a base and its memory are, counted from numbers alone: no weights, no tensors.
 
 `read_shape` takes what matters out of a config, `memory_parameters` counts what a memory adds, parameter for
-parameter. What a base holds itself is counted on the real model without weights (`commands/unloaded.py`), but for a
+parameter. What a base holds itself is counted on the real model without weights (`cli/meta.py`), but for a
 family whose code is not in transformers: there `remote_parameters` counts. Peaks of memory are `estimates.py`'s matter.
 """
 

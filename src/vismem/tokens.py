@@ -1,7 +1,7 @@
 """The four memory tokens: their names, ids, input and output rows, and which of them may be sampled (Eq. 3-4).
 
 The rows live here, beside the base's matrices and never in them, so that one base serves many memories. What
-happens when a token is met is the decoder's business (`decoding/engine.py`).
+happens when a token is met is the decoder's business (`decoding/decoder.py`).
 """
 
 from __future__ import annotations

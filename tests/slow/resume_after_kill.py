@@ -152,7 +152,7 @@ def main() -> int:
     import torch
     import transformers
 
-    import vismem.commands.train
+    import vismem.cli.train
     import vismem.training.run  # noqa: F401
 
     chance, folder = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="vismem-kill-"))

@@ -13,11 +13,11 @@ from markupsafe import Markup
 from PIL import Image
 
 import vismem
-from vismem.app.findings import Inspection
+from vismem.analysis.findings import Inspection
 from vismem.app.maps import data_url
 from vismem.app.panels import CSS, answer_html, environment, panel, timeline
 from vismem.data.images import to_rgb
-from vismem.evaluation.marks import Piece
+from vismem.decoding.markers import Piece
 
 LARGEST = 720  # pixels of the longer side of a picture
 

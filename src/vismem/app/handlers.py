@@ -17,9 +17,9 @@ from typing import Any
 import gradio as gr
 
 from vismem.app import rendering
+from vismem.app.chat import Studio, check_text, read_pictures
 from vismem.app.examples import examples
 from vismem.app.session import Conversation, Refused, Settings, one_line
-from vismem.app.studio import Studio, check_text, read_pictures
 from vismem.app.uploads import UNREADABLE
 
 PAUSE = 0.05  # seconds between two looks at an answer that is being written

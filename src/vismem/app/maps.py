@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vismem.app.findings import HeatMap, Map
-from vismem.evaluation.drawing import HOT, PALE, enlarged, scale_end, strength
+from vismem.analysis.findings import HeatMap, Map
+from vismem.analysis.heatmaps import HOT, PALE, enlarged, scale_end, strength
 
 SIDE = 560  # pixels at most of a picture under a map: twice what it is shown at
 

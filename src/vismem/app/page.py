@@ -8,9 +8,9 @@ from __future__ import annotations
 import gradio as gr
 
 from vismem.app import rendering
+from vismem.app.chat import Studio
 from vismem.app.handlers import Handlers, Parts
 from vismem.app.session import MOST_TOKENS
-from vismem.app.studio import Studio
 from vismem.app.uploads import Blocks
 
 KEPT = 3600  # seconds that uploads are kept

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from vismem.app.findings import Inspection, Moment, Token
+from vismem.analysis.findings import Inspection, Moment, Token
+from vismem.analysis.templates import templates_of
 from vismem.app.maps import data_url, look
 from vismem.config import Kind
-from vismem.evaluation.marks import SHAPES, Piece
-from vismem.evaluation.templating import templates_of
+from vismem.decoding.markers import SHAPES, Piece
 
 CSS: str = files("vismem.app").joinpath("templates/viewer.css").read_text(encoding="utf-8")
 MOST_WORDS = 240  # tokens that a panel draws one by one

@@ -11,14 +11,14 @@ from typing import Any
 
 from PIL import Image
 
+from vismem.analysis.findings import Inspection
+from vismem.analysis.heatmaps import enlarged
+from vismem.app.chat import Studio
 from vismem.app.examples import examples
-from vismem.app.findings import Inspection
 from vismem.app.maps import data_url
 from vismem.app.panels import answer_html, environment, panel, timeline
 from vismem.app.session import Conversation, Reply, Turn
-from vismem.app.studio import Studio
-from vismem.evaluation.drawing import enlarged
-from vismem.evaluation.marks import SHAPES
+from vismem.decoding.markers import SHAPES
 
 THUMBNAIL = 256  # pixels of a picture's longer side; it is shown at half of that
 WHO = {"learned": "model decides", "off": "no memory", "short": "only short forms", "long": "only long forms"}

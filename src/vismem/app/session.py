@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vismem.app.findings import Inspection, Token
-from vismem.app.inspection import spelled
-from vismem.decoding.invocation import Forced, Policy, read_policy
-from vismem.decoding.text import Detokenizer
+from vismem.analysis.findings import Inspection, Token
+from vismem.analysis.inspection import spelled
+from vismem.decoding.detokenizer import Detokenizer
+from vismem.decoding.markers import Piece, joined
+from vismem.decoding.policies import Forced, Policy, read_policy
 from vismem.decoding.trace import Invocation
-from vismem.evaluation.marks import Piece, joined
 from vismem.serving.protocol import bounded_policy
 from vismem.serving.worker import Finish, News, Ticket
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from vismem.app import export
+from vismem.app.chat import Studio
 from vismem.app.rendering import facts, who
 from vismem.app.session import Conversation, Reply, Turn
-from vismem.app.studio import Studio
 
 
 def exported(studio: Studio, conversation: Conversation) -> str:

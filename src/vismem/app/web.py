@@ -22,11 +22,11 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from vismem.app import rendering
+from vismem.app.chat import Studio
 from vismem.app.guards import guarded
 from vismem.app.page import build
 from vismem.app.panels import CSS
 from vismem.app.sharing import exported
-from vismem.app.studio import Studio
 
 LARGEST_FILE = "64mb"  # of an upload
 SANS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from vismem import checkpoint as memory_files
 from vismem.data import Row, load_dataset_rows
-from vismem.decoding.invocation import Policy, read_policy
+from vismem.decoding.policies import Policy, read_policy
 from vismem.evaluation.answering import answer
 from vismem.evaluation.records import Record, RecordFile
 from vismem.evaluation.settings import ADAPTER_FILE, POCKET, Benchmark, Method, Settings

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from vismem.decoding.invocation import read_policy
+from vismem.decoding.policies import read_policy
 from vismem.settings import SettingsError, check, kind_of, preset_named, read_changes, read_file, shown, typed
 from vismem.training.settings import checked
 from vismem.training.stages import ADAPTER_FILE, BASELINES, STAGES

@@ -21,7 +21,7 @@ from vismem import __version__
 from vismem.data.images import BadImage, TooManyPixels, open_image, read_data_uri, turned
 from vismem.serving.addresses import Address, Place, Resolve, is_public, place_of, read_hosts, read_url, resolve
 from vismem.serving.errors import ApiError
-from vismem.serving.stripping import stripped
+from vismem.serving.metadata import stripped
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whose decoders can be reached from outside; of GIF the first frame
 MOST_STRETCHED = 200  # a line of many pixels, made as wide as models want pictures, is many times its size

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from vismem.config import Kind
-from vismem.decoding.invocation import SPELLINGS, Forced, Policy, read_policy
+from vismem.decoding.policies import SPELLINGS, Forced, Policy, read_policy
 
 MOST_STOPS = 16
 MOST_CHOICES = 128

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vismem.decoding.text import Detokenizer, special_ids
+from vismem.decoding.detokenizer import Detokenizer, special_ids
 from vismem.decoding.trace import Top
 from vismem.serving.protocol import FinishReason, InvocationTrace, MemoryUsage, TokenLogprob, TopLogprob
 from vismem.serving.token_bytes import TokenBytes

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from vismem.data import Row, prompt_inputs, reward_columns
-from vismem.decoding.generation import check_length
-from vismem.decoding.invocation import Policy, Random
+from vismem.decoding.policies import Policy, Random
+from vismem.decoding.prepare import check_length
 from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
 from vismem.training import grpo
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.baselines import without_adapter
-from vismem.training.figures import Figures, Samples
+from vismem.training.metrics import Figures, Samples
 from vismem.training.rewards import Rewards
 from vismem.training.rollout import counterfactuals, sampling, seed_of, write
 

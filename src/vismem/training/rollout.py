@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 from vismem.config import KINDS
-from vismem.decoding.invocation import Counterfactual, Opening, Policy
+from vismem.decoding.policies import Counterfactual, Opening, Policy
 from vismem.decoding.trace import Rollout, VisMemOutput
 from vismem.model import VisMem
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerState
 
 from vismem import files
 from vismem.data import Row
-from vismem.decoding.rows import NonFiniteError
+from vismem.decoding.row import NonFiniteError
 from vismem.model import VisMem
 from vismem.training import grpo
 from vismem.training.arguments import NO_EVALUATION, MemoryTrainingArguments
@@ -34,7 +34,7 @@ from vismem.training.checkpoints import (
     verify,
 )
 from vismem.training.experience import Collector, Experience, inputs_of
-from vismem.training.figures import Figures, Samples
+from vismem.training.metrics import Figures, Samples
 from vismem.training.replay import Learner, collate, decoded_log_probs, without_memory
 from vismem.training.rewards import load_rewards
 from vismem.training.rows import training_rows

@@ -1,0 +1,137 @@
+"""The report: one HTML page with verdicts, plots, tables and some answers, nothing to load from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vismem import files
+from vismem.analysis.templates import templates_of
+from vismem.audit import plots
+from vismem.audit.activations import Bank
+from vismem.audit.names import INTACT, KINDS_IN_WORDS, WORDS
+from vismem.audit.verdicts import percent, points
+from vismem.data import Row
+from vismem.evaluation.records import Record
+
+SHOWN = 4  # answers
+SIDE = 192  # pixels of a picture at most
+
+
+def write_report(found: Mapping[str, Any], bank: Bank, answers: Mapping[str, Mapping[str, Record]], out: Path) -> Path:
+    """Writes `report.html`.
+
+    Args:
+        found: what `audit.json` holds.
+        bank: the questions.
+        answers: records by id, by condition.
+        out: the audit's folder, which holds `maps.json`.
+
+    Returns:
+        The page's path.
+    """
+    environment = templates_of("vismem.audit")
+    environment.filters |= {"percent": percent, "points": points, "nats": nats, "cosine": cosine, "glued": glued}
+    maps = json.loads((out / "maps.json").read_text(encoding="utf-8"))["maps"]
+    page = environment.get_template("report.html").render(
+        found=found,
+        names=KINDS_IN_WORDS,
+        words=WORDS,
+        examples=examples(bank, answers),
+        effects={
+            kinds: plots.effects(rows, KINDS_IN_WORDS[kinds])
+            for kinds, rows in found["effects"].items()
+            if tested(rows)
+        },
+        shifts={
+            kinds: plots.shifts(rows, KINDS_IN_WORDS[kinds])
+            for kinds, rows in found["effects"].items()
+            if any(row.get("kl_first") for row in rows)
+        },
+        gaze=plots.gaze(seen) if (seen := {k: g for k, g in found["gaze"].items() if g.get("n")}) else "",
+        probes={kind: plots.probes(each, kind) for kind, each in found["probes"].items() if each.get("families")},
+        likeness={
+            kind: plots.likeness(kind, each["pairs"], found["structure"]["bins"])
+            for kind, each in found["structure"]["kinds"].items()
+            if each["pairs"]
+        },
+        maps={name: plots.scatter(name, each) for name, each in maps.items()},
+        maps_about=maps,
+        about={name: found["settings"].get(name) for name in ("base", "checkpoint", "data")},
+    )
+    path = out / "report.html"
+    files.write_text(path, page)
+    return path
+
+
+def tested(rows: list[Mapping[str, Any]]) -> bool:
+    """Whether any replacement was possible."""
+    return any(row["n"] for row in rows)
+
+
+def examples(bank: Bank, answers: Mapping[str, Mapping[str, Record]]) -> list[dict[str, Any]]:
+    """Some questions whose answer changes when memory is replaced, with the answers; first those that change most."""
+    intact = answers[INTACT]
+    others = {name: records for name, records in answers.items() if name != INTACT and "-" not in name}
+
+    def changes(row_id: str) -> int:
+        own = intact[row_id].reply
+        return sum(records[row_id].reply != own for records in others.values() if row_id in records)
+
+    order = sorted((i for i in intact if intact[i].invocations), key=lambda i: (-intact[i].score, -changes(i)))
+    return [
+        {
+            "question": bank.question[row_id],
+            "answer": bank.row(row_id).answer,
+            "pictures": [picture(image) for image in bank.row(row_id).images],
+            "late": turns_after_image(bank.row(row_id)),
+            "invoked": [one["kind"] for one in intact[row_id].invocations],
+            "replies": [
+                {"name": name, "reply": records[row_id].reply, "right": records[row_id].score > 0}
+                for name, records in {INTACT: intact, **others}.items()
+                if row_id in records
+            ],
+        }
+        for row_id in order[:SHOWN]
+    ]
+
+
+def turns_after_image(row: Row) -> int:
+    """How many user messages come after the one that last showed an image."""
+    count = 0
+    for message in reversed(row.prompt):
+        if any(part["type"] == "image" for part in message["content"]):
+            return count
+        count += message["role"] == "user"
+    return 0
+
+
+def picture(image: Any) -> str:
+    """A picture as a data address, small."""
+    small = image.copy()
+    small.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def glued(text: str) -> str:
+    """The text with numbers, signs and intervals that no line breaks apart."""
+    text = re.sub(r"(\d) (%|points|\[)", "\\1\u00a0\\2", text)
+    text = re.sub(r"(%|points) \[", "\\1\u00a0[", text)
+    return re.sub(r"(\[[-\d.]+,) ", "\\1\u00a0", text).replace("n = ", "n\u00a0=\u00a0")
+
+
+def nats(estimate: Mapping[str, float]) -> str:
+    """A KL with its interval."""
+    return f"{estimate['value']:.3g} [{max(estimate['low'], 0):.2g}, {estimate['high']:.2g}]"
+
+
+def cosine(spread: Mapping[str, float]) -> str:
+    """A mean cosine with its interval."""
+    return f"{spread['mean']:.3f} [{spread['low']:.3f}, {spread['high']:.3f}]"

@@ -1,0 +1,51 @@
+"""`vismem bench NAME ...`: runs `benchmarks/NAME.py` of the source checkout, with the rest of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import vismem
+from vismem.cli.parsing import Failure, Misuse, Parser, command_parser
+
+
+def folder() -> Path:
+    """Where the benchmarks lie in a source checkout: beside `src`."""
+    return Path(vismem.__file__).resolve().parents[2] / "benchmarks"
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in folder().glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+
+
+def parser() -> Parser:
+    found = command_parser(
+        "vismem bench",
+        "Measures speed, with the benchmarks of a source checkout; all that follows the name goes to the benchmark.",
+        "vismem bench decode --help",
+        usage="vismem bench [--help] [--debug] NAME ...",
+    )
+    found.add_argument("name", metavar="NAME", help=f"here: {', '.join(names()) or 'none, this is no checkout'}")
+    found.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the benchmark")
+    return found
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    return parser().parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    if not folder().is_dir():
+        raise Failure("benchmarks need a source checkout of vismem, installed with `pip install -e .`")
+    if options.name not in names():
+        raise Misuse(f"no benchmark {options.name!r}; there are {', '.join(names())}")
+    path = folder() / f"{options.name}.py"
+    if str(folder()) not in sys.path:
+        sys.path.insert(0, str(folder()))  # benchmarks may share helpers
+    spec = spec_from_file_location(f"vismem_benchmarks_{options.name}", path)
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module.main(options.arguments) or 0

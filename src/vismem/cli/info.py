@@ -1,0 +1,119 @@
+"""`vismem info`: what a base and its memory are made of; of a base that is only a config, what it would need too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from vismem.cli import meta
+from vismem.cli.model_options import Loaded, add_model_options, load
+from vismem.cli.parsing import Misuse, Parser, command_parser, echo
+
+PARTS = {"builder": "query builder", "short": "short-term former", "long": "long-term former", "tokens": "four tokens"}
+
+
+def parser() -> Parser:
+    found = command_parser(
+        "vismem info",
+        "Says what a base and its memory are made of: parameters by part, lengths, tokens, bytes. Where --base is a\n"
+        "config.json, or a folder with one and no weights, nothing is loaded, and peaks of memory are estimated.",
+        "vismem info --base Qwen/Qwen2.5-VL-7B-Instruct --json\n  vismem info --base my-base/config.json\n"
+        "  vismem info --paper",
+    )
+    found.add_argument("--json", action="store_true", help="print JSON instead")
+    found.add_argument(
+        "--paper", nargs="?", const="", metavar="FOLDER", help="a table of the paper's bases, or of a folder of configs"
+    )
+    add_model_options(found)
+    meta.add_load_options(found)
+    return found
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    return parser().parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.paper is not None:
+        if options.base:
+            raise Misuse("give --paper or --base, not both (see `vismem info --help`)")
+        meta.refuse_checkpoint(options)
+        rows = meta.paper(options)
+        echo(json.dumps(rows) if options.json else meta.paper_table(rows))
+        return 0
+    alone = meta.config_alone(options.base)
+    if alone is not None:
+        meta.refuse_checkpoint(options)
+    facts = describe(load(options)) if alone is None else meta.describe(alone, options)
+    echo(json.dumps(facts) if options.json else table(facts))
+    return 0
+
+
+def describe(loaded: Loaded) -> dict:
+    """The facts of a model, in plain values; `--json` prints them as they are."""
+    from vismem.tokens import END_TOKENS, INVOCATION_TOKENS
+
+    model, config = loaded.model, loaded.model.memory_config
+    base = list(model.base.parameters())
+    parts = {part: list(model.parameters_of(part)) for part in PARTS}
+    memory = [parameter for parameters in parts.values() for parameter in parameters]
+    total = count(memory)
+    ids = {INVOCATION_TOKENS[kind]: index for kind, index in model.tokens.invocation_ids.items()}
+    ids |= {END_TOKENS[kind]: index for kind, index in model.tokens.end_ids.items()}
+    return {
+        "base": {
+            "name": loaded.base,
+            "family": model.backbone.model_type,
+            "parameters": count(base),
+            "bytes": size(base),
+            "hidden_size": model.backbone.hidden_size,
+        },
+        "memory": {
+            "checkpoint": loaded.checkpoint,
+            "trained": loaded.checkpoint is not None,
+            "parameters": {**{part: count(parameters) for part, parameters in parts.items()}, "total": total},
+            "share": total / count(base),
+            "bytes": size(memory),
+            "lengths": {
+                "query": config.query_length * (config.content == "formed"),
+                "short": config.short_length,
+                "long": config.long_length,
+            },
+        },
+        "tokens": dict(sorted(ids.items(), key=lambda item: item[1])),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+    }
+
+
+def table(facts: dict) -> str:
+    """The facts as lines to read."""
+    base, memory = facts["base"], facts["memory"]
+    numbers, lengths = memory["parameters"], memory["lengths"]
+    kept = memory["checkpoint"] or "untrained"
+    rows = [
+        ("base", f"{base['name']}, {base['family']}, hidden size {base['hidden_size']}"),
+        ("", amount(base["parameters"], base["bytes"])),
+        ("memory", kept),
+        ("", f"{amount(numbers['total'], memory['bytes'])}, {100 * memory['share']:.2f} % of the base"),
+        *((f"  {part}", f"{numbers[part]:>13,}  {name}") for part, name in PARTS.items()),
+        ("lengths", f"{lengths['query']} query, {lengths['short']} short, {lengths['long']} long vectors"),
+    ]
+    if facts["tokens"]:
+        rows.append(("tokens", "  ".join(f"{token} {index}" for token, index in facts["tokens"].items())))
+    rows.append(("runs in", f"{facts['dtype']} on {facts['device']}" if facts["device"] else facts["dtype"]))
+    lines = [f"{label:<10}{text}" for label, text in rows]
+    return "\n".join([*lines, *meta.estimate_lines(facts["estimates"])] if "estimates" in facts else lines)
+
+
+def amount(parameters: int, number: int) -> str:
+    scale = next((unit for unit in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if number >= unit[1]), ("bytes", 1))
+    return f"{parameters:>13,}  parameters, {number / scale[1]:.4g} {scale[0]}"
+
+
+def count(parameters: list) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def size(parameters: list) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -1,0 +1,257 @@
+"""A base of which there is only a config: its shape, its memory's size, and estimates of what it needs to run.
+
+The base is built on torch's meta device, which has shapes and no numbers; a base whose code is not in transformers
+is counted from its config. The configs of the paper's bases are in `configs/`, one small JSON file each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from vismem.cli.parsing import Failure, Misuse, whole
+from vismem.config import VisMemConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.gguf")  # a folder with one of these is a whole base
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BATCHES = (1, 8)
+STAGES = {"warmup": "warm-up", "stage1": "stage I", "stage2": "stage II"}
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """What the estimates assume; `load_of` reads them."""
+    from vismem.estimates import Load
+
+    group = parser.add_argument_group("estimates (for a base of which there is only a config)")
+    told = {
+        "visual_tokens": "visual tokens in each prompt",
+        "prompt_tokens": "words' tokens in each prompt",
+        "answer_tokens": "tokens in each answer",
+        "invocations": "of memory in each answer, half of either kind",
+        "prompts": "prompts of a training batch",
+        "group_size": "answers to each prompt in stages I and II",
+        "micro_batch": "trajectories of each forward and backward",
+    }
+    for name, meaning in told.items():
+        low, default = (0 if name == "invocations" else 1), getattr(Load, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=whole(low, 10**6),
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: {default})",
+        )
+
+
+def load_of(options: argparse.Namespace, dtype: str):
+    """The `Load` that the options describe."""
+    from vismem.estimates import Load
+
+    names = [name for name in Load.__dataclass_fields__ if name != "bytes_each"]
+    return Load(**{name: getattr(options, name) for name in names}, bytes_each=BYTES[dtype])
+
+
+def config_alone(name: str | None) -> Path | None:
+    """The config file that `--base` means where it means nothing more: a JSON file, or a folder without weights."""
+    path = Path(name or "").expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    config = path / "config.json"
+    if name and config.is_file() and not any(found for pattern in WEIGHTS for found in path.glob(pattern)):
+        return config
+    return None
+
+
+def read_config(path: Path) -> Any:
+    """A config file as transformers reads it, or as plain attributes where transformers has no class for it."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    from vismem.backbones import backbone_of
+    from vismem.sizes import REMOTE
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        model_type = json.loads(text)["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failure(f"{path} is no base's config: it must be JSON with a model_type") from error
+    if model_type == REMOTE:
+        return json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
+    if model_type not in CONFIG_MAPPING:
+        backbone_of(SimpleNamespace(config=SimpleNamespace(model_type=model_type)))  # says which are supported
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise Failure(f"cannot read {path}: {error}") from error
+
+
+def shape_of(path: Path, supported: bool = True):
+    """The `Shape` of the base that a config file describes.
+
+    Args:
+        path: of the file.
+        supported: refuse a family that no backbone knows.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from vismem.backbones import backbone_of
+    from vismem.sizes import REMOTE, read_shape, remote_parameters, says_tied
+
+    config = read_config(path)
+    if supported:
+        backbone_of(SimpleNamespace(config=config))
+    try:
+        if config.model_type == REMOTE:
+            return read_shape(config, remote_parameters(config), says_tied(config))
+        with torch.device("meta"):
+            base = AutoModelForImageTextToText.from_config(config)
+        tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+        total = sum(p.numel() for p in base.parameters())
+        return read_shape(config, total, tied, backbone_of(base) if supported else None)
+    except Exception as error:
+        raise Failure(f"cannot count the base of {path}: {error}") from error
+
+
+def describe(path: Path, options: argparse.Namespace, supported: bool = True) -> dict:
+    """The facts of a base and an untrained memory of the paper's lengths, in plain values."""
+    from vismem.sizes import memory_parameters
+
+    silence(options)
+    shape, config = shape_of(path, supported), VisMemConfig.preset("paper")
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    dtype = options.dtype if options.dtype != "auto" else fields.get("dtype") or fields.get("torch_dtype")
+    dtype = dtype if dtype in BYTES else "bfloat16"
+    load, parts = load_of(options, dtype), memory_parameters(shape, config)
+    total = sum(parts.values())
+    return {
+        "base": {
+            "name": fields.get("_name_or_path") or str(path.parent if path.name == "config.json" else path),
+            "family": shape.family,
+            "parameters": shape.parameters,
+            "bytes": shape.parameters * load.bytes_each,
+            "hidden_size": shape.language.hidden,
+        },
+        "memory": {
+            "checkpoint": None,
+            "trained": False,
+            "parameters": {**parts, "total": total},
+            "share": total / shape.parameters,
+            "bytes": total * load.bytes_each,
+            "lengths": {"query": config.query_length, "short": config.short_length, "long": config.long_length},
+        },
+        "tokens": {},  # their ids are the tokenizer's to give
+        "dtype": dtype,
+        "device": None,
+        "estimates": estimates(shape, parts, config, load),
+    }
+
+
+def estimates(shape, parts: dict[str, int], config: VisMemConfig, load) -> dict:
+    """Peaks of memory in bytes, part by part, and what they assume."""
+    from vismem.estimates import inference, training
+
+    return {
+        "assumptions": asdict(load),
+        "inference": {str(rows): inference(shape, parts, config, load, rows) for rows in BATCHES},
+        **{
+            stage: {
+                name: training(shape, parts, config, load, stage, checkpointing)
+                for name, checkpointing in (("plain", False), ("gradient_checkpointing", True))
+            }
+            for stage in STAGES
+        },
+    }
+
+
+def paper(options: argparse.Namespace) -> list[dict]:
+    """The facts of every config in a folder, by default those of the paper's bases, smallest of a family first."""
+    folder = Path(options.paper).expanduser() if options.paper else CONFIGS
+    if not folder.is_dir():
+        raise Failure(f"--paper {options.paper}: there is no such folder; give one with configs, or none at all")
+    found = [*folder.glob("*.json"), *folder.glob("*/config.json")]
+    if not found:
+        raise Failure(f"--paper {options.paper}: the folder has neither NAME.json nor NAME/config.json")
+    facts = [describe(path, options, supported=False) for path in found]
+    return sorted(facts, key=lambda each: (each["base"]["family"], each["base"]["parameters"]))
+
+
+def refuse_checkpoint(options: argparse.Namespace) -> None:
+    """A memory cannot be loaded without its base."""
+    if options.checkpoint:
+        raise Misuse(f"--checkpoint needs a base with weights, and {options.base or '--paper'} has only a config")
+
+
+def silence(options: argparse.Namespace) -> None:
+    from vismem.cli.model_options import silence_libraries
+
+    silence_libraries(options.debug)
+
+
+# To read.
+
+
+def estimate_lines(found: dict) -> list[str]:
+    """Lines for the estimates of one base: what is assumed, then a total and its largest parts for each case."""
+    load = found["assumptions"]
+    lines = [
+        "estimated peaks of memory, attention fused, allocator and device context not counted",
+        f"  {load['visual_tokens']} visual + {load['prompt_tokens']} prompt + {load['answer_tokens']} answer tokens, "
+        f"{load['invocations']} invocations; training: {load['prompts']} prompts x {load['group_size']} answers, "
+        f"micro-batch {load['micro_batch']}",
+    ]
+    cases = {f"answer {rows}": parts for rows, parts in found["inference"].items()}
+    for stage, name in STAGES.items():
+        cases[name] = found[stage]["plain"]
+        cases[f"{name}, checkpointing"] = found[stage]["gradient_checkpointing"]
+    return lines + [case_line(name, parts) for name, parts in cases.items()]
+
+
+def case_line(name: str, parts: dict) -> str:
+    moment = parts[parts["widest"]] if "widest" in parts else {}
+    single = {part: value for part, value in {**parts, **moment}.items() if isinstance(value, int) and part != "total"}
+    largest = sorted(single.items(), key=lambda item: -item[1])[:4]
+    told = ", ".join(f"{part.replace('_', ' ')} {value / 1e9:.2f}" for part, value in largest)
+    when = f" in the {parts['widest']}" if "widest" in parts else ""
+    return f"  {name:<24}{parts['total'] / 1e9:>8.2f} GB{when}: {told}"
+
+
+def paper_table(rows: list[dict]) -> str:
+    """One line for each base: parameters in millions, share, and peaks in GB."""
+    head = ("base", "params", "builder", "short", "long", "tokens", "share", "file", "b1", "b8", "warm-up", "I", "II")
+    lines = [head]
+    for facts in rows:
+        parts, found = facts["memory"]["parameters"], facts["estimates"]
+        name = facts["base"]["name"].rpartition("/")[2]
+        peaks = [found["inference"][str(batch)]["total"] for batch in BATCHES]
+        peaks += [found[stage]["gradient_checkpointing"]["total"] for stage in STAGES]
+        lines.append(
+            (
+                name,
+                f"{facts['base']['parameters'] / 1e9:.2f} B",
+                *(f"{parts[part] / 1e6:.2f} M" for part in ("builder", "short", "long", "tokens")),
+                f"{100 * facts['memory']['share']:.2f} %",
+                f"{facts['memory']['bytes'] / 1e6:.0f} MB",
+                *(f"{peak / 1e9:.1f}" for peak in peaks),
+            )
+        )
+    wide = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = [
+        "  ".join([line[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(line[1:], wide[1:], strict=True))])
+        for line in lines
+    ]
+    large = [facts["base"]["name"] for facts in rows if facts["memory"]["share"] >= 0.01]
+    load = rows[0]["estimates"]["assumptions"]
+    text += [
+        "",
+        "b1, b8: answering in a batch of 1 and 8; warm-up, I, II: an update with gradient checkpointing; peaks in GB,",
+        f"estimated for {load['visual_tokens']} visual + {load['prompt_tokens']} prompt + {load['answer_tokens']} "
+        f"answer tokens, {load['invocations']} invocations, {load['prompts']} prompts x {load['group_size']} answers, "
+        f"micro-batch {load['micro_batch']}.",
+        f"Not below 1 % of the base: {', '.join(large)}." if large else "All below 1 % of their base.",
+    ]
+    return "\n".join(line.rstrip() for line in text)
