@@ -40,7 +40,7 @@ from transformers.initialization import no_init_weights
 import vismem
 from vismem.cli.meta import CONFIGS
 from vismem.decoding.policies import Forced
-from vismem.decoding.prepare import KEPT
+from vismem.decoding.prepare import COMPILED
 
 BATCHES = (1, 8, 64)
 COSTLY = (1, 8)  # batches for which invocations are measured
@@ -307,7 +307,7 @@ class Bench:
 
     def forget_compiled(self) -> None:
         """Lets go of what was compiled for another batch, ours and theirs, so that each batch has its own graph."""
-        KEPT.pop(self.model.base, None)
+        COMPILED.pop(self.model.base, None)
         self.model.base.__dict__.pop("_compiled_call", None)
         torch._dynamo.reset()
         gc.collect()

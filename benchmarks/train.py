@@ -208,7 +208,7 @@ class Updates:
     def parted(self) -> Iterator[None]:
         """Times what forms memories on its own."""
         model = self.model
-        form, encode = model.memory.form, model._encode
+        form, encode = model.memory.form, model.memory.short.encode
 
         def timed(work: Callable) -> Callable:
             def run(*args: Any) -> Any:
@@ -217,11 +217,11 @@ class Updates:
 
             return run
 
-        model.memory.form, model._encode = timed(form), timed(encode)
+        model.memory.form, model.memory.short.encode = timed(form), timed(encode)
         try:
             yield
         finally:
-            del model.memory.form, model._encode
+            del model.memory.form, model.memory.short.encode
 
     def run(self, name: str) -> tuple[float, dict[str, float]]:
         """Seconds that one update takes, and those of its parts.

@@ -14,7 +14,7 @@ from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 from vismem import NonFiniteError, Request, RequestQueue
 from vismem.decoding import cache
 from vismem.decoding.policies import Forced, Random
-from vismem.decoding.rng import pick
+from vismem.decoding.rng import inverse_transform
 from vismem.training.trainer import MemoryTrainer, TrainingDivergedError
 
 EVERY_FAMILY = True
@@ -256,5 +256,5 @@ def test_random_places_beside_a_poisoned_row(model):
 
 @pytest.mark.parametrize("value", [torch.nan, 0.0, torch.inf])
 def test_picking_from_what_is_no_distribution_is_some_token(value):
-    assert 0 <= int(pick(torch.full((1, 10), value), torch.tensor([0.3]))) < 10
-    assert pick(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([0.75])).tolist() == [2]
+    assert 0 <= int(inverse_transform(torch.full((1, 10), value), torch.tensor([0.3]))) < 10
+    assert inverse_transform(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([0.75])).tolist() == [2]

@@ -10,7 +10,7 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCa
 from transformers.generation import logits_process
 
 from vismem import Request, RequestQueue
-from vismem.decoding import cache, prepare
+from vismem.decoding import cache, processors
 from vismem.decoding.policies import Forced
 from vismem.training.rollout import sampling, write
 
@@ -209,7 +209,7 @@ def test_the_model_invokes_as_often_with_a_penalty(model):
 
 def test_words_before_and_after_a_memory_are_neighbours(model):
     ids, (look, end) = model.tokens.ids, (model.tokens.invocation_ids["long"], model.tokens.end_ids["long"])
-    spared = prepare.WordsOnly(logits_process.NoRepeatNGramLogitsProcessor(2), ids)
+    spared = processors.WordsOnly(logits_process.NoRepeatNGramLogitsProcessor(2), ids)
     scores = torch.zeros(1, model.tokens.vocabulary)
     found = spared(torch.tensor([[7, look, end, 8, 9, look, end, 7]]), scores)
     assert found.isinf().nonzero()[:, 1].tolist() == [8]

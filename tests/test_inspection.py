@@ -26,9 +26,9 @@ from vismem.analysis.slot_attention import attention_to_slots
 from vismem.app.export import Conversation, Reply, Turn, page
 from vismem.app.maps import layer, place
 from vismem.app.panels import CSS, answer_html, panel, percent, timeline
-from vismem.decoding.batching import Request, RequestQueue
 from vismem.decoding.markers import INK, Piece
 from vismem.decoding.policies import Forced
+from vismem.decoding.queue import Request, RequestQueue
 from vismem.loading import load_model
 
 WRITING = {"return_dict_in_generate": True, "record": True, "do_sample": False}

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from vismem.analysis.long_attention import readings, visual_states, weighed
+from vismem.analysis.long_attention import readings, weighed
 from vismem.analysis.slot_attention import attention_layers
 from vismem.decoding.policies import Forced
 
@@ -55,7 +55,7 @@ def test_against_the_language_models_own_weights(family):
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
     former, language = model.memory.long, model.backbone.language_model
-    visual = visual_states(model, batch)
+    visual = model.backbone.prompt_visual_states(batch["input_ids"], batch)
     for reading in readings(model, batch, out.rollout):
         states = out.rollout[reading.row].invocations[reading.index].states
         with torch.no_grad():

@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig, LogitsProcessor, StoppingCriteria
 
 from vismem import Request, RequestQueue
-from vismem.decoding import batching, cache, decoder
+from vismem.decoding import cache, decoder
+from vismem.decoding import queue as queues
 from vismem.decoding.policies import Forced, Random
 
 EVERY_FAMILY = True
@@ -190,18 +191,18 @@ def test_refusals(model):
 def test_finished_answers_hold_on_to_no_image(model):
     """What a prompt showed goes with its last row, so a long evaluation does not fill the memory."""
     sights = []
-    made = decoder.Sight.__init__
+    made = decoder.PromptImages.__init__
 
     def watched(self, *args, **kwargs):
         made(self, *args, **kwargs)
         sights.append(weakref.ref(self))
 
-    decoder.Sight.__init__ = watched
+    decoder.PromptImages.__init__ = watched
     try:
         schedule = Forced([(0, 2, "short")])
         answers = list(model.stream_batch(prompts(model, 5)[1:3], invocation=schedule, max_new_tokens=6))
     finally:
-        decoder.Sight.__init__ = made
+        decoder.PromptImages.__init__ = made
     gc.collect()
     assert len(answers) == 2 and len(sights) == 2 and all(sight() is None for sight in sights)
 
@@ -307,7 +308,7 @@ def test_an_error_while_a_prompt_is_read(model, monkeypatch):
     assert answer.taken and (answer.tokens, answer.invocations) == alone(model, one, **settings)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(decoder.Decoder, "read_prompts", lambda *_: 1 / 0)
-        list(batching.stream(queue, [one]))
+        list(queues.stream(queue, [one]))
 
 
 def test_an_error_while_rows_get_their_places(model, monkeypatch):
@@ -328,19 +329,19 @@ def test_an_error_while_rows_get_their_places(model, monkeypatch):
 
 
 def test_what_is_known_of_settings_does_not_grow_without_end(model, monkeypatch):
-    monkeypatch.setattr(batching, "MOST_KINDS", 3)
+    monkeypatch.setattr(queues, "MOST_KINDS", 3)
     queue = RequestQueue(model, max_new_tokens=1, do_sample=True)
     for index in range(8):
         queue.submit(Request(prompts(model, 1)[0], generation={"temperature": 1 + index / 10}))
     while len(queue):
         queue.step()
-    assert len(queue.blind) <= 3
+    assert len(queue.paddable) <= 3
 
 
 def test_a_stream_that_is_left_early_holds_nothing(model):
     queue = RequestQueue(model, batch_size=2, eos_token_id=None)
     asked = [Request(each, generation={"max_new_tokens": 4 + i}) for i, each in enumerate(prompts(model, 5))]
-    answers = batching.stream(queue, asked)
+    answers = queues.stream(queue, asked)
     next(answers)
     assert len(queue)
     answers.close()
@@ -351,9 +352,9 @@ def readings_of_prompts(monkeypatch) -> list[int]:
     """How many prompts each reading of prompts has, noted from now on."""
     counts, read = [], decoder.Decoder.read_prompts
 
-    def noted(self, base, input_ids, *rest):
-        counts.append(len(input_ids))
-        return read(self, base, input_ids, *rest)
+    def noted(self, call):
+        counts.append(len(call.input_ids))
+        return read(self, call)
 
     monkeypatch.setattr(decoder.Decoder, "read_prompts", noted)
     return counts

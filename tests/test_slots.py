@@ -12,7 +12,7 @@ from transformers.generation import EtaLogitsWarper, TemperatureLogitsWarper
 import vismem
 from vismem.decoding import cache
 from vismem.decoding.policies import Forced, Random, policy_of
-from vismem.decoding.row import Settings
+from vismem.decoding.row import DecodingSettings
 
 EVERY_FAMILY = True
 SCHEDULE = Forced([(0, 0, "short"), (0, 7, "long"), (1, 3, "long"), (1, 3, "short"), (1, 9, "short"), (2, 5, "short")])
@@ -244,9 +244,9 @@ def test_compiled_slots_made_in_inference_mode_are_used_outside():
 
 def test_settings_that_differ_a_little_are_told_apart():
     def key(*processors):
-        none = {"criteria": [], "ends": frozenset(), "budget": 1, "delimiters": frozenset, "pad": 0}
+        none = {"criteria": [], "eos_ids": frozenset(), "budget": 1, "delimiters": frozenset, "pad": 0}
         config = GenerationConfig(do_sample=True)
-        return Settings(policy_of("off"), config, LogitsProcessorList(processors), **none).key
+        return DecodingSettings(policy_of("off"), config, LogitsProcessorList(processors), **none).sampling_key
 
     assert key(EtaLogitsWarper(1e-4)) == key(EtaLogitsWarper(1e-4)) != key(EtaLogitsWarper(1.00001e-4))
     assert key(TemperatureLogitsWarper(0.7)) != key(TemperatureLogitsWarper(0.70001))

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from vismem.decoding.policies import Forced
-from vismem.reading.splice import Reader, Splice, find_invocations, of_like_length
+from vismem.reading.splice import Reader, Splice, batches_of_similar_length, find_invocations
 
 SCHEDULE = Forced([(0, 2, "short"), (0, 7, "long"), (1, 5, "long"), (2, 3, "short")])
 
@@ -94,15 +94,16 @@ def test_short_memory_without_an_image_is_refused(family):
 def test_find_invocations():
     ids = torch.tensor([[7, 8, 1, 50, 60, 2, 51, 61, 3], [50, 60, 1, 50, 2, 51, 61, 50, 60]])
     found = find_invocations(ids, [2, 1], {"short": 50, "long": 51}, {"short": 60, "long": 61})
-    assert [(p.kind, p.index, p.segment) for p in found[0]] == [("short", 3, 2), ("long", 6, 5)]
+    assert [(p.kind, p.index, p.segment_start) for p in found[0]] == [("short", 3, 2), ("long", 6, 5)]
     # The pair before the answer is text; an invocation without its end is a word.
-    assert [(p.kind, p.index, p.segment) for p in found[1]] == [("long", 5, 1), ("short", 7, 7)]
+    assert [(p.kind, p.index, p.segment_start) for p in found[1]] == [("long", 5, 1), ("short", 7, 7)]
 
 
-def test_batches_of_like_length():
-    assert of_like_length([3, 40, 5, 4, 38]) == [[0, 3, 2], [4, 1]]
-    assert of_like_length([30, 40, 35]) == [[0, 2, 1]]  # little to spare
-    assert of_like_length([0, 0]) == [[0, 1]] and of_like_length([7]) == [[0]] and of_like_length([]) == []
+def test_batches_of_similar_length():
+    assert batches_of_similar_length([3, 40, 5, 4, 38]) == [[0, 3, 2], [4, 1]]
+    assert batches_of_similar_length([30, 40, 35]) == [[0, 2, 1]]  # little to spare
+    for lengths, batches in (([0, 0], [[0, 1]]), ([7], [[0]]), ([], [])):
+        assert batches_of_similar_length(lengths) == batches
 
 
 def test_splice_arithmetic():

@@ -13,7 +13,7 @@ import vismem
 from vismem import Answer, Invocation, Request, RequestQueue, VisMem, VisMemConfig, VisMemOutput, invocation
 from vismem.config import Kind
 from vismem.data import load_dataset_rows
-from vismem.decoding.policies import Place, Policy
+from vismem.decoding.policies import Policy, RowState
 from vismem.loading import load_model
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.trainer import MemoryTrainer
@@ -30,8 +30,8 @@ class EveryTenth:
     def start(self) -> None:
         """Nothing to lay out."""
 
-    def inject(self, place: Place) -> Kind | None:
-        return "short" if place.sighted and place.sampled % 10 == 9 else None
+    def inject(self, row: RowState) -> Kind | None:
+        return "short" if row.sighted and row.sampled % 10 == 9 else None
 
 
 def ask(base: Any, processor: Any) -> tuple[str, list[Invocation]]:

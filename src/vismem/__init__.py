@@ -10,8 +10,8 @@ from vismem import deprecation
 if TYPE_CHECKING:
     from vismem import invocation
     from vismem.config import VisMemConfig
-    from vismem.decoding.batching import Answer, Request, RequestQueue
-    from vismem.decoding.row import NonFiniteError
+    from vismem.decoding.output import NonFiniteError
+    from vismem.decoding.queue import Answer, Request, RequestQueue
     from vismem.decoding.trace import Invocation, VisMemOutput
     from vismem.model import VisMem
 
@@ -32,11 +32,11 @@ __all__ = [
 
 # Imported when first asked for, so that `vismem --help` does not wait for torch.
 _HOMES = {
-    "Answer": "vismem.decoding.batching",
+    "Answer": "vismem.decoding.queue",
     "Invocation": "vismem.decoding.trace",
-    "NonFiniteError": "vismem.decoding.row",
-    "Request": "vismem.decoding.batching",
-    "RequestQueue": "vismem.decoding.batching",
+    "NonFiniteError": "vismem.decoding.output",
+    "Request": "vismem.decoding.queue",
+    "RequestQueue": "vismem.decoding.queue",
     "VisMem": "vismem.model",
     "VisMemConfig": "vismem.config",
     "VisMemOutput": "vismem.decoding.trace",

@@ -24,7 +24,7 @@ MOVED = {
     "vismem.decoding.engine": "vismem.decoding.decoder",
     "vismem.decoding.generation": "vismem.decoding.prepare",
     "vismem.decoding.invocation": "vismem.decoding.policies",
-    "vismem.decoding.requests": "vismem.decoding.batching",
+    "vismem.decoding.requests": "vismem.decoding.queue",
     "vismem.decoding.rows": "vismem.decoding.row",
     "vismem.decoding.text": "vismem.decoding.detokenizer",
     "vismem.evaluation.attention": "vismem.analysis.slot_attention",

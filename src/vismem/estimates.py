@@ -191,7 +191,7 @@ def training(
     the rollout of all `prompts * group_size` answers at once (none in the warm-up), and the update of a
     micro-batch, which has the gradients too.
     """
-    from vismem.model import LOGITS_HELD
+    from vismem.reading.heads import MOST_LOGITS
 
     each, language = load.bytes_each, shape.language
     trained = sum(parts[part] for part in TRAINED[stage])
@@ -205,7 +205,7 @@ def training(
     images = load.micro_batch if stage == "warmup" else -(-load.micro_batch // load.group_size)
     if stage != "stage2":
         update["formation"] = formation(shape, config, load.micro_batch, images, load, checkpointing)
-    at_once = max(1, LOGITS_HELD // language.vocabulary)
+    at_once = max(1, MOST_LOGITS // language.vocabulary)
     update["logits"] = logits(shape, min(at_once, load.micro_batch * load.answer_tokens), load)
     rollout = {}
     if stage != "warmup":

@@ -14,27 +14,25 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 from transformers.utils import ModelOutput
 
 from vismem import checkpoint
-from vismem.backbones import Backbone, Image, backbone_of
+from vismem.backbones import Backbone, backbone_of
 from vismem.backbones.checks import check_base, check_head, check_processor
 from vismem.config import KINDS, Kind, VisMemConfig
-from vismem.decoding.batching import Answer, Request, RequestQueue, stream
+from vismem.decoding.cache import Slots
 from vismem.decoding.decoder import Decoder
+from vismem.decoding.output import collect
 from vismem.decoding.policies import Policy, policy_of
-from vismem.decoding.prepare import Layout, Prepared, prepared
-from vismem.decoding.row import output
+from vismem.decoding.prepare import Layout, Prepared, prepare
+from vismem.decoding.queue import Answer, Request, RequestQueue, stream
 from vismem.decoding.trace import VisMemOutput
-from vismem.memory import Observation, memory_of
-from vismem.reading.splice import Place, Reader, Splice, find_invocations, of_like_length
+from vismem.memory import memory_of
+from vismem.reading import forward as reading
+from vismem.reading import heads
 from vismem.tokens import MemoryTokens, add_memory_tokens, delimiter_ids, single_token_id
-
-LOGITS_HELD = 2**26  # float32 numbers of logits that `log_probs` are computed from at a time
 
 
 @dataclass
@@ -233,24 +231,18 @@ class VisMem(nn.Module):
         if isinstance(seed, int):
             generator = torch.Generator(device=self.device).manual_seed(seed)
         seeds = list(seed) if isinstance(seed, (list, tuple)) else None
-        layout = Layout.wanted(self.base, kwargs)
-
-        def decode(call: Prepared) -> VisMemOutput | Tensor:
-            openings = getattr(call.settings.policy, "openings", ())
-            count = len(openings) or len(call.input_ids) * call.copies
-            slots = None if layout is None else layout.slots(call, count, self.memory_config)
-            decoder = Decoder(self.backbone, self.tokens, self.memory, self.memory_config, slots)
-            prompts = decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
-            rows = decoder.enter(prompts, call.settings, call.copies, seeds)
-            while decoder.rows:
-                decoder.step()
-            if streamer is not None:
-                streamer.end()
-            return output(rows, call.settings)
-
-        return self._prepare(
-            invocation, decode, inputs, generator=generator, record=record, streamer=streamer, **kwargs
-        )
+        policy, layout = policy_of(invocation), Layout.wanted(self.base, kwargs)
+        call = self.prepare(policy, inputs, generator=generator, record=record, streamer=streamer, **kwargs)
+        slots = None
+        if layout is not None:
+            slots = layout.slots(self.base, call.rows, layout.columns(call, self.memory_config))
+        decoder = self.decoder(slots)
+        rows = decoder.enter(decoder.read_prompts(call), call.settings, call.copies, seeds)
+        while decoder.rows:
+            decoder.step()
+        if streamer is not None:
+            streamer.end()
+        return collect(rows, call.settings)
 
     def stream_batch(
         self,
@@ -285,19 +277,14 @@ class VisMem(nn.Module):
         queue = RequestQueue(self, batch_size, invocation=invocation, record=record, **generation)
         return stream(queue, requests)
 
-    def _prepare(self, invocation: str | Policy, decode: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """Has transformers prepare a call of `generate`, and `decode` write it."""
-        policy, kwargs = policy_of(invocation), self.backbone.prepare(kwargs)
-        return prepared(
-            self.backbone,
-            self.processor.tokenizer,
-            lambda: self.delimiters,
-            self.tokens.ids,
-            policy,
-            decode,
-            inputs,
-            **kwargs,
-        )
+    def prepare(self, policy: Policy, inputs: Tensor | None = None, **kwargs: Any) -> Prepared:
+        """Prepares a call of `generate` without decoding it; see `decoding.prepare.prepare`."""
+        tokenizer = self.processor.tokenizer
+        return prepare(self.backbone, self.tokens, tokenizer, lambda: self.delimiters, policy, inputs, **kwargs)
+
+    def decoder(self, slots: Slots | None = None) -> Decoder:
+        """A new decoder of this model."""
+        return Decoder(self.backbone, self.tokens, self.memory, self.memory_config, slots)
 
     # Training.
 
@@ -348,110 +335,23 @@ class VisMem(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        starts = self._answer_starts(input_ids, labels, prompt_length)
-        prompts = slice(None, None, copies)  # the first row of each prompt
-        vision = {name: inputs[name] for name in self.backbone.image_inputs if inputs.get(name) is not None}
-        seen = self.backbone.images(**vision)
-        shown = input_ids == self.backbone.image_token_id
-        answer = torch.arange(input_ids.shape[1]) >= torch.tensor(starts)[:, None]
-        written = shown & answer.to(shown.device)
-        if copies == 1 and shown.sum() == sum(image.tokens for image in seen):
-            written = torch.zeros_like(shown)  # images in later turns too
-        place = (shown & ~written)[prompts]
-        images = self.backbone.rows_of_images(place, seen)
-        with torch.no_grad():
-            features = self.backbone.image_features(**vision) if vision else None
-        visual = self.backbone.visual_states(place, features)
-        places = find_invocations(input_ids, starts, self.tokens.invocation_ids, self.tokens.end_ids)
-        positions = self._positions(input_ids, attention_mask, inputs, copies, starts[0])
-        embeds = self.tokens.embed(input_ids)
-        if written.any():
-            # The base finds image places by their embedding; an image token that an answer wrote is only a word.
-            embeds = torch.where(written[..., None], embeds * (1 + 2 * torch.finfo(embeds.dtype).eps), embeds)
-        patches: dict[int, list[Any]] = {}
-        if "short" in forms and memories is None:
-            patches = self._encode(places, images, copies)
-
-        def observation(row: int, place: Place, states: Tensor) -> Observation:
-            segment = embeds[row, place.segment : place.index + 1]
-            return Observation(visual[row // copies], states.detach(), segment.detach(), patches.get(row // copies, []))
-
-        def form(states: list[list[Tensor]]) -> list[list[Tensor | None]]:
-            """Memories for as many invocations of each row as there are states, one batch or two for each kind."""
-            formed: list[list[Tensor | None]] = [[None] * len(row) for row in places]
-            for kind in forms:
-                wanted = [(r, i) for r, row in enumerate(states) for i in range(len(row)) if places[r][i].kind == kind]
-                lengths = [len(states[r][i]) if kind == "long" else 0 for r, i in wanted]  # a short look has no text
-                for batch in of_like_length(lengths):
-                    part = [wanted[index] for index in batch]
-                    memories = self.memory.form(kind, [observation(r, places[r][i], states[r][i]) for r, i in part])
-                    for (r, i), memory in zip(part, memories, strict=True):
-                        formed[r][i] = memory
-            return formed
-
-        known = {name: inputs[name] for name in self.backbone.token_inputs if inputs.get(name) is not None}
-        reader = Reader(
-            self.backbone, embeds.to(self.dtype), attention_mask, positions, features, copies, self.checkpointing, known
-        )
-        # What stands before the first invocation of all rows depends on nothing that is trained here.
-        first = starts[0] if copies > 1 else min((place.index for row in places for place in row), default=0)
-        if copies > 1 or not (shown & ~written)[:, first:].any():
-            reader.read_prefix(first)
-
-        def read(memories: list[list[Tensor | None]]) -> Tensor:
-            return reader(Splice(places, memories, input_ids.shape[1]))
-
-        if states is None and memories is None:
-            states = [[] for _ in places]
-            with torch.no_grad():
-                for turn in range(max((len(row) for row in places), default=0)):
-                    hidden = read(form(states))  # with the first `turn` memories of each row in place
-                    for row, found in enumerate(places):
-                        if turn < len(found):  # the state at position t produced token t + 1
-                            states[row].append(hidden[row, found[turn].segment - 1 : found[turn].index])
+        starts = reading.answer_starts(self, input_ids, labels, prompt_length)
+        located, reader = reading.locate(self, input_ids, attention_mask, starts, copies, inputs)
         if memories is None:
-            assert states is not None  # given, or recomputed above
-            memories = form(states)
-        hidden = read(memories)
+            if "short" in forms:
+                located.patches = reading.encode_patches(self, located)
+            if states is None:
+                states = reading.observe(self, located, reader, forms)
+            memories = reading.form(self, located, states, forms)
+        hidden = reading.read(located, reader, memories)
+        output = VisMemForwardOutput(memories=memories, states=states, last_hidden_state=hidden)
         if sampled is not None:
-            log_probs = self._log_probs(hidden, input_ids, sampled, allowed, temperature)
-            return VisMemForwardOutput(log_probs=log_probs, memories=memories, states=states, last_hidden_state=hidden)
-        kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-        logits = self.tokens.extend(self.backbone.head(kept), kept)
-        logits = self.tokens.forbid(logits, torch.ones(2, dtype=torch.bool, device=logits.device))
-        loss = None
+            output.log_probs = heads.sampled_log_probs(self, hidden, input_ids, sampled, allowed, temperature)
+            return output
+        output.logits = heads.logits_of(self, hidden, logits_to_keep)
         if labels is not None:
-            ends = torch.tensor(list(self.tokens.end_ids.values()), device=labels.device)
-            labels = labels.masked_fill(torch.isin(labels, ends), -100)[:, -logits.shape[1] :]
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return VisMemForwardOutput(loss=loss, logits=logits, memories=memories, states=states, last_hidden_state=hidden)
-
-    def _log_probs(
-        self, hidden: Tensor, input_ids: Tensor, sampled: Tensor, allowed: Tensor | None, temperature: float
-    ) -> Tensor:
-        """Float32 [B, L]: log-probabilities of the `sampled` tokens given all before them, 0 elsewhere.
-
-        A few thousand tokens at a time, each block's logits computed again in the backward pass, so that the
-        vocabulary's width is never held for whole trajectories.
-        """
-        wanted = sampled[:, 1:].nonzero()
-        rows, before = wanted[:, 0], wanted[:, 1]
-        states, tokens = hidden[rows, before], input_ids[rows, before + 1]
-        open_ = torch.ones_like(tokens)[:, None].bool().expand(-1, 2) if allowed is None else allowed[rows, before + 1]
-
-        def block(states: Tensor, tokens: Tensor, open_: Tensor) -> Tensor:
-            logits = self.tokens.forbid(self.tokens.extend(self.backbone.head(states), states), open_)
-            logits = logits.float() / temperature
-            return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
-
-        size = max(1, LOGITS_HELD // self.tokens.vocabulary)
-        blocks = zip(states.split(size), tokens.split(size), open_.split(size), strict=True)
-        if torch.is_grad_enabled() and len(tokens) > size:
-            parts = [recompute(block, *each, use_reentrant=False) for each in blocks]
-        else:
-            parts = [block(*each) for each in blocks]
-        flat = torch.cat(parts) if len(tokens) else states.new_zeros(0, dtype=torch.float32)
-        return torch.zeros(input_ids.shape, device=flat.device).index_put((rows, before + 1), flat)
+            output.loss = heads.cross_entropy(self, output.logits, labels)
+        return output
 
     @property
     def checkpointing(self) -> bool:
@@ -461,43 +361,6 @@ class VisMem(nn.Module):
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Trades time for memory in training: the base's layers and the short former's tower keep no activations."""
         self.memory.short.checkpointing = enable
-
-    def _answer_starts(self, input_ids: Tensor, labels: Tensor | None, prompt_length: int | Tensor | None) -> list[int]:
-        """Where each row's answer starts."""
-        if prompt_length is not None:
-            return torch.as_tensor(prompt_length).expand(len(input_ids)).tolist()
-        if labels is None:
-            if self.tokens.present(input_ids):
-                raise ValueError("forward needs labels or prompt_length to tell where the answers start")
-            return [input_ids.shape[1]] * len(input_ids)
-        return [int((row != -100).int().argmax()) if (row != -100).any() else len(row) for row in labels]
-
-    def _positions(
-        self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Tensor], copies: int = 1, start: int = 0
-    ) -> Tensor:
-        """Position ids as the base's own generate prepares them: [B, L], or [axes, B, L] with M-RoPE."""
-        if copies > 1:  # every row's answer is text, and counts on from where its prompt ends
-            first = slice(None, None, copies)
-            shared = self._positions(input_ids[first, :start], attention_mask[first, :start], inputs)
-            steps = torch.arange(1, input_ids.shape[1] - start + 1, device=shared.device)
-            return torch.cat([shared, shared[..., -1:] + steps], dim=-1).repeat_interleave(copies, -2)
-        missing = {
-            name: input_ids.shape[1] - t.shape[1] for name, t in inputs.items() if name.endswith("token_type_ids")
-        }
-        answers = {name: F.pad(inputs[name], (0, count)) for name, count in missing.items()}  # an answer is text
-        return self.base._prepare_position_ids_for_generation(
-            input_ids, {**inputs, **answers, "input_ids": input_ids, "attention_mask": attention_mask}
-        )
-
-    def _encode(self, places: list[list[Place]], images: list[list[Image]], copies: int) -> dict[int, list[Any]]:
-        """Images of the prompts whose rows look at them, through the short former's adapter, in one batch."""
-        looking = [row for row, found in enumerate(places) if any(place.kind == "short" for place in found)]
-        for row in looking:
-            if not images[row // copies]:
-                raise ValueError(f"row {row} invokes short-term memory but has no image")
-        prompts = sorted({row // copies for row in looking})
-        encoded = iter(self.memory.short.encode([image for prompt in prompts for image in images[prompt]]))
-        return {prompt: [next(encoded) for _ in images[prompt]] for prompt in prompts}
 
     # Saving and loading.
 

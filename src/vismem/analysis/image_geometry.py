@@ -99,7 +99,7 @@ def views(model: VisMem, pictures: Sequence[Pictures.Image | tuple[int, int]], *
             return_tensors="pt",
             processor_kwargs={"padding": True, **processor_kwargs},
         )
-        return model.backbone.images(**{name: found[name] for name in model.backbone.image_inputs if name in found})
+        return model.backbone.images(**model.backbone.vision_inputs(found))
 
     def flat(value: float) -> list[NDArray[np.float64]]:
         return [np.full((high, wide), value) for wide, high in sizes]

@@ -17,7 +17,7 @@ from torch import Tensor
 from vismem.analysis.slot_attention import attention_layers, eager
 from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
-from vismem.reading.splice import of_like_length
+from vismem.reading.splice import batches_of_similar_length
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def readings(model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[Rollou
         return []
     former: Any = model.memory.long
     copies = len(rollouts) // prompts
-    visual = visual_states(model, inputs)
+    visual = model.backbone.prompt_visual_states(inputs["input_ids"], inputs)
     segments = [segment_of(rollouts[row], index) for row, index, _ in wanted]
     found: list[Reading] = []
-    for batch in of_like_length([len(segment) for segment in segments]):
+    for batch in batches_of_similar_length([len(segment) for segment in segments]):
         query = model.memory.builder(
             [visual[wanted[i][0] // copies] for i in batch], [wanted[i][2].states for i in batch]
         )
@@ -122,14 +122,6 @@ def segment_start(rollout: Rollout, index: int) -> int:
 def segment_of(rollout: Rollout, index: int) -> Tensor:
     """Ids [z] of the segment that an invocation ends, its own token included."""
     return rollout.tokens[segment_start(rollout, index) : rollout.invocations[index].position + 1]
-
-
-def visual_states(model: VisMem, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """The projector's outputs [y, d] for every prompt."""
-    backbone = model.backbone
-    vision = {name: inputs[name] for name in backbone.image_inputs if inputs.get(name) is not None}
-    place = inputs["input_ids"] == backbone.image_token_id
-    return backbone.visual_states(place, backbone.image_features(**vision) if vision else None)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vismem.config import Kind
 from vismem.decoding.trace import Invocation, Rollout
-from vismem.model import LOGITS_HELD, VisMem
+from vismem.model import VisMem
+from vismem.reading.heads import MOST_LOGITS
 from vismem.training.replay import collate
 
 Replace = Callable[[int, int, Invocation], "Tensor | None"]
@@ -172,7 +173,7 @@ def _log_probs(model: VisMem, states: Tensor, open_: Tensor) -> Tensor:
 
 def _kl(model: VisMem, own: Tensor, other: Tensor, open_: Tensor) -> Tensor:
     """Float32 KL [n] of the distributions after states [n, d], a block of the vocabulary's width at a time."""
-    size = max(1, LOGITS_HELD // (2 * model.tokens.vocabulary))
+    size = max(1, MOST_LOGITS // (2 * model.tokens.vocabulary))
     parts = []
     for one, two, may in zip(own.split(size), other.split(size), open_.split(size), strict=True):
         p, q = _log_probs(model, one, may), _log_probs(model, two, may)

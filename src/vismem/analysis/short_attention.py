@@ -213,10 +213,8 @@ def looks(
             f"{prompts} prompts, {len(pictures)} lists of pictures and {len(invocations)} answers do not fit: give "
             "each prompt's pictures, and as many answers for each prompt, in order"
         )
-    vision = {name: inputs[name] for name in backbone.image_inputs if inputs.get(name) is not None}
-    place = inputs["input_ids"] == backbone.image_token_id
-    images = backbone.rows_of_images(place, backbone.images(**vision))
-    visual = backbone.visual_states(place, backbone.image_features(**vision) if vision else None)
+    images = backbone.prompt_images(inputs["input_ids"], inputs)
+    visual = backbone.prompt_visual_states(inputs["input_ids"], inputs)
     copies, found = len(invocations) // prompts, []
     for prompt in range(prompts):
         wanted = [

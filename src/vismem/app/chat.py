@@ -21,9 +21,9 @@ from vismem.analysis.findings import Inspection
 from vismem.analysis.inspection import inspect_answer
 from vismem.app.session import Conversation, Refused, Reply, Settings, Side, Turn, one_line
 from vismem.data.images import BadImage, read_file
-from vismem.decoding.batching import Request
 from vismem.decoding.policies import Policy
 from vismem.decoding.prepare import context_of
+from vismem.decoding.queue import Request
 from vismem.loading import Loaded
 from vismem.serving.engine import COLDEST
 from vismem.serving.errors import ApiError

@@ -22,7 +22,7 @@ from vismem.analysis.findings import Inspection, Token
 from vismem.analysis.inspection import spelled
 from vismem.decoding.detokenizer import Detokenizer
 from vismem.decoding.markers import Piece, joined
-from vismem.decoding.policies import Forced, Policy, read_policy
+from vismem.decoding.policies import Forced, Policy, read_policy, schedule_of
 from vismem.decoding.trace import Invocation
 from vismem.serving.protocol import bounded_policy
 from vismem.serving.worker import Finish, News, Ticket
@@ -178,7 +178,7 @@ class Turn:
     @property
     def unreached(self) -> int:
         """Scheduled invocations that the answer ended before."""
-        schedule = getattr(read_policy(self.settings.invocation, 0), "schedule", ())
+        schedule = schedule_of(read_policy(self.settings.invocation, 0))
         done = self.main.finish in ("stop", "length")
         return max(len(schedule) - len(self.main.invocations), 0) if done else 0
 

@@ -153,10 +153,8 @@ class Bank:
     def _look(self, row: Row) -> Sight:
         backbone = self.model.backbone
         inputs = self.inputs([row])
-        vision = {name: inputs[name] for name in backbone.image_inputs if inputs.get(name) is not None}
-        features = backbone.image_features(**vision) if vision else None
-        (visual,) = backbone.visual_states(inputs["input_ids"] == backbone.image_token_id, features)
-        images = backbone.images(**vision) if vision else []
+        (visual,) = backbone.prompt_visual_states(inputs["input_ids"], inputs)
+        (images,) = backbone.prompt_images(inputs["input_ids"], inputs)
         return Sight(visual, self.model.memory.short.encode(images) if images else [])
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -157,6 +157,27 @@ class Backbone:
             raise mismatch(sum(counts), len(flat))
         return list(flat.split(counts))
 
+    def vision_inputs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The image tensors among the processor's outputs."""
+        return {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
+
+    def prompt_images(self, input_ids: Tensor, inputs: dict[str, Any]) -> list[list[Image]]:
+        """Each prompt's images.
+
+        Args:
+            input_ids: [B, L].
+            inputs: the processor's outputs.
+
+        Raises:
+            ValueError: if the images do not fill the prompts' image places.
+        """
+        return self.rows_of_images(input_ids == self.image_token_id, self.images(**self.vision_inputs(inputs)))
+
+    def prompt_visual_states(self, input_ids: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
+        """Each prompt's visual states [y, d]; arguments and errors as in `prompt_images`."""
+        vision = self.vision_inputs(inputs)
+        return self.visual_states(input_ids == self.image_token_id, self.image_features(**vision) if vision else None)
+
     def rows_of_images(self, places: Tensor, images: list[Image]) -> list[list[Image]]:
         """Deals `images`, which are in prompt order, out to rows by their visual tokens' `places` [B, L]."""
         counts = places.sum(1).tolist()

@@ -42,7 +42,7 @@ class LlavaOneVision15Backbone(Qwen2VLBackbone):
         if inputs.get("pixel_values_videos") is not None:
             raise ValueError("the llavaonevision1_5 backbone reads images only; leave pixel_values_videos out")
         inputs = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}  # for M-RoPE
-        vision = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
+        vision = self.vision_inputs(inputs)
         return {**inputs, "mm_encoder_outputs": {"image": self.image_features(**vision)}} if vision else inputs
 
     def read(self, cache: Any = None, mm_encoder_outputs: dict[str, Any] | None = None, **inputs: Any) -> Tensor:

@@ -22,7 +22,7 @@ from vismem.cli.parsing import (
     whole,
 )
 from vismem.cli.streaming import SHAPES, Paper, Streamer
-from vismem.decoding.policies import SPELLINGS
+from vismem.decoding.policies import SPELLINGS, schedule_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def split(words: list[str]) -> tuple[list[str], str]:
 
 def check_schedule(text: str, sighted: bool) -> None:
     """Refuses a scheduled look at an image where there is none, before anything is loaded."""
-    for _, step, kind in getattr(policy(text, 0), "schedule", ()):
+    for _, step, kind in schedule_of(policy(text, 0)):
         if kind == "short" and not sighted:
             raise Misuse(f"--invocation asks for short@{step}, but short-term memory needs an image")
 
@@ -184,7 +184,7 @@ def trace(paper: Paper, answer: Answer, invocation_text: str) -> None:
         how = "forced" if one.forced else "chosen"
         vectors = f"{one.length} vectors" if one.length else "formed nothing"
         paper.line(f"  {name}  at token {one.position:<4}  {vectors:<14}  {how}")
-    late = len(getattr(policy(invocation_text, 0), "schedule", ())) - len(answer.invocations)
+    late = len(schedule_of(policy(invocation_text, 0))) - len(answer.invocations)
     if late > 0:
         paper.line(f"  {late} scheduled after the answer's end, so not reached")
     rate = answer.tokens / answer.seconds if answer.seconds else 0.0

@@ -29,11 +29,19 @@ class Aligned:
             the last position ids [..., B, 1].
     """
 
-    stays = True  # a finished row keeps its place
-    ahead = False  # a reading cannot be taken back for one row alone
+    ahead = False  # a forward cannot be taken back for one row alone
 
     def __init__(self, cache: DynamicCache, mask: Tensor | None, position: Tensor) -> None:
         self.cache, self.mask, self.position = cache, mask, position
+
+    @classmethod
+    def of(cls, cache: DynamicCache, mask: Tensor | None, position: Tensor, sources: list[int]) -> Aligned:
+        """The cache of rows of which each continues the prompt that `sources` names."""
+        if sources == list(range(position.shape[-2])):
+            return cls(cache, mask, position)
+        index = torch.tensor(sources, device=position.device)
+        cache.batch_select_indices(index)
+        return cls(cache, None if mask is None else mask[index], position.index_select(-2, index))
 
     def read(self, backbone: Backbone, inputs: Tensor, rows: list[int]) -> Tensor:
         """Reads `inputs` [B, w, d] after all rows and returns the states [B, d] at their end."""
@@ -109,8 +117,6 @@ class Slots:
     Raises:
         ValueError: if the base has layers that slots cannot hold.
     """
-
-    stays = False
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Invocation policies: who decides that memory is invoked, and which of the model's own wishes are granted (Eq. 4).
+"""Invocation policies: who decides that memory is invoked, and which of the model's own invocations count (Eq. 4).
 
-They know token ids and counters, no model. A policy answers two questions of the decoder: may the model sample
-invocation tokens (`samples`), and should one be put in before this row's next token (`inject`).
+Policies know token ids and counters, no model. The decoder asks two things: may the model sample invocation tokens
+(`samples`), and should one be inserted before this row's next token (`inject`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vismem.config import KINDS, Kind
+from vismem.deprecation import renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Place(Protocol):
-    """Where a row stands, as a policy sees it.
+class RowState(Protocol):
+    """A row as a policy sees it.
 
     Attributes:
         index: index of the output row.
-        sampled: how many tokens the row has sampled so far.
+        sampled: number of tokens the row has sampled so far.
         sighted: whether the row has an image.
-        at_delimiter: whether the row's last token ends a phrase; its very start counts as such.
-        tokens: the row's new tokens so far, sampled or put in.
+        at_delimiter: whether the row's last token ends a phrase; the start of the answer counts as such.
+        tokens: the row's new tokens so far, sampled or inserted.
     """
 
     @property
@@ -45,13 +46,13 @@ class Place(Protocol):
 
 
 class Policy(Protocol):
-    """What the decoder asks of an invocation policy.
+    """What the decoder asks of an invocation policy; a policy of your own needs no base class.
 
     Attributes:
         samples: whether the model may sample invocation tokens itself.
-        injects: whether `inject` can ever say anything but None.
-        forms: kinds that form a memory; a sampled token of another kind forms nothing and decoding goes on.
-        guarded: whether `max_invocations` and `min_gap` also bind what `inject` puts in.
+        injects: whether `inject` can ever return anything but None.
+        forms: kinds that form a memory; a sampled token of another kind forms nothing, and decoding continues.
+        guarded: whether `max_invocations` and `min_gap` also limit what `inject` inserts.
     """
 
     @property
@@ -69,11 +70,11 @@ class Policy(Protocol):
     def start(self) -> None:
         """Called at the start of every decode, on a shallow copy of the object that was given.
 
-        What belongs to one decode is made anew here, not emptied, so that decodes side by side do not share it.
+        Create the state of one decode here instead of emptying it, so that concurrent decodes do not share it.
         """
 
-    def inject(self, place: Place) -> Kind | None:
-        """The kind to put in before `place` samples, or None. Asked again after each memory until it says None."""
+    def inject(self, row: RowState) -> Kind | None:
+        """The kind to insert before `row` samples, or None. Asked again after each memory until it returns None."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class Learned:
     guarded: bool = True
 
     def start(self) -> None:
-        """Nothing to lay out."""
+        """Keeps no state."""
 
-    def inject(self, place: Place) -> Kind | None:
+    def inject(self, row: RowState) -> Kind | None:
+        """Never inserts an invocation."""
         return None
 
 
@@ -104,7 +106,7 @@ class Only(Learned):
 
 @dataclass(frozen=True)
 class Off(Learned):
-    """No memory at all: the base's own words, token for token."""
+    """No memory at all: the base's tokens, one for one."""
 
     samples: bool = False
     forms: tuple[Kind, ...] = ()
@@ -112,16 +114,16 @@ class Off(Learned):
 
 @dataclass
 class Random:
-    """Puts invocations in by chance, kinds drawn evenly (Tab. 3); the model samples none itself.
+    """Inserts invocations at random, both kinds equally likely (Tab. 3); the model samples none itself.
 
-    Every row draws from its own generator, so a row's invocations do not depend on its neighbours. On a row without
-    an image a drawn short-term invocation is left out.
+    Each row has its own generator, so its invocations do not depend on its neighbours. On a row without an image a
+    short-term invocation is left out.
 
     Args:
-        rate: chance of an invocation at each place, 0 to 1.
-        where: `"delimiter"` (the answer's start and after each phrase) or `"anywhere"` (before every token).
-        seed: of the draws, or one seed for each output row (numbers, or texts as `random.Random` takes them).
-        kinds: kinds to draw from.
+        rate: probability of an invocation at each place, 0 to 1.
+        where: `"delimiter"` (the start of the answer and after each phrase) or `"anywhere"` (before every token).
+        seed: one seed, or one for each output row (numbers, or strings as `random.Random` takes them).
+        kinds: kinds to choose from.
     """
 
     rate: float
@@ -142,7 +144,7 @@ class Random:
             raise ValueError(f"Random(where=...) must be 'delimiter' or 'anywhere', got {self.where!r}")
 
     def apart(self, rows: int) -> Random:
-        """The policy of so many rows, of which row i draws as the one row of a call with `seed + i` does."""
+        """The policy of `rows` rows of which row i draws as the only row of a call with `seed + i` does."""
         assert isinstance(self.seed, int)
         return replace(self, seed=[f"{self.seed + row}-0" for row in range(rows)])
 
@@ -150,27 +152,27 @@ class Random:
         """Forgets all draws."""
         self._generators, self._asked = {}, {}
 
-    def inject(self, place: Place) -> Kind | None:
-        row = place.index
-        if self._asked.get(row) == place.sampled or (self.where == "delimiter" and not place.at_delimiter):
-            return None  # one draw a place
-        self._asked[row] = place.sampled
-        if row not in self._generators:
-            own = f"{self.seed}-{row}" if isinstance(self.seed, int) else self.seed[row]
-            self._generators[row] = random.Random(own)
-        generator = self._generators[row]
+    def inject(self, row: RowState) -> Kind | None:
+        """A random kind with probability `rate`, once per place."""
+        if self._asked.get(row.index) == row.sampled or (self.where == "delimiter" and not row.at_delimiter):
+            return None
+        self._asked[row.index] = row.sampled
+        if row.index not in self._generators:
+            own = f"{self.seed}-{row.index}" if isinstance(self.seed, int) else self.seed[row.index]
+            self._generators[row.index] = random.Random(own)
+        generator = self._generators[row.index]
         if generator.random() >= self.rate:
             return None
         kind = generator.choice(self.kinds)
-        return kind if place.sighted or kind != "short" else None
+        return kind if row.sighted or kind != "short" else None
 
 
 @dataclass
 class Forced:
-    """Puts invocations in by a schedule of `(row, step, kind)`; the model samples none itself.
+    """Inserts invocations by a schedule of `(row, step, kind)`; the model samples none itself.
 
-    Before a row samples token number `step` (0-based, sampled tokens only), the invocation is put in. Several at one
-    step follow each other in the order given.
+    The invocation is inserted before the row samples token number `step` (0-based, sampled tokens only). Several at
+    one step follow each other in the order given.
 
     Args:
         schedule: the triples. A short-term one for a row without an image is refused when decoding starts.
@@ -192,13 +194,14 @@ class Forced:
                 raise ValueError(f"Forced takes (row, step, 'short' or 'long') with row and step >= 0, got {entry!r}")
 
     def start(self) -> None:
-        """Lays the schedule out anew."""
+        """Makes all of the schedule pending."""
         self._pending = {}
         for row, step, kind in self.schedule:
             self._pending.setdefault((row, step), []).append(kind)
 
-    def inject(self, place: Place) -> Kind | None:
-        kinds = self._pending.get((place.index, place.sampled))
+    def inject(self, row: RowState) -> Kind | None:
+        """The next kind that is pending at this row and step."""
+        kinds = self._pending.get((row.index, row.sampled))
         return kinds.pop(0) if kinds else None
 
     def swapped(self) -> Forced:
@@ -209,12 +212,12 @@ class Forced:
 
 @dataclass
 class After:
-    """Puts invocations in where an answer wants them: after it has written a mark for the n-th time.
+    """Inserts an invocation after the answer has written a marker token for the n-th time; the model samples none.
 
-    With it, what memory holds is measured apart from when the model invokes it. The model samples none itself.
+    Separates what memory holds from when the model would invoke it.
 
     Args:
-        mark: id of the token.
+        mark: id of the marker token.
         plan: kinds by n, which counts from 1. A short-term one is left out on rows without an image.
     """
 
@@ -227,16 +230,17 @@ class After:
     _met: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def start(self) -> None:
-        """Forgets what was met."""
+        """Forgets which markers were seen."""
         self._met = {}
 
-    def inject(self, place: Place) -> Kind | None:
-        count = place.tokens.count(self.mark)
-        if not place.tokens or place.tokens[-1] != self.mark or self._met.get(place.index) == count:
+    def inject(self, row: RowState) -> Kind | None:
+        """The planned kind, once after each marker."""
+        count = row.tokens.count(self.mark)
+        if not row.tokens or row.tokens[-1] != self.mark or self._met.get(row.index) == count:
             return None
-        self._met[place.index] = count
+        self._met[row.index] = count
         kind = self.plan.get(count)
-        return kind if place.sighted or kind != "short" else None
+        return kind if row.sighted or kind != "short" else None
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,7 @@ class Opening:
         prompt: index of its prompt in the batch.
         tokens: the words written before the invocation.
         kind: of the invocation that follows them.
-        states: the observed states [z, d] of that invocation, from the rollout that it is taken from.
+        states: the observed states [z, d] of that invocation, from the rollout it is taken from.
     """
 
     prompt: int
@@ -260,15 +264,15 @@ class Opening:
 class Counterfactual(Learned):
     """Answers up to their first invocation, kinds swapped from there on (tau_rev of Eq. 15).
 
-    Every row starts with its opening, whose words are read and not decoded again; where the model then samples one
+    Every row starts with its opening, whose words are read and not decoded again; wherever the model then samples one
     kind's invocation token, the other kind is invoked.
     """
 
     openings: tuple[Opening, ...] = ()
-    swaps: bool = True
 
 
 NAMES: dict[str, Policy] = {"learned": Learned(), "off": Off(), "short": Only(kind="short"), "long": Only(kind="long")}
+SPELLINGS = "learned, off, short, long, random:RATE[@anywhere], or a schedule such as short@0,long@12"
 
 
 def policy_of(invocation: str | Policy) -> Policy:
@@ -286,15 +290,12 @@ def policy_of(invocation: str | Policy) -> Policy:
     return invocation
 
 
-SPELLINGS = "learned, off, short, long, random:RATE[@anywhere], or a schedule such as short@0,long@12"
-
-
 def read_policy(text: str, seed: int = 0) -> str | Policy:
-    """The policy that a text means, as command lines and settings have it.
+    """The policy that a text means, as on the command line and in settings.
 
     Args:
         text: a name, `random:RATE` (at delimiters), `random:RATE@anywhere`, or a schedule `kind@step,kind@step`.
-        seed: of a random policy's draws.
+        seed: of a random policy.
 
     Returns:
         What `VisMem.generate(invocation=...)` takes.
@@ -311,8 +312,8 @@ def read_policy(text: str, seed: int = 0) -> str | Policy:
     try:
         if text.startswith("random:"):
             rate, _, where = text.removeprefix("random:").partition("@")
-            place: Any = where or "delimiter"  # Random says what it may be
-            return Random(float(rate), place, seed)  # NaN lies in no range either
+            places: Any = where or "delimiter"  # Random checks it
+            return Random(float(rate), places, seed)
         entries: list[Any] = [entry.strip().split("@") for entry in text.split(",")]
         if all(len(e) == 2 and e[0] in KINDS and e[1].isascii() and e[1].isdigit() for e in entries):
             return Forced([(0, int(step), kind) for kind, step in entries])
@@ -321,3 +322,32 @@ def read_policy(text: str, seed: int = 0) -> str | Policy:
             rule = "a rate from 0 to 1, and delimiter or anywhere after the @"
             raise ValueError(f"{text!r} is no random policy: give {rule}") from error
     raise ValueError(f"unknown policy {text!r}; there are {SPELLINGS}")
+
+
+def schedule_of(policy: str | Policy) -> list[tuple[int, int, Kind]]:
+    """The schedule of a `Forced` policy; empty for any other."""
+    return list(policy.schedule) if isinstance(policy, Forced) else []
+
+
+def check_rows(policy: Policy, rows: Sequence[RowState]) -> None:
+    """Checks that a policy fits the rows of a call.
+
+    Raises:
+        ValueError: if `Random` has too few seeds, or `Forced` names a row that does not exist or asks for short-term
+            memory in a row without an image.
+    """
+    if isinstance(policy, Random) and not isinstance(policy.seed, int) and len(policy.seed) < len(rows):
+        raise ValueError(
+            f"Random has {len(policy.seed)} seeds for {len(rows)} rows; give one seed for each output row, or one "
+            "number"
+        )
+    for index, step, kind in schedule_of(policy):
+        if index >= len(rows):
+            raise ValueError(f"Forced names row {index}, but the batch has {len(rows)} (rows count from 0)")
+        if kind == "short" and not rows[index].sighted:
+            raise ValueError(
+                f"Forced asks for short-term memory in row {index} at step {step}, but that row has no image"
+            )
+
+
+__getattr__ = renamed(__name__, {"Place": "RowState"})

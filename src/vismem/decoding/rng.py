@@ -1,4 +1,4 @@
-"""Chance that belongs to a row: sampling that does not depend on a row's neighbours, its batch or its process."""
+"""Random numbers that belong to a row: its samples do not depend on its neighbours, its batch or its process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 BLOCK = 64  # uniform numbers drawn from the generator at a time
 
 
-class Draws:
-    """One row's stream of uniform numbers from its own seed; token number k of the row uses number k."""
+class RowRng:
+    """A row's stream of uniform numbers from its own seed; sampled token number k uses number k."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(int(seed))
@@ -21,8 +21,8 @@ class Draws:
         return self.numbers[token]
 
 
-def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Returns one token [n] for each row of `probabilities` [n, V], by inverse transform sampling at `uniform` [n].
+def inverse_transform(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Samples one token [n] per row of `probabilities` [n, V] by inverse transform sampling at `uniform` [n].
 
     A row of NaN or zeros gives some token of the vocabulary and never an error.
     """

@@ -14,8 +14,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from vismem.data import BadRow, Row, reward_columns, row_inputs
-from vismem.decoding.batching import Answer, Request
 from vismem.decoding.policies import After, Policy, Random
+from vismem.decoding.queue import Answer, Request
 from vismem.escaping import visible
 from vismem.evaluation.records import Record, RecordFile
 from vismem.model import VisMem

@@ -18,17 +18,23 @@ from vismem.config import Kind
 
 
 @dataclass(frozen=True)
-class Place:
-    """One invocation in `input_ids`: its kind, the index of its token, and where its segment starts."""
+class InvocationSite:
+    """One invocation in `input_ids`.
+
+    Args:
+        kind: `"short"` or `"long"`.
+        index: of its token.
+        segment_start: index of the first token of its segment.
+    """
 
     kind: Kind
     index: int
-    segment: int
+    segment_start: int
 
 
 def find_invocations(
     input_ids: Tensor, starts: list[int], invocation_ids: dict[Kind, int], end_ids: dict[Kind, int]
-) -> list[list[Place]]:
+) -> list[list[InvocationSite]]:
     """Invocations in `input_ids` [B, L], row by row: an invocation token at or after `starts`, and its end token."""
     kind_of = {index: kind for kind, index in invocation_ids.items()}
     rows = []
@@ -37,17 +43,17 @@ def find_invocations(
         for index in range(segment, len(row) - 1):
             kind = kind_of.get(row[index])
             if kind is not None and row[index + 1] == end_ids[kind]:
-                found.append(Place(kind, index, segment))
+                found.append(InvocationSite(kind, index, segment))
                 segment = index + 2
         rows.append(found)
     return rows
 
 
-def of_like_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of `lengths` as one batch, or as the two that spare most padding where that is a quarter or more.
+def batches_of_similar_length(lengths: list[int]) -> list[list[int]]:
+    """Indices of `lengths` as one batch, or as the two with the least padding if that saves a quarter or more.
 
     Example:
-        >>> of_like_length([3, 40, 5, 4, 38])
+        >>> batches_of_similar_length([3, 40, 5, 4, 38])
         [[0, 3, 2], [4, 1]]
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -70,7 +76,7 @@ class Splice:
         length: L.
     """
 
-    def __init__(self, places: list[list[Place]], memories: list[list[Tensor | None]], length: int) -> None:
+    def __init__(self, places: list[list[InvocationSite]], memories: list[list[Tensor | None]], length: int) -> None:
         self.memories = [m for row in memories for m in row if m is not None]
         rows = []
         for found, formed in zip(places, memories, strict=True):

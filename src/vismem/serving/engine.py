@@ -16,10 +16,10 @@ from typing import Any, Protocol
 from PIL.Image import Image
 from torch import Tensor
 
-from vismem.decoding.batching import Request
+from vismem.decoding.output import NonFiniteError
 from vismem.decoding.policies import Forced, Policy, Random, read_policy
 from vismem.decoding.prepare import context_of
-from vismem.decoding.row import NonFiniteError
+from vismem.decoding.queue import Request
 from vismem.model import VisMem
 from vismem.serving.errors import ApiError, stopping
 from vismem.serving.pictures import PictureLimits, Pictures

@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from vismem.decoding.batching import Answer, Request, RequestQueue
-from vismem.decoding.row import NonFiniteError
+from vismem.decoding.output import NonFiniteError
+from vismem.decoding.queue import Answer, Request, RequestQueue
 from vismem.decoding.trace import Invocation, Top
 from vismem.model import VisMem
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerState
 
 from vismem import files
 from vismem.data import Row
-from vismem.decoding.row import NonFiniteError
+from vismem.decoding.output import NonFiniteError
 from vismem.model import VisMem
 from vismem.training import grpo
 from vismem.training.arguments import NO_EVALUATION, MemoryTrainingArguments

@@ -23,8 +23,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from vismem.data import row_inputs
-from vismem.decoding.batching import Answer, Request
 from vismem.decoding.policies import read_policy
+from vismem.decoding.queue import Answer, Request
 from vismem.evaluation.answering import policy_for
 from vismem.evaluation.lmms.messages import row_of
 from vismem.loading import DTYPES, load_model, silence_libraries

@@ -17,16 +17,18 @@ from torch import Tensor
 
 from vismem.decoding.cache import Slots
 from vismem.decoding.decoder import Decoder
+from vismem.decoding.output import NonFiniteError
 from vismem.decoding.policies import Policy, policy_of
 from vismem.decoding.prepare import (
     Layout,
     Prepared,
     asked_cache,
     cache_implementation,
-    read_dynamically,
+    read_into_dynamic_cache,
     setting,
 )
-from vismem.decoding.row import NonFiniteError, Row, plain
+from vismem.decoding.processors import plain
+from vismem.decoding.row import Row
 from vismem.decoding.trace import Invocation, Rollout, Top
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ class Answer:
     @property
     def tops(self) -> list[Top | None]:
         """What the request's `top` asks for, for each token so far; None where it was put in."""
-        return [] if self._row is None else self._row.tops
+        return [] if self._row is None else self._row.record.tops
 
     @property
     def rollout(self) -> Rollout:
@@ -156,7 +158,7 @@ class RequestQueue:
         self.waiting: deque[list[Answer]] = deque()
         self.decoder: Decoder | None = None
         self.answers: dict[int, Answer] = {}  # of the rows that are being written
-        self.blind: dict[Any, bool] = {}  # by `kind_of`: whether such rows may be read with padding before them
+        self.paddable: dict[Any, bool] = {}  # by `kind_of`: whether such rows may be read with padding before them
         self.alone: set[int] = set()  # requests that are to be read by themselves
         self.entering = False  # rows are just given their places
 
@@ -241,7 +243,7 @@ class RequestQueue:
             if row.error is not None:
                 ended += failed([answer], row.error)
                 continue
-            answer.finish = "stop" if row.sampled < row.settings.budget or row.ended else "length"
+            answer.finish = "stop" if row.sampled < row.settings.budget or row.ended_by_eos else "length"
             ended.append(answer)
         return ended
 
@@ -254,7 +256,7 @@ class RequestQueue:
             kind, length = self.kind_of(request), request.inputs["input_ids"].shape[1]
             longest, total = max(longest, length), total + length
             if found:
-                alike = kind is not None and kind == self.kind_of(found[0][0].request) and self.blind.get(kind)
+                alike = kind is not None and kind == self.kind_of(found[0][0].request) and self.paddable.get(kind)
                 if not alike or longest * (len(found) + 1) > MOST_PADDED * total:
                     break
             found.append(self.waiting.popleft())
@@ -289,46 +291,46 @@ class RequestQueue:
         model, requests = self.model, [group[0].request for group in groups]
         kind, self.entering = self.kind_of(requests[0]), False
         self.alone.difference_update(map(id, requests))
-
-        def enter(call: Prepared) -> list[Row]:
-            settings = call.settings
-            # Those that look at ids would see the padding.
-            if len(self.blind) >= MOST_KINDS:
-                self.blind.clear()
-            self.blind[kind] = settings.blind and not settings.criteria and settings.streamer is None
-            if self.decoder is None:
-                slots = self.layout.slots(call, self.batch_size, model.memory_config)
-                self.decoder = Decoder(model.backbone, model.tokens, model.memory, model.memory_config, slots)
-            elif self.layout.compiled is not None and isinstance(self.decoder.cache, Slots):
-                # Growing now and then would compile each time.
-                self.decoder.cache.reserve(self.layout.columns(call, model.memory_config))
-            prompts = self.decoder.read_prompts(call.base, call.input_ids, call.kwargs, call.images)
-            if len(groups) > 1 and not prompts.hidden.isfinite().all():
-                raise NonFiniteError("a prompt read together with others is not finite")  # each is read by itself then
-            seeds = [seed for group in groups for seed in seeds_of(group)] if settings.config.do_sample else None
-            self.entering = True
-            return self.decoder.enter(prompts, settings, call.copies, seeds)
-
         keywords = [{**self.generation, **request.generation} for request in requests]
         budgets = [setting(model.base, each, "max_new_tokens") for each in keywords]
         inputs = requests[0].inputs
         if len(groups) > 1:
-            inputs = padded_together([request.inputs for request in requests], model.processor.tokenizer.pad_token_id)
+            inputs = pad_together([request.inputs for request in requests], model.processor.tokenizer.pad_token_id)
             keywords[0]["max_new_tokens"] = max(budgets)
-        call = {**keywords[0], **inputs}
-        read_dynamically(call)
-        rows = model._prepare(self.policy_of(requests[0]), enter, record=self.record, **call)
+        arguments = {**keywords[0], **inputs}
+        read_into_dynamic_cache(arguments)
+        call = model.prepare(self.policy_of(requests[0]), record=self.record, **arguments)
+        settings = call.settings
+        if len(self.paddable) >= MOST_KINDS:
+            self.paddable.clear()
+        self.paddable[kind] = settings.ignores_ids and not settings.criteria and settings.streamer is None
+        decoder = self._decoder_for(call)
+        prompts = decoder.read_prompts(call)
+        if len(groups) > 1 and not prompts.hidden.isfinite().all():
+            raise NonFiniteError("a prompt read together with others is not finite")  # each is then read by itself
+        seeds = [seed for group in groups for seed in seeds_of(group)] if settings.config.do_sample else None
+        self.entering = True
+        rows = decoder.enter(prompts, settings, call.copies, seeds)
         answers = [(answer, budget) for group, budget in zip(groups, budgets, strict=True) for answer in group]
         for (answer, budget), row in zip(answers, rows, strict=True):
             if len(groups) > 1:
                 row.settings = copy.copy(row.settings)
                 row.settings.budget = budget
-            answer._row, row.tag, row.top = row, answer.tag, answer.request.top
+            answer._row, row.tag, row.record.top = row, answer.tag, answer.request.top
             self.answers[id(row)] = answer
-            if answer.finish is not None:  # given up while it waited, with others of its request going on
+            if answer.finish is not None:  # cancelled while it waited, unlike others of its request
                 self.answers.pop(id(row))
-                if self.decoder is not None:
-                    self.decoder.leave([row])
+                decoder.leave([row])
+
+    def _decoder_for(self, call: Prepared) -> Decoder:
+        """The queue's decoder, made for the first call and with room for this one."""
+        columns = self.layout.columns(call, self.model.memory_config)
+        if self.decoder is None:
+            slots = self.layout.slots(self.model.base, self.batch_size, columns)
+            self.decoder = self.model.decoder(slots)
+        elif self.layout.compiled is not None and isinstance(self.decoder.cache, Slots):
+            self.decoder.cache.reserve(columns)  # now: growing at every step would compile each time
+        return self.decoder
 
 
 def check_cache(base: Any, generation: dict[str, Any]) -> None:
@@ -346,7 +348,7 @@ def seeds_of(group: list[Answer]) -> list[int]:
     return [first + index for index in range(len(group))]
 
 
-def padded_together(inputs: list[dict[str, Tensor]], pad: int | None) -> dict[str, Tensor]:
+def pad_together(inputs: list[dict[str, Tensor]], pad: int | None) -> dict[str, Tensor]:
     """One batch of prompts out of several: what is said of each token padded on the left, images after each other."""
     longest = max(each["input_ids"].shape[1] for each in inputs)
 
