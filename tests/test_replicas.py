@@ -14,7 +14,7 @@ import pytest
 if importlib.util.find_spec("ray") is None or not Path("/proc/net/tcp").exists():
     pytest.skip("needs Ray Serve (vismem[replicas]) and Linux's /proc", allow_module_level=True)
 
-from vismem.loading import CannotLoad, load_model
+from vismem.loading import LoadError, load_model
 from vismem.serving.engine import Ask, Engine
 from vismem.serving.errors import ApiError
 from vismem.serving.replica import gathered, told
@@ -269,9 +269,9 @@ def test_the_end_is_orderly_and_leaves_nothing(engine):
 def test_what_cannot_be_had_is_said_in_one_line():
     with pytest.raises(ValueError, match="1 replica or more, got 0"):
         start_replicas({}, 0)
-    with pytest.raises(CannotLoad, match="need more than the 0 that Ray has"):
+    with pytest.raises(LoadError, match="need more than the 0 that Ray has"):
         start_replicas({"device": "cpu"}, 2, gpus=1, object_store=SMALL)
-    with pytest.raises(CannotLoad, match=r"cannot use Ray at 127\.0\.0\.1:9: "):
+    with pytest.raises(LoadError, match=r"cannot use Ray at 127\.0\.0\.1:9: "):
         start_replicas({"device": "cpu"}, 2, address="127.0.0.1:9")
-    with pytest.raises(CannotLoad, match="no-such-folder"):
+    with pytest.raises(LoadError, match="no-such-folder"):
         start_replicas({"device": "cpu", "checkpoint": "/no-such-folder"}, 1, object_store=SMALL)

@@ -583,7 +583,7 @@ def test_which_setting_wins(tmp_path):
         ("reference=nowhere", "reference must be one of start, no_memory, got 'nowhere'"),
         ("micro_batch=5", "micro_batch must be 0, a divisor of group_size (2) or a multiple of it, got 5"),
         ("preset=papr", "unknown preset 'papr'; there are paper, pocket"),
-        ("base=/nowhere/base", "base '/nowhere/base' cannot be loaded"),
+        ("base=/nowhere/base", "no base /nowhere/base: there is no such folder"),
         ("rewards=exakt", "exakt"),
         ("data=/nowhere.jsonl", "/nowhere.jsonl"),
         ("memory.short_length=5", "short_length must be one of"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vismem.decoding.output import NonFiniteError
     from vismem.decoding.queue import Answer, Request, RequestQueue
     from vismem.decoding.trace import Invocation, VisMemOutput
+    from vismem.loading import load
     from vismem.model import VisMem
 
 deprecation.install()
@@ -28,6 +29,7 @@ __all__ = [
     "VisMemConfig",
     "VisMemOutput",
     "invocation",
+    "load",
 ]
 
 # Imported when first asked for, so that `vismem --help` does not wait for torch.
@@ -40,6 +42,7 @@ _HOMES = {
     "VisMem": "vismem.model",
     "VisMemConfig": "vismem.config",
     "VisMemOutput": "vismem.decoding.trace",
+    "load": "vismem.loading",
 }
 
 

@@ -22,9 +22,9 @@ from torch import nn
 
 from vismem import files
 from vismem.backbones import backbone_of
+from vismem.bundled import BASE_PATH, POCKET
 from vismem.card import model_card
 from vismem.config import VisMemConfig
-from vismem.pocket import BASE_PATH
 from vismem.weights import check_finite, check_sizes, read_state
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "vismem_config.json", "vismem.safetensors", "README.md"
 FORMAT = 1
-POCKET = "pocket"  # the base that comes with the package
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
         names: old name to new name, both of that module.
 
     Example:
-        >>> __getattr__ = renamed(__name__, {"CannotLoad": "LoadError"})
+        >>> __getattr__ = renamed(__name__, {"LoadError": "LoadError"})
     """
 
     def lookup(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""A base and its memory by name - a folder, the hub or the package - without noise and without waiting for a network.
+"""Loads a base and its memory by name: a folder, a hub repository, or the pocket model that ships with the package.
 
-With nothing named it is the pocket model with its shipped memory. A base without a memory gets an untrained one,
-always the same. Command lines and the plug-in for lmms-eval name models this way; what goes wrong is one clear line.
+`vismem.load` is the short way. What goes wrong is one clear line, and no network means no waiting: the hub is asked
+once, for a few seconds, and files downloaded earlier are used if it does not answer.
 """
 
 from __future__ import annotations
@@ -13,39 +13,73 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from vismem.bundled import BASE_PATH, MEMORY_PATH, POCKET, is_pocket
 from vismem.config import VisMemConfig
-from vismem.pocket import BASE_PATH, MEMORY_PATH
+from vismem.deprecation import renamed
 
 if TYPE_CHECKING:
     import torch
 
     from vismem.model import VisMem
 
-POCKET = "pocket"  # the name of the model that comes with the package
 NETWORK_TIMEOUT = 5  # seconds; huggingface_hub's own retries take half a minute
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class CannotLoad(ValueError):
-    """What was named cannot be had, is damaged, or does not fit together."""
+class LoadError(ValueError):
+    """What was named cannot be found, is damaged, or does not fit together."""
 
 
-class UnknownDevice(ValueError):
+class UnknownDeviceError(ValueError):
     """No device has that name on any machine."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to write, and what it was asked for by.
+    """A model ready to answer, and the names it was asked for by.
 
     Args:
         model: the `VisMem`.
-        base, checkpoint: names to show; None for an untrained memory.
+        base, checkpoint: names to show; `checkpoint` is None for an untrained memory.
     """
 
     model: VisMem
     base: str
     checkpoint: str | None
+
+
+def load(
+    name: str | Path | None = None,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> VisMem:
+    """Loads a model with its memory, ready to answer.
+
+    Args:
+        name: a memory or a base: a folder or a hub repository; by default the pocket model. A base without a memory
+            gets an untrained one, always the same.
+        base: the base of the memory, if it is not where the memory's record says.
+        device: `"auto"` is the first GPU, or else the CPU.
+        dtype: `"auto"` (the base's own), `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: let a hub repository run its own code.
+
+    Raises:
+        UnknownDeviceError: if no machine has such a device.
+        LoadError, ValueError, OSError: if something is missing, damaged, or does not fit together; one line each.
+
+    Example:
+        >>> model = vismem.load()
+        >>> model.name_or_path
+    """
+    given = None if name is None else str(name)
+    if given is None or given == POCKET:
+        return load_model(None, base, device, dtype, trust_remote_code).model
+    folder = Path(given).expanduser()
+    if base is None and (folder / "config.json").is_file():
+        return load_model(None, given, device, dtype, trust_remote_code).model
+    return load_model(given, base, device, dtype, trust_remote_code).model
 
 
 def load_model(
@@ -56,19 +90,16 @@ def load_model(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda note: None,
 ) -> Loaded:
-    """Loads a base and equips it with its memory.
+    """Loads a base and equips it with its memory, as the command line does.
 
     Args:
         checkpoint: a memory: a folder or a hub repository; by default the pocket model's, or an untrained one.
         base: a base model: a folder, a hub repository, or `"pocket"`; by default the checkpoint's, or the pocket model.
-        device: `"auto"` is the first GPU, or else the CPU.
-        dtype: one of `DTYPES`; `"auto"` is the base's own.
-        trust_remote_code: let a hub repository run its own code.
-        say: is told of downloads, and that a memory is untrained.
+        device, dtype, trust_remote_code: as in `load`.
+        say: called with notes: a download starts, a memory is untrained.
 
     Raises:
-        UnknownDevice: if the device has no such name.
-        CannotLoad, ValueError, OSError: if something is missing, damaged, or does not fit together; one line each.
+        UnknownDeviceError, LoadError, ValueError, OSError: as in `load`.
     """
     import torch
 
@@ -87,10 +118,10 @@ def load_model(
         folder, shown = MEMORY_PATH, POCKET
     try:
         found, processor = load_base(place, where, dtype, trust_remote_code, say)
-    except CannotLoad as error:
+    except LoadError as error:
         if checkpoint is None or base:
             raise
-        raise CannotLoad(
+        raise LoadError(
             f"{error}; it is the base of checkpoint {checkpoint}: say where it is with --base (base= in Python)"
         ) from error
     if folder is not None:
@@ -103,28 +134,44 @@ def load_model(
 
 
 def load_base(
-    name: str, device: Any, dtype: str, trust_remote_code: bool, say: Callable[[str], None]
+    name: str,
+    device: torch.device | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda note: None,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    """The base and its processor, checked to be of a supported family, whole, and able to chat."""
+    """Loads a base and its processor, of a supported family, with all of its weights.
+
+    Args:
+        name: a folder, a hub repository, or `"pocket"`.
+        device: where to load it; None is the CPU.
+        dtype, trust_remote_code, say: as in `load_model`.
+        **options: for `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        LoadError: if it cannot be found or loaded, lacks weights, or has no chat template.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from vismem.backbones import backbone_of
 
     pocket = is_pocket(name)
     if pocket and not (BASE_PATH / "config.json").is_file():
-        raise CannotLoad("the pocket model has not been built yet: run `vismem pocket build`, or name another base")
+        raise LoadError("the pocket model has not been built yet: run `vismem pocket build`, or name another base")
     found, local = (str(BASE_PATH), True) if pocket else locate(name, "config.json", "base", say)
     # Always said, or transformers asks on the terminal.
     common = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     dtype = "float32" if pocket and dtype == "auto" else dtype  # the file is bfloat16 to be small
     try:
-        backbone_of(SimpleNamespace(config=AutoConfig.from_pretrained(found, **common)))
+        backbone_of(SimpleNamespace(config=AutoConfig.from_pretrained(found, **common)))  # before weights are read
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             found,
             dtype=dtype,
             output_loading_info=True,
-            device_map=None if device.type == "cpu" else {"": device},
+            device_map=None if device is None or device.type == "cpu" else {"": device},
             **common,
+            **options,
         )
         base, report = loaded
         processor = AutoProcessor.from_pretrained(found, **common)
@@ -132,13 +179,13 @@ def load_base(
         raise
     except Exception as error:
         if "out of memory" in str(error).lower():
-            raise CannotLoad(f"base {name} does not fit into the memory of {device}") from error
-        raise CannotLoad(f"cannot load base {name}: {error}") from error
+            raise LoadError(f"base {name} does not fit into the memory of {device}") from error
+        raise LoadError(f"cannot load base {name}: {error}") from error
     missing = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if missing:
-        raise CannotLoad(f"cannot load base {name}: its files lack {len(missing)} weights, {missing[0]} for one")
+        raise LoadError(f"cannot load base {name}: its files lack {len(missing)} weights, {missing[0]} for one")
     if getattr(processor, "chat_template", None) is None:
-        raise CannotLoad(f"base {name} has no chat template, so a question cannot be put to it")
+        raise LoadError(f"base {name} has no chat template, so a question cannot be put to it")
     return base, processor
 
 
@@ -151,7 +198,7 @@ def checkpoint_folder(name: str, say: Callable[[str], None]) -> Path:
         try:
             found = checkpoint.find_memory(path)
         except OSError as error:
-            raise CannotLoad(str(error)) from error
+            raise LoadError(str(error)) from error
         if found != path:
             say(f"note: the memory of {name} is {found}")
         return found
@@ -164,23 +211,26 @@ def checkpoint_folder(name: str, say: Callable[[str], None]) -> Path:
 
 
 def locate(name: str, file: str, what: str, say: Callable[[str], None]) -> tuple[str, bool]:
-    """Where a base or a memory is to be had: its folder or repository, and whether everything is on this machine.
+    """Where a base or a memory is: its folder or repository, and whether all of it is on this machine.
 
-    Asks the hub once, for a few seconds at most; without an answer, what an earlier download left must do.
+    Asks the hub once, for a few seconds at most; without an answer, files downloaded earlier must do.
 
     Args:
         name: as on the command line.
-        file: the file that tells a folder or a repository from any other.
+        file: the file that every such folder or repository has.
         what: `"base"` or `"checkpoint"`, for the message.
-        say: is told that a download begins.
+        say: called with a note when a download starts.
+
+    Raises:
+        LoadError: if there is no such folder or repository, or it is something else.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / file).is_file():
-            raise CannotLoad(f"{name} is no {what}: the folder has no {file}")
+            raise LoadError(f"{name} is no {what}: the folder has no {file}")
         return str(path), True
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise CannotLoad(f"no {what} {name}: there is no such folder, and a hub repository is named like owner/name")
+        raise LoadError(f"no {what} {name}: there is no such folder, and a hub repository is named like owner/name")
 
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
@@ -193,29 +243,29 @@ def locate(name: str, file: str, what: str, say: Callable[[str], None]) -> tuple
                 say(f"note: downloading {name} from the hub")
             return name, False
         except errors.HFValidationError as error:
-            raise CannotLoad(
+            raise LoadError(
                 f"no {what} {name}: there is no such folder, and it cannot be a repository's name"
             ) from error
         except errors.GatedRepoError as error:
-            raise CannotLoad(f"{what} {name} is gated: ask for access on its page, then `hf auth login`") from error
+            raise LoadError(f"{what} {name} is gated: ask for access on its page, then `hf auth login`") from error
         except errors.RepositoryNotFoundError as error:
-            raise CannotLoad(f"no {what} {name}: no such folder, and no such repository that you may read") from error
+            raise LoadError(f"no {what} {name}: no such folder, and no such repository that you may read") from error
         except errors.EntryNotFoundError as error:
-            raise CannotLoad(f"{name} is no {what}: the repository has no {file}") from error
+            raise LoadError(f"{name} is no {what}: the repository has no {file}") from error
         except Exception:  # no network, or the hub is down; the client's own errors are of many kinds
             reason = "the hub cannot be reached"
     if not cached:
-        raise CannotLoad(f"no {what} {name}: no such folder, nothing downloaded earlier, and {reason}")
+        raise LoadError(f"no {what} {name}: no such folder, nothing downloaded earlier, and {reason}")
     return name, True
 
 
-def is_pocket(name: str) -> bool:
-    """Whether a base's name means the pocket model, also as recorded on another machine."""
-    return name == POCKET or Path(name).parts[-4:] == ("vismem", *BASE_PATH.parts[-3:])
-
-
 def device_of(name: str) -> torch.device:
-    """The torch device of that name; `"auto"` is the first GPU, or else the CPU."""
+    """The torch device of that name; `"auto"` is the first GPU, or else the CPU.
+
+    Raises:
+        UnknownDeviceError: if no machine has such a device.
+        LoadError: if this one does not.
+    """
     import torch
 
     if name == "auto":
@@ -223,26 +273,26 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UnknownDevice(
+        raise UnknownDeviceError(
             f"unknown device {name!r}; give auto, cpu, cuda, cuda:1, mps or another of torch's"
         ) from error
     if device.type == "meta":
-        raise UnknownDevice("device 'meta' holds no numbers; give auto, cpu or a GPU")
+        raise UnknownDeviceError("device 'meta' holds no numbers; give auto, cpu or a GPU")
     try:
         torch.empty(1, device=device)
     except Exception as error:  # each backend has its own error for a device that is not there
-        raise CannotLoad(f"device {name} is not available here") from error
+        raise LoadError(f"device {name} is not available here") from error
     return device
 
 
 def quiet_imports() -> None:
-    """Keeps off stderr what is said while peft imports bitsandbytes and torchao, where it finds them."""
+    """Keeps stderr free of what bitsandbytes and torchao log when peft imports them."""
     for name in ("bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def silence_libraries(debug: bool) -> None:
-    """Keeps the libraries' warnings and bars off stderr, but for a download's bar on a terminal."""
+    """Keeps the libraries' warnings and progress bars off stderr, except a download's bar on a terminal."""
     import sys
 
     import huggingface_hub
@@ -256,3 +306,6 @@ def silence_libraries(debug: bool) -> None:
     huggingface_hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
+
+
+__getattr__ = renamed(__name__, {"CannotLoad": "LoadError", "UnknownDevice": "UnknownDeviceError"})

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from random import Random
 
 from vismem.audit.activations import image_digest
+from vismem.bundled import POCKET
 from vismem.data import BadDataError, Row, Rows, load_dataset_rows
 from vismem.evaluation.records import Record
-
-POCKET = "pocket"
 
 
 def questions(

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from vismem.audit.names import INTERVENTIONS, KINDS_IN_WORDS
+from vismem.bundled import POCKET
 from vismem.cli.model_options import add_model_options, load, silence_libraries
 from vismem.cli.parsing import (
     MOST_TOKENS,
@@ -25,7 +26,6 @@ from vismem.decoding.policies import SPELLINGS
 from vismem.interrupts import advising, termination_interrupts
 
 EXTRA = ("jinja2", "matplotlib", "sklearn", "datasets")
-POCKET = "pocket"
 PLACED = "placed"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vismem.cli.parsing import Misuse, say
-from vismem.loading import DTYPES, Loaded, UnknownDevice, load_model, silence_libraries
+from vismem.loading import DTYPES, Loaded, UnknownDeviceError, load_model, silence_libraries
 
 __all__ = ["Loaded", "add_model_options", "load", "silence_libraries"]
 
@@ -36,5 +36,5 @@ def load(options: argparse.Namespace) -> Loaded:
         return load_model(
             options.checkpoint, options.base, options.device, options.dtype, options.trust_remote_code, say
         )
-    except UnknownDevice as error:
+    except UnknownDeviceError as error:
         raise Misuse(str(error)) from error

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vismem.bundled import POCKET
 from vismem.cli.model_options import add_model_options, load
 from vismem.cli.parsing import (
     MOST_TOKENS,
@@ -25,7 +26,6 @@ from vismem.cli.parsing import (
     whole,
 )
 from vismem.decoding.policies import SPELLINGS
-from vismem.loading import POCKET
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp

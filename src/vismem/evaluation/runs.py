@@ -93,9 +93,8 @@ class Runs:
         if not name:
             raise ValueError("no base: set base=NAME_OR_FOLDER")
         device = device_of(settings.device)
-        base, processor = load_base(name, device, settings.dtype, settings.trust_remote_code, log.info)
-        if settings.attn_implementation:
-            base.set_attn_implementation(settings.attn_implementation)
+        options = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
+        base, processor = load_base(name, device, settings.dtype, settings.trust_remote_code, log.info, **options)
         if folder is not None and not (folder / ADAPTER_FILE).is_file():
             return VisMem.from_pretrained(folder, base=base, processor=processor)
         model = VisMem(base, processor).eval()

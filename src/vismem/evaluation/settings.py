@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from vismem.bundled import POCKET
 from vismem.decoding.policies import read_policy
 from vismem.settings import SettingsError, check, kind_of, preset_named, read_changes, read_file, shown, typed
 from vismem.training.settings import checked
@@ -20,7 +21,6 @@ from vismem.training.stages import ADAPTER_FILE, BASELINES, STAGES
 
 STEPS = ("all", *STAGES, *BASELINES)  # of `vismem train`
 ABILITIES = ("understanding", "reasoning", "generation")
-POCKET = "pocket"
 
 
 @dataclass(frozen=True)

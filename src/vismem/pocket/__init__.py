@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vismem.bundled import BASE_PATH, MEMORY_PATH
+
 if TYPE_CHECKING:
     import torch
 
-BASE_PATH = Path(__file__).parent / "weights" / "base"
-MEMORY_PATH = Path(__file__).parent / "weights" / "memory"
 
 __all__ = ["BASE_PATH", "MEMORY_PATH", "load_base"]
 

@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from typing import Any
 
-from vismem.loading import CannotLoad
+from vismem.loading import LoadError
 from vismem.serving.engine import Ask
 from vismem.serving.replica import Replica
 
@@ -32,7 +32,7 @@ class Cluster:
         object_store: bytes of shared memory for requests on their way, for a cluster started here.
 
     Raises:
-        CannotLoad: if there is no such cluster, or one started here could be reached from elsewhere.
+        LoadError: if there is no such cluster, or one started here could be reached from elsewhere.
     """
 
     def __init__(self, address: str | None, object_store: int) -> None:
@@ -52,7 +52,7 @@ class Cluster:
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             self._end()
             told = " ".join(str(error).split())
-            raise CannotLoad(f"cannot use Ray at {address or 'this machine'}: {told}") from error
+            raise LoadError(f"cannot use Ray at {address or 'this machine'}: {told}") from error
 
     def _connect(self, address: str | None, object_store: int) -> None:
         import ray
@@ -93,7 +93,7 @@ class Cluster:
             gpus: of each; None for 1 where there are any.
 
         Raises:
-            CannotLoad: if there are too few GPUs, or one of them cannot load its model.
+            LoadError: if there are too few GPUs, or one of them cannot load its model.
         """
         import ray
         from ray import serve
@@ -103,7 +103,7 @@ class Cluster:
         if gpus is None:
             gpus = float(there > 0 and load.get("device") != "cpu")
         if gpus * count > there:
-            raise CannotLoad(f"{count} replicas with {gpus:g} GPUs each need more than the {there:g} that Ray has")
+            raise LoadError(f"{count} replicas with {gpus:g} GPUs each need more than the {there:g} that Ray has")
         quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
         serve.start(proxy_location="Disabled", logging_config=quiet)
         deployment = serve.deployment(
@@ -125,7 +125,7 @@ class Cluster:
         try:
             handles = serve.run_many(targets)
         except RuntimeError as error:
-            raise CannotLoad(f"a replica does not come up: {self._reason() or error}") from error
+            raise LoadError(f"a replica does not come up: {self._reason() or error}") from error
         self.methods = [handle.options(stream=True).answer for handle in handles]
 
     def answer(self, index: int, ask: Ask) -> Any:

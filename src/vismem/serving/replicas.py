@@ -17,7 +17,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from vismem.loading import CannotLoad
+from vismem.loading import LoadError
 from vismem.serving.cluster import Cluster
 from vismem.serving.engine import Ask, Event, Load, full
 from vismem.serving.errors import ApiError, stopping
@@ -203,13 +203,13 @@ def start_replicas(
         **engine: further keywords of `Engine`.
 
     Raises:
-        CannotLoad: if Ray is not installed, cannot be had, or a model cannot be loaded; one line.
+        LoadError: if Ray is not installed, cannot be had, or a model cannot be loaded; one line.
         ValueError: if `count` is below 1.
     """
     if count < 1:
         raise ValueError(f"there must be 1 replica or more, got {count}")
     if importlib.util.find_spec("ray") is None:
-        raise CannotLoad("replicas need Ray Serve: pip install 'vismem[replicas]'")
+        raise LoadError("replicas need Ray Serve: pip install 'vismem[replicas]'")
     if threads is None and address is None and "OMP_NUM_THREADS" not in os.environ:
         threads = max((os.cpu_count() or 1) // count, 1)
     cluster = Cluster(address, object_store)

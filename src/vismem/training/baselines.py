@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from vismem import files
 from vismem.backbones import Backbone
-from vismem.checkpoint import POCKET, recorded_name
+from vismem.bundled import POCKET
+from vismem.checkpoint import recorded_name
 from vismem.config import VisMemConfig
 from vismem.model import VisMem
 from vismem.training.stages import ADAPTER_FILE

@@ -11,19 +11,16 @@ import contextlib
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer_utils import set_seed
 
 from vismem import checkpoint as checkpoint_files
 from vismem import files
-from vismem.backbones import backbone_of
-from vismem.config import VisMemConfig
 from vismem.data import load_dataset_rows
 from vismem.interrupts import advising
+from vismem.loading import load_base
 from vismem.model import VisMem
 from vismem.training import baselines
 from vismem.training.arguments import STAGES, MemoryTrainingArguments, arguments_for
@@ -208,47 +205,24 @@ def prepared_rows(args: MemoryTrainingArguments, read: dict[tuple[Any, ...], Any
 
 def load_model(args: MemoryTrainingArguments) -> VisMem:
     """The base with the memory, or the adapter, that the stage starts from."""
-    options: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    if args.attn_implementation:
-        options["attn_implementation"] = args.attn_implementation
-    if args.plan.adapts:
-        name = args.base or (baselines.base_name(args.checkpoint) if args.checkpoint else "")
-        if not name:
-            raise ValueError("no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of an adapter that names its own")
-        model = VisMem(*load_base(name, options), args.memory_config())  # for its trainer; nobody invokes its memory
-        if args.checkpoint:
-            baselines.load_adapter(model, args.checkpoint)
-        return model
+    name = args.base
+    if not name and args.checkpoint:
+        if args.plan.adapts:
+            name = baselines.base_name(args.checkpoint)
+        else:
+            folder = checkpoint_files.locate(args.checkpoint)
+            name = checkpoint_files.base_location(checkpoint_files.read_record(folder), folder)
+    if not name:
+        made = "an adapter" if args.plan.adapts else "a memory"
+        raise ValueError(f"no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of {made} that names its own")
+    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    base, processor = load_base(name, None, args.dtype, args.trust_remote_code, log.info, **options)
+    if args.checkpoint and not args.plan.adapts:
+        return VisMem.from_pretrained(args.checkpoint, base, processor, memory_dtype=torch.float32)
+    model = VisMem(base, processor, args.memory_config())  # a baseline never invokes its memory
     if args.checkpoint:
-        given: dict[str, Any] = (
-            {} if not args.base else dict(zip(("base", "processor"), load_base(args.base, options), strict=True))
-        )
-        options = {} if given else options
-        return VisMem.from_pretrained(args.checkpoint, memory_dtype=torch.float32, **given, **options)
-    if not args.base:
-        raise ValueError("no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of a memory that names its own")
-    base, processor = load_base(args.base, options)
-    config: VisMemConfig = args.memory_config()
-    return VisMem(base, processor, config)
-
-
-def load_base(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """A base and its processor by name; `"pocket"` is the packaged one."""
-    if name == "pocket":
-        from vismem.pocket import BASE_PATH
-
-        name = str(BASE_PATH)
-    elif Path(name).expanduser().is_dir():
-        name = str(Path(name).expanduser())
-    trusted = {"trust_remote_code": options["trust_remote_code"]}
-    try:
-        backbone_of(SimpleNamespace(config=AutoConfig.from_pretrained(name, **trusted)))  # before weights are read
-        base = AutoModelForImageTextToText.from_pretrained(name, **options)
-        processor = AutoProcessor.from_pretrained(name, **trusted)
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"base {name!r} cannot be loaded: {first}") from error
-    return base, processor
+        baselines.load_adapter(model, args.checkpoint)
+    return model
 
 
 def load_rows(args: MemoryTrainingArguments) -> Any:
