@@ -1,7 +1,7 @@
 """The configuration of a memory: lengths, widths and LoRA numbers, with the paper's values as defaults.
 
-Knows nothing of models. Every field is checked when the object is made, so that a wrong value is reported where
-it was written. Symbols are those of the paper (arXiv 2511.11007); `docs/paper-to-code.md` lists them beside our names.
+Every field is checked when the object is created, so a wrong value is reported where it was written. Symbols are those
+of the paper (arXiv 2511.11007).
 """
 
 from __future__ import annotations
@@ -12,40 +12,40 @@ from typing import Any, Literal
 
 Kind = Literal["short", "long"]
 KINDS: tuple[Kind, ...] = ("short", "long")
-LARGEST = 2**31  # that a size may be; JSON has no bounds
+LARGEST = 2**31  # a size must be below this; JSON has no bounds
 ALLOWED_LENGTHS = (2, 4, 8, 16, 32)
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be used: which one, what is wrong with it, and what is allowed."""
+    """An invalid setting; the message names it, the value and what is allowed."""
 
 
 @dataclass(frozen=True)
 class VisMemConfig:
-    """What a memory is made of; immutable, and saved as `vismem_config.json`.
+    """Configuration of a memory; immutable, and saved as `vismem_config.json`.
 
     Args:
-        query_length: K, number of query vectors that the builder writes.
+        query_length: K, number of query vectors.
         short_length: N_s, number of short-term memory vectors, one of 2, 4, 8, 16, 32.
         long_length: N_l, number of long-term memory vectors, one of 2, 4, 8, 16, 32.
         builder_layers: L, transformer layers of the query builder.
         builder_heads: attention heads of the query builder.
-        builder_width: inner width of the query builder; None means min(hidden_size, 960), which keeps the whole memory
-            below one percent of every base of the paper.
+        builder_width: inner width of the query builder; None is min(hidden_size, 960), which keeps the whole memory
+            below one percent of every base in the paper.
         lora_r, lora_alpha, lora_dropout: rank, scale and dropout of both formers' LoRA adapters (query and value
             projections, Tab. 4).
         memory_init: `"pooled"` starts short memory from pooled patches and long memory from the mean token
             embedding, each plus a learned offset; `"learned"` uses learned constants alone, the literal Eq. 6.
-        content: `"formed"`, or `"soft"` to compare with: as many vectors at the same places, but learned constants that
-            depend on nothing. Builder, LoRA and `memory_init` have no part in these.
-        max_invocations: most invocations in one answer (sampled and random ones; forced ones are not counted out).
-        min_gap: sampled tokens that must lie between two invocations.
-        delimiters: strings that end a phrase. The first that the tokenizer knows as one token gives the four memory
-            tokens their first rows; `vismem.invocation.Random` can be limited to places after any of them.
-        token_noise: noise added to the copied rows, relative to their RMS.
+        content: `"formed"`, or `"soft"`, a baseline: the same number of vectors at the same positions, but learned
+            constants. Builder, LoRA and `memory_init` are then unused.
+        max_invocations: maximum number of invocations in one answer, sampled or random; forced ones are not limited.
+        min_gap: minimum number of sampled tokens between two invocations.
+        delimiters: strings that end a phrase. The first that is a single token initialises the four memory tokens'
+            rows; `vismem.invocation.Random` can be limited to positions after any of them.
+        token_noise: noise added to those rows, relative to their RMS.
 
     Raises:
-        ValueError: if a value is out of range; the message names the field, the value and the rule.
+        ValueError: if a value is invalid; the message names the field, the value and the rule.
 
     Example:
         >>> VisMemConfig(short_length=16).short_length
@@ -95,11 +95,11 @@ class VisMemConfig:
             raise ValueError(f"VisMemConfig.{name} must be {rule}, got {shortened(getattr(self, name))}")
 
     def length(self, kind: Kind) -> int:
-        """N of that kind: how many vectors one invocation of it inserts."""
+        """N of that kind: the number of vectors that one invocation inserts."""
         return self.short_length if kind == "short" else self.long_length
 
     def inner_width(self, hidden_size: int) -> int:
-        """The query builder's inner width for a base of that width; a multiple of its heads."""
+        """The query builder's inner width for a base of width `hidden_size`; a multiple of its heads."""
         return self.builder_width or min(hidden_size, 960) // self.builder_heads * self.builder_heads
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class VisMemConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VisMemConfig:
-        """The inverse of `to_dict`; unknown names are refused, so that a misspelt field is never ignored."""
+        """The inverse of `to_dict`; raises ValueError for unknown names."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"VisMemConfig has no field {unknown[0]!r}; was the file written by a newer version?")
@@ -123,7 +123,7 @@ class VisMemConfig:
 
 
 def shortened(value: Any) -> str:
-    """A value as a message shows it, on at most 80 characters."""
+    """A value for a message, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

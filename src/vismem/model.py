@@ -1,7 +1,7 @@
 """`VisMem`: a base model with latent vision memory. Equip, generate, forward, save, load.
 
-Holds the pieces together and keeps the base as it was: everything trainable is in `memory` and `tokens`. How memory
-is formed is in `memory/`, how an answer is written in `decoding/`.
+Everything trainable is in `memory` and `tokens`; the base is never changed. `memory/` forms memories, `decoding/`
+writes answers, and `reading/` reads finished ones for training.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class VisMemForwardOutput(ModelOutput):
     Args:
         loss: mean cross-entropy over `labels`, where given.
         logits: float32 [B, L, vocabulary], aligned with `input_ids`: slots are read, not listed. End tokens are -inf.
-        memories: for each row its memory vectors [N, d], in order of invocation; None where a kind forms nothing.
-        states: for each row and invocation the observed states [z, d] that the query was built from.
+        memories: for each row its memory vectors [N, d], in order of invocation; None if a kind forms nothing.
+        states: for each row and invocation the observed states [z, d] its query was built from.
         log_probs: with `sampled`, float32 [B, L]: of the sampled tokens, and 0 elsewhere.
         last_hidden_state: [B, L, d], the last layer's states at the tokens of `input_ids`.
     """
@@ -60,8 +60,8 @@ class VisMem(nn.Module):
     """A vision-language model with short-term and long-term latent memory.
 
     Equipping adds four special tokens to `processor.tokenizer`, freezes the base and builds the memory beside it, in
-    the base's dtype and on its device. The base's modules and weights stay as they are: `model.base` is the model
-    you gave.
+    the base's dtype and on its device. The base's modules and weights do not change: `model.base` is the model you
+    passed.
 
     Args:
         base: a model of a supported family, as `AutoModelForImageTextToText.from_pretrained` gives it.
@@ -69,8 +69,8 @@ class VisMem(nn.Module):
         config: lengths and widths; the paper's by default.
 
     Attributes:
-        history: the training stages behind the memory, oldest first: `stage`, `steps`, `seed`, `data`, `rewards` and
-            the `figures` that each logged last. Saved with the memory, and shown in its model card.
+        history: the training stages of the memory, oldest first: `stage`, `steps`, `seed`, `data`, `rewards` and the
+            metrics it logged last (`figures`). Saved with the memory, and shown in its model card.
 
     Raises:
         ValueError: if no backbone supports the family, no delimiter is a single token, the base is wrapped or has an
@@ -108,7 +108,7 @@ class VisMem(nn.Module):
             self.backbone.embedding_scale,
         )
 
-    # The parts that transformers' own tools ask a model for.
+    # What transformers' tools expect of a model.
 
     @property
     def config(self) -> Any:
@@ -122,7 +122,7 @@ class VisMem(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the base's first parameter lies."""
+        """The device of the base's first parameter."""
         return self.base.device
 
     @property
@@ -132,15 +132,15 @@ class VisMem(nn.Module):
 
     @property
     def name_or_path(self) -> str:
-        """The base's name, as checkpoints record it."""
+        """The base's name, as recorded in checkpoints."""
         return self.base.name_or_path
 
     def can_generate(self) -> bool:
-        """Returns True; asked by `transformers.pipeline`."""
+        """Returns True, for `transformers.pipeline`."""
         return True
 
     def train(self, mode: bool = True) -> VisMem:
-        """Sets the memory's training mode; the frozen base always stays in evaluation mode."""
+        """Sets the memory's training mode; the frozen base stays in evaluation mode."""
         super().train(mode)
         self.base.eval()
         return self
@@ -148,7 +148,7 @@ class VisMem(nn.Module):
     def parameters_of(self, part: str) -> list[nn.Parameter]:
         """Trainable parameters of one part: `"builder"`, `"short"`, `"long"` (stage I) or `"tokens"` (stage II).
 
-        Soft prompts have no builder: that part is empty there.
+        Soft prompts have no builder, so that part is empty.
         """
         parts: dict[str, nn.Module] = {"builder": self.memory.builder, "short": self.memory.short}
         parts |= {"long": self.memory.long, "tokens": self.tokens}
@@ -190,7 +190,7 @@ class VisMem(nn.Module):
         """Ids of the tokens that end a phrase, by `memory_config.delimiters`."""
         return delimiter_ids(self.processor.tokenizer, self.memory_config.delimiters)
 
-    # Writing.
+    # Decoding.
 
     @torch.no_grad()
     def generate(
@@ -204,18 +204,18 @@ class VisMem(nn.Module):
         streamer: Any = None,
         **kwargs: Any,
     ) -> VisMemOutput | Tensor:
-        """Writes answers with memory; takes what the base's own `generate` takes.
+        """Writes answers with memory; takes the arguments of the base's own `generate`.
 
         Args:
             inputs: prompt ids [B, L]; or pass `input_ids` with the rest of the processor's output.
             invocation: `"learned"`, `"off"`, `"short"`, `"long"`, or a policy of `vismem.invocation`.
-            generator, seed: source of the sampling's chance; without either, torch's global one. A list of seeds,
-                one for each output row, makes every row's words independent of its neighbours.
-            record: return what training needs of each row too, as `rollout` (with `return_dict_in_generate=True`).
+            generator, seed: of sampling; without either, torch's global generator. With a list of seeds, one for each
+                output row, a row's samples do not depend on its neighbours.
+            record: also return what training needs of each row, as `rollout` (with `return_dict_in_generate=True`).
             streamer: as in transformers; invocation and end tokens pass through it too.
             **kwargs: the processor's tensors, a `generation_config`, and generation keywords. `max_new_tokens`
-                counts sampled tokens: end tokens, memory slots and forced invocations are free. With
-                `cache_implementation="static"` keys and values lie in buffers laid out once, finished rows leave the
+                counts sampled tokens only, not end tokens, memory slots and forced invocations. With
+                `cache_implementation="static"` keys and values lie in preallocated buffers, finished rows leave the
                 batch, and on a GPU the step is compiled (`compile_config`, `disable_compile`, as in transformers).
 
         Returns:
@@ -225,8 +225,8 @@ class VisMem(nn.Module):
         Raises:
             ValueError: for beam search, assisted decoding, attention outputs, a filled cache, an unknown policy, or
                 images that do not fit the prompt.
-            NonFiniteError: if rows have no finite scores to draw from, once all others are done. It names the rows
-                in `rows` and holds the others' answers in `output`.
+            NonFiniteError: if rows have no finite scores to sample from, once all others are done. `rows` names them,
+                `output` holds the others' answers.
         """
         if isinstance(seed, int):
             generator = torch.Generator(device=self.device).manual_seed(seed)
@@ -253,22 +253,21 @@ class VisMem(nn.Module):
         record: bool = False,
         **generation: Any,
     ) -> Iterator[Answer]:
-        """Answers many requests in one live batch, each as soon as it is done: rows leave, waiting ones enter.
+        """Answers many requests in one live batch (continuous batching): finished rows leave, waiting ones enter.
 
         Args:
-            requests: the processor's outputs, or `vismem.Request`s with settings of their own; any iterable, taken
-                from as room comes up.
-            batch_size: rows decoded together at most.
+            requests: the processor's outputs, or `vismem.Request`s with their own settings; any iterable, consumed as
+                there is room.
+            batch_size: maximum number of rows decoded together.
             invocation, record: as in `generate`.
             **generation: generation keywords for all of them.
 
         Yields:
-            `vismem.Answer`s in the order in which they end, with `tokens`, `invocations`, `finish` and the request.
-            Where a request's numbers are not finite, `finish` is `"error"` and `error` a `NonFiniteError`; the others
-            are not affected.
+            `vismem.Answer`s as they end, with `tokens`, `invocations`, `finish` and the request. If a request's
+            numbers are not finite, `finish` is `"error"` and `error` a `NonFiniteError`; others are not affected.
 
         Raises:
-            ValueError: if a request does not fit; names its tag where that is a text, else its number.
+            ValueError: if a request is invalid; names its tag if that is a string, else its number.
 
         Example:
             >>> for answer in model.stream_batch(prompts, batch_size=32, max_new_tokens=64):
@@ -304,31 +303,30 @@ class VisMem(nn.Module):
         temperature: float = 1.0,
         **inputs: Tensor,
     ) -> VisMemForwardOutput:
-        """The training forward: reads answers with their memories in place, all in one pass.
+        """The training forward: reads finished answers with their memories in place, in one pass.
 
-        Every invocation token after the prompt that is followed by its end token forms its memory. The states that
-        a query is built from are an observation, without gradient (as in Eq. 14): pass them as recorded (`states`)
-        or have them recomputed here, one extra forward without gradient for each invocation of the fullest row.
-        What stands before the first invocation is read once, without gradient, and kept as a cache; so is a prompt
-        that several rows share (`copies`).
+        Every invocation token in an answer that is followed by its end token forms a memory. The states its query is
+        built from are observed without gradient (as in Eq. 14): pass the recorded ones (`states`), or have them
+        recomputed, which takes one extra forward for each invocation of the row with the most. What precedes the first
+        invocation is read once, without gradient, and cached; so is a prompt that several rows share (`copies`).
 
         Args:
-            input_ids: [B, L], prompts and answers; invocation and end ids are in it, slots are not.
+            input_ids: [B, L], prompts and answers, with invocation and end ids but without slots.
             attention_mask: [B, L], 0 at padding, left or right.
-            labels: [B, L], -100 where no loss is due; end tokens never count, as they are never sampled.
-            prompt_length: where each row's answer starts, padding counted; by default its first label.
-            copies: that many consecutive rows share their prompt; the image tensors are then given once for each
-                prompt, and `prompt_length` as one number.
+            labels: [B, L], -100 for no loss; end tokens never count, as they are never sampled.
+            prompt_length: where each row's answer starts, padding included; by default at its first label.
+            copies: number of consecutive rows that share a prompt; pass the image tensors once per prompt and
+                `prompt_length` as one number.
             states: for each row and invocation, observed states [z, d].
-            memories: for each row and invocation its vectors [N, d], or None where nothing was inserted: nothing is
-                formed then, and no gradient reaches builder and formers.
-            forms: kinds that form a memory; the tokens of another kind are read as they are.
-            logits_to_keep: return logits of that many last positions only; 0 for all.
-            sampled: bool [B, L]. With it `log_probs` of just these tokens are returned, and no logits.
-            allowed: bool [B, L, 2] with `sampled`: kinds that might have been invoked at each token; all by default.
-            temperature: of the distribution that `log_probs` are taken under.
-            **inputs: the processor's image tensors, and what it says of each token (`mm_token_type_ids`,
-                `token_type_ids`) where the family has that, for the prompts at least: an answer is text.
+            memories: for each row and invocation its vectors [N, d], or None if nothing was inserted. Nothing is formed
+                then, and no gradient reaches builder and formers.
+            forms: kinds that form a memory; tokens of the other kind are read without one.
+            logits_to_keep: return logits of the last `logits_to_keep` positions only; 0 for all.
+            sampled: bool [B, L]; return `log_probs` of these tokens instead of logits.
+            allowed: bool [B, L, 2], with `sampled`: kinds that might have been invoked at each token; by default all.
+            temperature: of the distribution of `log_probs`.
+            **inputs: the processor's image tensors, and its per-token tensors if the family has them
+                (`mm_token_type_ids`, `token_type_ids`), at least for the prompts: answers are text.
 
         Returns:
             A `VisMemForwardOutput`; gradients reach the builder, the formers and the four tokens' rows.
@@ -355,11 +353,11 @@ class VisMem(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        """Whether training recomputes activations in its backward pass."""
+        """Whether activations are recomputed in the backward pass."""
         return self.memory.short.checkpointing
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
-        """Trades time for memory in training: the base's layers and the short former's tower keep no activations."""
+        """Trades time for memory: the base's layers and the short former's tower keep no activations."""
         self.memory.short.checkpointing = enable
 
     # Saving and loading.
@@ -367,11 +365,11 @@ class VisMem(nn.Module):
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `vismem_config.json`, `vismem.safetensors` and a model card; the base is named, not copied.
 
-        A save over an earlier memory may be killed at any moment: the folder then loads as the old or the new memory.
+        If a save over an earlier memory is killed, the folder holds the old memory or the new one.
 
         Args:
-            save_directory: folder, made if it is not there.
-            push_to_hub: also upload it (`repo_id=`, and what `push_to_hub` takes).
+            save_directory: the folder; created if missing.
+            push_to_hub: also upload it (`repo_id=` and the arguments of `push_to_hub`).
 
         Raises:
             ValueError: if `save_directory` is a file. OSError: if it cannot be written, or the disk is full.
@@ -392,10 +390,10 @@ class VisMem(nn.Module):
         create_pr: bool = False,
         tags: list[str] | None = None,
     ) -> str:
-        """Uploads the memory and its model card to the hub; a card that the repository has already is kept.
+        """Uploads the memory and its model card to the hub; a model card that is already there is kept.
 
         Args:
-            repo_id: `owner/name`, made if it is not there.
+            repo_id: `owner/name`; created if missing.
             commit_message, commit_description, private, token, revision, create_pr: as in `huggingface_hub`.
             tags: further tags of the model card.
 
@@ -432,17 +430,17 @@ class VisMem(nn.Module):
         memory_dtype: torch.dtype | None = None,
         **base_kwargs: Any,
     ) -> VisMem:
-        """Loads a memory, and its base by the recorded name unless `base` is given.
+        """Loads a memory, and its base by the recorded name unless `base` is passed.
 
         Args:
-            pretrained_model_name_or_path: a folder, a run's folder with one memory in it, or a repository on the hub.
-            base, processor: use these instead of loading the recorded ones.
+            pretrained_model_name_or_path: a folder, one that contains a memory such as a run's, or a hub repository.
+            base, processor: used instead of the recorded ones.
             revision, token: for a hub repository of the memory.
             memory_dtype: of the memory and the four tokens' rows; by default the base's.
             **base_kwargs: for loading the base: `dtype`, `device_map`, `trust_remote_code`, ...
 
         Raises:
-            ValueError: if the files are damaged, or were made for another base; names both.
+            ValueError: if the files are damaged or were made for another base; names both.
             OSError: if the memory or its base cannot be found.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor  # slow to import
@@ -478,16 +476,19 @@ class VisMem(nn.Module):
 
 
 def known_to_pipelines() -> None:
-    """Adds `VisMem` to the classes that transformers' image-text-to-text pipeline takes without a warning."""
+    """Registers `VisMem` with transformers' image-text-to-text pipeline, which warns of unknown classes."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # slow to import
 
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["vismem"] = VisMem.__name__
 
 
 def refuse_offloaded(backbone: Backbone) -> None:
-    """Refuses a base with parts on disk or in another memory that are not read layer by layer.
+    """Refuses a base with offloaded parts other than layers of the language model.
 
-    Layers of the language model may be offloaded (`device_map`); of a base that is all shapes, sizes can be counted.
+    A base that is entirely on the meta device is accepted, to count sizes.
+
+    Raises:
+        ValueError: names the offloaded parts.
     """
     embeddings: Tensor = backbone.embeddings.weight
     head: Any = backbone.head.weight

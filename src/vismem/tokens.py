@@ -1,7 +1,7 @@
 """The four memory tokens: their names, ids, input and output rows, and which of them may be sampled (Eq. 3-4).
 
-The rows live here, beside the base's matrices and never in them, so that one base serves many memories. What
-happens when a token is met is the decoder's business (`decoding/decoder.py`).
+The rows are stored beside the base's matrices, never in them, so that one base serves many memories. What happens at a
+memory token is the decoder's job (`decoding/decoder.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ END_TOKENS: dict[Kind, str] = {"short": "<ms_E>", "long": "<ml_E>"}
 
 
 def add_memory_tokens(tokenizer: Any) -> tuple[dict[Kind, int], dict[Kind, int]]:
-    """Adds the four tokens to `tokenizer` (a no-op where it has them) and returns their ids by kind.
+    """Adds the four tokens to `tokenizer` (a no-op if it has them) and returns their ids by kind.
 
     Returns:
         Two dictionaries from kind to id: the invocation tokens' and the end tokens'.
@@ -30,7 +30,11 @@ def add_memory_tokens(tokenizer: Any) -> tuple[dict[Kind, int], dict[Kind, int]]
 
 
 def single_token_id(tokenizer: Any, strings: tuple[str, ...]) -> int:
-    """The id of the first string that `tokenizer` writes as one token."""
+    """The id of the first string that is a single token of `tokenizer`.
+
+    Raises:
+        ValueError: if none is.
+    """
     for text in strings:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
@@ -41,7 +45,7 @@ def single_token_id(tokenizer: Any, strings: tuple[str, ...]) -> int:
 
 
 def delimiter_ids(tokenizer: Any, strings: tuple[str, ...]) -> frozenset[int]:
-    """All ids whose text, spaces apart, is one of the delimiter strings (so '.', ' .' and '.\\n' for '.')."""
+    """All ids whose text, without spaces, is one of the delimiter strings (so '.', ' .' and '.\\n' for '.')."""
     wanted = {text.strip(" ") for text in strings}
     bare = {text.strip() for text in strings} - {""}
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
@@ -51,10 +55,9 @@ def delimiter_ids(tokenizer: Any, strings: tuple[str, ...]) -> frozenset[int]:
 class MemoryTokens(nn.Module):
     """Rows of the four memory tokens, as trainable parameters beside a base's embedding table and output head.
 
-    Invocation and end rows are separate parameters because stage II trains them at different rates. Each starts as a
-    delimiter's row plus noise of `noise` times its RMS; where the output head is tied to the embedding table the
-    output rows are the input rows. Rows are kept as the table keeps its own: a table that scales what it looks up
-    has them scaled too.
+    Invocation and end rows are separate parameters because stage II trains them at different rates. Each is initialised
+    with a delimiter's row plus noise of `noise` times its RMS. If the output head is tied to the embedding table, the
+    output rows are the input rows. If the table scales its rows on lookup, these rows are scaled too.
 
     Args:
         table: the base's input embedding, `weight` [vocab, d].
@@ -62,7 +65,7 @@ class MemoryTokens(nn.Module):
         invocation_ids, end_ids: id of each kind's token.
         delimiter: id of the token whose rows are copied.
         noise: relative size of the noise.
-        scale: what the table multiplies its rows by when it looks them up.
+        scale: factor that the table applies to its rows on lookup.
     """
 
     def __init__(
@@ -104,9 +107,9 @@ class MemoryTokens(nn.Module):
         return max(self.base_vocabulary, max(self.ids) + 1)
 
     def _ids_on(self, device: torch.device) -> Tensor:
-        """The four ids [4] there, sent once: sending them anew would make the host wait for a GPU at every token."""
+        """The four ids [4] on `device`, copied once: a copy per token would make the host wait for the GPU."""
         if device not in self._sent:
-            with torch.inference_mode(False):  # they may be met again in training
+            with torch.inference_mode(False):  # training may use them too
                 self._sent[device] = torch.tensor(self.ids, device=device)
         return self._sent[device]
 
@@ -119,7 +122,7 @@ class MemoryTokens(nn.Module):
         return getattr(self, which)[KINDS.index(kind)] * self.scale
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Input embeddings [..., d] of ids [...]: the base's table, with the four rows laid over it."""
+        """Input embeddings [..., d] of ids [...], those of the four tokens from the rows here."""
         rows = torch.cat([self.invocation, self.end]) * self.scale
         ids = self._ids_on(input_ids.device)
         hits = input_ids.unsqueeze(-1) == ids  # [..., 4]
@@ -136,7 +139,7 @@ class MemoryTokens(nn.Module):
 
         Args:
             logits: of the base, [..., base_vocabulary].
-            hidden: the states that they are from, [..., d].
+            hidden: the states they were computed from, [..., d].
 
         Returns:
             [..., vocabulary], float32 (float64 where `hidden` is).
@@ -150,7 +153,7 @@ class MemoryTokens(nn.Module):
         return wide.index_copy_(-1, self._ids_on(logits.device), four.to(logits.device))
 
     def forbid(self, logits: Tensor, allowed: Tensor) -> Tensor:
-        """Sets to -inf what may not be sampled: both end tokens always, each invocation token where not `allowed`.
+        """Masks with -inf what may not be sampled: both end tokens always, each invocation token unless `allowed`.
 
         Args:
             logits: [..., vocabulary].

@@ -1,4 +1,4 @@
-"""Which families of base models are supported; one line each. docs/add-a-backbone.md tells how to add one."""
+"""The supported families of base models. docs/add-a-backbone.md shows how to add one."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ FAMILIES: list[type[Backbone]] = [
 
 
 def register(family: type[Backbone]) -> type[Backbone]:
-    """Adds a family that lives outside of this package; also a class decorator.
+    """Registers a family from outside this package; can be used as a class decorator.
 
-    It goes before those registered earlier, so that it may also replace one.
+    The latest registration wins, so it may replace a family.
 
     Raises:
         TypeError: if it is no `Backbone` class, or has no `model_types`.
@@ -47,10 +47,10 @@ def register(family: type[Backbone]) -> type[Backbone]:
 
 
 def backbone_of(base: nn.Module | SimpleNamespace) -> Backbone:
-    """The backbone that fits `base`, by its `config.model_type`; of a config alone, in a namespace, sizes can be asked.
+    """The backbone for `base`, chosen by its `config.model_type`. A namespace with a config is enough to ask sizes.
 
     Raises:
-        ValueError: if no family answers to that name; lists those that do.
+        ValueError: if no family has that model type; lists the known ones.
     """
     model_type = getattr(getattr(base, "config", None), "model_type", None) or type(base).__name__
     for family in FAMILIES:

@@ -1,8 +1,8 @@
-"""What this project must know of a family of vision-language models, behind one small class.
+"""The interface to a family of vision-language models.
 
-A family is one file beside this one: a subclass of `Backbone` that names where the tower, its blocks and the
-projector are. Everything here is arithmetic on one image or one block; which tokens are run, and when an adapter is
-on, is decided in `vismem.memory`. To add a family, write the file and one line in `backbones/__init__.py`.
+A family is one file in this folder: a subclass of `Backbone` that says where the vision tower, its blocks and the
+projector are. Everything here is arithmetic on one image or one block; `vismem.memory` decides which tokens are run and
+when an adapter is on. To add a family, write its file and add one line to `backbones/__init__.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CACHE_NAMES = ("cache", "past_key_values")  # of keys and values among the keywords of transformers' models
+CACHE_NAMES = ("cache", "past_key_values")  # keyword of the cache in transformers' models, new and old
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin, each [..., tokens, head_dim]; None in towers without rotation
 
 
@@ -25,10 +25,10 @@ class Image:
     """One image (or one tile of one) as the family's processor made it.
 
     Args:
-        pixels: what the tower reads, in the family's layout, padding removed.
-        grid: patches high and wide.
-        tokens: visual tokens that it takes in the prompt.
-        part: rows and columns of the grid that show the picture, where the rest is padding that the tower sees too.
+        pixels: the tower's input, in the family's layout, padding removed.
+        grid: height and width in patches.
+        tokens: number of its visual tokens in the prompt.
+        part: rows and columns of the grid that show the picture; the rest is padding that the tower reads too.
     """
 
     pixels: Tensor
@@ -39,13 +39,13 @@ class Image:
 
 @dataclass
 class Patches:
-    """One image seen through the short former's adapter: all that a later look at it needs.
+    """One image encoded through the short former's adapter.
 
     Args:
         embedded: patch embeddings on their grid, after a learned position embedding, padding left out: [height,
             width, d_vision].
         keys_values: for each block [2, heads, patches, head_dim], rotated where the tower rotates.
-        tokens: visual tokens that the image takes in the prompt.
+        tokens: number of the image's visual tokens in the prompt.
     """
 
     embedded: Tensor
@@ -54,15 +54,15 @@ class Patches:
 
 
 class Backbone:
-    """A base model, seen through its family's names.
+    """A base model behind its family's interface.
 
-    Subclasses set the class attributes and write the methods below the line; `base` is held, never changed.
+    Subclasses set the class attributes and implement the methods at the end; `base` is never changed.
 
     Attributes:
-        model_types: values of `config.model_type` that the family answers to.
-        image_inputs: keyword names under which the processor hands over images; the first is the pixels.
-        token_inputs: keyword names of what the language model must know of each token of a prompt besides its vector
-            and its position, [B, L] with 0 for text: which tokens attend in both directions, for example.
+        model_types: values of `config.model_type` in the family.
+        image_inputs: names of the processor's image tensors; the first is the pixels.
+        token_inputs: names of further per-token inputs of the language model, [B, L] with 0 for text; for example
+            which tokens attend in both directions.
         tower_targets, language_targets: names of the linear layers that LoRA adapts (query and value projections).
         fused_qkv: whether the tower's one target is a fused query-key-value projection.
     """
@@ -75,12 +75,12 @@ class Backbone:
     fused_qkv: bool = False
 
     def __init__(self, base: nn.Module) -> None:
-        self.base: Any = base  # of whatever family: its attributes are known to the family alone
-        # transformers 5.24 renamed past_key_values; what only a config stands in for is not read.
+        self.base: Any = base  # its attributes depend on the family
+        # transformers 5.24 renamed past_key_values.
         taken = inspect.signature(base.forward).parameters if hasattr(base, "forward") else ()
         self.cache_name = next((name for name in CACHE_NAMES if name in taken), CACHE_NAMES[-1])
 
-    # What all families share in transformers.
+    # Shared by all families.
 
     @property
     def model_type(self) -> str:
@@ -94,7 +94,7 @@ class Backbone:
 
     @property
     def embedding_scale(self) -> float:
-        """What the embedding table multiplies its rows by when it looks them up."""
+        """Factor that the embedding table applies to its rows on lookup."""
         return 1.0
 
     @property
@@ -109,26 +109,27 @@ class Backbone:
 
     @property
     def image_token_id(self) -> int:
-        """The id that stands for one visual token in `input_ids`."""
+        """The id of one visual token in `input_ids`."""
         return self.base.config.image_token_id
 
     def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The keywords of a `generate` call, before transformers sees them.
 
-        It encodes the images ahead of the prompt where the base's `forward` takes `mm_encoder_outputs`. A family
-        without that adds them here, as `{"image": features}`, and has `read` put them in their places.
+        transformers encodes the images before the prompt if the base's `forward` takes `mm_encoder_outputs`. Otherwise
+        a family adds `mm_encoder_outputs={"image": features}` here, and its `read` inserts the features.
         """
         return inputs
 
     def image_features(self, **vision: Tensor) -> Any:
-        """What the base's tower and projector make of images, as `visual_states` and `read` take it."""
+        """The base's image features, in the form that `visual_states` and `read` take."""
         return self.base.get_image_features(**vision, return_dict=True)
 
     def read(self, cache: Any = None, **inputs: Any) -> Tensor:
-        """Last-layer states [B, L, d] of the base without its head, called by the keywords of transformers' models.
+        """Last-layer states [B, L, d] of the base without its head.
 
         Args:
-            cache: keys and values of what was read before, under whichever name the base takes them.
+            cache: keys and values of earlier tokens.
+            **inputs: keywords of transformers' models.
         """
         kept = {} if cache is None else {self.cache_name: cache}
         return self.base.model(**kept, **inputs).last_hidden_state
@@ -137,14 +138,14 @@ class Backbone:
         """The projector's outputs, row by row (v of Eq. 5).
 
         Args:
-            places: bool [B, L], True where a visual token stands.
-            features: what the base's `get_image_features` returned, or None where no image was given.
+            places: bool [B, L], True at visual tokens.
+            features: what the base's `get_image_features` returned, or None without images.
 
         Returns:
-            For each row a tensor [y, d]; y is 0 where the row has no image.
+            For each row a tensor [y, d]; y is 0 without an image.
 
         Raises:
-            ValueError: if the prompt has another number of image places than the images fill.
+            ValueError: if the images do not fill the prompt's image places.
         """
         counts = places.sum(1).tolist()
         if features is None:
@@ -179,7 +180,7 @@ class Backbone:
         return self.visual_states(input_ids == self.image_token_id, self.image_features(**vision) if vision else None)
 
     def rows_of_images(self, places: Tensor, images: list[Image]) -> list[list[Image]]:
-        """Deals `images`, which are in prompt order, out to rows by their visual tokens' `places` [B, L]."""
+        """Assigns `images`, given in prompt order, to rows by the `places` [B, L] of their visual tokens."""
         counts = places.sum(1).tolist()
         remaining, rows = iter(images), []
         for count in counts:
@@ -200,8 +201,8 @@ class Backbone:
     def encode(self, images: list[Image], run: Callable[..., Any] = lambda block, *args: block(*args)) -> list[Patches]:
         """Runs images through the tower's blocks and keeps every block's keys and values.
 
-        Images of one grid go through together. The caller decides whether an adapter is on, and by `run(block, *args)`
-        how each block is run, for example with its activations recomputed in the backward pass.
+        Images with equal grids are batched. The caller decides whether an adapter is on, and with `run(block, *args)`
+        how a block runs, for example with its activations recomputed in the backward pass.
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
@@ -221,14 +222,14 @@ class Backbone:
 
     def read_block(self, depth: int, grid: tuple[int, int], rotary: Rotary, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Block `depth` on patches [n, patches, d_vision]: its keys and values [n, 2, heads, patches, head_dim], and
-        the patches after it (as they were, after the last block: nothing reads on)."""
+        the patches after it (unchanged by the last block, as nothing reads them)."""
         block = self.blocks[depth]
         query, key, value = self.qkv(block, hidden, rotary)
         if depth + 1 < len(self.blocks):
             hidden = self.finish(block, hidden, self.attend_patches(depth, grid, query, key, value))
         return torch.stack([key, value], dim=1), hidden
 
-    # What a family writes.
+    # Implemented by each family.
 
     @property
     def tower(self) -> nn.Module:
@@ -268,19 +269,19 @@ class Backbone:
         return patches.unflatten(1, grid)
 
     def laid_out(self, image: Image) -> Tensor:
-        """The image's pixels where they lie in it, [values, height, width]; to be said where the layout is another."""
+        """The image's pixels in their spatial layout, [values, height, width]; override if the family's differs."""
         return image.pixels
 
     def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
-        """Rotation of an image's patches, in the tower's order; None where positions are learned."""
+        """Rotary embedding of an image's patches, in the tower's order; None if positions are learned."""
         return None
 
     def rotary_at(self, coordinates: Tensor) -> Rotary:
-        """Rotation at free coordinates [..., 2] (row and column, in patches); (0, 0) is no rotation."""
+        """Rotary embedding at any coordinates [..., 2] (row and column, in patches); (0, 0) is no rotation."""
         return None
 
     def attend_patches(self, depth: int, grid: tuple[int, int], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention among the patches of one image in block `depth`; windowed towers restrict it here."""
+        """Attention among the patches of one image in block `depth`; windowed towers restrict it."""
         return F.scaled_dot_product_attention(query, key, value)
 
     def qkv(self, block: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:

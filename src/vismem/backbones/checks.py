@@ -1,4 +1,4 @@
-"""What a model must be before it can have memory: a loaded, plain vision-language model, and its processor."""
+"""Checks of the base and the processor before memory is added."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def check_base(base: Any) -> None:
-    """Refuses what is not a plain model, in one line that says what to pass instead.
+    """Checks that `base` is a loaded, unwrapped model; the error says what to pass instead.
 
     Raises:
         ValueError: for a path, a wrapper (peft, `torch.compile`, data parallel, a pipeline), a model that has memory or
@@ -34,7 +34,7 @@ def check_base(base: Any) -> None:
         raise ValueError(f"base is wrapped in {kind}: pass base.module")
     if hasattr(base, "memory_config"):
         raise ValueError("base has memory already: pass its .base")
-    # peft is slow to import; where nobody did, nothing can be peft's.
+    # peft is slow to import; if nobody did, nothing can be wrapped by it.
     peft, tuners = sys.modules.get("peft"), sys.modules.get("peft.tuners.tuners_utils")
     wrapped = peft is not None and isinstance(base, (peft.PeftModel, peft.PeftMixedModel))
     if wrapped or (tuners is not None and any(isinstance(part, tuners.BaseTunerLayer) for part in base.modules())):
@@ -45,7 +45,7 @@ def check_base(base: Any) -> None:
 
 
 def check_head(base: Any) -> None:
-    """Raises ValueError for a model without an output head, which cannot write."""
+    """Raises ValueError for a model without an output head."""
     if base.get_output_embeddings() is None:
         raise ValueError(
             f"base is a {type(base).__name__}, which has no output head: load it by "
@@ -54,7 +54,7 @@ def check_head(base: Any) -> None:
 
 
 def check_processor(processor: Any) -> None:
-    """Raises ValueError for what is not a processor with a tokenizer in it."""
+    """Raises ValueError for anything but a processor with a tokenizer."""
     if getattr(processor, "tokenizer", None) is None:
         found = repr(processor) if isinstance(processor, (str, Path)) else f"a {type(processor).__name__}"
         raise ValueError(

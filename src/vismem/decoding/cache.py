@@ -1,8 +1,8 @@
-"""Where the keys and values of rows in the making lie, and how the base reads on from them.
+"""Keys and values of the rows in progress, and how the base reads on from them.
 
-`Aligned` is transformers' dynamic cache: all rows end in one column and stay until the last is done, as in the base's
-own `generate`, whose numbers it gives bit for bit. `Slots` are buffers laid out once, a slot for each row, every row at
-its own length: rows come and go, nothing grows, nothing moves, and one step is one graph that can be compiled.
+`Aligned` is transformers' dynamic cache: all rows end in the same column and stay until the last is done, so its
+numbers are those of the base's own `generate`, bit for bit. `Slots` are buffers allocated once, one slot per row, each
+row at its own length: rows come and go, and one step is one graph that can be compiled.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from vismem.backbones import Backbone
 
-BLOCK = 64  # columns that slots grow by; compiled ones by four, since each new number of columns is compiled anew
-AHEAD = {"cuda"}  # devices that work on while the host looks at a token: its reading is begun before
+BLOCK = 64  # columns that slots grow by; compiled ones by four blocks, as each new size is compiled
+AHEAD = {"cuda"}  # devices that run asynchronously: the next forward starts before the host has seen the token
 
 
 class Aligned:
-    """A dynamic cache [B, heads, columns, head_dim]: every reading adds the same number of columns to all rows.
+    """A dynamic cache [B, heads, columns, head_dim]: every forward adds the same number of columns to all rows.
 
     Args:
         cache, mask, position: what reading the prompts left: the cache, the mask [B, L] over its columns or None, and
@@ -36,7 +36,7 @@ class Aligned:
 
     @classmethod
     def of(cls, cache: DynamicCache, mask: Tensor | None, position: Tensor, sources: list[int]) -> Aligned:
-        """The cache of rows of which each continues the prompt that `sources` names."""
+        """The cache for rows that each continue the prompt named in `sources`."""
         if sources == list(range(position.shape[-2])):
             return cls(cache, mask, position)
         index = torch.tensor(sources, device=position.device)
@@ -68,14 +68,14 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         self.slots, self.is_sliding = slots, is_sliding
 
-    @torch.inference_mode(False)  # slots outlive the call that they are made in
+    @torch.inference_mode(False)  # slots outlive the call they are made in
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, size = states.shape
             shape = (self.slots.rows, heads, self.slots.columns, size)
             buffer = torch.zeros(shape, dtype=states.dtype, device=states.device)
             if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(buffer)  # a graph may then write into it where it lies
+                torch._dynamo.mark_static_address(buffer)  # a graph may then write into it in place
             setattr(self, name, buffer)
         self.is_initialized = True
 
@@ -104,15 +104,15 @@ class SlotLayer(CacheLayerMixin):
 class Slots:
     """Buffers for at most `rows` rows of at most `columns` columns.
 
-    Uncompiled, the rows in use are the first `width` slots and readings take just the columns that are filled; a row
-    that leaves has its place taken by the last one. Compiled, all slots and columns are read always, so that every
-    step is the same graph, and a row that leaves only frees its slot.
+    Uncompiled, the rows in use are the first `width` slots, and a forward reads the filled columns only; the last row
+    takes the slot of a row that leaves. Compiled, every forward reads all slots and columns, so that every step is the
+    same graph, and a row that leaves only frees its slot.
 
     Args:
         config: the base's text config.
-        rows, columns: how many slots, and how long; the columns grow by themselves where they do not suffice.
-        compiled: how to compile a reading (`torch.compile`'s keywords), or None.
-        device: where the base's first layer lies.
+        rows, columns: number and length of the slots; they grow when a row needs more columns.
+        compiled: keywords of `torch.compile`, or None.
+        device: of the base's first layer.
 
     Raises:
         ValueError: if the base has layers that slots cannot hold.
@@ -130,7 +130,7 @@ class Slots:
         self.block = BLOCK if compiled is None else 4 * BLOCK
         self.columns = -(-columns // self.block) * self.block
         self.ahead = device.type in AHEAD
-        self.lengths = [0] * rows  # columns that each slot has filled
+        self.lengths = [0] * rows  # filled columns of each slot
         self.taken: list[bool] = [False] * rows
         self.window = getattr(config, "sliding_window", None)
         plain = "full_attention" if self.window is None else "sliding_attention"
@@ -143,28 +143,28 @@ class Slots:
             )
         self.cache = Cache(layers=[SlotLayer(self, kind == "sliding_attention") for kind in types])
         self.offset: Tensor | None = None  # [..., rows, 1]: position ids less columns
-        self.where: Tensor | None = None  # [n, w]: the columns of the reading under way
-        self.user: weakref.ref[Any] | None = None  # the decoder whose rows lie here
-        self.begin = self.end = 0  # columns that are read: up to `end`, and in sliding layers from `begin` on
-        self.widest = 0  # columns that the widest reading so far wrote, also into slots without a row
+        self.where: Tensor | None = None  # [n, w]: the columns that the current forward writes
+        self.user: weakref.ref[Any] | None = None  # the decoder whose rows these are
+        self.begin = self.end = 0  # columns read: up to `end`, in sliding layers from `begin`
+        self.widest = 0  # columns that the widest forward so far wrote, also into free slots
         self._step = self._read
         if compiled is not None:
-            # A function of its own: what torch compiled for other slots counts against its limit for a function.
+            # A function of our own, as torch limits how often it compiles one function.
             own = FunctionType(Slots._read.__code__.replace(), globals())
             self._step = torch.compile(MethodType(own, self), **compiled)
 
     @property
     def width(self) -> int:
-        """How many slots a reading takes."""
+        """Number of slots that a forward reads."""
         return self.rows if self.compiled is not None else sum(self.taken)
 
     @property
     def in_use(self) -> bool:
-        """Whether another decoder may still go on with what lies here."""
+        """Whether another decoder may still use these slots."""
         return self.user is not None and self.user() is not None
 
     def clear(self) -> None:
-        """Lets all rows leave."""
+        """Removes all rows."""
         for slot, taken in enumerate(self.taken):
             if taken:
                 self.wipe(slot, self.lengths[slot] + 1)
@@ -173,7 +173,7 @@ class Slots:
     def wipe(self, slot: int, columns: int) -> None:
         """Zeros the first columns of a slot.
 
-        Masking does not hide what a row left behind: a NaN or an infinity there times an attention weight of 0 is NaN.
+        Masking alone is not enough: NaN or infinity times an attention weight of 0 is NaN.
         """
         for layer in self.cache.layers:
             if layer.is_initialized:
@@ -183,11 +183,11 @@ class Slots:
     @torch.inference_mode(False)
     @torch.no_grad()
     def place(self, cache: DynamicCache, mask: Tensor | None, position: Tensor, sources: list[int]) -> list[int]:
-        """Gives every row of `sources`, which names its prompt, a slot with that prompt's columns, padding left out.
+        """Gives each new row a slot, and copies its prompt's columns into it without padding.
 
         Args:
             cache, mask, position: what reading the prompts left; see `Aligned`.
-            sources: one for each new row.
+            sources: for each new row, the index of its prompt.
 
         Returns:
             The slots.
@@ -200,17 +200,19 @@ class Slots:
         if self.offset is None:
             shape = (*position.shape[:-2], self.rows, 1)
             self.offset = torch.zeros(shape, dtype=position.dtype, device=position.device)
-        # After its prompt a row counts on by one for each column, so the difference stays what it is here.
+        # After the prompt, positions and columns both count by one, so their difference stays constant.
         offset = position - (torch.tensor(lengths, device=position.device)[:, None] - 1)
         self.offset[..., slots, :] = offset[..., sources, :]
-        if self.compiled is not None:  # free slots are read along
+        if self.compiled is not None:  # free slots are read too
             for slot in slots:
                 self.wipe(slot, self.widest)
         for layer, read in zip(self.cache.layers, cache.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(read.keys, read.values)
             for slot, source in zip(slots, sources, strict=True):
-                kept = real[source, -read.keys.shape[2] :].to(read.keys.device)  # a sliding layer keeps the last ones
+                kept = real[source, -read.keys.shape[2] :].to(
+                    read.keys.device
+                )  # a sliding layer keeps the last columns
                 start, stop = lengths[source] - int(kept.sum()), lengths[source]
                 layer.keys[slot, :, start:stop] = read.keys[source][:, kept]
                 layer.values[slot, :, start:stop] = read.values[source][:, kept]
@@ -233,7 +235,7 @@ class Slots:
         if self.compiled is None or width > 1:
             return self._read(backbone, inputs)
         torch.compiler.cudagraph_mark_step_begin()
-        return self._step(backbone, inputs).clone()  # the next replay of the graph writes over it
+        return self._step(backbone, inputs).clone()  # the next replay of the graph overwrites it
 
     def _read(self, backbone: Backbone, inputs: Tensor) -> Tensor:
         offset = self.offset[..., : len(inputs), :]
@@ -246,7 +248,7 @@ class Slots:
         )[:, -1]
 
     def masks(self, where: Tensor) -> Tensor | dict[str, Tensor]:
-        """Which columns each position sees: bool [n, 1, w, end], for each type of layer where there are several."""
+        """Which columns each position attends to: bool [n, 1, w, end]; by layer type if the base has several."""
         columns, now = torch.arange(self.end, device=where.device), where[:, None, :, None]
         masks = {"full_attention": columns <= now}
         if "sliding_attention" in self.types:
@@ -258,18 +260,18 @@ class Slots:
         return {kind: masks[kind] for kind in self.types} if len(self.types) > 1 else masks[next(iter(self.types))]
 
     def retract(self, slot: int) -> None:
-        """Takes the last column of a row back; what stands in it is written over."""
+        """Takes back the last column of a row; the next forward overwrites it."""
         self.lengths[slot] -= 1
 
     def drop(self, slots: list[int]) -> list[int]:
-        """Lets rows leave, with their keys and values.
+        """Removes rows with their keys and values.
 
         Returns:
-            For each slot of the next reading, the slot whose row now lies there.
+            For each slot of the next forward, the slot its row was in before.
         """
         order = list(range(self.width))
         for slot in sorted(slots, reverse=True):
-            self.wipe(slot, self.lengths[slot] + 1)  # one more, as the last column may have been taken back
+            self.wipe(slot, self.lengths[slot] + 1)  # plus one: the last column may have been taken back
             if self.compiled is None:
                 last, length = len(order) - 1, self.lengths[len(order) - 1]
                 if slot != last:
@@ -287,7 +289,7 @@ class Slots:
     @torch.inference_mode(False)
     @torch.no_grad()
     def reserve(self, columns: int) -> None:
-        """Grows the buffers where rows are to be longer than what was laid out."""
+        """Grows the buffers if rows need more columns than were allocated."""
         if columns <= self.columns:
             return
         more = -(-(columns - self.columns) // self.block) * self.block
@@ -301,7 +303,7 @@ class Slots:
 
 
 def on_device(values: list[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Plain numbers as a tensor there, sent without waiting for what the device is doing."""
+    """Numbers as a tensor on `device`, copied without waiting for the device."""
     found = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return found.to(device)

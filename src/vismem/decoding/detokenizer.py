@@ -1,4 +1,4 @@
-"""Token ids as text, token by token: what has become whole comes out, what is half a character waits."""
+"""Token ids to text while an answer is written: whole characters come out, partial ones wait."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids that are left out of a text (`skip_special_tokens`): those with a role, and all others marked as special."""
+    """Ids left out of text (`skip_special_tokens`): tokens with a role, and all others marked as special."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
 
 
 class Detokenizer:
-    """Turns the words of one answer into text while it is written.
+    """Turns the tokens of one answer into text while it is written.
 
-    Decodes from the last place where the text was whole, so that a character of several tokens comes out at once, and
-    an answer of n tokens costs n short decodings. Invocation and end tokens are not words; leave them out.
+    Decodes from the last position at which the text was whole, so a character of several tokens comes out at once, and
+    an answer of n tokens costs n short decodings. Leave out invocation and end tokens.
 
     Args:
         tokenizer: of the processor.
-        before: tokens that the text continues; they are not given out.
+        before: tokens that the text continues; their text is not returned.
 
     Example:
         >>> words = Detokenizer(processor.tokenizer)
@@ -33,12 +33,12 @@ class Detokenizer:
         self.start, self.read = 0, len(self.ids)  # decoded from `start`; given out up to `read`
 
     def put(self, token: int) -> str:
-        """Takes the next word's id and returns the text that is whole now."""
+        """Takes the next token and returns the text that is now whole."""
         self.ids.append(token)
         return self._advance()
 
     def end(self) -> str:
-        """Returns all that is left, whole or not."""
+        """Returns the rest, whole or not."""
         return self._advance(last=True)
 
     def _advance(self, last: bool = False) -> str:

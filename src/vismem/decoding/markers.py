@@ -1,6 +1,6 @@
-"""Answers with marks where memory was invoked: as plain text, as the terminal prints them, and as HTML.
+"""Answers with markers where memory was invoked, as plain text and as HTML.
 
-Short and long are told apart by shape and by colour, so that either is enough.
+Short-term and long-term markers differ in shape and in colour; either is enough to tell them apart.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from vismem.config import KINDS, Kind
 from vismem.decoding.detokenizer import Detokenizer
 
 SHAPES: dict[Kind, str] = {"short": "◆", "long": "●"}
-INK: dict[Kind, str] = {"short": "#007d8c", "long": "#a0267e"}  # also apart for those who see red and green alike
+INK: dict[Kind, str] = {"short": "#007d8c", "long": "#a0267e"}  # distinct to colour-blind readers too
 CSS = "".join(f".memory.{kind} {{ color: {INK[kind]}; font-weight: 600; white-space: nowrap }}\n" for kind in KINDS)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of an answer: words, or the mark of an invocation.
+    """A stretch of an answer: text, or the marker of an invocation.
 
     Args:
-        text: the words; empty for a mark.
-        kind: of the invocation; None for words.
-        index: of the invocation in the answer; None for words.
+        text: the text; empty for a marker.
+        kind: of the invocation; None for text.
+        index: of the invocation in the answer; None for text.
     """
 
     text: str
@@ -34,12 +34,12 @@ class Piece:
 
 
 def pieces(new_tokens: Sequence[int], tokenizer: Any, tokens: Any) -> list[Piece]:
-    """An answer's words and marks, in order.
+    """An answer's text and markers, in order.
 
     Args:
         new_tokens: its ids, invocation and end ids among them.
         tokenizer: of the processor.
-        tokens: `model.tokens`, which tells invocation and end ids.
+        tokens: `model.tokens`, which knows invocation and end ids.
 
     Example:
         >>> pieces([...], processor.tokenizer, model.tokens)
@@ -59,7 +59,7 @@ def pieces(new_tokens: Sequence[int], tokenizer: Any, tokens: Any) -> list[Piece
 
 
 def joined(found: Sequence[Piece]) -> list[Piece]:
-    """The same pieces, words that follow each other as one."""
+    """The same pieces, adjacent texts merged."""
     merged: list[Piece] = []
     for piece in found:
         if merged and piece.kind is None and merged[-1].kind is None:
@@ -70,12 +70,12 @@ def joined(found: Sequence[Piece]) -> list[Piece]:
 
 
 def plain(found: Sequence[Piece]) -> str:
-    """Marks as `[◆short]` and `[●long]`."""
+    """Markers as `[◆short]` and `[●long]`."""
     return "".join(piece.text if piece.kind is None else f"[{SHAPES[piece.kind]}{piece.kind}]" for piece in found)
 
 
 def html(found: Sequence[Piece]) -> str:
-    """Marks as `<span class="memory short" data-invocation="0">◆short</span>`; `CSS` has their colours."""
+    """Markers as `<span class="memory short" data-invocation="0">◆short</span>`; `CSS` has their colours."""
 
     def one(piece: Piece) -> str:
         if piece.kind is None:

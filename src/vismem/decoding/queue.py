@@ -1,7 +1,6 @@
-"""A queue of requests: finished rows leave the batch and waiting ones take their place (continuous batching).
+"""Continuous batching: finished rows leave the batch, and waiting requests take their place.
 
-Evaluation goes through a data set with it, and a server puts the rows of its users into one batch. `stream_batch` of
-the model is the short way; `RequestQueue` is for those who add, watch and cancel requests while others run.
+`VisMem.stream_batch` is the short way. Use a `RequestQueue` to add, watch and cancel requests while others run.
 """
 
 from __future__ import annotations
@@ -34,22 +33,22 @@ from vismem.decoding.trace import Invocation, Rollout, Top
 if TYPE_CHECKING:
     from vismem.model import VisMem
 
-MOST_KINDS = 1024  # that are remembered at a time; clients make new ones as they like
-MOST_PADDED = 1.5  # positions that a batch of prompts may have, padding counted, for each token in them
+MOST_KINDS = 1024  # remembered at a time, as clients can make any number of them
+MOST_PADDED = 1.5  # most positions per token, padding included, in prompts read together
 
 
 @dataclass(eq=False)
 class Request:
-    """What is asked: prompts, and what of the queue's settings is to be different for them.
+    """Prompts, with overrides of the queue's settings.
 
     Args:
-        inputs: the processor's output, of one prompt or of a padded batch, whose prompts are then read together.
-        invocation: policy of its own, or None for the queue's. Rows count from 0 within the request.
-        seed: of the sampling; row n of the request draws from `seed + n`, or from entry n of a list. Without one,
-            torch's global generator gives it. A row's words depend on its seed alone, not on what runs beside it.
-        generation: generation keywords of its own.
-        tag: anything; answers bring it back.
-        top: keep each sampled token's log-probability, and those of that many likeliest ones; None keeps nothing.
+        inputs: the processor's output for one prompt or a padded batch.
+        invocation: the policy, or None for the queue's. Rows count from 0 within the request.
+        seed: of sampling; row n of the request uses `seed + n`, or entry n of a list. By default it comes from torch's
+            global generator. A row's samples depend on its seed alone, not on what runs beside it.
+        generation: generation keywords for this request only.
+        tag: anything; answers carry it.
+        top: keep each sampled token's log-probability and those of the `top` likeliest tokens; None keeps nothing.
     """
 
     inputs: dict[str, Tensor]
@@ -62,15 +61,14 @@ class Request:
 
 @dataclass(eq=False)
 class Answer:
-    """One row of a request, from waiting to written; its fields grow with every step.
+    """One row of a request; its properties grow with every step of the queue.
 
     Args:
-        request: what it answers.
+        request: the request it answers.
         index: its row within the request.
-        finish: `"stop"` (an end token or a stopping criterion), `"length"`, `"cancelled"`, `"error"`, or None as long
-            as it is not done.
-        error: why the request could not be taken, or what went wrong while it was written; a `NonFiniteError` where
-            its own numbers were not finite.
+        finish: `"stop"` (an end token or a stopping criterion), `"length"`, `"cancelled"`, `"error"`, or None while it
+            is not done.
+        error: why the request was refused or failed; a `NonFiniteError` if its own numbers were not finite.
     """
 
     request: Request
@@ -81,7 +79,7 @@ class Answer:
 
     @property
     def tag(self) -> Any:
-        """The request's."""
+        """The request's tag."""
         return self.request.tag
 
     @property
@@ -91,12 +89,12 @@ class Answer:
 
     @property
     def taken(self) -> bool:
-        """Whether the request was taken: its prompt was read, and this row has a place or had one."""
+        """Whether decoding started: the prompt was read and the row entered the batch."""
         return self._row is not None
 
     @property
     def sampled(self) -> int:
-        """How many of them were sampled."""
+        """Number of sampled tokens so far."""
         return 0 if self._row is None else self._row.sampled
 
     @property
@@ -106,29 +104,29 @@ class Answer:
 
     @property
     def tops(self) -> list[Top | None]:
-        """What the request's `top` asks for, for each token so far; None where it was put in."""
+        """What the request's `top` asks for, per token; None for inserted tokens."""
         return [] if self._row is None else self._row.record.tops
 
     @property
     def rollout(self) -> Rollout:
-        """What training needs of the answer; of a queue with `record=True`, once it is done."""
+        """What training needs of a finished answer; with `record=True` only."""
         if self._row is None:
             raise ValueError("no rollout: the answer has no token yet")
         return self._row.rollout()
 
 
 class RequestQueue:
-    """Decodes requests in one live batch of at most `batch_size` rows, in the order in which they came.
+    """Decodes requests, first come first served, in one live batch of at most `batch_size` rows.
 
     Args:
         model: the `VisMem`.
-        batch_size: rows at a time.
-        invocation: policy, for requests without one of their own.
+        batch_size: maximum number of rows in the batch.
+        invocation: policy of requests that name none.
         record: keep what training needs of every answer.
         **generation: generation keywords for all requests: `max_new_tokens`, `do_sample`, `compile_config`, ...
 
     Raises:
-        ValueError: if `batch_size` is below 1, or the cache asked for is one that a queue does not have.
+        ValueError: if `batch_size` is below 1, or a queue does not support the cache asked for.
 
     Example:
         >>> queue = RequestQueue(model, batch_size=8, max_new_tokens=64)
@@ -157,13 +155,13 @@ class RequestQueue:
         self.generation = generation
         self.waiting: deque[list[Answer]] = deque()
         self.decoder: Decoder | None = None
-        self.answers: dict[int, Answer] = {}  # of the rows that are being written
-        self.paddable: dict[Any, bool] = {}  # by `kind_of`: whether such rows may be read with padding before them
-        self.alone: set[int] = set()  # requests that are to be read by themselves
-        self.entering = False  # rows are just given their places
+        self.answers: dict[int, Answer] = {}  # of the rows in progress
+        self.paddable: dict[Any, bool] = {}  # by `kind_of`: whether such prompts may be padded
+        self.alone: set[int] = set()  # requests whose prompts must be read by themselves
+        self.entering = False  # `admit` has started to change the batch
 
     def __len__(self) -> int:
-        """Rows that wait or are being written."""
+        """Number of rows that wait or are in progress."""
         return sum(map(len, self.waiting)) + len(self.answers)
 
     @property
@@ -175,10 +173,10 @@ class RequestQueue:
         """Queues a request.
 
         Returns:
-            Its answers, one for each prompt and copy (`num_return_sequences`), which fill up with the steps.
+            Its answers, one for each prompt and copy (`num_return_sequences`); they grow with the steps.
 
         Raises:
-            ValueError: if it has more rows than the batch, or asks for a cache that a queue does not have.
+            ValueError: if it has more rows than the batch, or asks for a cache that a queue does not support.
         """
         if asked_cache(request.generation):
             check_cache(self.model.base, request.generation)
@@ -191,10 +189,10 @@ class RequestQueue:
         return found
 
     def cancel(self, answers: Iterable[Answer]) -> None:
-        """Gives answers up: those that wait never start, those being written stop where they are."""
-        given_up = {id(answer): answer for answer in answers if answer.finish is None}
-        rows = [answer._row for answer in given_up.values() if answer._row is not None]
-        for answer in given_up.values():
+        """Cancels answers: waiting ones never start, those in progress stop."""
+        cancelled = {id(answer): answer for answer in answers if answer.finish is None}
+        rows = [answer._row for answer in cancelled.values() if answer._row is not None]
+        for answer in cancelled.values():
             answer.finish = "cancelled"
         self.waiting = deque(group for group in self.waiting if any(answer.finish is None for answer in group))
         for row in rows:
@@ -203,20 +201,20 @@ class RequestQueue:
             self.decoder.leave(rows)
 
     def clear(self) -> None:
-        """Gives up all that wait or are being written."""
+        """Cancels all answers that wait or are in progress."""
         self.cancel([*self.answers.values(), *(answer for group in self.waiting for answer in group)])
 
     @torch.no_grad()
     def step(self) -> list[Answer]:
-        """Lets waiting requests in where there is room, and writes one token of every row.
+        """Admits waiting requests while there is room, and writes one token of every row.
 
         Returns:
-            The answers that ended, with `finish` set; `"error"` where a request could not be taken or its numbers
-            are not finite, which harms no other.
+            The answers that ended, with `finish` set: `"error"` for a request that was refused or whose numbers are
+            not finite, which affects no other.
 
         Raises:
-            Exception: whatever goes wrong later, as in a logits processor of yours. All answers that were being
-                written then end with it, `"error"`; those that wait are not touched, and the queue can go on.
+            Exception: an error in the step itself, for example in your logits processor. All answers in progress then
+                end with `finish="error"`; waiting requests are kept, and the queue can be used further.
         """
         ended, groups = [], []
         try:
@@ -228,11 +226,11 @@ class RequestQueue:
                         raise
                     if len(groups) == 1:
                         ended += failed(groups[0], error)
-                    else:  # one of them is at fault: each by itself, before all others
+                    else:  # one of them is at fault: read each by itself, before all others
                         self.alone.update(id(group[0].request) for group in groups)
                         self.waiting.extendleft(reversed(groups))
             rows = self.decoder.step() if self.decoder is not None and self.decoder.rows else []
-        except BaseException as error:  # in the middle of a step, so that no row is whole any more
+        except BaseException as error:  # in the middle of a step: no row is whole any more
             failed([*self.answers.values(), *(answer for group in groups for answer in group)], error)
             self.answers = {}
             if self.decoder is not None and isinstance(self.decoder.cache, Slots):
@@ -248,7 +246,7 @@ class RequestQueue:
         return ended
 
     def together(self) -> list[list[Answer]]:
-        """The next waiting requests that there is room for and that can be read as one padded batch, or none."""
+        """The next waiting requests that fit the batch and can be read as one padded batch, or none."""
         found: list[list[Answer]] = []
         room, longest, total = self.batch_size - len(self.answers), 0, 0
         while self.waiting and len(self.waiting[0]) <= room:
@@ -264,10 +262,10 @@ class RequestQueue:
         return found
 
     def kind_of(self, request: Request) -> Any:
-        """What requests must have in common to be read together; None for one that is read by itself.
+        """What requests must share to be read together; None for one that must be read by itself.
 
-        Their tensors must fit together, all but `max_new_tokens` must be said alike, and the policy must not count
-        the rows of a call.
+        Their tensors must fit together, all settings except `max_new_tokens` must be equal, and the policy must not
+        depend on the rows of a call.
         """
         policy, keywords = self.policy_of(request), {**self.generation, **request.generation}
         counts = policy.injects or (setting(self.model.base, keywords, "num_return_sequences") or 1) > 1
@@ -283,11 +281,11 @@ class RequestQueue:
         return repr(policy), tuple(sorted(shapes.items())), tuple(sorted(said.items()))
 
     def policy_of(self, request: Request) -> Policy:
-        """Who decides on a request's invocations."""
+        """The policy of a request."""
         return policy_of(self.invocation if request.invocation is None else request.invocation)
 
     def admit(self, groups: list[list[Answer]]) -> None:
-        """Reads the prompts of requests that go together and gives their answers rows."""
+        """Reads the prompts of requests that go together, and adds their rows to the batch."""
         model, requests = self.model, [group[0].request for group in groups]
         kind, self.entering = self.kind_of(requests[0]), False
         self.alone.difference_update(map(id, requests))
@@ -334,13 +332,13 @@ class RequestQueue:
 
 
 def check_cache(base: Any, generation: dict[str, Any]) -> None:
-    """Raises ValueError for a cache that a queue cannot have: its keys and values lie in slots on the device."""
+    """Raises ValueError for a cache that a queue cannot use: its keys and values lie in slots on the device."""
     if (wanted := cache_implementation(base, generation)) == "offloaded":
         raise ValueError(f"a queue of requests has no cache_implementation={wanted!r}; pass 'static', or use generate")
 
 
 def seeds_of(group: list[Answer]) -> list[int]:
-    """A seed for each answer to a request."""
+    """A seed for each answer of a group."""
     seed = group[0].request.seed
     if isinstance(seed, (list, tuple)):
         return list(seed)
@@ -349,7 +347,7 @@ def seeds_of(group: list[Answer]) -> list[int]:
 
 
 def pad_together(inputs: list[dict[str, Tensor]], pad: int | None) -> dict[str, Tensor]:
-    """One batch of prompts out of several: what is said of each token padded on the left, images after each other."""
+    """Merges prompts into one batch: per-token tensors are padded on the left, images concatenated."""
     longest = max(each["input_ids"].shape[1] for each in inputs)
 
     def padded(each: dict[str, Tensor], name: str) -> Tensor:
@@ -364,7 +362,7 @@ def pad_together(inputs: list[dict[str, Tensor]], pad: int | None) -> dict[str, 
 
 
 def failed(answers: list[Answer], error: BaseException) -> list[Answer]:
-    """Ends answers with an error, but for those that ended before. Returns those that it ended."""
+    """Ends those answers that have not ended with an error, and returns them."""
     found = [answer for answer in answers if answer.finish is None]
     for answer in found:
         answer.finish, answer.error = "error", error
@@ -372,13 +370,13 @@ def failed(answers: list[Answer], error: BaseException) -> list[Answer]:
 
 
 def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]]) -> Iterator[Answer]:
-    """Yields answers to `requests`, each as soon as it is done; requests are taken from the iterable as room comes up.
+    """Yields answers as soon as they are done; takes requests from the iterable as there is room.
 
-    An answer whose numbers are not finite is yielded too, with `finish="error"` and a `NonFiniteError`.
+    Answers whose numbers are not finite are yielded too, with `finish="error"` and a `NonFiniteError`.
 
     Raises:
-        ValueError: if a request cannot be taken; names it by its tag where that is a text, else by its number. Answers
-            given before are complete.
+        ValueError: if a request is refused; names it by its tag if that is a string, else by its number. Answers
+            yielded before are complete.
     """
     taken, names = 0, {}
     source: Iterator[Request | dict[str, Tensor]] | None = iter(requests)
@@ -409,4 +407,4 @@ def stream(queue: RequestQueue, requests: Iterable[Request | dict[str, Tensor]])
                 if answer.error is not None:
                     raise answer.error
     finally:
-        queue.clear()  # what nobody waits for any more is not held on to
+        queue.clear()  # frees the rows of a stream that is abandoned

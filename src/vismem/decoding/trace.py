@@ -18,8 +18,8 @@ class Invocation:
     Args:
         kind: `"short"` or `"long"`.
         position: index of the invocation token among the row's new tokens.
-        length: memory vectors inserted; 0 where the policy let this kind form nothing.
-        forced: True where a policy put it in, False where the model sampled it.
+        length: memory vectors inserted; 0 if the policy lets this kind form nothing.
+        forced: True if a policy inserted it, False if the model sampled it.
         memory: the vectors themselves [length, d]; not part of comparisons or of `to_dict`.
         states: with `record=True`, the observed states [z, d] that the query was built from (H without the image).
     """
@@ -38,11 +38,11 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Top:
-    """What the model thought of a token that it sampled, before temperature, penalties and truncation.
+    """Log-probabilities at one sampled token, before temperature, penalties and truncation.
 
     Args:
         log_prob: of the token.
-        likeliest: ids and log-probabilities of the likeliest tokens, from the top.
+        likeliest: ids and log-probabilities of the likeliest tokens, most likely first.
     """
 
     log_prob: float
@@ -51,13 +51,13 @@ class Top:
 
 @dataclass
 class Rollout:
-    """One answer as training needs it: what was sampled, what was put in, and with which chances.
+    """One answer as training needs it: which tokens were sampled, with which probabilities, and which inserted.
 
     Args:
         tokens: the answer's ids [T], invocation and end ids among them.
-        sampled: bool [T], False for tokens that were put in.
+        sampled: bool [T], False for inserted tokens.
         allowed: bool [T, 2], which kinds the row might have invoked at each token, in the order of `config.KINDS`.
-        log_probs: float32 [T], of the sampled tokens under the distribution they were drawn from; 0 elsewhere.
+        log_probs: float32 [T], of the sampled tokens under the distribution they were sampled from; 0 elsewhere.
         invocations: the answer's invocations, with their memories and observed states.
     """
 
@@ -75,7 +75,7 @@ class VisMemOutput(ModelOutput):
     Args:
         sequences: LongTensor [batch, prompt + new]; invocation and end ids are in it, memory slots are not.
         scores: with `output_scores`, for each new position the processed scores [batch, vocabulary] that its token
-            was drawn from. A token that was put in, not sampled, has 0 for itself and -inf elsewhere: it was certain.
+            was sampled from. An inserted token has 0 for itself and -inf elsewhere: it was certain.
         logits: with `output_logits`, the same before processors and before any token was forbidden.
         invocations: for each row its invocations, in order.
         rollout: with `record=True`, for each row a `Rollout`.

@@ -17,15 +17,14 @@ from vismem.memory.soft import SoftMemory
 
 @dataclass
 class Observation:
-    """What one row has in mind when it invokes memory; given to the formation as it is, without gradient.
+    """What a memory is formed from: what one row observes when it invokes memory, without gradient.
 
     Args:
         visual: visual states [y, d] of the row's images.
         states: last-layer states [z, d] that produced the segment's tokens, the invocation token included.
         segment: input embeddings [z, d] of those tokens.
-        patches: the row's images as the short former encoded them; empty where it has none.
-        origin: whose it is, for those who look on: the tag of the row's request, and which of the row's invocations
-            (from 0). Nothing is formed from it; None outside decoding.
+        patches: the row's images as the short former encoded them; empty without images.
+        origin: the tag of the row's request and the index of the invocation, for analysis; None outside decoding.
     """
 
     visual: Tensor
@@ -60,7 +59,7 @@ class Memory(nn.Module):
 
 
 def memory_of(backbone: Backbone, config: VisMemConfig) -> Memory | SoftMemory:
-    """A new memory of the configured content: formed, or the soft prompts that it is compared with."""
+    """A new memory with the configured content: formed, or the soft prompts it is compared with."""
     return (SoftMemory if config.content == "soft" else Memory)(backbone, config)
 
 

@@ -1,7 +1,7 @@
-"""LoRA (by peft) on a frozen module, in place only inside `with adapter.on():`.
+"""LoRA (by peft) on a frozen module, active only inside `with adapter.on():`.
 
-peft wraps the target layers once; the wrappers are then taken out again and kept aside. Outside the context the base
-is, module for module, the one the user gave, so no adapter can be left on while the policy reads or writes.
+peft wraps the target layers once; the wrappers are then removed and kept aside. Outside the context the base is, module
+for module, the one the user passed, so no adapter can stay on while the policy reads or writes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class QueryValueUp(nn.Linear):
-    """LoRA's up-projection for a fused query-key-value layer: it adapts queries and values and gives keys zero.
+    """LoRA's up-projection for a fused query-key-value layer: adapts queries and values, and returns zero for keys.
 
     Maps [..., r] to [..., 3 * d] with a weight of [2 * d, r].
     """
@@ -30,19 +30,19 @@ class QueryValueUp(nn.Linear):
 
 
 def execution_device(layer: nn.Module) -> torch.device | None:
-    """Where accelerate runs a layer whose weights it keeps elsewhere, or None for a layer that it does not move."""
+    """The device on which accelerate runs a layer whose weights it offloads; None for any other layer."""
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return None if device is None else torch.device(device)
 
 
 class Adapter(nn.Module):
-    """LoRA weights for some linear layers of `module`; as a module of its own it holds the LoRA weights only.
+    """LoRA weights for some linear layers of `module`; this module holds the LoRA weights only.
 
     Args:
         module: the frozen module whose layers are adapted.
         targets: names of the linear layers, as peft's `target_modules`.
         r, alpha, dropout: LoRA's rank, scale and dropout.
-        fused_qkv: whether the targets are fused query-key-value layers of which the key third stays as it is.
+        fused_qkv: whether the targets are fused query-key-value layers, whose keys are not adapted.
 
     Raises:
         ValueError: if no layer of `module` has one of the names.
@@ -70,7 +70,9 @@ class Adapter(nn.Module):
             self._sites.append((parent, attribute, layer))
             weight = layer.lora_B["memory"].weight
             factory = {"device": weight.device, "dtype": weight.dtype}
-            if weight.is_meta and (place := execution_device(plain)) is not None:  # its own weight comes when it runs
+            if (
+                weight.is_meta and (place := execution_device(plain)) is not None
+            ):  # offloaded: its weight arrives when it runs
                 factory["device"] = place
                 layer.lora_A["memory"] = nn.Linear(plain.in_features, r, bias=False, **factory)
                 layer.lora_B["memory"] = nn.Linear(r, plain.out_features, bias=False, **factory)
@@ -90,8 +92,8 @@ class Adapter(nn.Module):
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Adapts the module while the context lasts, and restores it however the context ends."""
-        usual = [getattr(parent, attribute) for parent, attribute, _ in self._sites]  # another adapter's, maybe
+        """Adapts the module inside the context, and restores it however the context ends."""
+        usual = [getattr(parent, attribute) for parent, attribute, _ in self._sites]  # possibly another adapter's
         for parent, attribute, layer in self._sites:
             setattr(parent, attribute, layer)
         try:

@@ -1,4 +1,4 @@
-"""The query builder (Eq. 5, 9-11): what the model has in mind, turned into K memory queries.
+"""The query builder (Eq. 5, 9-11): K memory queries from what the model observes.
 
 A small pre-norm transformer encoder over `[H ; Q_init]`. H are visual states and hidden states of the current text
 segment; they carry their own positions, so none are learned and there is no length limit.
@@ -25,9 +25,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
-        """x: [n, t, width]; mask: bool [n, 1, t, t], True where a row may look at a column.
+        """x: [n, t, width]; mask: bool [n, 1, t, t], True where a row may attend to a column.
 
-        With `last`, only that many last positions look and come out: [n, last, width].
+        With `last`, only that many last positions attend and are returned: [n, last, width].
         """
         seen = self.norm1(x)
         if last is None:
@@ -49,16 +49,16 @@ class QueryBuilder(nn.Module):
     Args:
         hidden_size: d of the base.
         query_length: K.
-        layers, heads, width: of the encoder; `width` is inner, with one linear in and one out.
-        output_scale: RMS that the queries start with; the RMS of the base's embedding table, so that the language
-            model reads them as it reads words.
+        layers, heads, width: of the encoder; `width` is inner, with a linear layer in and out.
+        output_scale: initial RMS of the queries: that of the base's embedding table, so that the language model reads
+            them as words.
     """
 
     def __init__(
         self, hidden_size: int, query_length: int, layers: int, heads: int, width: int, output_scale: float = 1.0
     ) -> None:
         super().__init__()
-        self.norm_in = nn.LayerNorm(hidden_size)  # visual states and hidden states can differ fifty-fold in norm
+        self.norm_in = nn.LayerNorm(hidden_size)  # norms of visual states and hidden states can differ fifty-fold
         self.project_in = nn.Linear(hidden_size, width)
         self.types = nn.Parameter(torch.randn(3, width) * 0.02)
         self.query_init = nn.Parameter(torch.randn(query_length, width))
@@ -74,7 +74,7 @@ class QueryBuilder(nn.Module):
         Args:
             visual: for each invocation its row's visual states [y, d]; y may be 0.
             states: for each invocation the hidden states [z, d] that produced the segment's tokens.
-            queries_only: give only the queries [n, K, width], and spare the last layer all else.
+            queries_only: return only the queries [n, K, width]; the last layer computes nothing else.
         """
         weight = self.project_in.weight
         rows = [torch.cat([v.to(weight), h.to(weight)]) for v, h in zip(visual, states, strict=True)]
@@ -96,7 +96,7 @@ class QueryBuilder(nn.Module):
 
 
 def builder_mask(lengths: Tensor, held: int, queries: int) -> Tensor:
-    """Who may look at whom in `[H ; Q_init]`: H at H; queries at H and at each other; H never at the queries.
+    """Attention mask over `[H ; Q_init]`: H attends to H, queries attend to H and to each other.
 
     Eq. 11 as printed puts the queries first; this follows Eq. 5, which puts them last.
 
@@ -105,7 +105,7 @@ def builder_mask(lengths: Tensor, held: int, queries: int) -> Tensor:
         held, queries: padded length of H, and K.
 
     Returns:
-        bool [n, 1, held + K, held + K], True where the row may look at the column.
+        bool [n, 1, held + K, held + K], True where the row may attend to the column.
     """
     position = torch.arange(held + queries, device=lengths.device)
     real = (position < lengths[:, None]) | (position >= held)  # [n, t]

@@ -1,7 +1,7 @@
-"""The short-term former (Eq. 6): the base's vision encoder with its own adapter looks at the image again.
+"""The short-term former (Eq. 6): the base's vision encoder, with its own adapter, looks at the image again.
 
-Patches go through the adapted tower once per image (`encode`); their keys and values serve every later look, which
-runs only the query and the memory positions. Patches never see these, so caching is exact.
+Patches go through the adapted tower once per image (`encode`). Later invocations reuse their keys and values, and run
+only the query and the memory positions. Patches never attend to those, so caching is exact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ShortTermFormer(nn.Module):
     """`M = P(F([X, Q, M_init])[-N_s*m*m:])`, X the patches of all the row's images, P the base's projector.
 
     With `memory_init="pooled"` the memory positions start as a coarse grid of pooled patches, plus a learned offset
-    and a learned mixture of the queries, both zero at first: untrained, a coarse second look at the image.
+    and a learned mixture of the queries, both initially zero: untrained, it is a coarse second look at the image.
     """
 
     def __init__(self, backbone: Backbone, config: VisMemConfig) -> None:
@@ -33,7 +33,7 @@ class ShortTermFormer(nn.Module):
         self.backbone, self.pooled = backbone, config.memory_init == "pooled"
         positions = config.short_length * backbone.merge**2  # the projector merges m x m of them into one vector
         self.checkpointing = False
-        # Called in every block with queries, keys and mask, for those who ask where a look went.
+        # Called in every block with queries, keys and mask, for analysis.
         self.watch: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
         self.query_in = nn.Linear(backbone.hidden_size, backbone.vision_size)
         start = torch.zeros(positions, backbone.vision_size)
@@ -50,16 +50,16 @@ class ShortTermFormer(nn.Module):
         )
 
     def encode(self, images: list[Image]) -> list[Patches]:
-        """Every image's patch keys and values, through the adapted tower; once per image."""
+        """Patch keys and values of each image, through the adapted tower."""
         with self.adapter.on():
             if not (self.checkpointing and torch.is_grad_enabled()):
                 return self.backbone.encode(images)
-            # The backward pass recomputes a block long after this context has ended, so the adapter goes on again.
+            # The backward pass recomputes a block long after this context has ended, so it needs the adapter on again.
             again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.adapter.on()))
             return self.backbone.encode(images, again)
 
     def start(self, patches: list[Patches]) -> tuple[Tensor, Tensor]:
-        """M_init for one row before the query's part: vectors [N_s*m*m, d_vision] and coordinates [N_s*m*m, 2]."""
+        """M_init of one row without the query's share: vectors [N_s*m*m, d_vision] and coordinates [N_s*m*m, 2]."""
         if not self.pooled:
             return self.memory_init, self.memory_init.new_zeros(len(self.memory_init), 2)
         side = self.backbone.merge
@@ -79,15 +79,15 @@ class ShortTermFormer(nn.Module):
             [n, N_s, d], at the scale of the base's visual tokens.
         """
         backbone = self.backbone
-        place = patches[0][0].keys_values[0].device  # the tower's, which a device map may have put elsewhere
+        place = patches[0][0].keys_values[0].device  # the tower's: a device map may have placed it elsewhere
         seen = self.query_in(query.to(self.query_in.weight)).to(place)  # [n, K, d_vision]
         starts, coordinates = (torch.stack(part) for part in zip(*map(self.start, patches), strict=True))
         if self.pooled:
             starts = starts + self.query_mix.to(place) @ seen
-        # What is trained may be kept in a wider dtype than the frozen tower.
+        # Trained weights may have a wider dtype than the frozen tower.
         dtype = patches[0][0].embedded.dtype
         hidden = torch.cat([seen.to(dtype), starts.to(dtype)], dim=1)  # [n, K + N_s*m*m, d_vision]
-        # The query has no place in the image: coordinates (0, 0) leave it unrotated.
+        # The query has no position in the image: coordinates (0, 0) leave it unrotated.
         rotary = backbone.rotary_at(F.pad(coordinates, (0, 0, seen.shape[1], 0)))
 
         lengths = [sum(image.keys_values[0].shape[2] for image in row) for row in patches]
@@ -115,9 +115,9 @@ class ShortTermFormer(nn.Module):
 
 
 def share(total: int, weights: list[int]) -> list[int]:
-    """Deals `total` vectors out to images in proportion to `weights`, at least one each where `total` allows.
+    """Distributes `total` vectors over images in proportion to `weights`, at least one each.
 
-    Where it does not, images at even spaces get one each.
+    With fewer vectors than images, evenly spaced images get one each.
 
     Example:
         >>> share(8, [16, 48])
@@ -134,14 +134,14 @@ def share(total: int, weights: list[int]) -> list[int]:
 
 
 def coarse_grid(total: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns with rows * columns = total whose shape is nearest to that of `grid`."""
+    """Rows and columns with rows * columns = total, in the shape closest to that of `grid`."""
     wanted = math.log(grid[0] / grid[1])
     shapes = [(rows, total // rows) for rows in range(1, total + 1) if total % rows == 0]
     return min(shapes, key=lambda shape: abs(math.log(shape[0] / shape[1]) - wanted))
 
 
 def averaging(source: int, target: int, device: torch.device) -> Tensor:
-    """[target, source] weights that average a line of `source` cells into `target` even parts, or repeat them."""
+    """[target, source] weights that average a line of `source` cells into `target` equal parts, or repeat cells."""
     edges = torch.arange(target + 1, device=device) * source / target
     cells = torch.arange(source, device=device)
     if target <= source:
@@ -152,7 +152,7 @@ def averaging(source: int, target: int, device: torch.device) -> Tensor:
 
 
 def pool(embedded: Tensor, total: int, side: int) -> tuple[Tensor, Tensor]:
-    """A coarse second look: `total` blocks of side x side cells over an image, in block order.
+    """A coarse view of an image: `total` blocks of side x side cells, in block order.
 
     Args:
         embedded: [height, width, d_vision] patch embeddings.

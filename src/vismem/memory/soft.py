@@ -1,7 +1,6 @@
-"""Soft prompts in the places of memories: as many vectors of each kind, but learned constants, formed from nothing.
+"""Soft prompts instead of memories (`content="soft"`), a baseline: learned constants that depend on nothing.
 
-What memory is compared with (`content="soft"`): the same tokens, places, lengths and stages, no builder, no adapters,
-and no image read again.
+Same tokens, positions, lengths and training stages as memory, but no builder, no adapters and no second look.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class SoftVectors(nn.Module):
-    """N learned vectors of one kind; they start as the embeddings of random words, as in prompt tuning.
+    """N learned vectors of one kind, initialised with embeddings of random words, as in prompt tuning.
 
-    They are kept in units of the embedding table's RMS, times a gain kept as its logarithm: visual and token embeddings
-    can differ fifty-fold in norm.
+    Stored in units of the embedding table's RMS, times a gain stored as its logarithm: norms of visual and token
+    embeddings can differ fifty-fold.
     """
 
     def __init__(self, backbone: Backbone, length: int) -> None:
@@ -33,7 +32,7 @@ class SoftVectors(nn.Module):
         self.register_buffer("table_rms", rms, persistent=False)
         self.vectors = nn.Parameter(words / rms)
         self.log_gain = nn.Parameter(torch.zeros(()))
-        self.checkpointing = False  # there are no activations to spare
+        self.checkpointing = False  # there are no activations to recompute
 
     def forward(self, count: int) -> Tensor:
         """The same vectors for `count` invocations: [count, N, d]."""
@@ -41,12 +40,12 @@ class SoftVectors(nn.Module):
         return vectors.expand(count, -1, -1)
 
     def encode(self, images: list[Image]) -> list[None]:
-        """Nothing for each image: none is looked at."""
+        """None for each image."""
         return [None] * len(images)
 
 
 class SoftMemory(nn.Module):
-    """In the place of `Memory`: the same call, whose answer depends on the kind alone."""
+    """Stands in for `Memory`: the same interface, but the vectors depend on the kind alone."""
 
     def __init__(self, backbone: Backbone, config: VisMemConfig) -> None:
         super().__init__()
@@ -57,5 +56,5 @@ class SoftMemory(nn.Module):
         self.to(device=weight.device, dtype=weight.dtype)
 
     def form(self, kind: Kind, observations: list[Observation]) -> Tensor:
-        """The vectors of `kind` for each observation, whatever it is: [n, N, d]."""
+        """The vectors of `kind`, the same for every observation: [n, N, d]."""
         return (self.short if kind == "short" else self.long)(len(observations))

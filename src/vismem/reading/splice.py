@@ -1,4 +1,4 @@
-"""Where memories stand in a finished sequence, and how the base reads a batch with them in place."""
+"""Inserts memories into finished sequences, and reads batches with them in place."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Splice:
         return spread.masked_scatter(self.slot.to(embeds.device)[..., None], torch.cat(self.memories).to(embeds))
 
     def mask(self, attention_mask: Tensor) -> Tensor:
-        """[B, L] to [B, E]: slots are real, padding that the longest row causes is not."""
+        """[B, L] to [B, E]: slots count as real, padding up to the longest row does not."""
         device = attention_mask.device
         spread = attention_mask.gather(1, self.source.to(device))
         return spread.masked_fill(self.slot.to(device), 1) * self.real.to(attention_mask)
@@ -115,7 +115,7 @@ class Splice:
         return spread.masked_fill((self.slot | (self.real == 0)).to(values.device), 0)
 
     def positions(self, positions: Tensor) -> Tensor:
-        """[..., B, L] to [..., B, E]: slots count on from their invocation token, and all that follows moves on."""
+        """[..., B, L] to [..., B, E]: slots continue from their invocation token, and what follows shifts."""
         index = self.source.to(positions.device).expand(*positions.shape[:-1], -1)
         return positions.gather(-1, index) + self.moved.to(positions)
 
@@ -125,18 +125,18 @@ class Splice:
 
 
 class Reader:
-    """Reads one batch through the base, again and again with other memories in it.
+    """Reads one batch through the base, repeatedly, with different memories in place.
 
     Args:
         backbone: of the base model.
         embeds: input embeddings [B, L, d], image places not yet filled.
         mask: attention mask [B, L].
         positions: position ids [..., B, L].
-        features: the images' features as `Backbone.image_features` gave them, or None.
+        features: what `Backbone.image_features` returned, or None.
         copies: that many consecutive rows share their prompt, and `features` are those of the first of each.
-        checkpointing: compute the base's layers again in the backward pass instead of keeping their activations.
-        known: what else the base must know of each token, by name (`Backbone.token_inputs`): [B, at most L], of the
-            prompts alone where rows share them. As in the base's own decoding, what follows a cache is text.
+        checkpointing: recompute the base's layers in the backward pass instead of keeping their activations.
+        known: further per-token inputs of the base, by name (`Backbone.token_inputs`): [B, at most L], once per prompt
+            if rows share theirs. As in the base's own decoding, what follows a cache is text.
     """
 
     def __init__(
@@ -161,11 +161,10 @@ class Reader:
         self.prefix = embeds[:, :0]
 
     def read_prefix(self, length: int) -> None:
-        """Reads the first `length` tokens once, for every later reading to go on from there.
+        """Reads the first `length` tokens once; every later read continues from there.
 
-        Without gradient, unless the base itself has something to train (a baseline's adapter). No memory may stand
-        among them, and all image places must. Rows that share their prompt are read once, so with `copies` the tokens
-        must be those of the prompt alone.
+        Without gradient, unless the base itself is trained (a baseline's adapter). These tokens must contain all image
+        places and no memory; with `copies` they must be those of the shared prompt alone.
         """
         if length < 1:
             return
@@ -206,16 +205,16 @@ class Reader:
 
 
 def join(layer: Any, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    """A cache layer's `update` that leaves the layer as it is, so that one prefix serves many readings."""
+    """A cache layer's `update` that does not change the layer, so that one prefix serves many reads."""
     return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
 
 
 @contextmanager
 def recomputed(base: nn.Module) -> Iterator[None]:
-    """Lets the base's layers recompute their activations in the backward pass while everything stays in evaluation.
+    """Makes the base's layers recompute their activations in the backward pass, in evaluation mode.
 
-    transformers asks for training mode; it is set on the layers themselves and on nothing within them. They may keep
-    their cache, which is only read here.
+    transformers asks for training mode, which is set on the layers themselves and nothing inside them. They may keep
+    the cache, which is only read here.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
 
