@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
-from torch import nn
+from typing import Any
 
 from vismem.backbones.base import Backbone, Image, Patches
 from vismem.backbones.gemma3 import Gemma3Backbone
@@ -46,7 +44,7 @@ def register(family: type[Backbone]) -> type[Backbone]:
     return family
 
 
-def backbone_of(base: nn.Module | SimpleNamespace) -> Backbone:
+def backbone_of(base: Any) -> Backbone:
     """The backbone for `base`, chosen by its `config.model_type`. A namespace with a config is enough to ask sizes.
 
     Raises:

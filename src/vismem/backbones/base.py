@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CACHE_NAMES = ("cache", "past_key_values")  # keyword of the cache in transformers' models, new and old
-Rotary = tuple[Tensor, Tensor] | None  # cos and sin, each [..., tokens, head_dim]; None in towers without rotation
+Rotation = tuple[Tensor, Tensor]
+Rotary = Rotation | None  # cos and sin, each [..., tokens, head_dim]; None in towers without rotation
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Backbone:
     language_targets: tuple[str, ...] = ("q_proj", "v_proj")
     fused_qkv: bool = False
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         self.base: Any = base  # its attributes depend on the family
         # transformers 5.24 renamed past_key_values.
         taken = inspect.signature(base.forward).parameters if hasattr(base, "forward") else ()
@@ -98,7 +99,7 @@ class Backbone:
         return 1.0
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         """The output head, [d] to [vocab]."""
         return self.base.get_output_embeddings()
 
@@ -232,17 +233,17 @@ class Backbone:
     # Implemented by each family.
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         """The vision encoder, without the projector."""
         raise NotImplementedError
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Any:
         """The tower's transformer blocks."""
         raise NotImplementedError
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         """The language model without its head; takes `inputs_embeds`, returns `last_hidden_state`."""
         raise NotImplementedError
 
@@ -284,11 +285,11 @@ class Backbone:
         """Attention among the patches of one image in block `depth`; windowed towers restrict it."""
         return F.scaled_dot_product_attention(query, key, value)
 
-    def qkv(self, block: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of a block for hidden states [n, t, d_vision]: each [n, heads, t, head_dim]."""
         raise NotImplementedError
 
-    def finish(self, block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
         """The rest of a block after attention gave `attended` [n, heads, t, head_dim]: residuals and MLP."""
         raise NotImplementedError
 

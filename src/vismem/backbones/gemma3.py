@@ -6,8 +6,10 @@ layers look back a window only. Pan-and-scan gives crops of a picture, each an `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismem.backbones.base import Image
 from vismem.backbones.clip import ClipTowerBackbone
@@ -16,9 +18,9 @@ from vismem.backbones.clip import ClipTowerBackbone
 class Gemma3Backbone(ClipTowerBackbone):
     """`Gemma3ForConditionalGeneration`."""
 
-    model_types = ("gemma3",)
-    image_inputs = ("pixel_values",)
-    token_inputs = ("token_type_ids",)
+    model_types: tuple[str, ...] = ("gemma3",)
+    image_inputs: tuple[str, ...] = ("pixel_values",)
+    token_inputs: tuple[str, ...] = ("token_type_ids",)
 
     @property
     def embedding_scale(self) -> float:
@@ -26,11 +28,11 @@ class Gemma3Backbone(ClipTowerBackbone):
         return float(torch.tensor(table.scalar_embed_scale, dtype=table.weight.dtype, device="cpu"))
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.base.model.vision_tower
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.base.model.language_model
 
     @property

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismem.backbones.base import Image
 from vismem.backbones.clip import ClipTowerBackbone
@@ -12,15 +14,15 @@ from vismem.backbones.clip import ClipTowerBackbone
 class Idefics3Backbone(ClipTowerBackbone):
     """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`."""
 
-    model_types = ("idefics3", "smolvlm")
-    image_inputs = ("pixel_values", "pixel_attention_mask")
+    model_types: tuple[str, ...] = ("idefics3", "smolvlm")
+    image_inputs: tuple[str, ...] = ("pixel_values", "pixel_attention_mask")
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.base.model.vision_model
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.base.model.text_model
 
     @property

@@ -6,8 +6,10 @@ token stands before the patches: memory looks at it as patches do, but it has no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismem.backbones.base import Backbone, Image, Rotary, join_heads, split_heads
 
@@ -15,10 +17,10 @@ from vismem.backbones.base import Backbone, Image, Rotary, join_heads, split_hea
 class InternVLBackbone(Backbone):
     """`InternVLForConditionalGeneration`. A video's frames are images too, in order, as they are for the base."""
 
-    model_types = ("internvl",)
-    image_inputs = ("pixel_values",)
+    model_types: tuple[str, ...] = ("internvl",)
+    image_inputs: tuple[str, ...] = ("pixel_values",)
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__(base)
         layer, strategy = base.config.vision_feature_layer, base.config.vision_feature_select_strategy
         if layer != -1 or strategy != "default":
@@ -29,15 +31,15 @@ class InternVLBackbone(Backbone):
             )
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.base.model.vision_tower
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Any:
         return self.tower.encoder.layer
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.base.model.language_model
 
     @property
@@ -63,7 +65,7 @@ class InternVLBackbone(Backbone):
     def to_raster(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         return patches[:, 1:].unflatten(1, grid)
 
-    def qkv(self, block: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         attention, states = block.attention, block.layernorm_before(hidden)
         query = attention.q_norm(attention.q_proj(states))  # over the full width, before the heads are split
         key = attention.k_norm(attention.k_proj(states))
@@ -71,7 +73,7 @@ class InternVLBackbone(Backbone):
         query, key, value = (split_heads(part, attention.head_dim) for part in (query, key, value))
         return query, key, value
 
-    def finish(self, block: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + block.lambda_1 * block.attention.projection_layer(join_heads(attended))
         return hidden + block.lambda_2 * block.mlp(block.layernorm_after(hidden))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismem.backbones.base import Image
 from vismem.backbones.clip import ClipTowerBackbone
@@ -19,10 +21,10 @@ class LlavaBackbone(ClipTowerBackbone):
     patches: memory looks at it as patches do, but it has no place in the image and is not pooled.
     """
 
-    model_types = ("llava",)
-    image_inputs = ("pixel_values",)
+    model_types: tuple[str, ...] = ("llava",)
+    image_inputs: tuple[str, ...] = ("pixel_values",)
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__(base)
         config = base.config
         kind, layer = config.vision_config.model_type, config.vision_feature_layer
@@ -46,20 +48,20 @@ class LlavaBackbone(ClipTowerBackbone):
         self.depth = layer if layer > 0 else count + 1 + layer  # as transformers counts: 0 is before the first block
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.base.model.vision_tower
 
     @property
-    def tower_targets(self) -> tuple[str, ...]:  # of the blocks in use only: the others would never learn
+    def tower_targets(self) -> tuple[str, ...]:  # type: ignore[override]  # of the blocks in use only: the others would never learn
         names = "self_attn.q_proj", "self_attn.v_proj"
         return tuple(f"encoder.layers.{index}.{name}" for index in range(self.depth) for name in names)
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Any:
         return self.tower.encoder.layers[: self.depth]
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.base.model.language_model
 
     @property

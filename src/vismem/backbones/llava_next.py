@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismem.backbones.base import Image
 from vismem.backbones.llava import LlavaBackbone
@@ -21,10 +22,10 @@ class LlavaNextBackbone(LlavaBackbone):
     alone, but looks at the padding too, as the patches do. A tile without a token is left out.
     """
 
-    model_types = ("llava_next",)
-    image_inputs = ("pixel_values", "image_sizes")
+    model_types: tuple[str, ...] = ("llava_next",)
+    image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__(base)
         if self.class_tokens and base.config.vision_feature_select_strategy != "default":
             raise ValueError(
@@ -37,7 +38,7 @@ class LlavaNextBackbone(LlavaBackbone):
 
         `image_sizes` [pictures, 2] are the pictures' own heights and widths.
         """
-        if pixel_values is None:
+        if pixel_values is None or image_sizes is None:
             return []
         sizes = [tuple(size) for size in image_sizes.tolist()]
         return self.pictures(pixel_values, sizes, [self.tiles(size) for size in sizes])

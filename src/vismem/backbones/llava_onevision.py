@@ -19,8 +19,8 @@ class LlavaOnevisionBackbone(LlavaNextBackbone):
     padded to a square: memory starts from the patches that show the picture.
     """
 
-    model_types = ("llava_onevision",)
-    image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
+    model_types: tuple[str, ...] = ("llava_onevision",)
+    image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes", "batch_num_images")
 
     def images(
         self,
@@ -30,7 +30,7 @@ class LlavaOnevisionBackbone(LlavaNextBackbone):
         **_: Tensor,
     ) -> list[Image]:
         """As LLaVA-NeXT's; `batch_num_images` [rows] counts the pictures of each prompt that has any."""
-        if pixel_values is None:
+        if pixel_values is None or image_sizes is None:
             return []
         sizes = [tuple(size) for size in image_sizes.tolist()]
         alone = [True] * len(sizes)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vismem.backbones.base import Image, Rotary
+from vismem.backbones.base import Image, Rotation
 from vismem.backbones.qwen2_vl import Qwen2VLBackbone
 
 
 class LlavaOneVision15Backbone(Qwen2VLBackbone):
     """`LLaVAOneVision1_5_ForConditionalGeneration`. The class token stands before the patches of every image."""
 
-    model_types = ("llavaonevision1_5",)
+    model_types: tuple[str, ...] = ("llavaonevision1_5",)
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__(base)
         if not isinstance(base, nn.Module):  # a config alone, looked at before weights are read
             return
@@ -66,12 +66,12 @@ class LlavaOneVision15Backbone(Qwen2VLBackbone):
     def to_raster(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         return super().to_raster(patches[:, 1:], grid)
 
-    def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
+    def patch_rotary(self, grid: tuple[int, int]) -> Rotation:
         own = rotation(self.tower.class_pos_emb.float())  # [1, head_dim / 2] angles, not coordinates
         patches = super().patch_rotary(grid)
         return torch.cat([own[0], patches[0]]), torch.cat([own[1], patches[1]])
 
-    def rotary_at(self, coordinates: Tensor) -> Rotary:
+    def rotary_at(self, coordinates: Tensor) -> Rotation:
         frequencies = self.tower.rotary_pos_emb.inv_freq.to(coordinates.device).float()
         return rotation((coordinates[..., None] * frequencies).flatten(-2))  # rows, then columns
 

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from vismem.backbones.base import Image, Rotary
+from vismem.backbones.base import Image, Rotation
 from vismem.backbones.qwen2_vl import Qwen2VLBackbone
 
 
 class Qwen25VLBackbone(Qwen2VLBackbone):
     """`Qwen2_5_VLForConditionalGeneration`. Patches keep to their window; memory looks at all, in every block."""
 
-    model_types = ("qwen2_5_vl",)
+    model_types: tuple[str, ...] = ("qwen2_5_vl",)
 
     def embed_patches(self, images: list[Image]) -> Tensor:
         return self._to_windows(super().embed_patches(images), images[0].grid)
@@ -24,7 +24,7 @@ class Qwen25VLBackbone(Qwen2VLBackbone):
         blocks = patches.unflatten(1, (-1, self.merge**2))[:, order.argsort().to(patches.device)]
         return super().to_raster(blocks, grid)
 
-    def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
+    def patch_rotary(self, grid: tuple[int, int]) -> Rotation:
         cos, sin = super().patch_rotary(grid)
         return self._to_windows(cos[None], grid)[0], self._to_windows(sin[None], grid)[0]
 

@@ -19,7 +19,7 @@ class Qwen3VLBackbone(Qwen2VLBackbone):
     prompt, and long memory has not seen the tower. So visual states are the projector's outputs too.
     """
 
-    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    model_types: tuple[str, ...] = ("qwen3_vl", "qwen3_vl_moe")
 
     def embed_patches(self, images: list[Image]) -> Tensor:
         embedded = super().embed_patches(images)

@@ -25,38 +25,29 @@ class Batch:
         keeps_finished: whether finished rows keep their line, as in transformers' own loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_finished: bool) -> None:
         self.rows: list[Row] = []
         self.calls: dict[int, list[Row]] = {}
         self.hidden = torch.zeros(0, 0)
         self.next_ids = torch.zeros(0, dtype=torch.long)
         self.ids = torch.zeros(0, 0, dtype=torch.long)
-        self.keeps_finished = True
+        self.keeps_finished = keeps_finished
 
     # Rows enter and leave.
 
-    def start(self, rows: list[Row], hidden: Tensor, ids: Tensor) -> None:
-        """Takes the rows of one call; line i is row i, until all of them are done.
+    def insert(self, rows: list[Row], width: int, hidden: Tensor, ids: Tensor) -> None:
+        """Adds the rows of a call.
 
         Args:
-            rows: the rows.
+            rows: the rows, with their slots.
+            width: number of slots from now on.
             hidden: [n, d], the states after their prompts.
             ids: [n, L], their prompts.
         """
-        self.hidden, self.ids = hidden, ids
-        self.next_ids = ids.new_full((len(rows),), rows[0].settings.pad)
-        self._add(rows)
-
-    def insert(self, rows: list[Row], width: int, hidden: Tensor, ids: Tensor) -> None:
-        """Adds rows whose slots are given, to a batch of `width` slots; arguments as in `start`."""
         slots, pads = [row.slot for row in rows], ids.new_full((len(rows),), rows[0].settings.pad)
-        self.keeps_finished = False
         self.hidden = with_lines(self.hidden, width, slots, hidden)
         self.next_ids = with_lines(self.next_ids, width, slots, pads)
         self.ids = with_lines(self.ids, width, slots, ids)
-        self._add(rows)
-
-    def _add(self, rows: list[Row]) -> None:
         self.rows += rows
         self.calls[id(rows[0].settings)] = rows
 

@@ -22,26 +22,20 @@ AHEAD = {"cuda"}  # devices that run asynchronously: the next forward starts bef
 
 
 class Aligned:
-    """A dynamic cache [B, heads, columns, head_dim]: every forward adds the same number of columns to all rows.
+    """A dynamic cache [B, heads, columns, head_dim] for the rows of one call: all rows grow by the same columns."""
 
-    Args:
-        cache, mask, position: what reading the prompts left: the cache, the mask [B, L] over its columns or None, and
-            the last position ids [..., B, 1].
-    """
-
+    keeps_finished = True  # a finished row keeps its line, as in transformers' own loop
     ahead = False  # a forward cannot be taken back for one row alone
+    width = 0
 
-    def __init__(self, cache: DynamicCache, mask: Tensor | None, position: Tensor) -> None:
-        self.cache, self.mask, self.position = cache, mask, position
-
-    @classmethod
-    def of(cls, cache: DynamicCache, mask: Tensor | None, position: Tensor, sources: list[int]) -> Aligned:
-        """The cache for rows that each continue the prompt named in `sources`."""
-        if sources == list(range(position.shape[-2])):
-            return cls(cache, mask, position)
-        index = torch.tensor(sources, device=position.device)
-        cache.batch_select_indices(index)
-        return cls(cache, None if mask is None else mask[index], position.index_select(-2, index))
+    def place(self, cache: DynamicCache, mask: Tensor | None, position: Tensor, sources: list[int]) -> list[int]:
+        """Takes over the cache of the prompts; arguments and result as in `Slots.place`."""
+        self.cache, self.mask, self.position, self.width = cache, mask, position, len(sources)
+        if sources != list(range(position.shape[-2])):
+            index = torch.tensor(sources, device=position.device)
+            cache.batch_select_indices(index)
+            self.mask, self.position = None if mask is None else mask[index], position.index_select(-2, index)
+        return list(range(len(sources)))
 
     def read(self, backbone: Backbone, inputs: Tensor, rows: list[int]) -> Tensor:
         """Reads `inputs` [B, w, d] after all rows and returns the states [B, d] at their end."""
@@ -58,13 +52,24 @@ class Aligned:
             use_cache=True,
         )[:, -1]
 
+    def retract(self, slot: int) -> None:
+        """Not possible: see `ahead`."""
+        raise NotImplementedError
+
+    def drop(self, slots: list[int]) -> list[int]:
+        """Keeps all rows in place; result as in `Slots.drop`."""
+        del slots
+        return list(range(self.width))
+
 
 class SlotLayer(CacheLayerMixin):
     """One layer's keys and values [slots, heads, columns, head_dim], written at every row's own columns."""
 
     is_compileable = True
+    keys: Tensor
+    values: Tensor
 
-    def __init__(self, slots: Slots, is_sliding: bool) -> None:
+    def __init__(self, slots: Slots, *, is_sliding: bool) -> None:
         super().__init__()
         self.slots, self.is_sliding = slots, is_sliding
 
@@ -118,6 +123,8 @@ class Slots:
         ValueError: if the base has layers that slots cannot hold.
     """
 
+    keeps_finished = False  # rows leave as they finish
+
     def __init__(
         self,
         config: Any,
@@ -132,7 +139,7 @@ class Slots:
         self.ahead = device.type in AHEAD
         self.lengths = [0] * rows  # filled columns of each slot
         self.taken: list[bool] = [False] * rows
-        self.window = getattr(config, "sliding_window", None)
+        self.window: Any = getattr(config, "sliding_window", None)
         plain = "full_attention" if self.window is None else "sliding_attention"
         types = getattr(config, "layer_types", None) or [plain] * config.num_hidden_layers
         self.types = set(types)
@@ -141,9 +148,10 @@ class Slots:
                 f"slots hold full and sliding attention, and this base has layers of type {unknown[0]!r}: leave out "
                 "cache_implementation='static', or decode by `generate` instead of a queue"
             )
-        self.cache = Cache(layers=[SlotLayer(self, kind == "sliding_attention") for kind in types])
-        self.offset: Tensor | None = None  # [..., rows, 1]: position ids less columns
-        self.where: Tensor | None = None  # [n, w]: the columns that the current forward writes
+        self.layers = [SlotLayer(self, is_sliding=kind == "sliding_attention") for kind in types]
+        self.cache = Cache(layers=list(self.layers))
+        self.offset = torch.zeros(0)  # once a row is placed [..., rows, 1]: position ids minus columns
+        self.where = torch.zeros(0, 0, dtype=torch.long)  # [n, w]: the columns that the current forward writes
         self.user: weakref.ref[Any] | None = None  # the decoder whose rows these are
         self.begin = self.end = 0  # columns read: up to `end`, in sliding layers from `begin`
         self.widest = 0  # columns that the widest forward so far wrote, also into free slots
@@ -168,14 +176,14 @@ class Slots:
         for slot, taken in enumerate(self.taken):
             if taken:
                 self.wipe(slot, self.lengths[slot] + 1)
-        self.lengths, self.taken, self.offset = [0] * self.rows, [False] * self.rows, None
+        self.lengths, self.taken, self.offset = [0] * self.rows, [False] * self.rows, torch.zeros(0)
 
     def wipe(self, slot: int, columns: int) -> None:
         """Zeros the first columns of a slot.
 
         Masking alone is not enough: NaN or infinity times an attention weight of 0 is NaN.
         """
-        for layer in self.cache.layers:
+        for layer in self.layers:
             if layer.is_initialized:
                 layer.keys[slot, :, :columns] = 0
                 layer.values[slot, :, :columns] = 0
@@ -193,11 +201,12 @@ class Slots:
             The slots.
         """
         slots = [slot for slot, taken in enumerate(self.taken) if not taken][: len(sources)]
-        columns = cache.layers[0].get_seq_length()
+        layers: list[Any] = list(cache.layers)
+        columns = layers[0].get_seq_length()
         real = torch.ones(position.shape[-2], columns, dtype=torch.bool) if mask is None else mask.bool().cpu()
         lengths = real.sum(1).tolist()
         self.reserve(max(lengths) + 1)
-        if self.offset is None:
+        if not self.offset.numel():
             shape = (*position.shape[:-2], self.rows, 1)
             self.offset = torch.zeros(shape, dtype=position.dtype, device=position.device)
         # After the prompt, positions and columns both count by one, so their difference stays constant.
@@ -206,7 +215,7 @@ class Slots:
         if self.compiled is not None:  # free slots are read too
             for slot in slots:
                 self.wipe(slot, self.widest)
-        for layer, read in zip(self.cache.layers, cache.layers, strict=True):
+        for layer, read in zip(self.layers, layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(read.keys, read.values)
             for slot, source in zip(slots, sources, strict=True):
@@ -255,7 +264,7 @@ class Slots:
             near = masks["full_attention"] & (columns > now - self.window)
             masks["sliding_attention"] = near[..., self.begin :]
         if self.config._attn_implementation == "eager":
-            least = torch.finfo(self.cache.layers[0].keys.dtype).min
+            least = torch.finfo(self.layers[0].keys.dtype).min
             masks = {kind: torch.where(mask, 0.0, least) for kind, mask in masks.items()}
         return {kind: masks[kind] for kind in self.types} if len(self.types) > 1 else masks[next(iter(self.types))]
 
@@ -275,7 +284,7 @@ class Slots:
             if self.compiled is None:
                 last, length = len(order) - 1, self.lengths[len(order) - 1]
                 if slot != last:
-                    for layer in self.cache.layers:
+                    for layer in self.layers:
                         layer.keys[slot, :, :length] = layer.keys[last, :, :length]
                         layer.values[slot, :, :length] = layer.values[last, :, :length]
                     self.wipe(last, length + 1)
@@ -293,7 +302,7 @@ class Slots:
         if columns <= self.columns:
             return
         more = -(-(columns - self.columns) // self.block) * self.block
-        for layer in self.cache.layers:
+        for layer in self.layers:
             if layer.is_initialized:
                 for name in ("keys", "values"):
                     grown = torch.nn.functional.pad(getattr(layer, name), (0, 0, 0, more))

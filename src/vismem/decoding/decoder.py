@@ -74,8 +74,8 @@ class Decoder:
         slots: Slots | None = None,
     ) -> None:
         self.backbone, self.tokens, self.memory, self.config = backbone, tokens, memory, config
-        self.batch = Batch()
-        self.cache: Aligned | Slots | None = slots
+        self.cache: Aligned | Slots = Aligned() if slots is None else slots
+        self.batch = Batch(keeps_finished=self.cache.keeps_finished)
         self.sampler = Sampler(backbone, tokens, config)
         if slots is not None:
             slots.user = weakref.ref(self)
@@ -132,14 +132,10 @@ class Decoder:
         for row, seed in zip(rows, seeds or (), strict=False):
             row.rng = RowRng(seed)
         check_rows(settings.policy, rows)
-        if isinstance(self.cache, Slots):
-            slots = self.cache.place(prompts.cache, prompts.mask, prompts.position, sources)
-            for row, slot in zip(rows, slots, strict=True):
-                row.slot = slot
-            self.batch.insert(rows, self.cache.width, prompts.hidden[sources], prompts.ids[sources])
-        else:
-            self.cache = Aligned.of(prompts.cache, prompts.mask, prompts.position, sources)
-            self.batch.start(rows, prompts.hidden[sources], prompts.ids[sources])
+        slots = self.cache.place(prompts.cache, prompts.mask, prompts.position, sources)
+        for row, slot in zip(rows, slots, strict=True):
+            row.slot = slot
+        self.batch.insert(rows, self.cache.width, prompts.hidden[sources], prompts.ids[sources])
         if openings:
             self._continue(rows, openings)
         return rows
@@ -159,7 +155,7 @@ class Decoder:
             if members:
                 self.remember(kind, [row for row, _ in members], [opening.states for _, opening in members])
             for row, opening in members:
-                if opening.tokens:
+                if opening.tokens and row.queue is not None:
                     words = torch.tensor(opening.tokens, device=self.batch.ids.device)
                     row.queue = torch.cat([self.tokens.embed(words), row.queue])
 
@@ -216,15 +212,15 @@ class Decoder:
     def feed(self) -> Tensor:
         """Feeds w positions of every unfinished row and returns the states [n, d] after them."""
         batch = self.batch
-        queued = [row for row in batch.rows if row.queue is not None]
-        width = min(len(row.queue) for row in queued) if len(queued) == len(batch.rows) else 1
+        queues = [(row, row.queue) for row in batch.rows if row.queue is not None]
+        width = min(len(queue) for _, queue in queues) if len(queues) == len(batch.rows) else 1
         words = torch.where(batch.next_ids < self.tokens.base_vocabulary, batch.next_ids, 0)  # memory is in the queues
         inputs = self.backbone.embeddings(words)[:, None]  # [n, 1, d]
-        if queued:
+        if queues:
             inputs = inputs.repeat(1, width, 1)
-            for row in queued:
-                inputs[row.slot] = row.queue[:width]
-                row.queue = row.queue[width:] if len(row.queue) > width else None
+            for row, queue in queues:
+                inputs[row.slot] = queue[:width]
+                row.queue = queue[width:] if len(queue) > width else None
         return self.cache.read(self.backbone, inputs, [row.slot for row in batch.rows])
 
     # Memory.
@@ -256,8 +252,9 @@ class Decoder:
     def observe(self, row: Row, kind: Kind, states: Tensor | None = None) -> Observation:
         """What the row's query is built from: its visual states, and the segment that the invocation token ends."""
         images = row.images
+        assert images is not None  # the row is in the batch
         if kind == "short" and images.patches is None:
-            images.patches = self.memory.short.encode(images.images)
+            images.patches = list(self.memory.short.encode(images.images))
         if states is None:
             states = torch.stack([hidden[slot] for hidden, slot in row.states])
         segment = self.tokens.embed(self.batch.ids[row.slot, len(row.prompt) + row.segment_start : row.length])
@@ -272,5 +269,4 @@ class Decoder:
     def leave(self, rows: list[Row]) -> None:
         """Removes rows from the batch and the cache, finished or cancelled."""
         self.batch.remove(rows)
-        if isinstance(self.cache, Slots):
-            self.batch.reorder(self.cache.drop([row.slot for row in rows]))
+        self.batch.reorder(self.cache.drop([row.slot for row in rows]))

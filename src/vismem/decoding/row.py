@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from vismem.backbones import Image, Patches
 from vismem.config import KINDS, VisMemConfig
@@ -54,7 +54,7 @@ class DecodingSettings:
 
     policy: Policy
     config: GenerationConfig
-    processors: LogitsProcessorList
+    processors: Any  # a LogitsProcessorList, whose types ask for LongTensor and FloatTensor
     criteria: StoppingCriteriaList
     eos_ids: frozenset[int]
     budget: int

@@ -124,7 +124,7 @@ class Sampler:
         elif rows[0].rng is not None:
             uniform = [0.0] * len(logits)
             for row in rows:
-                uniform[lines[id(row)]] = row.rng[row.sampled]
+                uniform[lines[id(row)]] = 0.0 if row.rng is None else row.rng[row.sampled]
             tokens = inverse_transform(candidates.softmax(-1), on_device(uniform, device, torch.float64))
         else:
             # multinomial asserts on the device that probabilities are finite, which would end every row.
@@ -169,9 +169,10 @@ class Sampler:
             row.keep_scores(sampled.logits[line], sampled.scores[line])
             log_prob = None if sampled.log_probs is None else sampled.log_probs[line]
             row.append(token, batch.hidden, log_prob, sampled.allowed[line])
-            if row.record.top is not None:
-                own, best, ids = (part[line].tolist() for part in sampled.tops)
-                row.record.tops.append(Top(own, list(zip(ids, best, strict=True))[: row.record.top]))
+            if row.record.top is not None and sampled.tops is not None:
+                own, best, ids = (part[line] for part in sampled.tops)
+                likeliest = list(zip(ids.tolist(), best.tolist(), strict=True))
+                row.record.tops.append(Top(float(own), likeliest[: row.record.top]))
             if kind is not None:
                 row.invocations.append(Invocation(kind, len(row.tokens) - 1, 0, forced=False))
                 row.gap = 0

@@ -59,7 +59,7 @@ class Adapter(nn.Module):
         had_config = hasattr(module, "peft_config")
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
         inject_adapter_in_model(config, module, adapter_name="memory")
-        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+        layers: dict[str, Any] = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
         self._sites: list[tuple[nn.Module, str, nn.Module]] = []
         self.layers = nn.ModuleDict()
         for name, layer in layers.items():
@@ -70,9 +70,7 @@ class Adapter(nn.Module):
             self._sites.append((parent, attribute, layer))
             weight = layer.lora_B["memory"].weight
             factory = {"device": weight.device, "dtype": weight.dtype}
-            if (
-                weight.is_meta and (place := execution_device(plain)) is not None
-            ):  # offloaded: its weight arrives when it runs
+            if weight.is_meta and (place := execution_device(plain)) is not None:  # offloaded
                 factory["device"] = place
                 layer.lora_A["memory"] = nn.Linear(plain.in_features, r, bias=False, **factory)
                 layer.lora_B["memory"] = nn.Linear(r, plain.out_features, bias=False, **factory)

@@ -16,6 +16,9 @@ class LongTermFormer(nn.Module):
     The vectors leave at the RMS of the base's token embeddings times a learned gain, kept as its logarithm.
     """
 
+    table_rms: Tensor
+    table_mean: Tensor
+
     def __init__(self, backbone: Backbone, config: VisMemConfig) -> None:
         super().__init__()
         self.backbone, self.pooled = backbone, config.memory_init == "pooled"

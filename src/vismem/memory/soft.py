@@ -5,7 +5,7 @@ Same tokens, positions, lengths and training stages as memory, but no builder, n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class SoftVectors(nn.Module):
     embeddings can differ fifty-fold.
     """
 
+    table_rms: Tensor
+
     def __init__(self, backbone: Backbone, length: int) -> None:
         super().__init__()
         table = backbone.embeddings.weight.detach()
@@ -39,7 +41,7 @@ class SoftVectors(nn.Module):
         vectors = self.vectors * (self.table_rms * self.log_gain.float().exp()).to(self.vectors.dtype)
         return vectors.expand(count, -1, -1)
 
-    def encode(self, images: list[Image]) -> list[None]:
+    def encode(self, images: list[Image]) -> list[Any]:
         """None for each image."""
         return [None] * len(images)
 

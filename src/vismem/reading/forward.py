@@ -6,6 +6,7 @@ Four steps: `locate` the answers, images and invocations of a batch; `observe` t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,9 @@ def encode_patches(model: VisMem, located: Located) -> dict[int, list[Patches]]:
         if not located.images[row // located.copies]:
             raise ValueError(f"row {row} invokes short-term memory but has no image")
     prompts = sorted({row // located.copies for row in looking})
-    encoded = iter(model.memory.short.encode([image for prompt in prompts for image in located.images[prompt]]))
+    encoded: Iterator[Patches] = iter(
+        model.memory.short.encode([image for prompt in prompts for image in located.images[prompt]])
+    )
     return {prompt: [next(encoded) for _ in located.images[prompt]] for prompt in prompts}
 
 

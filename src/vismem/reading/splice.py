@@ -184,7 +184,8 @@ class Reader:
         if self.copies > 1:
             cache.batch_repeat_interleave(self.copies)
             prefix = prefix.repeat_interleave(self.copies, 0)
-        for layer in cache.layers:
+        layers: list[Any] = list(cache.layers)
+        for layer in layers:
             layer.update = partial(join, layer)
         self.cache, self.prefix, self.images, self.known = cache, prefix, None, {}
 
@@ -218,7 +219,7 @@ def recomputed(base: nn.Module) -> Iterator[None]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
 
-    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     states = [(layer.training, layer.gradient_checkpointing, layer._can_checkpoint_with_cache) for layer in layers]
     try:
         for layer in layers:
