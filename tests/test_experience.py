@@ -11,7 +11,7 @@ from vismem.decoding.trace import Invocation, Rollout
 from vismem.training import experience
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.experience import Collector
-from vismem.training.metrics import Figures
+from vismem.training.metrics import Metrics
 from vismem.training.rewards import load_rewards
 from vismem.training.rollout import seed_of
 
@@ -68,9 +68,9 @@ def collected(tmp_path, monkeypatch):
         monkeypatch.setattr(experience, "write", decoded.write)
         monkeypatch.setattr(experience, "counterfactuals", decoded.counterfactuals)
         values = {"stage": "stage2", "group_size": GROUP, "penalty_coef": ALPHA, "use_cpu": True, "seed": 7, **changes}
-        args, figures = MemoryTrainingArguments(str(tmp_path), **values), Figures()
-        collector = Collector(tiny.equip("idefics3"), args, load_rewards(tenths), figures, None)
-        return collector.collect(ROWS, step, "delimiter"), figures.means(1)
+        args, metrics = MemoryTrainingArguments(str(tmp_path), **values), Metrics()
+        collector = Collector(tiny.equip("idefics3"), args, load_rewards(tenths), metrics, None)
+        return collector.collect(ROWS, step, "delimiter"), metrics.means(1)
 
     return collect
 
@@ -80,7 +80,7 @@ def test_stage_two_returns_by_hand(collected):
     answers = [answer(2, "short"), answer(8, "long"), answer(5), answer(6, "long"), answer(0), answer(0, "long")]
     # With kinds swapped the first answer would score .9 (so p_type = .7) and the second .3 (so p_type = 0).
     decoded = Decoded(answers, [answer(4), answer(1)], {0: answer(9, "long"), 1: answer(3, "short")})
-    found, figures = collected(decoded)
+    found, metrics = collected(decoded)
     # Means of the groups: .5 and .2. p_neg of answers that invoked: .3, 0 | 0 and .2; answers 2 and 4 did not invoke.
     returns = torch.tensor(
         [
@@ -90,22 +90,22 @@ def test_stage_two_returns_by_hand(collected):
     )
     expected = (returns - returns.mean(1, keepdim=True)) / (returns.std(1, keepdim=True) + 1e-4)
     assert found.advantages.tolist() == pytest.approx(expected.flatten().tolist(), abs=1e-4)
-    assert figures["penalties/type"] == pytest.approx(0.7 / 6, abs=1e-5)
-    assert figures["penalties/negative"] == pytest.approx((0.3 + 0.2) / 6, abs=1e-5)
-    assert figures["reward"] == pytest.approx(2.1 / 6, abs=1e-5)
-    assert figures["baseline"] == pytest.approx(0.25, abs=1e-5)
-    assert figures["improvement"] == pytest.approx(2.1 / 6 - 0.25, abs=1e-5)
+    assert metrics["penalties/type"] == pytest.approx(0.7 / 6, abs=1e-5)
+    assert metrics["penalties/negative"] == pytest.approx((0.3 + 0.2) / 6, abs=1e-5)
+    assert metrics["reward"] == pytest.approx(2.1 / 6, abs=1e-5)
+    assert metrics["baseline"] == pytest.approx(0.25, abs=1e-5)
+    assert metrics["improvement"] == pytest.approx(2.1 / 6 - 0.25, abs=1e-5)
     assert found.trained == [True, True]
 
 
 def test_stage_one_learns_from_scores_without_penalties(collected):
     answers = [answer(2, "short"), answer(8, "long"), answer(5), answer(6, "long"), answer(0), answer(0, "long")]
     decoded = Decoded(answers, [answer(4), answer(1)], {})
-    found, figures = collected(decoded, stage="stage1")
+    found, metrics = collected(decoded, stage="stage1")
     scores = torch.tensor([[0.2, 0.8, 0.5], [0.6, 0.0, 0.0]])
     expected = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
     assert found.advantages.tolist() == pytest.approx(expected.flatten().tolist(), abs=1e-4)
-    assert "penalties/type" not in figures and decoded.places == ["delimiter"]
+    assert "penalties/type" not in metrics and decoded.places == ["delimiter"]
 
 
 def test_counterfactuals_draw_the_random_numbers_of_their_own_answer(collected):
@@ -131,6 +131,6 @@ def test_counterfactuals_draw_the_random_numbers_of_their_own_answer(collected):
 )
 def test_only_solved_prompts_are_left_out(collected, scores, baseline, skip, trained):
     answers = [*(answer(score) for score in scores), answer(1), answer(2), answer(3)]
-    found, figures = collected(Decoded(answers, [answer(baseline), answer(0)], {}), skip_solved=skip)
+    found, metrics = collected(Decoded(answers, [answer(baseline), answer(0)], {}), skip_solved=skip)
     assert found.trained == [trained, True]
-    assert figures["frac_solved"] == (0.5 if scores == (10, 10, 10) and baseline == 10 else 0)
+    assert metrics["frac_solved"] == (0.5 if scores == (10, 10, 10) and baseline == 10 else 0)

@@ -186,7 +186,7 @@ class MemoryTrainingArguments(TrainingArguments):
 def arguments_for(stage: str, layers: Sequence[Mapping[str, Any]], **fixed: Any) -> MemoryTrainingArguments:
     """The arguments of one stage: the preset, then each layer, and within each what is said of the stage; and `fixed`.
 
-    What nobody set is chosen here: the device, the precision (`precision.py`), where figures are reported, and the
+    What nobody set is chosen here: the device, the precision (`precision.py`), where metrics are reported, and the
     run's name, `OUTPUT_DIR-STAGE`.
 
     Raises:

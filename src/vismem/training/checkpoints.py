@@ -82,7 +82,7 @@ class WholeCheckpoints:
             "baselines": self.collector.baselines if self.collector else {},
             "start": {name: p.cpu() for name, p in self.start.items()},
             "sums": {
-                "figures": dict(self.figures.values),
+                "figures": dict(self.metrics.values),
                 "loss": self._tr_loss.detach().cpu(),
                 "total_loss": self._total_loss_scalar,
                 "last_logged": self._globalstep_last_logged,
@@ -114,7 +114,7 @@ class WholeCheckpoints:
         if self.restored is None:
             return
         sums, self.restored = self.restored, None
-        self.figures.values.update(sums["figures"])
+        self.metrics.values.update(sums["figures"])
         self._tr_loss = sums["loss"].to(self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = sums["total_loss"], sums["last_logged"]
         self._initial_global_step = 0  # loss and speed are those of the run, not of this process
@@ -178,7 +178,7 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
 
     def summary(self) -> dict[str, Any]:
-        """This stage in a memory's history: what it was, and the figures that it logged last."""
+        """This stage in a memory's history: what it was, and the metrics that it logged last."""
         args, logged = self.args, {name: value for entry in self.state.log_history for name, value in entry.items()}
         data = Path(args.data).name if args.data and Path(args.data).exists() else args.data
         return {

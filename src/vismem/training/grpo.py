@@ -100,8 +100,8 @@ def grpo_loss(
     if reference_log_probs is not None:
         divergence = k3_divergence(log_probs, reference_log_probs)
         per_token = per_token + kl_coef * divergence
-    figures = {"kl": divergence.detach(), "clip_share": clipped.float()}
-    return trajectory_mean(per_token, sampled), {name: trajectory_mean(v, sampled) for name, v in figures.items()}
+    metrics = {"kl": divergence.detach(), "clip_share": clipped.float()}
+    return trajectory_mean(per_token, sampled), {name: trajectory_mean(v, sampled) for name, v in metrics.items()}
 
 
 def importance_weights(old_log_probs: Tensor, sampled_log_probs: Tensor, cap: float) -> Tensor:

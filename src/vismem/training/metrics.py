@@ -1,4 +1,4 @@
-"""What a run tells about itself: figures averaged between two logs, times of phases, sample completions."""
+"""Metrics of a run: averages between two logs, times of phases, and sample completions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vismem.decoding.trace import Rollout
 BINS = 5  # of the histogram of where in an answer memory is invoked
 
 
-class Figures:
-    """Figures by name, collected until they are logged.
+class Metrics:
+    """Values by name, collected until they are logged.
 
     Attributes:
-        phase: what the update is doing, for errors.
+        phase: the current phase of the update, for error messages.
         spent: seconds in all phases since it was last set to 0.
     """
 
@@ -33,17 +33,17 @@ class Figures:
         self.phase, self.spent = "", 0.0
 
     def add(self, name: str, value: float) -> None:
-        """Keeps one value."""
+        """Adds one value."""
         self.values[name].append(float(value))
 
     def note(self, name: str, values: Tensor) -> None:
-        """Keeps the mean of some values; nothing, where there are none."""
+        """Adds the mean of `values`, if there are any."""
         if len(values):
             self.add(name, float(values.float().mean()))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Notes how long a phase of the update takes."""
+        """Adds the duration of a phase, in seconds."""
         self.phase, start = phase, time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -52,7 +52,7 @@ class Figures:
         self.spent += time.perf_counter() - start
 
     def describe(self, rollouts: list[Rollout], delimiters: Container[int]) -> None:
-        """How long the answers are, and how often, where and with which kind they invoke memory."""
+        """Adds the lengths of the answers, and how often, where and with which kind they invoke memory."""
         self.note("completions/mean_length", torch.tensor([int(rollout.sampled.sum()) for rollout in rollouts]))
         invocations = [rollout.invocations for rollout in rollouts]
         self.note("invocations/rate", torch.tensor([len(found) for found in invocations]))
@@ -61,7 +61,7 @@ class Figures:
             self.note(
                 f"invocations/{kind}", torch.tensor([sum(i.kind == kind for i in found) for found in invocations])
             )
-        # The answer's start and every delimiter are places for one; one that was sampled took a delimiter's place.
+        # An invocation may come at the start and after every delimiter; a sampled one took a delimiter's place.
         places = len(rollouts) + sum(token in delimiters for r in rollouts for token in r.tokens.tolist())
         sampled = sum(not i.forced for found in invocations for i in found)
         self.add("invocations/per_delimiter", sum(map(len, invocations)) / (places + sampled))
@@ -70,7 +70,7 @@ class Figures:
             self.add(f"invocations/position_{part}", parts.count(part) / max(len(parts), 1))
 
     def means(self, processes: int) -> dict[str, float]:
-        """Every figure's mean over all processes; starts anew. Not every process need have every figure."""
+        """The mean of each metric over all processes, which need not have the same ones; clears the values."""
         own = [{name: sum(values) / len(values) for name, values in self.values.items() if values}]
         self.values.clear()
         everyone = gather_object(own) if processes > 1 else own

@@ -1,7 +1,7 @@
-"""The precision that training computes in where the settings leave it open: measured on a CPU, known of a GPU.
+"""The default precision of training: measured on a CPU, known for a GPU.
 
-Processors without bfloat16 instructions multiply bfloat16 matrices many times more slowly than float32 ones. A run
-that goes on keeps the precision that its checkpoint was made in, so that the result is that of an undisturbed run.
+Processors without bfloat16 instructions multiply bfloat16 matrices many times more slowly than float32 ones. A resumed
+run keeps the precision of its checkpoint, so that it ends like a run without interruption.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from vismem.training.checkpoints import last_checkpoint
 
 log = logging.getLogger(__name__)
 
-SIZE, ROUNDS = 256, 5  # of the matrices that are multiplied, and how often; some milliseconds in all
+SIZE, ROUNDS = 256, 5  # size and number of the products; some milliseconds in all
 
 
 def choose_precision(args: TrainingArguments, bf16: bool | None, dtype: str | None) -> dict[str, Any]:
-    """Settings `bf16` and `dtype` for a run that leaves one of them open; the same on every process of it.
+    """Chooses `bf16` and `dtype` if the settings leave them open; the same on every process of the run.
 
-    What is set stays. What is not is what the run's newest checkpoint has; without one a CPU trains in whatever it
-    multiplies faster, and a GPU in bfloat16 where it has that.
+    Values that are set stay. Others are those of the run's newest checkpoint; without one a CPU trains in the dtype it
+    multiplies faster, and a GPU in bfloat16 if it supports that.
 
     Args:
-        args: of the run, but for the precision.
-        bf16: whether computation is in bfloat16, None where it is open.
-        dtype: of the base's weights, None where it is open.
+        args: of the run.
+        bf16: whether to compute in bfloat16; None to choose.
+        dtype: of the base's weights; None to choose.
     """
     found: list[Any] = [_choice(args, bf16, dtype) if args.process_index == 0 else None]
     if args.world_size > 1:
@@ -57,7 +57,7 @@ def _choice(args: TrainingArguments, bf16: bool | None, dtype: str | None) -> di
 
 
 def _recorded(output_dir: str) -> dict[str, Any]:
-    """The settings that a run's newest checkpoint was made with; empty where there is none."""
+    """The settings of a run's newest checkpoint; empty if there is none."""
     file = Path(last_checkpoint(output_dir) or output_dir) / "training_args.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -74,7 +74,7 @@ def bfloat16_is_faster() -> bool:
 def speed(dtype: torch.dtype) -> float:
     """Billions of operations per second in the product of two matrices [256, 256], the median of a few."""
     left, right = torch.ones(SIZE, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
-    left @ right  # what the first one sets up is not counted
+    left @ right  # warm-up
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()

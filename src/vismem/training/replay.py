@@ -1,7 +1,7 @@
-"""Replay: trajectories as one batch for the training forward, and what is trained as one module (Eq. 14).
+"""Replay: trajectories as one batch for the training forward, and the trained parts as one module (Eq. 14).
 
-The replayed log-probabilities are those that decoding saw. In stage I the observed states are given and memories are
-formed again, with gradient; in stage II the memories themselves are given and only the four tokens' rows are free.
+Replay reproduces the log-probabilities of decoding. Stage I passes the observed states and forms the memories again,
+with gradient; stage II passes the memories themselves, and only the four tokens' rows get a gradient.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vismem.model import VisMem
 
 
 class Learner(nn.Module):
-    """What is trained, as the Trainer sees it: builder, formers and the four tokens' rows, or an adapter alone.
+    """The trained parts as one module for the Trainer: builder, formers and the four tokens' rows, or an adapter.
 
-    The frozen base is used and not registered, so nothing wraps, moves, shards or saves it with them.
+    The frozen base is not registered, so nothing wraps, moves, shards or saves it with them.
 
     Args:
-        model: the model that has them.
-        adapter: weights of an adapter of its base, where these are trained instead.
+        model: the model.
+        adapter: an adapter of its base, if that is trained instead.
     """
 
     def __init__(self, model: VisMem, adapter: nn.Module | None = None) -> None:
@@ -35,16 +35,16 @@ class Learner(nn.Module):
         self._model = [model]
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
-        """Asked by the Trainer for `gradient_checkpointing=true`; how is the model's matter."""
+        """Called by the Trainer for `gradient_checkpointing=true`."""
         self._model[0].gradient_checkpointing_enable()
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # its name in older versions
 
     def forward(self, inputs: dict[str, Any] | None) -> Tensor:
-        """Log-probabilities [n, L] of `VisMem.forward(**inputs)`'s sampled tokens; of nothing, a zero, for None.
+        """Log-probabilities [n, L] of the sampled tokens by `VisMem.forward(**inputs)`; zero for None.
 
-        Every trained parameter takes part, with weight 0 where it was not used, so that processes whose trajectories
-        invoked different kinds still reduce the same gradients.
+        Every trained parameter takes part, unused ones with weight 0, so that processes whose trajectories invoked
+        different kinds reduce the same gradients.
         """
         zero = sum((0 * p.float().sum() for p in self.parameters() if p.requires_grad), torch.zeros(()))
         if inputs is None:
@@ -59,10 +59,10 @@ def collate(
 
     Args:
         prompts: the processor's output for B prompts, padded on the left.
-        rollouts: n for each prompt, one after another.
-        pad: the id that fills up.
-        formed: give the memories that decoding formed; otherwise the observed states, to form them again.
-        temperature: that the rollouts were sampled at.
+        rollouts: n per prompt, those of one prompt adjacent.
+        pad: the padding id.
+        formed: pass the memories that decoding formed; else the observed states, to form them again.
+        temperature: of the rollouts' sampling.
     """
     copies, device = len(rollouts) // len(prompts["input_ids"]), prompts["input_ids"].device
     start = prompts["input_ids"].shape[1]
@@ -95,11 +95,11 @@ def collate(
 
 
 def decoded_log_probs(rollouts: list[Rollout], sampled: Tensor) -> Tensor:
-    """Log-probabilities [n, L] that decoding recorded, in the places of `collate`'s sampled tokens; 0 elsewhere.
+    """Log-probabilities [n, L] recorded by decoding, at the sampled tokens of `collate`; 0 elsewhere.
 
     Args:
         rollouts: n of them.
-        sampled: bool [n, L], as `collate` made it for these rollouts.
+        sampled: bool [n, L], from `collate` for these rollouts.
     """
     found = torch.zeros(sampled.shape, device=sampled.device)
     recorded = torch.cat([rollout.log_probs[rollout.sampled] for rollout in rollouts])
@@ -107,15 +107,15 @@ def decoded_log_probs(rollouts: list[Rollout], sampled: Tensor) -> Tensor:
 
 
 def without_memory(inputs: dict[str, Any], tokens: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The same words as the base alone would read them: invocation and end tokens taken out.
+    """The same answers without invocation and end tokens, as the base alone reads them.
 
     Args:
-        inputs: as `collate` made them.
+        inputs: from `collate`.
         tokens: ids of the four tokens.
 
     Returns:
-        Arguments of `VisMem.forward`, and for each position of theirs the position it had [n, L]. Sampled invocation
-        tokens have no counterpart; their log-probability is not among the result.
+        Arguments of `VisMem.forward`, and for each of their positions the original one [n, L]. Sampled invocation
+        tokens have no counterpart.
     """
     ids, start = inputs["input_ids"], inputs["prompt_length"]
     word = ~torch.isin(ids, tokens)

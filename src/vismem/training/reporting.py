@@ -1,4 +1,4 @@
-"""One run of an experiment tracker for each stage: begun with it, named after it, ended with it."""
+"""One experiment-tracker run per stage."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import TrainingArguments
 
 @contextmanager
 def reported_apart(args: TrainingArguments) -> Iterator[None]:
-    """Ends what transformers' callbacks begin to report to while the context lasts, so that the next stage has its own.
+    """Closes the tracker runs that transformers' callbacks open inside the context, so that each stage has its own.
 
-    Weights & Biases and SwanLab keep their run open until the process ends, and what follows would be added to it. A
-    run that was open before stays so.
+    Weights & Biases and SwanLab otherwise keep a run open until the process ends, and the next stage would report to
+    it. A run that was open before stays open.
 
     Args:
         args: of the stage; `project` is Weights & Biases' project too, unless WANDB_PROJECT names one.
@@ -36,7 +36,7 @@ def reported_apart(args: TrainingArguments) -> Iterator[None]:
 
 
 def _open_runs() -> dict[str, Any]:
-    """The trackers that have an open run, and that run."""
+    """The open run of each tracker that has one."""
     wandb, swanlab = sys.modules.get("wandb"), sys.modules.get("swanlab")
     found = {"wandb": getattr(wandb, "run", None), "swanlab": swanlab.get_run() if swanlab is not None else None}
     return {name: run for name, run in found.items() if run is not None}

@@ -1,7 +1,7 @@
-"""Rollouts: trajectories with memory, answers without it, and stage II's counterfactuals - all without gradient.
+"""Rollouts: trajectories with memory, answers without it, and stage II's counterfactuals, all without gradient.
 
-What is written depends on the row's own seed and on nothing beside it, so the same prompts give the same trajectories
-in any batch and on any number of processes. Scoring them is the trainer's matter.
+A row's samples depend on its own seed alone, so the same prompts give the same trajectories in any batch and on any
+number of processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def seed_of(*parts: Any) -> int:
 
 
 def sampling(model: VisMem, max_new_tokens: int, temperature: float | None) -> GenerationConfig:
-    """Plain sampling at a temperature, or greedy decoding with None; nothing else of the base's defaults applies."""
+    """Sampling at a temperature, or greedy decoding for None; no other default of the base applies."""
     defaults = model.generation_config
     chance = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": 1.0}
@@ -46,16 +46,16 @@ def sampling(model: VisMem, max_new_tokens: int, temperature: float | None) -> G
         if defaults.pad_token_id is not None
         else model.processor.tokenizer.pad_token_id,
         return_dict_in_generate=True,
-        cache_implementation="static",  # answers that are done leave the batch
-        disable_compile=True,  # the lengths of prompts change from update to update
+        cache_implementation="static",  # finished answers leave the batch
+        disable_compile=True,  # prompt lengths change with every update
     )
 
 
 @contextmanager
 def without_defaults(base: Any) -> Iterator[None]:
-    """Takes the base's generation defaults (penalties, beams, suppressed tokens) away while the context lasts.
+    """Removes the base's generation defaults (penalties, beams, suppressed tokens) inside the context.
 
-    Replay knows nothing of them, and the log-probabilities that it recomputes would be those of another distribution.
+    Replay does not apply them, so it would recompute the log-probabilities of a different distribution.
     """
     defaults, base.generation_config = base.generation_config, GenerationConfig()
     try:
@@ -77,11 +77,11 @@ def write(
     Args:
         inputs: the processor's output for B prompts.
         policy: of invocation.
-        settings: as `sampling` makes them.
+        settings: from `sampling`.
         seeds: one for each of the B * copies rows; None for greedy decoding.
 
     Returns:
-        B * copies rollouts, those of a prompt one after another, padding removed.
+        B * copies rollouts without padding, those of one prompt adjacent.
     """
     settings = copy.deepcopy(settings)
     settings.num_return_sequences = copies
@@ -101,9 +101,9 @@ def counterfactuals(
     settings: GenerationConfig,
     seeds: list[int],
 ) -> dict[int, Rollout]:
-    """tau_rev (Eq. 15): every rollout that invoked, kinds swapped from its first invocation on, and decoded anew there.
+    """tau_rev (Eq. 15): every rollout that invoked, decoded again from its first invocation on with kinds swapped.
 
-    Rows that did not invoke, and rows without an image (which have one kind only), have none.
+    Rows that did not invoke, and rows without an image (which have only one kind), have none.
 
     Args:
         sighted: for each prompt whether it has an image.

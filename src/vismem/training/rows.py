@@ -1,8 +1,8 @@
-"""The rows that a trainer reads: what it was given as `train_dataset`, each row tried on the base's processor.
+"""The rows of a stage, each checked against the base's processor.
 
-A row that the processor refuses is a bad row, like one that cannot be read: it is named, counted, and replaced by the
-next one. Whether a row is bad depends on the row alone, so that a resumed run, or one on more processes, meets the
-same rows.
+A row that the processor refuses is a bad row, like one that cannot be read: it is reported, counted, and replaced by
+the next one. Whether a row is bad depends on the row alone, so resumed runs and runs on more processes use the same
+rows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def training_rows(source: Any, args: MemoryTrainingArguments, model: VisMem) -> 
 
     Args:
         source: anything that `load_dataset_rows` takes.
-        args: of the stage; they say how the source is read.
-        model: whose processor is to take the rows.
+        args: of the stage.
+        model: its processor checks the rows.
 
     Raises:
         ValueError: if there is no source.
@@ -52,5 +52,5 @@ def check_row(processor: Any, context: int | None, supervised: bool, row: Row) -
 
 
 def context_of(model: VisMem) -> int | None:
-    """How many tokens the base was made for; None where its config does not say."""
+    """The base's maximum number of positions; None if its config does not say."""
     return getattr(model.base.config.get_text_config(), "max_position_embeddings", None)

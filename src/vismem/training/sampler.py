@@ -1,4 +1,4 @@
-"""The order in which prompts are read: the same for a seed on any number of processes, and wherever a run goes on."""
+"""The order of prompts: fixed by the seed, on any number of processes and after any resume."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.utils.data import Sampler
 
 
 class PromptSampler(Sampler[int]):
-    """Rows in an order that depends on seed and epoch alone, each stretch of `chunk` rows `repeats` times.
+    """Row indices in an order that depends on seed and epoch alone; each chunk of `chunk` rows comes `repeats` times.
 
-    A chunk is what all processes read for one update; repeated, it serves several inner iterations. The last one is
-    filled up from the start of the order, so that every update has whole batches, on any number of processes.
+    A chunk is what all processes read for one update; it is repeated for inner iterations. The last chunk is filled up
+    from the start of the order, so that every update has whole batches on any number of processes.
     """
 
     def __init__(self, length: int, chunk: int, repeats: int, seed: int, shuffle: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Trained parameters that FSDP2 keeps in shards: made fit for it, and held whole where they are used or saved."""
+"""Parameters sharded by FSDP2: prepared for it, and gathered where they are used or saved."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
-Place = tuple[nn.Module, str]
+Parameter = tuple[nn.Module, str]  # the module that holds it, and its name there
 
 
-def make_shardable(learner: nn.Module) -> set[Place]:
-    """Gives parameters that are one number a dimension, as FSDP2 shards none without; returns where they are."""
+def make_shardable(learner: nn.Module) -> set[Parameter]:
+    """Gives scalar parameters a dimension, without which FSDP2 cannot shard them; returns which they are."""
     numbers = set()
     for module in learner.modules():
         for name, p in module._parameters.items():
@@ -23,7 +23,7 @@ def make_shardable(learner: nn.Module) -> set[Place]:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Holds a wrapped model's parameters unsharded, for use outside its forward; without shards, does nothing."""
+    """Keeps a wrapped model's parameters unsharded inside the context, for use outside its forward."""
     sharded = [module for module in model.modules() if hasattr(module, "unshard")]
     for module in sharded:
         module.unshard()
@@ -35,8 +35,8 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(learner: nn.Module, numbers: set[Place]) -> Iterator[None]:
-    """Puts whole tensors in the places of sharded parameters, as `state_dict` gives shards even within `whole`."""
+def gathered(learner: nn.Module, numbers: set[Parameter]) -> Iterator[None]:
+    """Replaces sharded parameters by whole tensors, as `state_dict` returns shards even inside `whole`."""
     places = [(module, name, p) for module in learner.modules() for name, p in module._parameters.items()]
     sharded = [(module, name, p) for module, name, p in places if hasattr(p, "full_tensor")]
     try:

@@ -1,7 +1,7 @@
-"""The stages as a table: what each trains, by which objective, and who invokes memory meanwhile.
+"""The stages: what each trains, with which objective, and who invokes memory.
 
-Three train a memory and follow each other. The baselines train a LoRA adapter of the language model instead, with no
-memory in sight: what a memory is compared with (`baselines.py`).
+Three stages train a memory, one after the other. The baselines train a LoRA adapter of the language model instead,
+without memory (`baselines.py`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Literal
 
 STAGES = ("warmup", "stage1", "stage2")
 BASELINES = ("sft", "grpo")
-ADAPTER_FILE = "adapter_config.json"  # tells a baseline's adapter from a memory
+ADAPTER_FILE = "adapter_config.json"  # distinguishes a baseline's adapter from a memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage does.
+    """One stage.
 
     Args:
         trains: parts of the memory, as `VisMem.parameters_of` names them, or `("adapter",)`.
         objective: cross-entropy of the reference replies, or GRPO on trajectories.
-        invokes: who invokes memory: the reference reply (or chance, where it names none), chance, the model, nobody.
+        invokes: who invokes memory: the reference reply (or at random if it does not), chance, the model, nobody.
     """
 
     trains: tuple[str, ...]
@@ -40,12 +40,12 @@ class Plan:
 
     @property
     def forms(self) -> bool:
-        """Whether it learns to form memories; otherwise an update takes them as they were."""
+        """Whether it learns to form memories; otherwise an update reuses those of the rollout."""
         return "short" in self.trains
 
     @property
     def result(self) -> str:
-        """Name of the folder that a run leaves."""
+        """Name of the folder with the run's result."""
         return "adapter" if self.adapts else "memory"
 
 

@@ -1,7 +1,7 @@
-"""Supervised examples: reference replies with invocations put in, as a batch for the training forward.
+"""Supervised examples: reference replies with invocations inserted, as a batch for the training forward.
 
-A reply may name its invocations itself, by the tokens `<ms_I>` and `<ml_I>` in its text; where it names none they are
-put in by chance, after a delimiter, in place of one, or anywhere. Where nobody invokes, named ones are taken out.
+A reply may contain invocations itself, as `<ms_I>` and `<ml_I>` in its text. Otherwise they are inserted at random:
+after a delimiter, instead of one, or anywhere. Stages without memory remove them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from vismem.training.arguments import MemoryTrainingArguments
 def with_invocations(
     words: list[int], model: VisMem, args: MemoryTrainingArguments, places: str, sighted: bool, rng: Random
 ) -> tuple[list[int], list[bool]]:
-    """A reply's ids with invocations and end tokens in it, and which of them are words to learn from.
+    """A reply's ids with invocations and end tokens, and which of them are words to learn.
 
     Args:
         words: the reply's ids, its closing token included.
         places: `"delimiter"` or `"anywhere"`.
         sighted: whether there is an image; short-term memory needs one.
-        rng: of the places and kinds.
+        rng: of positions and kinds.
     """
     tokens, config = model.tokens, model.memory_config
     ids: list[int] = []
@@ -40,7 +40,7 @@ def with_invocations(
         ids.extend((tokens.invocation_ids[kind], tokens.end_ids[kind]))
         learned.extend((False, False))
 
-    words = [word for word in words if word not in tokens.end_ids.values()]  # they follow from the invocations
+    words = [word for word in words if word not in tokens.end_ids.values()]  # added again after each invocation
     for index, word in enumerate(words):
         if word in tokens.kind_of:
             if tokens.kind_of[word] in kinds:
@@ -61,10 +61,10 @@ def with_invocations(
 
 
 def end_of_turn(model: VisMem) -> int | None:
-    """The end id that closes an assistant's turn in the base's chat template; None where the base has no end id.
+    """The end id that closes an assistant's turn in the base's chat template; None if the base has no end id.
 
-    A base may list several end ids, such as Gemma 3's `<eos>` and `<end_of_turn>`, of which it writes only one. A
-    reply that ends with another teaches a token that the base never writes there.
+    A base may list several, such as Gemma 3's `<eos>` and `<end_of_turn>`, and write only one of them. A reply that
+    ends with another teaches a token that the base never writes there.
     """
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
@@ -87,7 +87,7 @@ def supervised_batch(
     places: str,
     args: MemoryTrainingArguments,
 ) -> dict[str, Any]:
-    """Prompts and reference replies as arguments of `VisMem.forward`, whose log-probabilities are to be raised.
+    """Prompts and reference replies as arguments of `VisMem.forward`.
 
     Args:
         prompts: the processor's output for B prompts, padded on the left.
@@ -101,7 +101,7 @@ def supervised_batch(
     answers, learned = [], []
     for reply, sees, rng in zip(replies, sighted, rngs, strict=True):
         words = tokenizer.encode(reply, add_special_tokens=False)
-        words = [*words, *([] if end is None else [end])][: args.max_new_tokens]  # a reply that is cut does not end
+        words = [*words, *([] if end is None else [end])][: args.max_new_tokens]  # a truncated reply has no end
         ids, kept = with_invocations(words, model, args, places, sees, rng)
         answers.append(torch.tensor(ids))
         learned.append(torch.tensor(kept))

@@ -1,7 +1,7 @@
-"""`MemoryTrainer`: every stage on transformers' `Trainer` - warm-up, formation (I) and invocation (II), baselines.
+"""`MemoryTrainer`: every stage on transformers' `Trainer`: warm-up, formation (I), invocation (II) and baselines.
 
-The Trainer keeps loops, schedules, precision and processes. Here is what one update does: it takes an experience
-(`experience.py`) and replays its trajectories (`replay.py`) for the gradient of their loss (`grpo.py`).
+The Trainer handles loops, schedules, precision and processes. This file is the update: collect experience
+(`experience.py`), replay its trajectories (`replay.py`), and take the gradient of their loss (`grpo.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vismem.training.checkpoints import (
     verify,
 )
 from vismem.training.experience import Collector, Experience, inputs_of
-from vismem.training.metrics import Figures, Samples
+from vismem.training.metrics import Metrics, Samples
 from vismem.training.replay import Learner, collate, decoded_log_probs, without_memory
 from vismem.training.rewards import load_rewards
 from vismem.training.rows import training_rows
@@ -44,28 +44,28 @@ from vismem.training.supervised import supervised_batch
 from vismem.training.watch import SignalWatch
 
 EVALUATION = ("eval_dataset", "compute_metrics", "preprocess_logits_for_metrics")  # of transformers' trainer
-FIXED = ("data_collator", "compute_loss_func", "model_init")  # likewise, but the method's own here
+FIXED = ("data_collator", "compute_loss_func", "model_init")  # likewise, but fixed by the method
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss, the gradient or a rollout's scores are not finite any more."""
+    """The loss, the gradient or a rollout's scores are not finite."""
 
 
 class MemoryTrainer(WholeCheckpoints, Trainer):
     """Trains one stage of a memory, or a baseline: an adapter of the base's language model.
 
     Args:
-        model: the model whose memory is trained; its base stays as it is, bit for bit. In a baseline an adapter that
-            the base has is trained further, or a new one is added.
+        model: the model whose memory is trained; its base does not change, bit for bit. A baseline trains the base's
+            adapter further, or adds a new one.
         args: of the stage.
-        train_dataset: a `datasets.Dataset` or `IterableDataset`, a list of dictionaries, a file's name, or `Row`s;
-            read by `vismem.data.load_dataset_rows`.
-        reward_funcs: a function of TRL's signature, a name, an import path, or a list of them; by default those that
-            `args.rewards` names.
+        train_dataset: a `datasets.Dataset` or `IterableDataset`, a list of dictionaries, a file name, or `Row`s; read
+            by `vismem.data.load_dataset_rows`.
+        reward_funcs: a function with TRL's signature, a name, an import path, or a list of them; by default
+            `args.rewards`.
         callbacks, optimizers: as in transformers.
 
     Raises:
-        ValueError: if something is given that training does not use, such as an `eval_dataset`.
+        ValueError: for an argument that training does not use, such as `eval_dataset`.
 
     Example:
         >>> args = MemoryTrainingArguments("runs/one", stage="stage1", learning_rate=5e-5, max_steps=100)
@@ -106,20 +106,20 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         self.numbers = make_shardable(self.learner) if self.is_fsdp_enabled else set()
         self.kl = grpo.AdaptiveKL(args.kl_coef, args.target_kl, args.kl_horizon)
         self.start = {name: p.detach().clone() for name, p in self.trained()}
-        self.figures, self.samples = Figures(), Samples(str(args.output_dir))
+        self.metrics, self.samples = Metrics(), Samples(str(args.output_dir))
         self.watch = SignalWatch(self, args.plan.invokes in ("chance", "model"))
         self.add_callback(self.watch)
         self.collector: Collector | None = None
         if not args.plan.supervised:
             rewards = load_rewards(args.rewards if reward_funcs is None else reward_funcs)
             samples = self.samples if self.is_world_process_zero() else None
-            self.collector = Collector(model, args, rewards, self.figures, samples)
-        self.held: list[Experience] = []  # of this update's batches, for its next inner iterations
+            self.collector = Collector(model, args, rewards, self.metrics, samples)
+        self.held: list[Experience] = []  # of this update's batches, for further inner iterations
         self.current: list[Row] = []
-        self.divergence = torch.zeros(2)  # of this update so far, and from how many trajectories
+        self.divergence = torch.zeros(2)  # sum over this update so far, and its number of trajectories
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """What this stage trains, by name."""
+        """The trained parameters with their names."""
         return [(name, p) for name, p in self.learner.named_parameters() if p.requires_grad]
 
     @property
@@ -127,7 +127,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         """The learner without what accelerate wraps around it."""
         return self.accelerator.unwrap_model(self.model)
 
-    # What the Trainer asks for.
+    # Called by the Trainer.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; leaves the model in evaluation mode, with this stage in its `history`.
@@ -138,7 +138,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             *args, **kwargs: as in transformers.
 
         Raises:
-            ValueError: if this trainer has trained before, or `output_dir` holds a run that is not to be resumed.
+            ValueError: if this trainer has trained before, or `output_dir` holds a run and none is resumed.
             FolderInUseError: if another run writes into `output_dir`.
             DiskFullError: if there is no room; names the newest checkpoint.
             DamagedCheckpointError: if a file of the checkpoint is damaged.
@@ -153,7 +153,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             if resume_from_checkpoint:
                 verify(Path(resume_from_checkpoint))
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE)).global_step
-            self.accelerator.wait_for_everyone()  # before anything that the others look for is written
+            self.accelerator.wait_for_everyone()  # before anything is written that others look for
             if main:
                 if resume_from_checkpoint:
                     drop_newer(folder, step)
@@ -169,7 +169,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                 self.learner.eval()
 
     def refuse_old_run(self, folder: Path) -> None:
-        """Raises ValueError if training from the start would overwrite what is there."""
+        """Raises ValueError if training from scratch would overwrite an earlier run."""
         if self.state.global_step:
             raise ValueError("this trainer has trained already: make a new one, with another output_dir")
         if newest_checkpoint(folder) or (folder / self.args.plan.result).exists():
@@ -179,7 +179,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: answers are evaluated by `vismem eval`."""
+        """Not supported: use `vismem eval`."""
         raise ValueError(NO_EVALUATION)
 
     predict = evaluate
@@ -197,13 +197,13 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
         self.restore_sums(named["start_time"])
-        # On several processes a run that resumes in the middle of an epoch would not reach the sampler otherwise.
+        # On several processes the sampler would otherwise not learn of an epoch that is resumed in the middle.
         if self.sampler is not None:
             self.sampler.set_epoch(named["epoch"])
         super()._run_epoch(*positional, **named)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group of parameters; in stage II the end tokens' rows are a second one, at a lower rate."""
+        """One parameter group; in stage II the end tokens' rows are a second one with a lower rate."""
         if self.optimizer is None:
             trained: Any = model or self.model
             kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
@@ -221,7 +221,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         """One batch of prompts: trajectories and their gradient, or supervised examples and theirs."""
         args, step = self.args, self.state.global_step
         self.vismem.base.eval()
-        self.learner.train(args.plan.supervised)  # dropout would make replay another policy than the rollout's
+        self.learner.train(args.plan.supervised)  # with dropout, replay would be a different policy than the rollout
         self.current = inputs
         try:
             with self.compute_loss_context_manager():
@@ -240,25 +240,25 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             raise self.diverged(f"an answer could not be sampled ({error})", inputs) from error
         except torch.OutOfMemoryError as error:
             lower = "per_device_train_batch_size, group_size or max_new_tokens"
-            lower = "micro_batch (or set gradient_checkpointing=true)" if self.figures.phase == "update" else lower
-            raise RuntimeError(f"out of memory in the {self.figures.phase} of step {step}; lower {lower}") from error
+            lower = "micro_batch (or set gradient_checkpointing=true)" if self.metrics.phase == "update" else lower
+            raise RuntimeError(f"out of memory in the {self.metrics.phase} of step {step}; lower {lower}") from error
 
     def places(self) -> str:
-        """Where invocations are put in at this step (Eq. 7: delimiters first, then anywhere)."""
+        """Where invocations are inserted at this step (Eq. 7: after delimiters first, then anywhere)."""
         if self.args.injection_places != "delimiter-then-anywhere":
             return self.args.injection_places
         return "delimiter" if self.state.global_step * 2 < self.state.max_steps else "anywhere"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of what was noted since the last time, over all processes."""
+        """Adds the means of all metrics since the last log, over all processes."""
         if "loss" in logs:
-            logs.update(self.figures.means(self.args.world_size))
+            logs.update(self.metrics.means(self.args.world_size))
         super().log(logs, start_time)
 
     # The update.
 
     def micro_batches(self, experience: Experience) -> list[tuple[list[int], list[int]]]:
-        """Prompts and rollouts of each forward and backward, solved prompts left out."""
+        """Prompts and rollouts of each forward and backward pass, without solved prompts."""
         group = self.args.group_size
         prompts = [p for p, wanted in enumerate(experience.trained) if wanted]
         size = self.args.micro_batch or max(1, len(prompts)) * group
@@ -269,12 +269,12 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         return [([p], list(range(p * group + c, p * group + c + size))) for p in prompts for c in range(0, group, size)]
 
     def update(self, model: nn.Module, experience: Experience) -> Tensor:
-        """Replays the trajectories and adds up the gradient of their loss; returns the loss."""
-        args, figures = self.args, self.figures
+        """Replays the trajectories, accumulates the gradient of their loss, and returns the loss."""
+        args, metrics = self.args, self.metrics
         self.watch.note(experience)
         total = torch.zeros(())
         sums: defaultdict[str, float] = defaultdict(float)
-        with figures.timed("update"):
+        with metrics.timed("update"):
             chunks = self.micro_batches(experience)
             turns = self.turns(len(chunks))
             for number in range(turns):
@@ -284,7 +284,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                     experience.reference[number] = self.reference_log_probs(batch)
                 with contextlib.nullcontext() if number + 1 == turns else self.accelerator.no_sync(model):
                     log_probs = model(batch)
-                    if batch is None:  # nothing to learn here, but other processes wait for this one's gradient
+                    if batch is None:  # no trajectory left, but other processes wait for this gradient
                         self.accelerator.backward(log_probs)
                         continue
                     sampled = batch["sampled"].to(log_probs.device)
@@ -292,8 +292,8 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                     if number not in experience.old:
                         experience.old[number] = log_probs.detach()
                         gap = (log_probs.detach() - decoded).abs()[sampled]
-                        figures.note("sampling/logp_difference/mean", gap)
-                        figures.note("sampling/logp_difference/max", gap.amax(0, keepdim=True) if len(gap) else gap)
+                        metrics.note("sampling/logp_difference/mean", gap)
+                        metrics.note("sampling/logp_difference/max", gap.amax(0, keepdim=True) if len(gap) else gap)
                     old, cap = experience.old[number], args.importance_sampling_cap
                     losses, found = grpo.grpo_loss(
                         log_probs,
@@ -305,7 +305,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                         self.kl.coef,
                         grpo.importance_weights(old, decoded, cap) if cap else None,
                     )
-                    # All trajectories of the batch share the mean, skipped ones as zeros, on every process alike.
+                    # The mean is over all trajectories of the batch, skipped ones as zeros, on every process.
                     loss = losses.sum() / len(experience.rollouts)
                     self.backward(loss, experience.rows)
                 total += loss.detach().cpu()
@@ -313,25 +313,25 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                     sums[name] += float(values.sum())
         count = sum(len(index) for _, index in chunks)
         for name in ("kl", "clip_share"):
-            figures.add(name, sums[name] / max(count, 1))
-        figures.add("kl_coef", self.kl.coef)
+            metrics.add(name, sums[name] / max(count, 1))
+        metrics.add("kl_coef", self.kl.coef)
         self.divergence += torch.tensor([sums["kl"], count])
-        if self.accelerator.sync_gradients:  # once an update, however many batches it has
+        if self.accelerator.sync_gradients:  # once per update
             divergence, trajectories = self.accelerator.reduce(self.divergence.to(args.device)).tolist()
             self.divergence = torch.zeros(2)
             if args.kl_coef and trajectories:
                 warming_up = self.state.global_step < args.get_warmup_steps(self.state.max_steps)
                 self.kl.update(divergence / trajectories, can_decrease=not warming_up)
         written = sum(len(rollout.tokens) for rollout in experience.rollouts)
-        figures.add("tokens_per_second", written / max(figures.spent, 1e-9))
-        figures.spent = 0.0
+        metrics.add("tokens_per_second", written / max(metrics.spent, 1e-9))
+        metrics.spent = 0.0
         return (total / self.current_gradient_accumulation_steps).to(args.device)
 
     def supervised_update(self, model: nn.Module, rows: list[Row]) -> Tensor:
-        """Cross-entropy of the reference replies, in the warm-up with memories put into them."""
+        """Cross-entropy of the reference replies, which contain memories in the warm-up."""
         args, size = self.args, self.args.micro_batch or len(rows)
         total = torch.zeros(())
-        with self.figures.timed("update"):
+        with self.metrics.timed("update"):
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
                 rngs = [Random(f"{args.seed}-{self.state.global_step}-{row.id}") for row in part]
@@ -352,7 +352,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
 
     def turns(self, count: int) -> int:
-        """Forwards and backwards of this update: as many on every process where each gathers shards."""
+        """Number of forward and backward passes of this update; the same on every process if they gather shards."""
         if self.is_fsdp_enabled:
             count = int(self.accelerator.gather(torch.tensor([count], device=self.args.device)).max())
         return max(count, 1)
@@ -369,7 +369,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
     @torch.no_grad()
     def reference_log_probs(self, batch: dict[str, Any] | None) -> Tensor:
         """Log-probabilities [n, L] under the stage's reference: its starting parameters, or the base alone."""
-        model = self.learner.forward  # past what is wrapped around it, which would shard the parameters again
+        model = self.learner.forward  # not the wrapper, which would shard the parameters again
         if self.args.reference == "no_memory" and self.args.plan.adapts:
             with without_adapter(self.vismem.base):
                 return model(batch)
@@ -379,14 +379,14 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             found = torch.zeros(batch["input_ids"].shape, device=order.device)
             with whole(self.model_wrapped):
                 found = found.scatter(1, order, model(bare))
-                # What has no counterpart there is compared with itself: no divergence.
+                # Tokens without a counterpart are compared with themselves: no divergence.
                 return torch.where(torch.isin(batch["input_ids"], tokens), model(batch), found)
         with whole(self.model_wrapped), self.starting():
             return model(batch)
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Puts the stage's starting parameters in place while the context lasts."""
+        """Restores the stage's starting parameters inside the context."""
         kept = {name: p.detach().clone() for name, p in self.trained()}
         try:
             with torch.no_grad():
@@ -399,12 +399,12 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                     p.copy_(kept[name])
 
     def check_finite(self, value: Tensor, rows: list[Row]) -> None:
-        """Stops at a loss or gradient that is not finite."""
+        """Raises TrainingDivergedError for a loss or gradient that is not finite."""
         if not torch.isfinite(value.detach()).all():
             raise self.diverged(f"loss or gradient is {float(value.detach().sum())}", rows)
 
     def diverged(self, what: str, rows: list[Row]) -> TrainingDivergedError:
-        """The error that stops a run: what is not finite, at which rows, and which checkpoint to go back to."""
+        """The error that stops a run: what is not finite, for which rows, and the newest checkpoint."""
         last = newest_checkpoint(str(self.args.output_dir))
         return TrainingDivergedError(
             f"{what} at step {self.state.global_step}, rows "

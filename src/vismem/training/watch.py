@@ -1,4 +1,4 @@
-"""Says so when a run learns nothing: answers of a group that all earn the same, or memory that nobody invokes."""
+"""Warns when a run cannot learn: groups without any difference in reward, or memory that is never invoked."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ REASONS = {
 
 
 class SignalWatch(TrainerCallback):
-    """Counts updates without anything to learn from, warns after `PATIENCE` in a row, and sums up at the end.
+    """Counts updates without a learning signal, warns after `PATIENCE` in a row, and summarises at the end.
 
     Args:
-        trainer: whose processes are counted together.
-        invokes: whether the stage is one that invokes memory.
+        trainer: counts are summed over its processes.
+        invokes: whether the stage invokes memory.
     """
 
     def __init__(self, trainer: Any, invokes: bool) -> None:
         self.trainer, self.invokes = trainer, invokes
-        self.seen: dict[str, float] = {}  # of the update under way: how much there was, by name
+        self.seen: dict[str, float] = {}  # signal of the current update, by name
         self.row, self.total = dict.fromkeys(REASONS, 0), dict.fromkeys(REASONS, 0)
         self.updates = 0
 
     def note(self, experience: Experience) -> None:
-        """Notes what one batch of an update has."""
+        """Adds the signal of one batch of an update."""
         spread = float(experience.advantages.abs().sum())
         self.seen["spread"] = self.seen.get("spread", 0.0) + spread
         if self.invokes:
@@ -47,7 +47,7 @@ class SignalWatch(TrainerCallback):
             self.seen["invocations"] = self.seen.get("invocations", 0.0) + count
 
     def note_gradient(self, norm: float) -> None:
-        """Notes the gradient of a supervised update, the same on every process."""
+        """Sets the gradient norm of a supervised update, the same on every process."""
         self.seen["gradient"] = norm
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
