@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,11 @@ torch.set_num_threads(1)
 
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): run by one worker; pytest-xdist's, also where it is off")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what has been imported out of garbage collections: some of what is tested collects often, fully."""
+    gc.freeze()
 
 
 @pytest.fixture

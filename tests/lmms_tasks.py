@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import lmms_eval.tasks
+import pytest
 from datasets import Dataset, Features, Image, List, Value
+from lmms_eval.tasks import TaskManager
 
 from vismem.data import Row
 
@@ -55,3 +61,22 @@ def write_task(folder: Path, name: str, rows: Sequence[Row]) -> None:
     Dataset.from_list(docs, features=features).to_parquet(str(folder / f"{name}.parquet"))
     (folder / f"{name}.yaml").write_text(TASK.format(name=name))
     (folder / "utils.py").write_text(UTILS)
+
+
+OWN_TASKS = Path(lmms_eval.tasks.__file__).parent
+read_index = TaskManager._get_task_and_group
+
+
+@cache
+def own_index() -> dict[str, Any]:
+    """lmms-eval's index of the tasks that it has itself, some 2,000 files."""
+    return read_index(TaskManager("ERROR", include_defaults=False), f"{OWN_TASKS}/")
+
+
+def keep_own_index(patch: pytest.MonkeyPatch) -> None:
+    """Has the index of lmms-eval's own tasks read once, where every run would read it again for three seconds."""
+
+    def kept(manager: TaskManager, folder: str) -> dict[str, Any]:
+        return deepcopy(own_index()) if Path(folder) == OWN_TASKS else read_index(manager, folder)
+
+    patch.setattr(TaskManager, "_get_task_and_group", kept)

@@ -54,9 +54,13 @@ def even(completions, **_):
     return [float(len(completion[0]["content"]) % 2 == 0) for completion in completions]
 
 
-def audited(model, rows, out, invocation=SHORT, **options):
+def audited(model, rows, out, invocation=SHORT, page=False, **options):
+    """The numbers of an audit; its page, which takes longer to draw than they take, only where it is looked at."""
     options = {"batch_size": 40, "max_new_tokens": 5, **options}
-    return audit(model, rows, load_rewards([even]), Options(out, invocation=invocation, **options))
+    with pytest.MonkeyPatch.context() as patch:
+        if not page:
+            patch.setattr(running, "write_report", lambda *_: None)
+        return audit(model, rows, load_rewards([even]), Options(out, invocation=invocation, **options))
 
 
 def answers(found, kinds="all"):
@@ -137,7 +141,7 @@ def test_a_memory_that_the_model_ignores_shows_no_effect(tmp_path):
     with torch.no_grad():
         for layer in deaf.backbone.language_model.layers:
             layer.self_attn.o_proj.weight.zero_()
-    found = audited(deaf, pictures(80), tmp_path, max_new_tokens=3)
+    found = audited(deaf, pictures(80), tmp_path, max_new_tokens=3, batch_size=80)
     given = answers(found)
     assert {given[q] for q in (MEMORY, IMAGE, QUESTION, KIND, ORDER, MORE)} == {NO}
     for row in found["effects"]["all"][1:]:
@@ -148,18 +152,18 @@ def test_a_memory_that_the_model_ignores_shows_no_effect(tmp_path):
 
 def test_the_shipped_short_memory_is_of_the_image_and_worth_much(shipped, tmp_path):
     """Late questions: the picture has left the window, so what the memory holds decides the answer."""
-    rows = questions("pocket:late", 20, 1)
-    options = Options(tmp_path, n=20, batch_size=20, max_new_tokens=32, about={"base": "pocket", "data": "pocket:late"})
+    rows = questions("pocket:late", 12, 1)
+    options = Options(tmp_path, n=12, batch_size=12, max_new_tokens=24, about={"base": "pocket", "data": "pocket:late"})
     unread = [Record.failed("gone", "no such image")]
     found = audit(shipped, rows, load_rewards("pocket"), options, unread)
     assert found["overview"]["gain"]["low"] > 0.5 and found["failed"] == {"gone": "no such image"}
     for question in (MEMORY, IMAGE, MORE):
         assert told(found, question)["answer"] == YES and told(found, question)["large"], question
-    assert "points" in told(found, IMAGE)["text"] and "n = 20" in told(found, IMAGE)["text"]
+    assert "points" in told(found, IMAGE)["text"] and "n = 12" in told(found, IMAGE)["text"]
     assert told(found, LOOK, "short")["answer"] == YES
     assert told(found, FACTS, "short")["answer"] == UNTESTED and "fewer than 40" in told(found, FACTS, "short")["text"]
     rows_of = {row["name"]: row for row in found["effects"]["all"]}
-    assert set(rows_of) == {"off", *INTERVENTIONS} and all(row["n"] == 20 for row in rows_of.values())
+    assert set(rows_of) == {"off", *INTERVENTIONS} and all(row["n"] == 12 for row in rows_of.values())
     assert rows_of["another_image"]["change"]["high"] < -0.4 and rows_of["another_image"]["kl_first"]["value"] > 0.1
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") >= 5 and "pocket:late" in page and told(found, ORDER)["answer"] in page
@@ -181,9 +185,9 @@ def test_rows_that_are_read_together_are_told_apart(shipped, tmp_path):
 
 def test_both_kinds_are_replaced_apart(shipped, tmp_path):
     """Withheld rules: a look and a recall in every answer; another image is nothing to long memory's recall."""
-    rows = questions("pocket:rules", 12, 1)
+    rows = questions("pocket:rules", 10, 1)
     options = Options(
-        tmp_path, n=12, batch_size=12, max_new_tokens=40, interventions=("zeros", "another_image", "another_question")
+        tmp_path, n=10, batch_size=10, max_new_tokens=40, interventions=("zeros", "another_image", "another_question")
     )
     found = audit(shipped, rows, load_rewards("pocket"), options)
     assert set(found["effects"]) == {"all", "short", "long"}
@@ -227,7 +231,7 @@ def test_a_stopped_audit_goes_on_and_ends_with_the_same_numbers(model, tmp_path,
 
 
 def test_an_audit_without_memory_says_so(model, tmp_path):
-    found = audited(model, pictures(12), tmp_path, invocation="off", n=12)
+    found = audited(model, pictures(12), tmp_path, invocation="off", n=12, page=True)
     assert {one["answer"] for one in found["verdicts"]} == {UNTESTED}
     assert "no answer invoked it" in told(found, IMAGE)["text"]
     assert "No answer invoked memory" in (tmp_path / "report.html").read_text()

@@ -12,9 +12,9 @@ from vismem.deprecation import MOVED, MovedModules
 
 OLD = [
     *MOVED,
-    "vismem.commands.ask",
-    "vismem.commands.parsing",
-    "vismem.evaluation.audit.interventions",
+    "vismem.cli.ask",
+    "vismem.cli.parsing",
+    "vismem.audit.interventions",
 ]
 
 

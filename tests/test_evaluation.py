@@ -530,13 +530,19 @@ def test_tables_say_what_they_lack(tmp_path):
         ({"data": "pocket:rulez"}, "unknown pocket suite 'rulez'"),
         ({"data": "nowhere.jsonl"}, "no such file or folder: nowhere.jsonl"),
         ({"data": "pocket:late", "rewards": ["exakt"]}, "no reward 'exakt'"),
-        ({"task": "vismem_nothing"}, "no task 'vismem_nothing'"),
+        pytest.param(
+            {"task": "vismem_nothing"}, "no task 'vismem_nothing'", marks=pytest.mark.xdist_group("lmms")
+        ),  # with the other tests that need lmms-eval's index
     ],
 )
 @pytest.mark.parametrize("section", ["benchmarks", "partial"])
 def test_what_a_later_benchmark_lacks_is_found_before_the_first_is_asked(
     tmp_path, capfd, monkeypatch, section, more, message
 ):
+    if "task" in more:
+        from lmms_tasks import keep_own_index
+
+        keep_own_index(monkeypatch)
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     easyvqa.questions.cache_clear()
     monkeypatch.setattr(Runs, "load", lambda *_: pytest.fail("nothing should be loaded"))

@@ -33,17 +33,28 @@ def test_pages_have_the_tables_of_the_results():
     assert {f"results/evaluation/{name}.json" for name in TABLES} <= named
 
 
+def runs_of(folder, place, file, given):
+    """The runs of kept answers, which are copied."""
+    shutil.copytree(folder / "answers", place / "answers")
+    return Runs(load_settings(file, [*given, f"output_dir={place}"]))
+
+
+@pytest.fixture(scope="module")
+def of_pocket(tmp_path_factory):
+    """The runs behind all tables but that of the stages, which read their questions once."""
+    return runs_of(RESULTS, tmp_path_factory.mktemp("evidence"), None, ["preset=pocket"])
+
+
+@pytest.mark.xdist_group("evidence")
 @pytest.mark.parametrize("name", [*TABLES, "stages"])
-def test_tables_follow_from_the_kept_answers(name, tmp_path, monkeypatch):
+def test_tables_follow_from_the_kept_answers(name, of_pocket, tmp_path, monkeypatch):
     """Neither weights nor training: each table is made again from answers alone, cell for cell."""
-    folder, file, given = RESULTS, None, ["preset=pocket"]
-    if name == "stages":
-        name, folder, file, given = "main", ROOT / "results" / "stages", ROOT / "configs" / "pocket-stages.yaml", []
-    shutil.copytree(folder / "answers", tmp_path / "answers")
     monkeypatch.setattr(Runs, "load", lambda *_: pytest.fail("a model was asked for"))
-    settings = load_settings(file, [*given, f"output_dir={tmp_path}"])
-    table = TABLES[name](Runs(settings))
-    write(table, tmp_path, "")
+    runs, folder = of_pocket, RESULTS
+    if name == "stages":
+        name, folder = "main", ROOT / "results" / "stages"
+        runs = runs_of(folder, tmp_path, ROOT / "configs" / "pocket-stages.yaml", [])
+    write(TABLES[name](runs), tmp_path, "")
     assert read(tmp_path / f"{name}.json") == read(folder / f"{name}.json")
 
 

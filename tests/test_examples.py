@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,21 +14,28 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 GALLERY = EXAMPLES.parent / "docs" / "gallery"
 
 
-def run(name: str, *options: str) -> list[str]:
-    ran = subprocess.run([sys.executable, EXAMPLES / f"{name}.py", *options], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example as `python examples/NAME.py OPTIONS` does, but in this process; gives the lines it prints."""
+
+    def run(name: str, *options: str) -> list[str]:
+        script = str(EXAMPLES / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
 
 
 @pytest.mark.parametrize(("name", "lines"), [("ask", 3), ("many", 16)])
-def test_examples(name, lines):
+def test_examples(run, name, lines):
     said = run(name)
     assert len(said) == lines
     if name == "many":
         assert any("row 1 cost with its promotion?" in line and "So 27." in line for line in said)
 
 
-def test_evaluate():
+def test_evaluate(run):
     said = "\n".join(run("evaluate"))
     without, with_memory = (
         float(re.search(rf"^{n} +([\d.]+) %", said, re.M)[1]) for n in ("without memory", "with memory")
@@ -41,7 +48,7 @@ def test_evaluate():
     assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=0.3)
 
 
-def test_gallery(tmp_path):
+def test_gallery(run, tmp_path):
     """One example, and the first after it that goes wrong."""
     said = run("gallery", "--examples", "1", "--out", str(tmp_path))
     page = (tmp_path / "index.md").read_text(encoding="utf-8")

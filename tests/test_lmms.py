@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +13,15 @@ import torch
 
 pytest.importorskip("lmms_eval")
 
+from accelerate.state import AcceleratorState
 from datasets import Dataset
+from forks import module, ranks, together
 from lmms_eval import models
 from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
-from lmms_tasks import write_task
+from lmms_tasks import keep_own_index, own_index, write_task
 from PIL import Image
 
 from vismem.data import prompt_inputs
@@ -30,9 +32,10 @@ from vismem.evaluation.lmms.run import records_of, run_task, scorer, task_record
 from vismem.loading import load_model
 from vismem.pocket.suites import rows
 
-CONFIG = Path(__file__).parent.parent / "configs" / "cpu-2.yaml"
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-SUITES = {"own_easy_vqa": ("easy_vqa", 5), "own_pocket": ("late", 3)}  # 60 questions each
+pytestmark = pytest.mark.xdist_group("lmms")  # one model, and one index of lmms-eval's tasks
+SUITES = {"own_easy_vqa": ("easy_vqa", 2), "own_pocket": ("late", 1)}
+COUNTS = {"own_easy_vqa": 24, "own_pocket": 20}  # of their questions
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,7 @@ def folder(questions, tmp_path_factory):
         write_task(place / "tasks", name, found)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(place / "cache"))
+        keep_own_index(patch)
         yield place / "tasks"
 
 
@@ -102,7 +106,7 @@ def test_a_task_gives_what_the_model_answers(task, model, questions, runs):
     """A record for each sample, in order, with the words, counts and invocations of the model asked directly."""
     records, metrics = runs[task].records, runs[task].metrics
     direct = answer(model, questions[task], ["exact"], max_new_tokens=24, batch_size=16)
-    assert [record.id for record in records] == [f"{task}/{number}" for number in range(60)]
+    assert [record.id for record in records] == [f"{task}/{number}" for number in range(COUNTS[task])]
     for record, wanted, row in zip(records, direct, questions[task], strict=True):
         assert record.reply == wanted.reply
         assert (record.tokens, record.sampled, record.delimiters) == (wanted.tokens, wanted.sampled, wanted.delimiters)
@@ -115,7 +119,7 @@ def test_a_task_gives_what_the_model_answers(task, model, questions, runs):
 
 def test_memory_is_invoked_and_traced(runs):
     records = runs["own_pocket"].records
-    assert sum(bool(record.invocations) for record in records) > 30
+    assert sum(bool(record.invocations) for record in records) > 10
     for record in records:
         places = [invocation["position"] for invocation in record.invocations]
         assert places == sorted(set(places)) and all(0 <= place < record.tokens for place in places)
@@ -127,14 +131,14 @@ def test_memory_is_invoked_and_traced(runs):
 
 def test_off_is_the_base(model, questions, folder):
     """With invocation=off the answers are what transformers' generate writes with the base alone."""
-    records = task_records(model, "own_pocket", limit=20, invocation="off", include_path=folder)
+    records = task_records(model, "own_pocket", limit=8, invocation="off", include_path=folder)
     assert not any(record.invocations for record in records)
     for record, row in zip(records, questions["own_pocket"], strict=False):
         inputs = prompt_inputs(model.processor, [row])
         out = model.base.generate(**inputs, max_new_tokens=24, do_sample=False)
         words = model.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert record.reply == words
-    learned = task_records(model, "own_pocket", limit=20, include_path=folder)
+    learned = task_records(model, "own_pocket", limit=8, include_path=folder)
     assert [record.reply for record in learned] != [record.reply for record in records]
 
 
@@ -258,33 +262,25 @@ def test_the_command_line_and_several_processes(folder, runs, tmp_path):
     """The same answers and traces from lmms-eval's command line, in one process and shared among two."""
     arguments = ["--model", "vismem", "--model_args", "invocation=learned,batch_size=8", "--tasks", ",".join(SUITES)]
     arguments += ["--include_path", str(folder), "--log_samples", "--output_path"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "accelerate.commands.launch", f"--config_file={CONFIG}", f"--main_process_port={port}"]
-    commands = {"one": [], "two": launcher}
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, *prefix, "-m", "lmms_eval", *arguments, str(tmp_path / name)],
-            env={**os.environ, **QUIET},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name, prefix in commands.items()
-    }
-    printed = {name: process.communicate()[0] for name, process in started.items()}
-    for name, process in started.items():
-        assert process.returncode == 0 and "Error during evaluation" not in printed[name], printed[name][-4000:]
+    own_index()
+    AcceleratorState._reset_state(reset_partial_state=True)  # forget that this is one process
+    _resolve_hf_datasets_cache_dir.cache_clear()  # locks are not to be inherited
+    works = []
+    for name, environments in {"one": [{}], "two": ranks(2)}.items():
+        cache = {"LMMS_EVAL_DATASETS_CACHE": str(tmp_path / f"{name}_cache")}
+        works += [module("lmms_eval", *arguments, str(tmp_path / name), **cache, **own) for own in environments]
+    printed = together(works, tmp_path)
+    assert not any(code or "Error during evaluation" in said for code, said in printed), printed
+    for name in ("one", "two"):
         for task, samples in samples_of(tmp_path / name).items():
-            assert [sample["doc_id"] for sample in samples] == list(range(60))
+            assert [sample["doc_id"] for sample in samples] == list(range(COUNTS[task]))
             for sample, record in zip(samples, runs[task].records, strict=True):
                 assert sample["filtered_resps"] == record.reply and sample["right"] == record.score
                 (trace,) = sample["token_counts"]
                 assert trace["invocations"] == record.invocations and trace["sampled_tokens"] == record.sampled
                 assert trace["output_tokens"] == record.tokens and trace["input_tokens"] > 0
                 assert trace["finish"] == record.finish and trace["delimiters"] == record.delimiters
-    assert "own_pocket" in printed["one"]
+    assert "own_pocket" in printed[0][1]
 
 
 # The plug-in.

@@ -30,6 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+pytestmark = pytest.mark.xdist_group("packaging")  # one wheel, one plain installation
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vismem"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -228,19 +229,15 @@ def plain_python(site: Path, code: str, tmp_path: Path, *extras: str) -> subproc
     return done
 
 
-def test_imports_wait_until_they_are_needed(unpacked, tmp_path):
-    code = f"""
-assert "torch" not in sys.modules  # `vismem --help` does not wait for it
-from vismem import *
-print(json.dumps(sorted(set({LATER.split()}) & set(sys.modules))))
-"""
-    assert json.loads(plain_python(unpacked, code, tmp_path).stdout) == []
-
-
-def test_a_plain_installation_asks_and_says_what_else_needs(unpacked, tmp_path):
-    """The demo, every command's help, and one line that names the extra where a package is lacking."""
+@pytest.fixture(scope="module")
+def plain(unpacked, tmp_path_factory):
+    """What one process of a plain installation finds, from its first import to answers; and the folder it ran in."""
+    folder = tmp_path_factory.mktemp("plain")
     picture = next((unpacked / "vismem" / "app" / "examples").glob("*.png"))
     code = f"""
+found = {{"torch": "torch" in sys.modules}}
+from vismem import *
+found["early"] = sorted(set({LATER.split()}) & set(sys.modules))
 from vismem.cli import main
 from vismem.cli import COMMANDS
 def run(*words):
@@ -248,7 +245,7 @@ def run(*words):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
     return code, out.getvalue(), err.getvalue()
-found = {{"version": run("--version"), "help": [run(name, "--help")[0] for name in COMMANDS]}}
+found |= {{"version": run("--version"), "help": [run(name, "--help")[0] for name in COMMANDS]}}
 found["app"] = run("app", "--no-browser", "--port", "0")
 found["serve"] = run("serve", "--port", "0")
 found["audit"] = run("audit", "--data", "pocket:late")
@@ -259,7 +256,18 @@ found["ask"] = run("ask", {str(picture)!r}, "What does row 1 cost with its promo
 found["info"] = run("info")
 print(json.dumps(found))
 """
-    found = json.loads(plain_python(unpacked, code, tmp_path).stdout.splitlines()[-1])
+    return json.loads(plain_python(unpacked, code, folder).stdout.splitlines()[-1]), folder
+
+
+def test_imports_wait_until_they_are_needed(plain):
+    found, _ = plain
+    assert not found["torch"]  # `vismem --help` does not wait for it
+    assert found["early"] == []
+
+
+def test_a_plain_installation_asks_and_says_what_else_needs(plain):
+    """The demo, every command's help, and one line that names the extra where a package is lacking."""
+    found, folder = plain
     assert found["version"][:2] == [0, f"vismem {version_here()}\n"]
     assert set(found["help"]) == {0}
     extras = {"app": "app", "serve": "serve", "audit": "eval", "tables": "eval", "sample": "pocket", "train": "train"}
@@ -268,7 +276,7 @@ print(json.dumps(found))
         last = err.strip().splitlines()[-1]
         assert code == 1, (name, err)
         assert re.search(rf"pip install ['\"]vismem\[{extra}\]['\"]", last), (name, err)
-    assert not (tmp_path / "drawn").exists() and not (tmp_path / "results").exists()
+    assert not (folder / "drawn").exists() and not (folder / "results").exists()
     assert found["ask"][0] == 0, found["ask"]
     assert "◆short" in found["ask"][1] or "●long" in found["ask"][1]
     assert found["info"][0] == 0
@@ -295,27 +303,26 @@ def version_here() -> str:
 
 def test_nothing_optional_is_loaded_where_everything_is_installed(tmp_path):
     """Here all extras can be found, and answering a question looks at none of them."""
-
-    def loaded(code: str) -> set[str]:
-        code += f"""
-import sys
-print()
-print(*sorted(set({HEAVY.split()}) & {{name.partition(".")[0] for name in sys.modules}}))
-"""
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return set(done.stdout.splitlines()[-1].split())
-
     picture = str(ROOT / "examples" / "shelf.png")
-    ours = loaded(f"""
+    code = f"""
+import sys
+def loaded():
+    return set({HEAVY.split()}) & {{name.partition(".")[0] for name in sys.modules}}
+# What transformers and peft look into by themselves, wherever it is installed, is theirs.
+import peft
+from transformers import AutoProcessor, Idefics3ForConditionalGeneration
+theirs = loaded()
 from vismem import *
 from vismem.cli import main
 assert main(["ask", {picture!r}, "What does row 1 cost?"]) == 0
-""")
-    # What transformers and peft look into by themselves, wherever it is installed, is theirs.
-    theirs = loaded("import peft; from transformers import AutoProcessor, Idefics3ForConditionalGeneration")
-    assert ours <= theirs
-    assert not ours & {"gradio", "fastapi", "ray", "lmms_eval", "trl", "tensorboard", "matplotlib"}
+print()
+print(*sorted(loaded() - theirs), "|", *sorted(loaded()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, _, everything = done.stdout.splitlines()[-1].partition("|")
+    assert not ours.split()
+    assert not {"gradio", "fastapi", "ray", "lmms_eval", "trl", "tensorboard", "matplotlib"} & {*everything.split()}
 
 
 # What is declared.

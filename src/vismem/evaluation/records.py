@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ class Record:
     def failed(cls, row_id: str, error: str, columns: dict[str, Any] | None = None) -> Record:
         """The record of a question that could not be asked or answered."""
         return cls(row_id, 0.0, "", 0, 0, finish="error", columns=columns or {}, error=error)
+
+
+USUAL = vars(Record("", 0.0, "", 0, 0))
 
 
 class RecordFile:
@@ -99,9 +102,7 @@ class RecordFile:
 
 def plain(record: Record) -> dict[str, Any]:
     """A record for its file: what is as by default is left out."""
-    values = asdict(record)
-    usual = asdict(Record(record.id, record.score, record.reply, record.tokens, record.sampled))
-    return {name: value for name, value in values.items() if name in ALWAYS or value != usual[name]}
+    return {name: value for name, value in vars(record).items() if name in ALWAYS or value != USUAL[name]}
 
 
 def check_settings(path: Path, earlier: Any, settings: dict[str, Any]) -> None:
