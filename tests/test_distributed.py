@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 import torch.distributed.run
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
+from forked import START, Forked
 from safetensors.torch import load_file
 
 import vismem
@@ -22,7 +21,6 @@ from vismem.checkpoint import WEIGHTS_FILE
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
-START = "spawn" if torch.cuda.is_available() else "fork"  # CUDA, once in use, does not outlive a fork
 CONFIGS = Path(__file__).parent.parent / "configs"
 PLAN = {"rows": 6, "group_size": 2, "optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "max_new_tokens": 6}
 
@@ -30,26 +28,15 @@ PLAN = {"rows": 6, "group_size": 2, "optim": "sgd", "learning_rate": 0.1, "weigh
 def launch(launcher: Callable[[list[str]], None], folder: Path, plan: dict, **environment: str) -> list[dict]:
     """Runs `multi.py` on two processes and returns what each wrote down.
 
-    The launcher is forked and forks the two: the imports, which would take most of the time, are there already.
+    The launcher is forked, and forks the two.
     """
     folder.mkdir(parents=True, exist_ok=True)
     script = [str(Path(multi.__file__)), str(folder), json.dumps(plan)]
-    process = multiprocessing.get_context(START).Process(
-        target=run_apart, args=(launcher, script, folder / "log", environment)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == 0, (folder / "log").read_text()[-4000:]
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with Forked(launcher, script, **settings, **environment) as process:
+        _, errors = process.rest()
+        assert process.wait() == 0, errors[-4000:]
     return [json.loads((folder / f"facts_{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def run_apart(launcher: Callable[[list[str]], None], script: list[str], log: Path, environment: dict[str, str]) -> None:
-    """The launcher, in a process of its own that writes to a log."""
-    with log.open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    os.environ.update(environment, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")
-    launcher(script)
 
 
 def free_port() -> int:
