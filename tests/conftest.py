@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import gc
 import threading
 
 import pytest
@@ -18,6 +19,12 @@ torch.set_num_threads(1)
 
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): run by one worker; pytest-xdist's, also where it is off")
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported stays: garbage collection, which training asks for each time, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
