@@ -32,7 +32,7 @@ from PIL import Image
 KEY = "soak"
 LONGEST = 120.0  # seconds of one request
 MAX_BODY = 1  # MiB
-LONG = 1000  # requests; in a shorter soak the server is warming up to the end
+LONG = 1000  # requests; in a shorter soak the server is warming up to the end, and growth is not judged
 WARM = 0.2  # of the soak, before which growth is not looked at
 CLIENTS = 16
 BAD = [
@@ -335,7 +335,7 @@ async def run(address: str, pid: int, args: argparse.Namespace) -> dict[str, Any
         for count in (warm, *[(mixed - warm) // 4] * 3, mixed - warm - 3 * ((mixed - warm) // 4)):
             done += await worked(soak, [kinds.draw() for _ in range(count)], args.clients)
             assert await soak.at_rest(), "rows are left that nobody waits for"
-            await asyncio.sleep(1)
+            await asyncio.sleep(1 if args.requests >= LONG else 0.1)
             resting.append(counts(pid))
             print(
                 f"{len(done)} requests, {len(soak.faults)} faults, at rest {resting[-1]}", file=sys.stderr, flush=True

@@ -1,69 +1,70 @@
-"""Kills a process at each of its steps on the disk: around every call that changes files, and within writes."""
+"""The disk as a process leaves it that is killed at each of its steps: around calls that change files, within writes.
+
+The process is not killed, which would take a process for each step: what is on the disk at a step is kept, and later
+put back. So nothing that runs after a step, such as what cleans up after an error, is seen at it. Nor is anything lost
+that was written: a process is killed here, no machine.
+"""
 
 from __future__ import annotations
 
 import builtins
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CALLS = ((os, ("replace", "rename", "fsync", "open", "unlink", "mkdir", "rmdir", "truncate")), (builtins, ("open",)))
 
 
-def killed_at_each_step(work: Callable[[], Any], before: Callable[[], Any]) -> Iterator[int]:
-    """Runs `before`, then `work` in a forked process that ends at its first step; then at its second, and so on.
+def killed_at_each_step(work: Callable[[], Any], folder: Path, kept: Path) -> Iterator[int]:
+    """Yields with the folder as `work` leaves it when it is killed at its first step; then at its second, and so on.
 
-    Yields after each; the last time, `work` came to its end. Nothing is flushed: a process is killed here, no machine.
+    The last time, `work` came to its end.
+
+    Args:
+        work: what changes the folder.
+        folder: it; need not be there before.
+        kept: where copies may lie.
     """
-    step = 0
-    while True:
-        before()
-        child = os.fork()
-        if not child:
-            try:
-                _count(step)
-                work()
-            except BaseException:
-                os._exit(3)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        assert code in (0, 9), f"the process failed with {code}"
+    count = 0
+    with pytest.MonkeyPatch.context() as patch:
+
+        def keep() -> None:
+            nonlocal count
+            with pytest.MonkeyPatch.context() as real:
+                for module, name, call in calls:
+                    real.setattr(module, name, call)
+                if folder.is_dir():
+                    shutil.copytree(folder, kept / str(count))
+            count += 1
+
+        def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+            def around(*given: Any, **named: Any) -> Any:
+                keep()
+                found = call(*given, **named)
+                keep()
+                return found
+
+            return around
+
+        def halves(path: Path, content: bytes) -> int:
+            write(path, content[: len(content) // 2])
+            keep()
+            return write(path, content)
+
+        write = Path.write_bytes
+        patch.setattr(os, "fsync", lambda handle: None)
+        calls = [(module, name, getattr(module, name)) for module, names in CALLS for name in names]
+        for module, name, call in calls:
+            patch.setattr(module, name, counted(call))
+        patch.setattr(Path, "write_bytes", halves)
+        work()
+        keep()
+    for step in range(count):
+        shutil.rmtree(folder, ignore_errors=True)
+        if (kept / str(step)).is_dir():
+            shutil.copytree(kept / str(step), folder)
         yield step
-        if code == 0:
-            return
-        step += 1
-
-
-def _count(most: int) -> None:
-    """Ends this process once `most` steps are done."""
-    done = 0
-
-    def end() -> None:
-        nonlocal done
-        if done == most:
-            os._exit(9)
-        done += 1
-
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            end()
-            found = real(*given, **named)
-            end()
-            return found
-
-        return call
-
-    os.fsync = lambda handle: None
-    for module, names in CALLS:
-        for name in names:
-            setattr(module, name, counted(getattr(module, name)))
-    write = Path.write_bytes
-
-    def halves(path: Path, content: bytes) -> int:
-        write(path, content[: len(content) // 2])
-        end()
-        return write(path, content)
-
-    Path.write_bytes = halves  # type: ignore[method-assign]

@@ -232,7 +232,7 @@ def test_a_save_killed_at_any_step_leaves_the_old_or_the_new_memory(tmp_path, un
     folder, found = tmp_path / "memory", []
     states = [{n: t.clone() for n, t in checkpoint.trained_state(model).items()} for model in (old, new)]
     old.save_pretrained(folder)
-    for _ in killed_at_each_step(lambda: new.save_pretrained(folder), lambda: None):
+    for _ in killed_at_each_step(lambda: new.save_pretrained(folder), folder, tmp_path / "kept"):
         state = loaded(folder, reader)
         found.append([same(state, expected) for expected in states])
         old.save_pretrained(folder)  # whatever a killed save left, the next one cleans up
@@ -249,13 +249,10 @@ def test_two_saves_that_are_killed_leave_one_whole_memory(tmp_path, unflushed):
     folder, reader = tmp_path / "memory", tiny.equip("idefics3")
     for model, name in zip(models, ("old", "new"), strict=False):
         model.save_pretrained(tmp_path / name)
-
-    def between():
-        shutil.copytree(tmp_path / "new", folder, dirs_exist_ok=True)
-        shutil.copy(folder / CONFIG_FILE, files.partial_path(folder / CONFIG_FILE))
-        shutil.copy(tmp_path / "old" / CONFIG_FILE, folder / CONFIG_FILE)
-
-    for _ in killed_at_each_step(lambda: models[2].save_pretrained(folder), between):
+    shutil.copytree(tmp_path / "new", folder)
+    shutil.copy(folder / CONFIG_FILE, files.partial_path(folder / CONFIG_FILE))
+    shutil.copy(tmp_path / "old" / CONFIG_FILE, folder / CONFIG_FILE)
+    for _ in killed_at_each_step(lambda: models[2].save_pretrained(folder), folder, tmp_path / "kept"):
         state = loaded(folder, reader)
         assert same(state, states[1]) or same(state, states[2])
 
@@ -263,9 +260,7 @@ def test_two_saves_that_are_killed_leave_one_whole_memory(tmp_path, unflushed):
 def test_a_first_save_that_is_killed_is_a_memory_or_a_clear_error(tmp_path, unflushed):
     model, reader, said = tiny.equip("idefics3"), tiny.equip("idefics3", seed=2), set()
     folder = tmp_path / "memory"
-    for _ in killed_at_each_step(
-        lambda: model.save_pretrained(folder), lambda: shutil.rmtree(folder, ignore_errors=True)
-    ):
+    for _ in killed_at_each_step(lambda: model.save_pretrained(folder), folder, tmp_path / "kept"):
         try:
             assert same(loaded(folder, reader), checkpoint.trained_state(model))
             said.add("")

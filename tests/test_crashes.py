@@ -103,9 +103,16 @@ def without_times(log: list[dict]) -> list[dict]:
     return [{name: v for name, v in entry.items() if not name.startswith(timed)} for entry in log]
 
 
+@pytest.fixture(scope="module")
+def whole(work, tmp_path_factory) -> Path:
+    """A run that nothing disturbed; tests only read it."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert command(work, out) == 0
+    return out
+
+
 @pytest.mark.parametrize("kill", [1, 3, 4], ids=["before-the-first-checkpoint", "between-two-logs", "at-the-end"])
-def test_completions_and_figures_are_as_if_undisturbed(work, tmp_path, monkeypatch, capsys, kill):
-    assert command(work, tmp_path / "whole", "logging_steps=3") == 0
+def test_completions_and_figures_are_as_if_undisturbed(work, whole, tmp_path, monkeypatch, capsys, kill):
     with monkeypatch.context() as patch:
         killed_at(kill, patch, "save_result" if kill == 4 else "_save_rng_state")
         with pytest.raises(Killed):
@@ -114,7 +121,7 @@ def test_completions_and_figures_are_as_if_undisturbed(work, tmp_path, monkeypat
         file.write('{"step": 9, "completion": "Z\u00fc'.encode()[:-1])  # cut within a character
     assert command(work, tmp_path / "cut", "--resume") == 0
     capsys.readouterr()
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cut = tmp_path / "cut"
     assert (cut / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes() != b""
     for name in (WEIGHTS_FILE, "vismem_config.json", CARD_FILE):
         same = (cut / "memory" / name).read_bytes() == (whole / "memory" / name).read_bytes()
@@ -146,7 +153,9 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_file_of_a_checkpoint_is_named_and_the_one_before_is_taken(work, stopped, tmp_path, caplog, capsys):
+def test_a_damaged_file_of_a_checkpoint_is_named_and_the_one_before_is_taken(
+    work, whole, stopped, tmp_path, caplog, capsys
+):
     names = sorted(path.name for path in (stopped / "checkpoint-3").iterdir() if path.is_file())
     assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "memory_state_0.pt", MANIFEST} <= set(names)
     for name in names:
@@ -160,8 +169,7 @@ def test_a_damaged_file_of_a_checkpoint_is_named_and_the_one_before_is_taken(wor
             trainer = MemoryTrainer(equip("idefics3"), settings(run), rows(), low)
             trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     assert command(work, run, "--resume") == 0
-    assert command(work, tmp_path / "whole") == 0
-    found = [(path / "memory" / WEIGHTS_FILE).read_bytes() for path in (run, tmp_path / "whole")]
+    found = [(path / "memory" / WEIGHTS_FILE).read_bytes() for path in (run, whole)]
     assert found[0] == found[1] and (run / "unused-checkpoint-3").is_dir()
     run = tmp_path / "none"
     shutil.copytree(stopped, run)
@@ -207,10 +215,9 @@ def test_a_checkpoint_that_is_replaced_is_on_the_disk_all_the_time(tmp_path, mon
 
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"steps": 4}', "no memory", "no files", "other memory", "flipped"])
-def test_done_is_believed_only_with_what_it_claims(work, stopped, tmp_path, monkeypatch, capsys, caplog, broken):
+def test_done_is_believed_only_with_what_it_claims(work, whole, tmp_path, caplog, broken):
     run = tmp_path / "run"
-    shutil.copytree(stopped, run)
-    assert command(work, run, "--resume") == 0
+    shutil.copytree(whole, run)
     weights = (run / "memory" / WEIGHTS_FILE).read_bytes()
     done, record = run / "done.json", json.loads((run / "done.json").read_text())
     assert record["steps"] == 4 and set(record["files"]) == {WEIGHTS_FILE, "vismem_config.json"}
@@ -345,11 +352,8 @@ def test_a_stopped_run_says_how_to_resume(work, tmp_path, monkeypatch, capsys, n
     assert last.startswith(f"vismem: {word}; ") and told in last
 
 
-def test_a_run_starts_from_the_memory_below_a_runs_folder(work, stopped, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(stopped, run)
-    assert command(work, run, "--resume") == 0
-    assert command(work, tmp_path / "next", f"checkpoint={run}", "max_steps=1", "stage1.max_steps=1") == 0
+def test_a_run_starts_from_the_memory_below_a_runs_folder(work, whole, tmp_path):
+    assert command(work, tmp_path / "next", f"checkpoint={whole}", "max_steps=1", "stage1.max_steps=1") == 0
     assert [entry["steps"] for entry in VisMem.from_pretrained(tmp_path / "next").history] == [4, 1]
     assert command(work, tmp_path / "sft", stage="sft") == 0
     assert command(work, tmp_path / "sft2", f"checkpoint={tmp_path / 'sft'}", stage="sft") == 0

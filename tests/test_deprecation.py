@@ -12,9 +12,9 @@ from vismem.deprecation import MOVED, MovedModules
 
 OLD = [
     *MOVED,
-    "vismem.cli.ask",
-    "vismem.cli.parsing",
-    "vismem.audit.interventions",
+    "vismem.commands.ask",
+    "vismem.commands.parsing",
+    "vismem.evaluation.audit.interventions",
 ]
 
 

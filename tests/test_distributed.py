@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import multi
 import pytest
 import torch
+import torch.distributed.run
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from forked import START, Forked
 from safetensors.torch import load_file
 
 import vismem
@@ -24,24 +25,38 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 PLAN = {"rows": 6, "group_size": 2, "optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "max_new_tokens": 6}
 
 
-def launch(launcher: list[str], folder: Path, plan: dict, **environment: str) -> list[dict]:
-    """Runs `multi.py` on two processes and returns what each wrote down."""
+def launch(launcher: Callable[[list[str]], None], folder: Path, plan: dict, **environment: str) -> list[dict]:
+    """Runs `multi.py` on two processes and returns what each wrote down.
+
+    The launcher is forked, and forks the two.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    given = [word.format(port=port) for word in launcher]
     script = [str(Path(multi.__file__)), str(folder), json.dumps(plan)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    ran = subprocess.run(
-        [sys.executable, "-m", *given, *script], env={**settings, **environment}, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with Forked(launcher, script, **settings, **environment) as process:
+        _, errors = process.rest()
+        assert process.wait() == 0, errors[-4000:]
     return [json.loads((folder / f"facts_{rank}.json").read_text()) for rank in (0, 1)]
 
 
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port={port}"]
-ACCELERATE = ["accelerate.commands.launch", f"--config_file={CONFIGS / 'cpu-2.yaml'}", "--main_process_port={port}"]
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(script: list[str]) -> None:
+    """`torchrun`, with the processes forked where they can be."""
+    address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    torch.distributed.run.main(["--nproc_per_node=2", *address, "--run_path", f"--start_method={START}", *script])
+
+
+def accelerate(script: list[str]) -> None:
+    """`accelerate launch`, which leaves the start of processes to torchrun."""
+    given = [f"--config_file={CONFIGS / 'cpu-2.yaml'}", f"--main_process_port={free_port()}", *script]
+    args = launch_command_parser().parse_args(given)
+    args.run_path, args.start_method = True, START
+    launch_command(args)
 
 
 def alone(folder: Path, plan: dict) -> dict:
@@ -67,7 +82,7 @@ def test_two_processes_train_as_one(stage, family, tmp_path):
     """Three updates of four prompts: the second fills up an epoch of six, the third begins the next."""
     plan = {**PLAN, "stage": stage, "family": family, "max_steps": 3}
     single = alone(tmp_path / "one", {**plan, "per_device_train_batch_size": 4})
-    both = launch(ACCELERATE, tmp_path / "two", {**plan, "per_device_train_batch_size": 2})
+    both = launch(accelerate, tmp_path / "two", {**plan, "per_device_train_batch_size": 2})
     assert [facts["world"] for facts in both] == [2, 2]
     half = 2 * PLAN["group_size"]
     order = [(rank, index) for step in range(3) for rank in (0, 1) for index in range(step * half, (step + 1) * half)]
@@ -89,7 +104,7 @@ def test_two_processes_stay_in_step_over_bad_rows(tmp_path):
     plan = {**PLAN, "rows": 8, "stage": "stage1", "family": "qwen2_5_vl", "max_steps": 2, "bad": [1, 6]}
     plan["train_sampling_strategy"] = "sequential"
     single = alone(tmp_path / "one", {**plan, "per_device_train_batch_size": 4})
-    both = launch(TORCHRUN, tmp_path / "two", {**plan, "per_device_train_batch_size": 2})
+    both = launch(torchrun, tmp_path / "two", {**plan, "per_device_train_batch_size": 2})
     half = 2 * PLAN["group_size"]
     order = [(rank, index) for step in (0, 1) for rank in (0, 1) for index in range(step * half, (step + 1) * half)]
     assert [both[rank]["written"][index] for rank, index in order] == single["written"]
@@ -100,9 +115,9 @@ def test_two_processes_go_on(tmp_path):
     """From a checkpoint in the middle of the second epoch."""
     plan = {**PLAN, "stage": "stage1", "family": "idefics3", "per_device_train_batch_size": 2, "max_steps": 4}
     plan |= {"optim": "adamw_torch", "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 3}
-    whole = launch(TORCHRUN, tmp_path / "whole", plan)
+    whole = launch(torchrun, tmp_path / "whole", plan)
     saved = tmp_path / "whole" / "run" / "checkpoint-3"
-    again = launch(TORCHRUN, tmp_path / "again", {**plan, "resume": str(saved)})
+    again = launch(torchrun, tmp_path / "again", {**plan, "resume": str(saved)})
     assert [facts["written"] for facts in again] == [facts["written"][-4:] for facts in whole]
     assert distance(tmp_path / "whole", tmp_path / "again") == 0
 
@@ -116,7 +131,7 @@ def test_sharded_training(tmp_path):
     environment |= {name.upper(): value for name, value in options.items() if isinstance(value, str)}
     environment["ACCELERATE_USE_FSDP"] = "true"
     single = alone(tmp_path / "one", {**plan, "per_device_train_batch_size": 4})
-    both = launch(TORCHRUN, tmp_path / "two", {**plan, "per_device_train_batch_size": 2}, **environment)
+    both = launch(torchrun, tmp_path / "two", {**plan, "per_device_train_batch_size": 2}, **environment)
     assert min(facts["sharded"] for facts in both) > 20
     assert both[0]["written"] and both[0]["kl_coef"] == pytest.approx(single["kl_coef"], rel=1e-5)
     alone(tmp_path / "start", {**plan, "per_device_train_batch_size": 4, "learning_rate": 0.0, "max_steps": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import os
 import time
@@ -244,11 +245,22 @@ def test_nothing_listens_beyond_loopback(engine):
     }
 
 
+def test_a_replica_that_cannot_load_its_model_says_why(engine):
+    from ray import serve
+
+    other = copy.copy(engine.cluster)
+    other.name = "other"
+    with pytest.raises(LoadError, match="no-such-folder"):
+        other.deploy({"device": "cpu", "checkpoint": "/no-such-folder"}, 1, {}, 1, 1, None)
+    serve.delete(*other.apps)
+    assert engine.ready()
+
+
 def test_the_end_is_orderly_and_leaves_nothing(engine):
     async def run():
         short, long = asyncio.ensure_future(read(engine, ask(30))), await begun(engine)
         await until(lambda: engine.load().writing == 2)
-        closing = asyncio.ensure_future(engine.close(finish_within=5))
+        closing = asyncio.ensure_future(engine.close(finish_within=3))
         await asyncio.sleep(0)
         with pytest.raises(ApiError, match="stopping") as caught:
             await read(engine, ask())
@@ -267,11 +279,12 @@ def test_the_end_is_orderly_and_leaves_nothing(engine):
 
 
 def test_what_cannot_be_had_is_said_in_one_line():
+    import ray
+
     with pytest.raises(ValueError, match="1 replica or more, got 0"):
         start_replicas({}, 0)
     with pytest.raises(LoadError, match="need more than the 0 that Ray has"):
         start_replicas({"device": "cpu"}, 2, gpus=1, object_store=SMALL)
+    assert not ray.is_initialized() and "RAY_AUTH_TOKEN" not in os.environ
     with pytest.raises(LoadError, match=r"cannot use Ray at 127\.0\.0\.1:9: "):
         start_replicas({"device": "cpu"}, 2, address="127.0.0.1:9")
-    with pytest.raises(LoadError, match="no-such-folder"):
-        start_replicas({"device": "cpu", "checkpoint": "/no-such-folder"}, 1, object_store=SMALL)

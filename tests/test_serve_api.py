@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import openai
 import pytest
 import schemathesis
+from forked import Forked
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from test_serve import BOUND, JSON, QUESTION, SHELF, ask, client_of, user, wait_for
@@ -299,34 +299,21 @@ def test_an_answers_tokens_are_in_its_line(engine):
 # The command.
 
 
-def started(*options: str, **more) -> tuple[subprocess.Popen, str]:
+@contextmanager
+def started(*options: str, **environment: str) -> Iterator[tuple[Forked, str]]:
     """`vismem serve` in a process of its own, and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vismem", "serve", "--port", "0", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **more},
-    )
-    line = process.stdout.readline()
-    assert line.startswith("Serving "), line + process.stderr.read()
-    return process, line.split(" on ")[1].split("/v1")[0]
+    with Forked(main, ["serve", "--port", "0", *options], **environment) as process:
+        line = process.stdout.readline()
+        assert line.startswith("Serving "), line + process.stderr.read()
+        yield process, line.split(" on ")[1].split("/v1")[0]
 
 
 @pytest.mark.parametrize("logged", [True, False])
 def test_the_command_serves_until_it_is_told_to_stop(tmp_path, logged):
     (tmp_path / "keys").write_text("# ours\nfirst\nsecond\n")
-    process, place = started(
-        "--name",
-        "shelves",
-        "--api-key-file",
-        str(tmp_path / "keys"),
-        "--invocation",
-        "off",
-        *([] if logged else ["--no-access-log"]),
-        VISMEM_API_KEY="third",
-    )
-    try:
+    options = ["--name", "shelves", "--api-key-file", str(tmp_path / "keys"), "--invocation", "off"]
+    options += [] if logged else ["--no-access-log"]
+    with started(*options, VISMEM_API_KEY="third") as (process, place):
         for key in ("first", "second", "third"):
             with client_of(place).with_options(api_key=key) as client:
                 found = ask(client, model="shelves", max_tokens=8)
@@ -339,38 +326,30 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path, logged):
             assert rebound.get(f"{place}/health").status_code == 403
         process.send_signal(signal.SIGTERM)
         assert process.wait(BOUND) == 0
-        assert process.stderr.read() == ""
-        rest = process.stdout.read()
+        rest, errors = process.rest()
+        assert errors == ""
         assert [line.split()[2:5] for line in rest.splitlines()] == (
             [["POST", "/v1/chat/completions", "401"], ["GET", "/health", "403"]] if logged else []
         )
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 def test_a_second_signal_ends_the_command_at_once():
-    process, place = started("--batch-size", "1", "--grace", str(BOUND))
-    host, port = place.removeprefix("http://").split(":")
     body = json.dumps({"model": "pocket", "messages": [{"role": "user", "content": "Hello"}], "stream": True}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    try:
-        with ExitStack() as stack:
-            raw = [stack.enter_context(socket.create_connection((host, int(port)), timeout=BOUND)) for _ in range(30)]
-            for each in raw[1:]:
-                each.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            raw[0].sendall(head + b"Content-Length: 9\r\n\r\n{")  # and no more, so that there is something to wait for
-            assert b"200 OK" in raw[1].recv(64)
-            process.send_signal(signal.SIGTERM)
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(1)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(BOUND / 2) == 0
+    with ExitStack() as stack:
+        process, place = stack.enter_context(started("--batch-size", "1", "--grace", str(BOUND)))
+        host, port = place.removeprefix("http://").split(":")
+        raw = [stack.enter_context(socket.create_connection((host, int(port)), timeout=BOUND)) for _ in range(30)]
+        for each in raw[1:]:
+            each.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        raw[0].sendall(head + b"Content-Length: 9\r\n\r\n{")  # and no more, so that there is something to wait for
+        assert b"200 OK" in raw[1].recv(64)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(1) is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(BOUND / 2) == 0
         assert process.stderr.read() == ""
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""Processes that begin as copies of the test's own: the imports, which take seconds of a new one, are there already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+START = "spawn" if torch.cuda.is_available() else "fork"  # CUDA, once in use, does not outlive a fork
+
+
+class Forked:
+    """A function in a process of its own; as a context, killed at the end.
+
+    Args:
+        work: what it runs, to end with the status that this returns.
+        *given: its arguments.
+        **environment: variables that only the process has.
+    """
+
+    def __init__(self, work: Callable[..., int | None], *given: Any, **environment: str) -> None:
+        context = multiprocessing.get_context(START)
+        ours, theirs = zip(context.Pipe(duplex=False), context.Pipe(duplex=False), strict=True)
+        self.process = context.Process(target=_run, args=(theirs, environment, work, given))
+        self.process.start()
+        for end in theirs:
+            end.close()
+        self.stdout, self.stderr = (os.fdopen(os.dup(end.fileno())) for end in ours)
+        for end in ours:
+            end.close()
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.join()
+        self.stdout.close()
+        self.stderr.close()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Its status, or None if it still runs after so many seconds."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def rest(self) -> tuple[str, str]:
+        """What else it writes, to either stream, until it ends."""
+        with ThreadPoolExecutor() as pool:
+            out, errors = pool.map(lambda stream: stream.read(), (self.stdout, self.stderr))
+        return out, errors
+
+
+def _run(streams: tuple[Connection, Connection], environment: dict[str, str], work: Callable, given: tuple) -> None:
+    for number, end in enumerate(streams, 1):
+        os.dup2(end.fileno(), number)
+        end.close()
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # or tokenizers warns of the fork
+    sys.exit(work(*given))
