@@ -1,10 +1,12 @@
-"""Processes that begin as copies of the test's own: the imports, which take seconds of a new one, are there already."""
+"""Processes forked from the test process, which has paid for the imports: they take seconds in a new one."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +60,22 @@ class Forked:
         with ThreadPoolExecutor() as pool:
             out, errors = pool.map(lambda stream: stream.read(), (self.stdout, self.stderr))
         return out, errors
+
+
+def run_module(name: str, *arguments: str) -> None:
+    """What `python -m name arguments` runs."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """The variables that torchrun gives to each of `count` processes on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def _run(streams: tuple[Connection, Connection], environment: dict[str, str], work: Callable, given: tuple) -> None:
