@@ -1,7 +1,7 @@
 """The configuration of a memory: lengths, widths and LoRA numbers, with the paper's values as defaults.
 
 Knows nothing of models. Every field is checked when the object is made, so that a wrong value is reported where
-it was written. Symbols are those of the paper (arXiv 2511.11007); `docs/paper-to-code.md` lists them beside our names.
+it was written. Symbols are those of the paper (arXiv 2511.11007); `docs/method.md` lists them beside our names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which families of base models are supported; one line each. docs/add-a-backbone.md tells how to add one."""
+"""Which families of base models are supported; one line each. docs/extend.md tells how to add one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def backbone_of(base: nn.Module | SimpleNamespace) -> Backbone:
     known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
     raise ValueError(
         f"no backbone for model type {model_type!r}: memory needs a vision-language model of a known family "
-        f"({known}); to add a family, write a Backbone and vismem.backbones.register it (docs/add-a-backbone.md)"
+        f"({known}); to add a family, write a Backbone and vismem.backbones.register it (docs/extend.md)"
     )
 
 
