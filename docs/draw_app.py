@@ -1,6 +1,6 @@
 """Draws the pictures of docs/app.md: the viewer on the pocket model, as a browser shows it.
 
-Starts a viewer of its own on this computer and clicks through it: python docs/draw_app.py
+Starts a viewer and clicks through it: python docs/draw_app.py
 """
 
 from __future__ import annotations

@@ -96,12 +96,12 @@ def forming(picture: Picture, spans: dict[str, tuple[float, float]]) -> None:
     numbered(picture, sum(spans["end"]) / 2, TOP - 28, 5, "end token")
 
 
-def told(picture: Picture, spans: dict[str, tuple[float, float]]) -> None:
-    """Below the sequence: who put each position there, and what counts."""
+def properties(picture: Picture, spans: dict[str, tuple[float, float]]) -> None:
+    """Below the sequence: who writes each position, and what counts."""
     rows = {
         "written by": ("you", "model", "model", "decoder", "decoder", "model"),
         "in out.sequences": ("yes", "yes", "yes", "no", "yes", "yes"),
-        "counts as a new token": ("no", "yes", "yes", "no", "no", "yes"),
+        "counts as new": ("no", "yes", "yes", "no", "no", "yes"),
         "can be sampled": ("", "yes", "yes", "no", "no", "yes"),
     }
     parts = ("prompt", "words", "invocation", "slots", "end", "after")
@@ -116,26 +116,23 @@ def told(picture: Picture, spans: dict[str, tuple[float, float]]) -> None:
             picture.line(f"M28 {y - 22} H{WIDTH - 28}", "edge", 1, arrow=False)
     y = HEIGHT - 48
     picture.disc(36, y - 5, 6, "long")
-    picture.text(52, y, "Long-term memory is written the same way, between", 14, "muted", anchor="start")
-    picture.text(388, y, "<ml_I>", 14, "long", 700, "start", MONO)
-    picture.text(446, y, "and", 14, "muted", anchor="start")
-    picture.text(476, y, "<ml_E>", 14, "long", 700, "start", MONO)
-    picture.text(534, y, "; its former reads the segment's words", 14, "muted", anchor="start")
-    picture.text(52, y + 22, "and looks at no patches.", 14, "muted", anchor="start")
+    words = "Long-term memory: the same with <ml_I> and <ml_E>.", "Its former reads the segment, not the patches."
+    for line, text in enumerate(words):
+        picture.text(52, y + 22 * line, text, 14, "muted", anchor="start")
 
 
 def draw() -> Picture:
-    """The whole picture."""
+    """Returns the whole picture."""
     picture = Picture(
         "sequence",
-        "One invocation: the segment's states and the visual states make a query, the former makes vectors of it, they "
-        "are put behind the invocation token, the end token closes them, and writing goes on",
+        "One invocation: the builder makes a query of the segment's states and the visual states, the former turns it "
+        "into vectors, they follow the invocation token, and the end token closes them",
         WIDTH,
         HEIGHT,
     )
     spans = sequence(picture)
     forming(picture, spans)
-    told(picture, spans)
+    properties(picture, spans)
     return picture
 
 

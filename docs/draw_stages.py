@@ -35,9 +35,9 @@ def draw() -> Picture:
         HEIGHT,
     )
     for index, (name, _, _) in enumerate(PARTS):
-        picture.text(LEFT - 14, 123 + index * 46, name, 15, "ink", 600, "end")
-    picture.text(LEFT - 14, 372, "who invokes", 15, "muted", 600, "end")
-    picture.text(LEFT - 14, 440, "learned from", 15, "muted", 600, "end")
+        picture.text(LEFT - 14, 123 + index * 46, name, 14, "ink", 600, "end")
+    picture.text(LEFT - 14, 372, "who invokes", 14, "muted", 600, "end")
+    picture.text(LEFT - 14, 440, "learned from", 14, "muted", 600, "end")
     for column, (name, about, invokes, learns) in enumerate(STAGES):
         x = LEFT + column * (COLUMN + GAP)
         middle = x + COLUMN / 2

@@ -45,7 +45,7 @@ class Picture:
 
     Args:
         name: of the file, and of what is named inside it.
-        title: what a reader who cannot see it is told.
+        title: its alternative text.
         width, height: in pixels at full size.
     """
 
@@ -86,17 +86,17 @@ class Picture:
         )
 
     def diamond(self, x, y, size, fill) -> None:
-        """The mark of short-term memory."""
+        """The marker of short-term memory."""
         self.parts.append(
             f'<path d="M{x} {y - size} l{size} {size} l-{size} {size} l-{size} -{size} Z" {coloured(fill)}/>'
         )
 
     def disc(self, x, y, radius, fill, line="none") -> None:
-        """The mark of long-term memory, and what numbers stand on."""
+        """The marker of long-term memory, and the background of numbers."""
         self.parts.append(f'<circle cx="{x}" cy="{y}" r="{radius}" {coloured(fill, line)} stroke-width="1.5"/>')
 
     def svg(self) -> str:
-        """The whole picture, on a card of its own."""
+        """The whole picture, on a card."""
         heads = "".join(
             f'<marker id="{self.name}-{colour}" viewBox="0 0 10 10" refX="8.5" refY="5" markerWidth="7" '
             f'markerHeight="7" markerUnits="userSpaceOnUse" orient="auto" overflow="visible">'

@@ -1,4 +1,4 @@
-"""Puts the tables of `results/` into the documents, each between `<!-- table FILE -->` and `<!-- end -->`.
+"""Inserts the tables of `results/` into `evidence.md`, each between `<!-- table FILE -->` and `<!-- end -->`.
 
 python docs/fill_tables.py
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 from vismem.evaluation.tables.layout import grid, read
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = tuple(ROOT / "docs" / name for name in ("evidence.md", "training.md"))
+PAGES = (ROOT / "docs" / "evidence.md",)
 PLACE = re.compile(r"(<!-- table (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """A page with its tables as `results/` has them."""
+    """Returns a page with the tables of `results/`."""
     return PLACE.sub(lambda found: f"{found[1]}\n{grid(read(ROOT / found['file']))}\n\n{found[3]}", text)
 
 

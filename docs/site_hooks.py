@@ -1,12 +1,13 @@
-"""What mkdocs is told to do besides building pages: links out of `docs/`, help texts, figures, marks of code.
+"""Hooks of mkdocs: pages from outside `docs/`, links, equations, help texts, figures.
 
-- A link to a file outside of `docs/` leads to that file's page where it has one (`GUESTS`), to the object in the API's
-  pages where it is a module, to a copy of the file in the site where it is data; otherwise only its words stay.
-- `<!-- help: vismem ask -->` becomes what that command prints with `--help`.
-- `<!-- not run: reason -->` before a code block becomes a line that says so.
-- In `paper-to-code.md` names of objects lead to their place in the API's pages.
-- The index of the search is written as a script too, for pages that are opened from a folder.
-- Figures of `drawing.py` are put into the page, so that they follow its light or dark side.
+- `README.md` is the home page; `GUESTS` lists it and the other pages that live outside `docs/`.
+- A link to a file outside `docs/` becomes a link to its page (`GUESTS`), to the object in the API reference
+  (`src/vismem/memory/builder.py#QueryBuilder`), or to a copy of the file (`DATA`); otherwise only its text stays.
+- Equations become MathML, which browsers render without a script.
+- `<!-- help: vismem ask -->` becomes the output of that command's `--help`.
+- `<!-- not run: reason -->` before a code block becomes a visible note.
+- Figures of `drawing.py` are inlined, so that they follow the page's colour scheme.
+- The search index is also written as a script, for pages opened from a folder.
 """
 
 from __future__ import annotations
@@ -16,31 +17,34 @@ import os
 import posixpath
 import re
 from contextlib import redirect_stdout
+from html import unescape
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-GUESTS = {  # pages whose files lie elsewhere, since they are read there too
-    "benchmarks/README.md": "benchmarks.md",
+GUESTS = {  # pages whose files are outside docs/
+    "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "README.md": "index.md",
+    "benchmarks/README.md": "benchmarks.md",
 }
-DATA = ("results/", "examples/", "configs/", "LICENSE")  # what may be copied into the site
+DATA = ("results/", "examples/", "configs/", "LICENSE")  # may be copied into the site
 COPIES = "files/"
 CODE = re.compile(r"(^```.*?^```[^\n]*$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?P<image>!?)\[(?P<words>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)")
+IMAGE = re.compile(r'(?P<before><img [^>]*src=")(?P<target>[^"]+)"')
+EQUATION = re.compile(r'<(?P<tag>div|span) class="arithmatex">(?P<tex>.*?)</(?P=tag)>', re.DOTALL)
 HELP = re.compile(r"^<!-- help: vismem ?(?P<command>[^>]*?) -->$", re.MULTILINE)
 NOT_RUN = re.compile(r"^<!-- not run: (?P<reason>.+?) -->$", re.MULTILINE)
-MAPPED = re.compile(r"(?P<file>`(?P<path>[a-z_0-9/]+\.py)`) \| (?P<names>`[^|]+`) \|$", re.MULTILINE)
 DRAWN = re.compile(r'<img alt="(?P<alt>[^"]*)" src="(?P<file>[^"]*images/[a-z_]+\.svg)"[^>]*>')
 
 
 def on_files(files, config):
-    """Adds the pages that lie elsewhere, and copies of the data that pages link to."""
+    """Adds the pages from outside `docs/`, and copies of the data that pages link to."""
     for name, uri in GUESTS.items():
         if files.get_file_from_path(uri) is None:
             files.append(File.generated(config, uri, content=(ROOT / name).read_text(encoding="utf-8")))
@@ -57,21 +61,20 @@ def on_page_markdown(markdown, page, config, files):
     """Rewrites one page's text."""
     uri = page.file.src_uri
     markdown = HELP.sub(lambda found: help_of(found["command"]), markdown)
-    if uri == "paper-to-code.md":
-        markdown = MAPPED.sub(lambda found: f"{found['file']} | {referred(found['path'], found['names'])} |", markdown)
     parts = CODE.split(markdown)
     parts[::2] = [with_links(part, uri) for part in parts[::2]]
     return NOT_RUN.sub(r'<p class="not-run">Not run by the tests: \g<reason>.</p>\n', "".join(parts))
 
 
 def on_page_content(html, page, config, files):
-    """Puts figures into the page."""
+    """Inlines figures and converts equations."""
+    html = EQUATION.sub(lambda found: mathml(found["tag"], found["tex"]), html)
     return DRAWN.sub(lambda found: figure(found, page.file.src_uri), html)
 
 
 @event_priority(-100)  # after the search has written its own
 def on_post_build(config):
-    """Writes the search's index once more, as the script that the theme loads where there is no server."""
+    """Writes the search index as the script that the theme loads without a server."""
     folder = Path(config.site_dir) / "search"
     index = (folder / "search_index.json").read_text(encoding="utf-8")
     (folder / "search_index.js").write_text(f"var __index = {index}", encoding="utf-8")
@@ -81,69 +84,72 @@ def on_post_build(config):
 
 
 def links(markdown: str) -> list[re.Match]:
-    """The links of a page that may be files: neither of code nor of the web."""
-    found = [match for part in CODE.split(markdown)[::2] for match in LINK.finditer(part)]
+    """Returns the links and images of a page that may be files: neither in code nor on the web."""
+    text = CODE.split(markdown)[::2]
+    found = [match for part in text for pattern in (LINK, IMAGE) for match in pattern.finditer(part)]
     return [match for match in found if match["target"] and ":" not in match["target"]]
 
 
 def name_of(target: str, uri: str) -> str:
-    """The path from the root of the repository that a page's link means; empty where it means nothing there."""
-    home = next((Path(name).parent for name, guest in GUESTS.items() if guest == uri and name != "README.md"), None)
-    base = DOCS / Path(uri).parent if home is None else ROOT / home
-    path = Path(os.path.normpath(base / target))
+    """Returns the path of a link's target from the repository's root, or "" if there is no such file."""
+    home = next((ROOT / Path(name).parent for name, guest in GUESTS.items() if guest == uri), DOCS / Path(uri).parent)
+    path = Path(os.path.normpath(home / target))
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) and path.exists() else ""
 
 
 def is_data(name: str) -> bool:
-    """Whether a file is one that the site may have a copy of."""
+    """Returns whether the site may have a copy of a file."""
     return name.startswith(DATA) and (ROOT / name).is_file()
 
 
-def with_links(text: str, uri: str) -> str:
-    """A part of a page with its links as the site has them."""
+def place_of(name: str) -> str:
+    """Returns where a file is in the site, or "" if it is not there."""
+    if name in GUESTS:
+        return GUESTS[name]
+    return COPIES + name if is_data(name) else name.removeprefix("docs/") if name.startswith("docs/") else ""
 
-    def replaced(found: re.Match) -> str:
-        target = found["target"]
+
+def with_links(text: str, uri: str) -> str:
+    """Returns a part of a page with the site's links."""
+
+    def relative(place: str) -> str:
+        return posixpath.relpath(place, posixpath.dirname(uri) or ".")
+
+    def link(found: re.Match) -> str:
+        target, anchor = found["target"], found["anchor"] or ""
         name = "" if not target or ":" in target else name_of(target, uri)
         if not name:
             return found[0]
-        if name.startswith("docs/"):
-            place = name.removeprefix("docs/")
-        elif name in GUESTS:
-            place = GUESTS[name]
-        elif is_data(name):
-            place = COPIES + name
-        elif name.startswith("src/") and name.endswith(".py"):
-            return f'<autoref optional identifier="{module(name)}">{found["words"]}</autoref>'
-        else:
-            return found["words"]
-        where = posixpath.relpath(place, posixpath.dirname(uri) or ".")
-        return f"{found['image']}[{found['words']}]({where}{found['anchor'] or ''})"
+        if place := place_of(name):
+            return f"{found['image']}[{found['words']}]({relative(place)}{anchor})"
+        if name.startswith("src/") and name.endswith(".py"):
+            identifier = module(name) + anchor.replace("#", ".")
+            return f'<autoref optional identifier="{identifier}">{found["words"]}</autoref>'
+        return found["words"]
 
-    return LINK.sub(replaced, text)
+    def image(found: re.Match) -> str:
+        place = place_of(name_of(found["target"], uri))
+        return f'{found["before"]}{relative(place)}"' if place else found[0]
+
+    return IMAGE.sub(image, LINK.sub(link, text))
 
 
 def module(name: str) -> str:
-    """The module of a file, named from the root of the repository or from `src/vismem/`."""
-    path = name.removeprefix("src/").removeprefix("vismem/").removesuffix(".py").removesuffix("/__init__")
-    return "vismem" if path == "__init__" else f"vismem.{path.replace('/', '.')}"
+    """Returns the module of a file below `src/`."""
+    return name.removeprefix("src/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def referred(path: str, names: str) -> str:
-    """Names of objects of one file, each leading to its place in the API's pages where it has one."""
-    home = module(path)
-    return re.sub(
-        r"`([A-Za-z_][\w.]*)`",
-        lambda found: f'<autoref optional identifier="{home}.{found[1]}"><code>{found[1]}</code></autoref>',
-        names,
-    )
+# Equations, help and figures.
 
 
-# Help and figures.
+def mathml(tag: str, tex: str) -> str:
+    """Returns an equation of arithmatex as MathML, in a frame that scrolls where the page is narrower."""
+    display = "block" if tag == "div" else "inline"
+    return f'<{tag} class="equation">{convert(unescape(tex).strip()[2:-2].strip(), display=display)}</{tag}>'
 
 
 def help_of(command: str) -> str:
-    """What `vismem COMMAND --help` prints, as a block of text."""
+    """Returns the output of `vismem COMMAND --help` as a text block."""
     from vismem.cli import main
 
     before, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "88"
@@ -161,7 +167,7 @@ def help_of(command: str) -> str:
 
 
 def figure(found: re.Match, uri: str) -> str:
-    """A drawn figure's own SVG, in a frame that scrolls where the page is narrower; any other picture as it is."""
+    """Returns the SVG of a figure of `drawing.py`, in a frame that scrolls where the page is narrower."""
     path = DOCS / Path(os.path.normpath(Path(uri).parent / found["file"]))
     drawn = path.read_text(encoding="utf-8") if path.is_file() else ""
     if 'class="figure"' not in drawn:

@@ -397,8 +397,8 @@ def test_llava_onevision1_5_refuses_a_tower_without_its_frequencies():
 
 
 def test_the_guides_example_is_true(monkeypatch):
-    """The family that docs/add-a-backbone.md writes down passes the checks that it names."""
-    guide = (Path(__file__).parents[1] / "docs" / "add-a-backbone.md").read_text(encoding="utf-8")
+    """The family that docs/extend.md writes down passes the checks that it names."""
+    guide = (Path(__file__).parents[1] / "docs" / "extend.md").read_text(encoding="utf-8")
     written: dict = {}
     exec(guide.split("```python\n")[1].split("```")[0], written)
     monkeypatch.setattr(backbones, "FAMILIES", [])
@@ -414,14 +414,14 @@ def test_unsupported_family_says_what_is_supported():
         class config:
             model_type = "stranger"
 
-    with pytest.raises(ValueError, match=r"'stranger'.*gemma3.*idefics3.*qwen2_5_vl.*add-a-backbone") as error:
+    with pytest.raises(ValueError, match=r"'stranger'.*gemma3.*idefics3.*qwen2_5_vl.*extend\.md") as error:
         backbone_of(Stranger())
     assert "\n" not in str(error.value)
 
 
 def test_a_text_only_model_is_refused_by_name():
     text = tiny.FAMILIES["internvl"].build().model.language_model
-    with pytest.raises(ValueError, match=r"'qwen2'.*vision-language model.*add-a-backbone"):
+    with pytest.raises(ValueError, match=r"'qwen2'.*vision-language model.*extend\.md"):
         vismem.VisMem(text, tiny.FAMILIES["internvl"].processor())
 
 

@@ -1,4 +1,4 @@
-"""The documentation: what it says to run runs, and what it says of the code is true (its site: `test_docs_site.py`)."""
+"""The documentation: what it tells you to run runs, and what it says about the code is true."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_files_are_read(page, tmp_path, monkeypatch):
 
 
 def test_links_of_the_readme_lead_somewhere():
-    """The README is no page of the site: its links are to files, and to headings in them."""
+    """On a code host its links are to files, and to headings in them."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"(?:\]\(|src=\")([^)\s\"]+)", text):
         if ":" in target:
@@ -214,43 +214,76 @@ def test_links_of_the_readme_lead_somewhere():
             assert anchor in slugs, target
 
 
-def test_marks_of_code_that_is_not_run_are_before_python():
+def test_not_run_comments_stand_before_python_blocks():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         marked = sum(block.reason is not None for block in blocks(page, "python"))
-        assert text.count("\n<!-- not run:") == marked, f"{page}: a mark that stands before no block of Python"
+        assert text.count("\n<!-- not run:") == marked, f"{page}: a comment that is not before a Python block"
 
 
 # What pages say of the code.
 
 
 def rows_of(page: str, columns: int) -> list[list[str]]:
-    """The cells of all tables of a page with so many columns, heads left out."""
+    """Returns the cells of all tables of a page with that many columns, without separator rows."""
     lines = [line for line in (DOCS / page).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     return [row for row in cells if len(row) == columns and not set("".join(row)) <= set("-")]
 
 
-def test_the_map_from_paper_to_code_is_true():
-    rows = [row for columns in (4, 5) for row in rows_of("paper-to-code.md", columns) if row[-2] != "file"]
-    assert len(rows) > 50
-    for *_, file, names in rows:
-        path = ROOT / "src" / "vismem" / file.strip("`")
-        assert path.is_file(), f"there is no {file}"
-        module = import_module(".".join(("vismem", *path.relative_to(ROOT / "src/vismem").with_suffix("").parts)))
-        listed = re.findall(r"`([^`]+)`", names)
-        assert listed and re.sub(r"`[^`]+`|[, ]", "", names) == "", f"objects of {file}: {names}"
-        for each in listed:
-            owner, _, attribute = each.partition(".")
-            assert hasattr(module, owner), f"{file} has no {owner}"
-            thing = getattr(module, owner)
-            assert getattr(thing, "__module__", module.__name__) in (module.__name__, None), f"{owner} is not of {file}"
+CODE_LINK = re.compile(r"\]\((?P<file>[^)\s#]*(?:src|tests)/[^)\s#]*\.py)(?:#(?P<name>[\w.]+))?\)")
+
+
+def test_links_to_code_lead_to_objects_and_tests():
+    """`../src/vismem/memory/builder.py#QueryBuilder.forward`, `../tests/test_grpo.py#test_the_loss_by_hand`."""
+    links = [(page, match["file"], match["name"]) for page in PAGES for match in CODE_LINK.finditer(page.read_text())]
+    assert len(links) > 100
+    for page, file, name in links:
+        path = (page.parent / file).resolve()
+        where = f"{page.name}: {file}#{name}"
+        assert path.is_file(), where
+        if name and path.is_relative_to(ROOT / "tests"):
+            assert re.search(rf"^ *def {name}\(", path.read_text(encoding="utf-8"), re.M), where
+        elif name:
+            module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+            owner, _, attribute = name.partition(".")
+            assert hasattr(import_module(module), owner), where
             if attribute:
-                assert is_part(thing, attribute), f"{owner} has no {attribute}"
+                assert is_part(getattr(import_module(module), owner), attribute), where
+
+
+def test_every_equation_has_its_formula_its_code_and_its_test():
+    """Equations 3 to 15 of the paper, each in a section of the method's page."""
+    sections = re.split(r"^##+ ", (DOCS / "method.md").read_text(encoding="utf-8"), flags=re.M)
+    found = set()
+    for section in sections:
+        if numbers := re.match(r".*\(Eq\. (\d+)(?:-(\d+))?\)\n", section):
+            first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+            found |= set(range(first, last + 1))
+            for part in ("$$\n", "- **Code** [", "- **Test** [`test_"):
+                assert part in section, numbers[0]
+    assert found == set(range(3, 16))
+
+
+def test_equations_are_valid_latex():
+    """Each one is converted as the site converts it."""
+    from latex2mathml.converter import convert  # of the extra `docs`
+
+    equations = [
+        equation.strip()
+        for page in PAGES
+        for text in re.split(r"^```.*?^```[^\n]*$", page.read_text(encoding="utf-8"), flags=re.M | re.S)[::2]
+        for equation in re.findall(r"^\$\$$(.*?)^\$\$$", text, re.M | re.S)
+    ]
+    assert len(equations) >= 11
+    for equation in equations:
+        rendered = convert(equation, display="block")
+        assert rendered.startswith("<math") and "\\" not in rendered, f"not understood: {equation}"
+        assert "<mi>&</mi>" not in rendered, f"an environment that is not understood: {equation}"
 
 
 def is_part(owner: type, name: str) -> bool:
-    """Whether a class has something of that name: a method, a field, or what its `__init__` sets."""
+    """Returns whether a class has a method or field of that name, or sets it in its `__init__`."""
     if hasattr(owner, name) or name in getattr(owner, "__dataclass_fields__", {}):
         return True
     source = Path(sys.modules[owner.__module__].__file__).read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ from vismem.sizes import (
 
 EVERY_FAMILY = True
 
-# Billions of parameters, as model cards and papers print them (docs/sizes.md says which); none for LLaVA-OneVision-1.5.
+# Billions of parameters, as model cards and papers print them (docs/speed.md says which); none for LLaVA-OneVision-1.5.
 PUBLISHED = {
     "Qwen2.5-VL-3B": 3.75,
     "Qwen2.5-VL-7B": 8.29,

@@ -98,7 +98,7 @@ def test_a_siglip_tower_has_no_class_token():
 def test_other_layers_are_refused(family, layer):
     base = tiny.FAMILIES[family].build()
     base.config.vision_feature_layer = layer
-    with pytest.raises(ValueError, match=r"one layer.*vision_feature_layer=.*add-a-backbone") as error:
+    with pytest.raises(ValueError, match=r"one layer.*vision_feature_layer=.*extend\.md") as error:
         backbone_of(base)
     assert "\n" not in str(error.value)
 

@@ -2,7 +2,7 @@
 
 Every estimate is a sum of named parts in bytes, so that a reader sees what fills a device. Attention is taken as
 fused (no matrix of scores is kept); what the allocator adds, and the CUDA context, are not in it. Counting parameters
-is `sizes.py`'s matter; `docs/sizes.md` has the formulas in one place and how far they were off when measured.
+is `sizes.py`'s matter; `docs/speed.md` has the formulas in one place and how far they were off when measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The supported families of base models. docs/add-a-backbone.md shows how to add one."""
+"""The supported families of base models. docs/extend.md shows how to add one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def backbone_of(base: Any) -> Backbone:
     known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
     raise ValueError(
         f"no backbone for model type {model_type!r}: memory needs a vision-language model of a known family "
-        f"({known}); to add a family, write a Backbone and vismem.backbones.register it (docs/add-a-backbone.md)"
+        f"({known}); to add a family, write a Backbone and vismem.backbones.register it (docs/extend.md)"
     )
 
 

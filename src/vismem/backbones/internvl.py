@@ -27,7 +27,7 @@ class InternVLBackbone(Backbone):
             raise ValueError(
                 "the internvl backbone reads the tower's last layer without its class token; this base's config has "
                 f"vision_feature_layer={layer!r} and vision_feature_select_strategy={strategy!r}: write a backbone "
-                "for it (docs/add-a-backbone.md)"
+                "for it (docs/extend.md)"
             )
 
     @property

@@ -32,13 +32,13 @@ class LlavaBackbone(ClipTowerBackbone):
         if kind not in CLASS_TOKENS:
             raise ValueError(
                 f"the {config.model_type} backbone knows the towers {', '.join(CLASS_TOKENS)}; this base's "
-                f"vision_config is a {kind!r}: write a backbone for it (docs/add-a-backbone.md)"
+                f"vision_config is a {kind!r}: write a backbone for it (docs/extend.md)"
             )
         self.class_tokens = CLASS_TOKENS[kind]
         if not isinstance(layer, int) or layer == 0 or not -count <= layer <= count:
             raise ValueError(
                 f"the {config.model_type} backbone reads one layer of the tower, after one of its {count} blocks; this "
-                f"base's config has vision_feature_layer={layer!r}: write a backbone for it (docs/add-a-backbone.md)"
+                f"base's config has vision_feature_layer={layer!r}: write a backbone for it (docs/extend.md)"
             )
         if strategy == "default" and not self.class_tokens:
             raise ValueError(

@@ -24,7 +24,7 @@ SETTINGS = """settings (docs/configuration.md lists them all):
   group_size, learning_rate, max_steps, per_device_train_batch_size, ...
                                every field of transformers' TrainingArguments works too
 A key may name its stage: stage2.learning_rate=1e-5.
-sft and grpo train no memory but a LoRA adapter of the base's language model, to compare with (docs/baselines.md).
+sft and grpo train no memory but a LoRA adapter of the base's language model, to compare with (docs/training.md).
 """
 
 

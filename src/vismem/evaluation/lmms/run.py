@@ -85,7 +85,7 @@ def run_task(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RuntimeError(
-            "run_task works in one process; for several, use lmms-eval's command line (docs/lmms-eval.md)"
+            "run_task works in one process; for several, use lmms-eval's command line (docs/evaluation.md)"
         )
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.loggers import EvaluationTracker
