@@ -1,7 +1,7 @@
-"""Many questions about one image in one row: each sees the image and itself, none sees another.
+"""Many questions about one image packed in one row: each attends to the image and itself, not to the others.
 
-The base learns to read images from these rows - they hold some three times as many replies per token as
-conversations do - and learns to keep images apart, to lose them and to be shown them again from conversations.
+The base learns to read images from these rows, which hold about three times as many replies per token as conversations.
+Conversations teach it to keep images apart, to lose them and to be shown them again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from random import Random
 import numpy as np
 import torch
 
-from vismem.pocket import drills, easyvqa
-from vismem.pocket.batches import Batch, Encoded, Encoder, cell_labels, stack_pictures
-from vismem.pocket.conversations import EARLY_WEIGHTS, TIDY, TRAINING_WEIGHTS, ask, training_rule
-from vismem.pocket.tasks import Question, compare, difference
+from pocket_base import drills
+from pocket_base.batches import Batch, Encoded, Encoder, cell_labels, stack_pictures
+from pocket_base.conversations import EARLY_WEIGHTS, TIDY, TRAINING_WEIGHTS, easy_vqa_question, training_rule
+from vismem.pocket import easyvqa
+from vismem.pocket.conversations import ask
+from vismem.pocket.tasks import compare, difference
 from vismem.pocket.world import SIDE, Scene, change_one_price, render_array, sample_scene
 
 DRILLS = 0.4  # of the rows: sums and promotions on prices in words, cheap practice for the replies' steps
@@ -23,7 +25,7 @@ DRILLS = 0.4  # of the rows: sums and promotions on prices in words, cheap pract
 
 @dataclass
 class Row:
-    """One packed row. Block 0 is the shared image, blocks 1.. the questions; `positions` start anew in each."""
+    """One packed row. Block 0 is the shared image, blocks 1.. the questions; `positions` restart in each."""
 
     pictures: list[np.ndarray]
     scenes: list[Scene | None]
@@ -42,8 +44,7 @@ def _content(rng: Random, early: bool):
         picture, pairs = easyvqa.sample_image(rng, "train")
 
         def draw():
-            text, answer = rng.choice(pairs)
-            return Question("easy_vqa", text, f"{answer.capitalize()}.", answer)
+            return easy_vqa_question(*rng.choice(pairs))
 
         return [picture], [None], draw
     first = sample_scene(rng, tidy=TIDY)

@@ -1,9 +1,9 @@
-"""Conversations as training tensors: token ids, loss weights, images and what the cells of a scene hold.
+"""Conversations as training tensors: token ids, loss weights, images and the labels of their cells.
 
-The ids are those that the processor's chat template gives (a test says so). With `rng`, replies are augmented, so that
-the base can use what a memory will put there: looks (the image again, or some of its cells, mostly right after the
-reply's first colon), notes (a promotion's rule in words after the label's colon) and stray delimiters. The base never
-has to predict any of these.
+The ids equal those of the processor's chat template (tested). With `rng`, replies are augmented so the base can use
+what a memory will later insert: looks (the image again, or some of its cells, mostly right after the reply's first
+colon), notes (a promotion's rule in words after the label's colon) and stray delimiters. The base is never trained to
+predict any of these.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from random import Random
 import numpy as np
 import torch
 
+from pocket_base.tokenizer import ASSISTANT, DELIMITERS, END, FAKE, GLOBAL, IMAGE, IMAGE_TOKENS, USER
 from vismem.pocket.conversations import Conversation
 from vismem.pocket.tasks import Question
-from vismem.pocket.tokenizer import ASSISTANT, DELIMITERS, END, FAKE, GLOBAL, IMAGE, IMAGE_TOKENS, USER
 from vismem.pocket.world import COLOUR_NAMES, LABEL_NAMES, RULES, SHAPE_NAMES, SIDE, Scene
 
 # How much a reply counts in the loss by turns since its image, unless it is shown again: old evidence is mostly noise
@@ -176,16 +176,16 @@ class Encoder:
         return once * min(rng.randrange(1, 7), NOTE_LENGTH // len(once))
 
     def _insert(self, out: Encoded, ids: list[int], rng: Random) -> None:
-        """Ids between two marks, as a memory will stand between its two tokens. The opening mark takes the place of
-        the delimiter before it (a sampled invocation), or follows it, or that delimiter serves as one."""
+        """Ids between two delimiters, as a memory will stand between its two tokens. The opening one replaces the
+        delimiter before it (a sampled invocation), or follows it, or that delimiter serves as the opening one."""
         how = rng.random()
         if how < 0.25 and out.ids[-1] in self.delimiters:
-            out.ids[-1], out.weights[-1] = self._mark(rng), 0.0
+            out.ids[-1], out.weights[-1] = self._delimiter(rng), 0.0
         elif how < 0.65:
-            out.add([self._mark(rng)])
-        out.add([*ids, self._mark(rng)])
+            out.add([self._delimiter(rng)])
+        out.add([*ids, self._delimiter(rng)])
 
-    def _mark(self, rng: Random) -> int:
+    def _delimiter(self, rng: Random) -> int:
         return self.colon if rng.random() < 0.6 else rng.choice(self.delimiters)
 
 

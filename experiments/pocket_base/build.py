@@ -1,8 +1,7 @@
-"""`vismem pocket build`: makes the pocket VLM from nothing - tokenizer, vision stage, language stage, weights - or goes
-on from a finished one.
+"""`vismem pocket build`: trains the pocket VLM from scratch, or from a finished one.
 
-The vision stage teaches the tower and the projector what the cells hold (heads that are thrown away); the language
-stage trains everything on conversations. Both stop and go on: `state.pt` in the work folder has all they need.
+The vision stage trains the tower and the projector to classify what the cells hold, through heads that are discarded;
+the language stage trains everything on conversations. Both resume from `state.pt` in the work folder.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pocket_base.architecture import build_model
+from pocket_base.batches import CELL_SIZES, Batch, cell_labels, normalise
+from pocket_base.mixture import training_batches
+from pocket_base.tokenizer import build_processor, corpus
 from vismem import files
 from vismem.pocket import BASE_PATH, easyvqa, load_base
-from vismem.pocket.architecture import build_model
-from vismem.pocket.batches import CELL_SIZES, Batch, cell_labels, normalise
-from vismem.pocket.mixture import training_batches
-from vismem.pocket.tokenizer import build_processor, corpus
 from vismem.pocket.world import render_array, sample_scene
 
 log = logging.getLogger(__name__)
@@ -50,8 +49,8 @@ class Recipe:
     seed: int = 0
 
 
-# Going on from a finished base: the vision stage only fits new cell heads to a tower that stays as it is.
-GOING_ON = Recipe(
+# Continuing a finished base: the vision stage only fits new cell heads to a frozen tower.
+CONTINUED = Recipe(
     vision_steps=60,
     vision_rate=1e-2,
     language_steps=3600,
@@ -64,14 +63,14 @@ GOING_ON = Recipe(
 
 
 class CellHeads(nn.Module):
-    """Linear read-outs of a visual token - digit, colour, shape, label, row, column - used while building only.
+    """Linear probes of a visual token - digit, colour, shape, label, row, column - used only while building.
 
-    Row and column matter: rotary positions are relative, so a visual token must itself say which cell it is. The noise
-    makes each property fill its share of a token; without it two of the six took three quarters of the variance and
-    the language model was slow to find the others.
+    Row and column are needed because rotary positions are relative: a visual token must itself encode its cell. The
+    noise makes each property take its share of a token; without it two of the six took three quarters of the variance
+    and the language model was slow to find the others.
     """
 
-    noise = 1.5  # relative: every property must fill its share of a token, or the language model learns it late
+    noise = 1.5  # relative to the tokens' RMS
 
     def __init__(self, width: int):
         super().__init__()
@@ -153,7 +152,7 @@ class Builder:
             self.heads.load_state_dict(state["heads"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.stage, self.step = state["stage"], state["step"]
-            log.info("going on at %s step %d", self.stage, self.step)
+            log.info("resuming at %s step %d", self.stage, self.step)
         elif start:
             self.model.load_state_dict(load_base(path=start)[0].state_dict())
 
@@ -185,7 +184,7 @@ class Builder:
         self.optimizer.step()
 
     def run_stage(self, stage: str, steps: int, train_step) -> None:
-        """Run `train_step(step) -> dict of figures` up to `steps`, saving every minute."""
+        """Run `train_step(step) -> metrics` up to `steps`, saving every minute."""
         from tqdm import tqdm
 
         if self.stage != stage:
@@ -247,12 +246,12 @@ class Builder:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees. Giving it back and faulting it in again costs up to half of a CPU step."""
+    """Stop glibc from returning freed memory: faulting it in again costs up to half of a CPU step."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and keep them there
-    except (OSError, AttributeError):  # another C library; nothing but speed is lost
+    except (OSError, AttributeError):  # another C library; only speed is lost
         log.debug("no mallopt here")
 
 
@@ -265,19 +264,19 @@ def build(
     threads: int | None = None,
     start: Path | None = None,
 ) -> None:
-    """Train the pocket VLM from nothing, or on from `start`, and write it to `out`.
+    """Train the pocket VLM from scratch, or from `start`, and write it to `out`.
 
     Args:
         out: the finished base, an ordinary Hugging Face folder.
-        resume: go on where an earlier build in `work` stopped.
+        resume: continue an interrupted build in `work`.
         work: the folder of checkpoints; None: beside `out`, "-work" after its name.
-        vision_steps, language_steps: other lengths than the recipe's.
+        vision_steps, language_steps: overrides of the recipe.
         threads: CPU threads; None leaves PyTorch's choice.
-        start: a finished base to go on from, with the recipe `GOING_ON`.
+        start: a finished base to continue from, with the recipe `CONTINUED`.
     """
     given = {"vision_steps": vision_steps, "language_steps": language_steps}
     given = {name: steps for name, steps in given.items() if steps is not None}
-    recipe = replace(GOING_ON if start else Recipe(), **given)
+    recipe = replace(CONTINUED if start else Recipe(), **given)
     if recipe.vision_steps < 1 or recipe.language_steps < 1:
         raise ValueError(f"steps must be 1 or more, not {recipe.vision_steps} and {recipe.language_steps}")
     if threads:

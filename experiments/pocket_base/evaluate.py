@@ -1,9 +1,9 @@
-"""`vismem pocket evaluate`: how well the base answers, task by task, by distance from the image.
+"""`vismem pocket evaluate`: accuracy of the base by task and by distance from the image.
 
-Three ways to ask late: the image was shown once; it is shown again with the question; it stands again inside the
-reply, after its echo and colon, bare and closed by another colon - where a short memory will stand. Promotions are also
-asked with the rule as a note after the label's colon, where a long memory will stand. Greedy decoding by transformers'
-own `generate`; test-split handwriting; 95 % Wilson intervals.
+Late questions are asked in three ways: the image was shown once; it is shown again with the question; or it is repeated
+inside the reply, after the echo and its colon and before another colon, where a short-term memory will stand.
+Promotions are also asked with the rule as a note after the label's colon, where a long-term memory will stand.
+Greedy decoding by transformers' `generate`, test-split handwriting, 95 % Wilson intervals.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from random import Random
 
 import torch
 
+from pocket_base.batches import Encoder, prompt_batch
+from pocket_base.conversations import easy_vqa_question
+from pocket_base.tokenizer import IMAGE_TOKENS
 from vismem import files
 from vismem.evaluation.intervals import wilson
 from vismem.pocket import BASE_PATH, easyvqa, load_base
-from vismem.pocket.batches import Encoder, prompt_batch
 from vismem.pocket.conversations import Conversation, Turn, sample_conversation
-from vismem.pocket.tasks import TASKS, Question, score
-from vismem.pocket.tokenizer import IMAGE_TOKENS
+from vismem.pocket.tasks import TASKS, score
 from vismem.pocket.world import PROMOTION_RULES, RULES, sample_scene
 
 DISTANCE_TASKS = ("colour", "shape", "digit", "label", "row", "sum", "promotion")
@@ -35,7 +36,7 @@ class Answerer:
         self.encoder = Encoder(tokenizer)
 
     def prompt(self, conversation: Conversation, opened: str = "") -> tuple[list[int], list[int]]:
-        """The ids up to where the reply goes on, and the numbers of the pictures shown.
+        """The ids up to where the reply continues, and the indices of the pictures shown.
 
         `opened`: "" stops before the reply; "look" opens it with the echo, its colon, the latest picture and a colon;
         "note" with the echo, the label, its colon, the note and a colon.
@@ -93,7 +94,7 @@ class Answerer:
 
 
 def cells() -> dict[str, tuple[Callable[[Random], Conversation], str]]:
-    """Everything that is measured: name -> (how to sample one conversation, what its reply is opened with)."""
+    """Everything that is evaluated: name -> (how to sample one conversation, how its reply is opened)."""
     out = {}
 
     def add(name: str, opened: str = "", **options):
@@ -113,7 +114,7 @@ def cells() -> dict[str, tuple[Callable[[Random], Conversation], str]]:
 
 
 def promotion_chance(seed: int, scenes: int = 500) -> float:
-    """How often a random rule gives a row the price that its label's own rule gives."""
+    """How often a random rule gives a row the same price as its label's rule."""
     rng, hits, trials = Random(seed), 0, 0
     for _ in range(scenes):
         scene = sample_scene(rng, "test")
@@ -130,7 +131,7 @@ def _easy_vqa(n: int, seed: int) -> list[Conversation]:
     chosen = rng.sample(everything, min(n, len(everything)))
     return [
         Conversation(
-            [Turn([0, text], Question("easy_vqa", text, f"{answer.capitalize()}.", answer), 0)],
+            [Turn([0, text], easy_vqa_question(text, answer), 0)],
             [easyvqa.picture("test", image)],
             [None],
         )
@@ -146,7 +147,7 @@ def evaluate(
     seed: int = 0,
     only: str = "",
 ) -> dict:
-    """Measure a base and write the numbers and their plot.
+    """Evaluate a base; write the results and their plot.
 
     Args:
         base_path: the base's folder.
@@ -182,7 +183,7 @@ def evaluate(
     if out_json:
         files.write_json(out_json, results, indent=1)
     if plot and not only:
-        from vismem.pocket.plot import draw
+        from pocket_base.plot import draw
 
         draw(results, Path(plot))
     return results

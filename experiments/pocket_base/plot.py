@@ -1,4 +1,4 @@
-"""Draws `results/pocket_base.json`: accuracy against distance from the image, and the scores in view."""
+"""Plots `results/pocket_base.json`: accuracy by distance from the image, and the scores in view."""
 
 from __future__ import annotations
 

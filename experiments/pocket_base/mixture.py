@@ -1,14 +1,14 @@
-"""The language stage's diet: packed questions first, then conversations, reading tasks before the rest."""
+"""The language stage's training data: packed questions first, then conversations; reading tasks before the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
 
-from vismem.pocket.architecture import WINDOW
-from vismem.pocket.batches import Batch, Encoder, collate
-from vismem.pocket.conversations import sample_training_conversation
-from vismem.pocket.packing import collate_rows, pack
+from pocket_base.architecture import WINDOW
+from pocket_base.batches import Batch, Encoder, collate
+from pocket_base.conversations import sample_training_conversation
+from pocket_base.packing import collate_rows, pack
 
 
 def training_batches(tokenizer, recipe, start: int) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 """The pocket VLM's shape: Idefics3 with a small SigLIP-like tower and a Mistral text model with local attention.
 
 The sliding window is what makes an image fade from a long conversation: a token sees the last `WINDOW` positions
-only, so older evidence must be carried on from layer to layer, or be shown again.
+only, so older evidence must be carried from layer to layer, or be shown again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def build_model(tokenizer):
         MistralConfig,
     )
 
-    from vismem.pocket.tokenizer import END, IMAGE, PAD
+    from pocket_base.tokenizer import END, IMAGE, PAD
 
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, END, IMAGE)}
     text = MistralConfig(

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
-# Everyday English, so that words outside the pocket's world do not fall apart into bytes.
+# Everyday English, so that words outside the pocket world are not split into bytes.
 _EVERYDAY = """
 the be to of and a in that have it for not on with he as you do at this but his by from they we say her she or an
 will my one all would there their what so up out if about who get which go me when make can like time no just him
@@ -42,8 +42,8 @@ COMMON_WORDS = _EVERYDAY.split()
 
 
 def corpus(conversations: int = 3000, seed: int = 0) -> list[str]:
-    """The texts that the tokenizer is trained on: the pocket's own turns and everyday words."""
-    from vismem.pocket.conversations import sample_training_conversation
+    """The tokenizer's training texts: turns of the pocket's conversations and everyday words."""
+    from pocket_base.conversations import sample_training_conversation
 
     rng = Random(seed)
     texts = []

@@ -1,4 +1,4 @@
-"""Turns without an image: greetings, and the sums and promotions that the answers' steps are made of."""
+"""Turns without an image: greetings, and drills on the sums and promotions that answers reason with."""
 
 from __future__ import annotations
 
