@@ -57,7 +57,7 @@ figures: $(READY)  ## draw the figures in docs/images again
 
 clean:  ## remove caches and build products
 	@rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache
-	@find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	@find src tests docs examples benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## remove .venv as well
 	@rm -rf $(VENV)

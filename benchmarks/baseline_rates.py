@@ -1,7 +1,7 @@
-"""Which learning rate the pocket's baselines get: each trained at some rates on seed 0, then asked held-out questions.
+"""Finds learning rates for the pocket's baselines: trains each at several rates and scores held-out questions.
 
-Runs that are done in `--runs` are not trained again. Questions are those of seed 0, with which settings are chosen;
-what is reported elsewhere uses others.
+Finished runs in `--runs` are reused. Training and questions use seed 0, which is kept for choosing settings; reported
+results use other seeds.
 
     python benchmarks/baseline_rates.py --runs runs/rates --out results/pocket/baseline_rates.json
 """
@@ -35,7 +35,7 @@ SUITES = {"rules": 12, "both": 12, "late": 6, "in_view": 8, "strange": 6}  # que
 
 
 def measure(folder: Path | None) -> dict[str, dict]:
-    """Accuracy by suite with its interval, and their mean: of an adapter, a memory put in place, or the base alone."""
+    """Accuracy by suite with its interval, and their mean, for an adapter, a memory placed by hand, or the base."""
     base, processor = load_base()
     base.set_attn_implementation("eager")
     if folder is not None and folder.name == "memory":

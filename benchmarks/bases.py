@@ -1,7 +1,7 @@
-"""The bases that are measured, and prompts for them: the pocket, Qwen2.5-VL of some sizes, one of every family.
+"""The bases to benchmark and prompts for them: the pocket, Qwen2.5-VL in several sizes, one of every family.
 
-All but the pocket have random weights. Those of the families are the tests' own, tiny models with their real
-processors, so that a family is measured as soon as it is tested.
+All but the pocket have random weights. The families' are the tests' tiny models with their real processors, so a family
+can be benchmarked as soon as it is tested.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
-    Idefics3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 import vismem
-from vismem.pocket import BASE_PATH
+from vismem.pocket import load_base
 
 PROMPT_WORDS = 32
 SPECIAL = ("<pad>", "<end>", "<image>", "<start>", "<stop>")
@@ -79,20 +78,6 @@ def random_qwen(
     return base, SimpleNamespace(tokenizer=tokenizer)
 
 
-def pocket() -> tuple[Idefics3ForConditionalGeneration, Any]:
-    """The pocket base; where its weights are not there, one of its shape with random weights."""
-    from vismem.pocket import architecture, load_base
-
-    if (BASE_PATH / "config.json").is_file():
-        return load_base()
-    from vismem.pocket.tokenizer import END, IMAGE, PAD, VOCABULARY
-
-    words = [PAD, END, IMAGE, ".", *(f"w{index}" for index in range(VOCABULARY - 4))]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=PAD))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END, unk_token=PAD)
-    return architecture.build_model(tokenizer), SimpleNamespace(tokenizer=tokenizer)
-
-
 def family(name: str) -> tuple[Any, Any]:
     """The tests' tiny base of a family, with its processor."""
     module = import_module(f"families.{name}")
@@ -106,7 +91,7 @@ FAMILIES = sorted(
 sys.path.append(str(TESTS))
 
 BASES: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "pocket": pocket,
+    "pocket": load_base,
     "qwen-28m": lambda: random_qwen(16384, 320, 8, 1280, (256, 4, 704), tied=False),
     "qwen-200m": lambda: random_qwen(32768, 1024, 12, 2816, (512, 8, 1408), tied=True),
     **{f"tiny-{name}": partial(family, name) for name in FAMILIES},
@@ -172,7 +157,7 @@ def equipped(
     """A base of that name with an untrained memory, and where the base's weights come from."""
     torch.manual_seed(0)
     base, processor = BASES[name]()
-    weights = "trained" if name == "pocket" and (BASE_PATH / "config.json").is_file() else "random"
+    weights = "trained" if name == "pocket" else "random"
     return vismem.VisMem(base.to(device, dtype).eval(), processor, config).eval(), weights
 
 

@@ -45,8 +45,7 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
     from train import INVOCATIONS, NEW_TOKENS, as_sampled, equip, roll, schedule
 
     from vismem.decoding.policies import Forced
-    from vismem.estimates import TRAINED, Load, inference, training
-    from vismem.sizes import memory_parameters, read_shape
+    from vismem.estimates import TRAINED, Load, inference, read_shape, training
     from vismem.training.replay import Learner, collate
 
     torch.set_num_threads(1)
@@ -57,13 +56,11 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
     before = status("VmRSS")
     torch.manual_seed(0)
     model, _ = equip(name)
-    base = model.base
-    shape = read_shape(base.config, sum(p.numel() for p in base.parameters()), model.tokens.tied, model.backbone)
-    config = model.memory_config
+    base, config, shape = model.base, model.memory_config, read_shape(model.backbone)
     inputs = prompt(base, visual_tokens, 1)
     words = inputs["input_ids"].shape[1] - visual_tokens
     load = Load(visual_tokens, words, NEW_TOKENS, INVOCATIONS, 1, ROWS, ROWS, 4)
-    parts = memory_parameters(shape, config)
+    parts = {part: sum(p.numel() for p in model.parameters_of(part)) for part in (*TRAINED["stage1"], "tokens")}
     found = []
 
     def note(case: str, measured: int, estimated: int) -> None:

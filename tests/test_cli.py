@@ -539,9 +539,12 @@ def test_samples_that_cannot_be_drawn_leave_no_folder(run_whole, monkeypatch, tm
     assert not (tmp_path / "x").exists()
 
 
-def test_bench_needs_a_source_checkout(run_whole, monkeypatch, tmp_path):
+def test_commands_that_need_a_source_checkout(run_whole, monkeypatch, tmp_path):
     monkeypatch.setattr("vismem.cli.bench.folder", lambda: tmp_path / "benchmarks")
+    monkeypatch.setattr("vismem.cli.pocket.folder", lambda: tmp_path / "experiments")
     refused(run_whole("bench", "decode"), 1, "source checkout")
+    refused(run_whole("pocket", "build", "--out", "x"), 1, "source checkout")
+    refused(run_whole("pocket", "evaluate"), 1, "source checkout")
 
 
 # What else the commands do.
@@ -607,8 +610,8 @@ def test_dtype_is_honoured(run_whole):
 
 def test_pocket_steps_call_their_functions(run_whole, monkeypatch):
     calls = []
-    for step in ("build", "sample", "evaluate"):
-        module = types.ModuleType(f"vismem.pocket.{step}")
+    for step, package in (("build", "pocket_base"), ("sample", "vismem.pocket"), ("evaluate", "pocket_base")):
+        module = types.ModuleType(f"{package}.{step}")
         setattr(module, step, lambda *args, step=step, **kwargs: calls.append((step, args, kwargs)))
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert run_whole("pocket", "sample", "--out", "x", "--n", "3")[0] == 0

@@ -1,6 +1,6 @@
-"""Sizes and estimates for a base that is only a config: counts against real modules, bytes against real tensors.
+"""Counts and estimates for a base that is only a config: counts against real modules, bytes against real tensors.
 
-Nothing here loads weights: real sizes are built on torch's meta device, and what can be measured is, on tiny models.
+Nothing here loads weights: large bases are built on torch's meta device, and tiny ones are measured.
 """
 
 from __future__ import annotations
@@ -13,23 +13,27 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import vismem
 from vismem import cli
-from vismem.cli.meta import CONFIGS
-from vismem.estimates import Load, cache, inference, layer_activations, patch_cache, seen_keys, training
-from vismem.sizes import (
-    PARTS,
+from vismem.cli.meta import CONFIGS, build_base, memory_parameters
+from vismem.cli.remote_base import RemoteBase
+from vismem.estimates import (
+    Load,
     Shape,
-    memory_parameters,
+    cache,
+    inference,
+    layer_activations,
+    patch_cache,
     read_language,
     read_shape,
-    remote_parameters,
+    seen_keys,
+    training,
 )
 
 EVERY_FAMILY = True
+PARTS = ("builder", "short", "long", "tokens")
 
 # Billions of parameters, as model cards and papers print them (docs/speed.md says which); none for LLaVA-OneVision-1.5.
 PUBLISHED = {
@@ -42,12 +46,6 @@ PUBLISHED = {
     "InternVL3.5-38B": 38.4,
 }
 UNPUBLISHED = ["LLaVA-OneVision-1.5-4B", "LLaVA-OneVision-1.5-8B"]
-
-
-def shape_of(model: vismem.VisMem) -> Shape:
-    """The shape of a real model's base."""
-    total = sum(p.numel() for p in model.base.parameters())
-    return read_shape(model.base.config, total, model.tokens.tied, model.backbone)
 
 
 def counted(model: vismem.VisMem) -> dict[str, int]:
@@ -71,9 +69,12 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     "config", [{}, {"memory_init": "learned", "builder_layers": 1, "builder_width": 16, "lora_r": 3, "long_length": 8}]
 )
-def test_memory_is_counted_as_it_is_built(family, config):
+def test_base_and_memory_are_counted_from_the_config_as_they_are_built(family, config, tmp_path):
     model = tiny.equip(family, **config)
-    assert memory_parameters(shape_of(model), model.memory_config) == counted(model)
+    model.base.config.to_json_file(tmp_path / "config.json", use_diff=False)
+    backbone = build_base(tmp_path / "config.json")
+    assert read_shape(backbone) == read_shape(model.backbone)
+    assert memory_parameters(backbone, model.memory_config) == counted(model)
 
 
 @pytest.mark.parametrize(("name", "family"), [("Qwen2.5-VL-7B", "qwen2_5_vl"), ("InternVL3.5-38B", "internvl")])
@@ -81,40 +82,34 @@ def test_memory_of_a_large_base_is_counted_as_it_is_built(name, family):
     with torch.device("meta"):
         model = vismem.VisMem(on_meta(name), tiny.FAMILIES[family].processor(), vismem.VisMemConfig())
     parts = counted(model)
-    assert memory_parameters(shape_of(model), model.memory_config) == parts
+    assert memory_parameters(build_base(CONFIGS / f"{name}.json"), model.memory_config) == parts
     if name == "Qwen2.5-VL-7B":
         assert sum(p.numel() for p in model.base.parameters()) == 8_292_166_656
         assert parts == {"builder": 29_048_832, "short": 6_596_096, "long": 5_103_617, "tokens": 28_672}
 
 
-def rice(vision: dict, hidden: int) -> list:
-    """The parameters of LLaVA-OneVision-1.5's tower and merger, as its published code lays them out."""
-    w, f, wide = vision["hidden_size"], vision["intermediate_size"], vision["hidden_size"] * 4
-    block = [nn.LayerNorm(w), nn.LayerNorm(w), nn.Linear(w, 3 * w), nn.Linear(w, w), nn.Linear(w, f), nn.Linear(f, w)]
-    merger = [nn.LayerNorm(w), nn.Linear(wide, wide), nn.Linear(wide, hidden)]
-    embedding = [nn.Conv2d(3, w, 14, 14, bias=False), nn.LayerNorm(w)]
-    free = [torch.empty(w), torch.empty(1, w // vision["num_heads"] // 2)]  # the class token: embedding and rotation
-    modules = [*embedding, *block * vision["depth"], *merger]
-    return [*free, *(parameter for module in modules for parameter in module.parameters())]
-
-
 @pytest.mark.parametrize("name", UNPUBLISHED)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_base_with_its_own_code_is_counted_as_its_parts(name, tied):
+def test_a_base_with_its_own_code_has_the_layers_of_its_config(name, tied):
     fields = json.loads((CONFIGS / f"{name}.json").read_text()) | {"tie_word_embeddings": tied}
+    config = json.loads(json.dumps(fields), object_hook=lambda each: SimpleNamespace(**each))
     text = fields["text_config"] | {"model_type": "qwen3", "tie_word_embeddings": tied}
     with torch.device("meta"):
-        parameters = [
-            *Qwen3ForCausalLM(Qwen3Config(**text)).parameters(),
-            *rice(fields["vision_config"], text["hidden_size"]),
-        ]
-    config = json.loads(json.dumps(fields), object_hook=lambda each: SimpleNamespace(**each))
-    assert remote_parameters(config) == sum(p.numel() for p in parameters)
+        base, language = RemoteBase(config), Qwen3ForCausalLM(Qwen3Config(**text))
+    w, f = fields["vision_config"]["hidden_size"], fields["vision_config"]["intermediate_size"]
+    block = 4 * w + (w * 3 * w + 3 * w) + (w * w + w) + (w * f + f) + (f * w + w)
+    merger = 2 * w + (16 * w * w + 4 * w) + (4 * w * text["hidden_size"] + text["hidden_size"])
+    start = 3 * 14 * 14 * w + w + w // fields["vision_config"]["num_heads"] // 2 + 2 * w
+    tower = start + fields["vision_config"]["depth"] * block + merger
+    assert sum(p.numel() for p in base.parameters()) == sum(p.numel() for p in language.parameters()) + tower
 
 
-def test_a_base_with_its_own_code_is_counted_as_it_is_built():
+def test_a_base_with_its_own_code_has_the_parameters_of_that_code():
     base = tiny.FAMILIES["llavaonevision1_5"].build()
-    assert remote_parameters(base.config) == sum(p.numel() for p in base.parameters())
+    with torch.device("meta"):
+        outline = RemoteBase(base.config)
+    ours, theirs = ({n: p.shape for n, p in each.named_parameters()} for each in (outline, base))
+    assert ours == theirs
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +142,12 @@ def test_a_checkpoint_has_the_bytes_that_were_counted(family, tmp_path):
     model.save_pretrained(tmp_path)
     content = (tmp_path / "vismem.safetensors").read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
-    assert len(content) - header == 2 * sum(memory_parameters(shape_of(model), model.memory_config).values())
+    assert len(content) - header == 2 * sum(counted(model).values())
 
 
 def test_keys_and_values_have_the_bytes_that_were_estimated(family):
     model = tiny.equip(family)
-    shape, inputs = shape_of(model), tiny.prompts(model.processor, [tiny.message("What is on the table?")])
+    shape, inputs = read_shape(model.backbone), tiny.prompts(model.processor, [tiny.message("What is on the table?")])
     kept = DynamicCache(config=model.base.config.get_text_config())
     with torch.no_grad():
         model.base(**inputs, **{model.backbone.cache_name: kept})
@@ -171,8 +166,9 @@ def test_patches_have_the_bytes_that_were_estimated(family):
     encoded = model.memory.short.encode(images)
     found = sum(t.numel() * t.element_size() for patches in encoded for t in patches.keys_values)
     load = Load(visual_tokens=sum(image.tokens for image in images), bytes_each=4)
-    estimated = patch_cache(shape_of(model), 1, load)
-    first = 2 * model.backbone.vision_size * shape_of(model).tower.layers * 4 * len(images)
+    shape = read_shape(model.backbone)
+    estimated = patch_cache(shape, 1, load)
+    first = 2 * shape.tower.width * shape.tower.layers * 4 * len(images)
     if hasattr(model.base.model, "image_newline"):  # the ends of rows of tiles are tokens without a patch
         assert found < estimated < 1.2 * found
     else:
@@ -215,9 +211,8 @@ def test_a_frozen_layer_keeps_what_was_estimated():
 
 @pytest.fixture
 def seven(paper) -> tuple[Shape, dict[str, int]]:
-    base = on_meta("Qwen2.5-VL-7B")
-    shape = read_shape(base.config, sum(p.numel() for p in base.parameters()), False)
-    return shape, memory_parameters(shape, vismem.VisMemConfig())
+    backbone = build_base(CONFIGS / "Qwen2.5-VL-7B.json")
+    return read_shape(backbone), memory_parameters(backbone, vismem.VisMemConfig())
 
 
 def test_estimates_are_the_sum_of_their_parts(seven):

@@ -151,7 +151,7 @@ def test_the_source_archive_has_all_that_its_tests_and_documents_read(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("src", "tests", "docs", "examples", "benchmarks", "configs", "results"):
+    for folder in ("src", "tests", "docs", "examples", "benchmarks", "experiments", "configs", "results"):
         here = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
         here = {name for name in here if "__pycache__" not in name and "_cache/" not in name}
         assert not {name for name in here if name not in found and not ignored(name)}

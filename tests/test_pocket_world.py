@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+from pocket_base.conversations import sample_training_conversation
 from vismem.pocket import BASE_PATH, load_base
-from vismem.pocket.conversations import sample_conversation, sample_training_conversation
+from vismem.pocket.conversations import sample_conversation
 from vismem.pocket.tasks import TASKS, final_result, promotion, score
 from vismem.pocket.world import (
     LABEL_NAMES,
@@ -289,7 +290,7 @@ def test_tokenizer_gives_every_text_back(processor):
 @needs_base
 @pytest.mark.parametrize("task,distance,again", [("sum", 0, False), ("compare", 2, True), ("describe_full", 3, True)])
 def test_training_ids_are_those_of_the_chat_template(processor, task, distance, again):
-    from vismem.pocket.batches import Encoder, normalise
+    from pocket_base.batches import Encoder, normalise
 
     conversation = sample_conversation(Random(7), task=task, distance=distance, shown_again=again)
     inputs = processor.apply_chat_template(
@@ -309,15 +310,15 @@ def test_training_ids_are_those_of_the_chat_template(processor, task, distance, 
 
 @pytest.fixture(scope="module")
 def encoder():
-    from vismem.pocket.batches import Encoder
-    from vismem.pocket.tokenizer import corpus, train_tokenizer
+    from pocket_base.batches import Encoder
+    from pocket_base.tokenizer import corpus, train_tokenizer
 
     return Encoder(train_tokenizer(corpus(300)))
 
 
 def augmented(encoder, question, seed, since=2):
     """A reply with what training puts into it, and the reply's own tokens."""
-    from vismem.pocket.batches import Encoded
+    from pocket_base.batches import Encoded
 
     out = Encoded()
     out.add([encoder.user, encoder.assistant])
@@ -399,7 +400,7 @@ def test_partial_looks_hold_the_cells_that_the_question_needs(encoder):
 
 
 def test_batches_point_at_the_cells_of_each_look(encoder):
-    from vismem.pocket.batches import Encoded, collate
+    from pocket_base.batches import Encoded, collate
 
     conversations = [sample_conversation(Random(seed), task="compare") for seed in range(2)]
     encoded = [encoder.encode(conversation) for conversation in conversations]
@@ -449,7 +450,7 @@ def test_some_other_replies_hold_a_note_to_be_ignored(encoder):
 
 
 def test_drills_reply_as_if_to_an_image():
-    from vismem.pocket import drills
+    from pocket_base import drills
 
     noted = 0
     for seed in range(300):
@@ -466,11 +467,11 @@ def test_packed_questions_do_not_see_each_other():
     """A question packed with others gets the logits that it gets alone after the same image."""
     import torch
 
-    from vismem.pocket.architecture import WINDOW, build_model
-    from vismem.pocket.batches import Batch, Encoder
-    from vismem.pocket.build import visual_tokens
-    from vismem.pocket.packing import collate_rows, pack
-    from vismem.pocket.tokenizer import corpus, train_tokenizer
+    from pocket_base.architecture import WINDOW, build_model
+    from pocket_base.batches import Batch, Encoder
+    from pocket_base.build import visual_tokens
+    from pocket_base.packing import collate_rows, pack
+    from pocket_base.tokenizer import corpus, train_tokenizer
 
     tokenizer = train_tokenizer(corpus(200))
     torch.manual_seed(0)
@@ -529,7 +530,7 @@ def test_any_picture_goes_through(base):
 
 @needs_base
 def test_the_base_answers_about_unseen_scenes(base):
-    from vismem.pocket.evaluate import Answerer
+    from pocket_base.evaluate import Answerer
 
     model, processor = base
     assert model.config.text_config.sliding_window and model.vocab_size == len(processor.tokenizer)

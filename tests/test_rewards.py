@@ -8,6 +8,7 @@ import math
 import sys
 import threading
 import time
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -690,6 +691,20 @@ def test_judge_asks_an_endpoint(server, monkeypatch):
     assert body["model"] == "m" and body["temperature"] == 0
     assert "Which {answer}?" in body["messages"][0]["content"]  # the question's braces are not filled in
     assert "Reference answer:\nred" in body["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("key", ["top\nsecret", "top\u2011secret"])
+def test_judge_never_prints_its_key(server, monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ValueError, match="MY_KEY must hold the judge's key in printable ASCII") as error:
+        judged(server, key_env="MY_KEY")
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv("MY_KEY", "topsecret")
+    for status in (401, 500):
+        server.script = [(status, b"no", {})]
+        with pytest.raises(RewardError) as failure:
+            judged(server, key_env="MY_KEY", retries=0)
+        assert "secret" not in "".join(traceback.format_exception(failure.value))
 
 
 def test_judge_template_and_whole_path(server):

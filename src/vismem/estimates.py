@@ -1,8 +1,8 @@
-"""How much memory a base with a latent memory needs, estimated from its shape: answering, and each stage of training.
+"""Estimated peak memory of a base with a latent memory: for answering, and for each stage of training.
 
-Every estimate is a sum of named parts in bytes, so that a reader sees what fills a device. Attention is taken as
-fused (no matrix of scores is kept); what the allocator adds, and the CUDA context, are not in it. Counting parameters
-is `sizes.py`'s matter; `docs/speed.md` has the formulas in one place and how far they were off when measured.
+Every estimate is a sum of named parts in bytes. Attention is taken as fused (no score matrix is kept); the allocator's
+overhead and the CUDA context are not counted. `docs/speed.md` has the formulas in one place, and how they compare with
+measurements.
 """
 
 from __future__ import annotations
@@ -10,25 +10,96 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vismem.backbones import Backbone
 from vismem.config import VisMemConfig
-from vismem.sizes import Shape
 
 FLOAT32 = 4
 TRAINED = {"warmup": ("builder", "short", "long"), "stage1": ("builder", "short", "long"), "stage2": ("tokens",)}
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a device is given to do.
+class Language:
+    """A language model: d, the MLP's width, layers, heads, head size, vocabulary, and whether it norms queries."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    query_norm: bool
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower: d_vision, the MLP's width, blocks, m, and whether its MLP is gated."""
+
+    width: int
+    inner: int
+    layers: int
+    merge: int
+    gated: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything about a base that the estimates depend on.
 
     Args:
-        visual_tokens: of the images in each prompt.
-        prompt_tokens: of the words in each prompt.
-        answer_tokens: sampled in each answer.
-        invocations: in each answer, half of either kind.
-        prompts: of a training batch; in the RL stages each has `group_size` answers.
+        family: `config.model_type`.
+        language, tower: its two models.
+        parameters: of the whole base.
+    """
+
+    family: str
+    language: Language
+    tower: Tower
+    parameters: int
+
+
+def read_shape(backbone: Backbone) -> Shape:
+    """The shape of a base, which may be on the meta device."""
+    config, width = backbone.base.config, backbone.vision_size
+    vision = config.vision_config
+    tower = Tower(
+        width=width,
+        inner=getattr(vision, "intermediate_size", None) or round(getattr(vision, "mlp_ratio", 4) * width),
+        layers=len(backbone.blocks),
+        merge=backbone.merge,
+        gated=backbone.model_type == "qwen2_5_vl",
+    )
+    parameters = sum(parameter.numel() for parameter in backbone.base.parameters())
+    return Shape(backbone.model_type, read_language(config.get_text_config()), tower, parameters)
+
+
+def read_language(text: Any) -> Language:
+    """The shape of the language model that a text config describes."""
+    heads, model_type = text.num_attention_heads, getattr(text, "model_type", "").lower()
+    return Language(
+        hidden=text.hidden_size,
+        inner=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocabulary=text.vocab_size,
+        query_norm=any(name in model_type for name in ("qwen3", "gemma3", "llavaonevision1_5")),
+    )
+
+
+@dataclass(frozen=True)
+class Load:
+    """The workload of a device.
+
+    Args:
+        visual_tokens: image tokens in each prompt.
+        prompt_tokens: text tokens in each prompt.
+        answer_tokens: sampled tokens in each answer.
+        invocations: in each answer, half of them of each kind.
+        prompts: in a training batch; in the RL stages each has `group_size` answers.
         group_size: G.
-        micro_batch: trajectories (in the warm-up: rows) of each forward and backward.
+        micro_batch: trajectories (rows, in the warm-up) in each forward and backward pass.
         bytes_each: of one number in the base's dtype.
     """
 
@@ -57,7 +128,7 @@ class Load:
         return -(-self.answer_tokens // (self.invocations + 1))
 
 
-# What lies in memory, bit by bit.
+# The parts, in bytes.
 
 
 def cache(shape: Shape, rows: int, columns: int, each: int) -> int:
@@ -72,45 +143,45 @@ def patches_of(shape: Shape, load: Load) -> int:
 
 
 def patch_cache(shape: Shape, images: int, load: Load) -> int:
-    """The short former's keys and values of every patch: `images * patches * blocks * 2 * d_vision` numbers."""
+    """The short-term former's keys and values of every patch: `images * patches * blocks * 2 * d_vision` numbers."""
     return images * patches_of(shape, load) * shape.tower.layers * 2 * shape.tower.width * load.bytes_each
 
 
 def reading(shape: Shape, rows: int, load: Load) -> int:
-    """The peak of reading prompts without gradient: the language model's widest layer, or the tower's.
+    """Peak of reading prompts without gradient: one layer of the language model or one block of the tower.
 
     A layer of the language model holds `3 d + 3 inner` numbers at each position: its input, the states and their
-    norm, and three of the MLP's. A block of the tower holds as much of its own at each patch (2 inner where the MLP
-    is not gated). Visual states [y, d] are kept in any case.
+    norm, and three of the MLP's. A block of the tower holds the same at each patch (2 inner where the MLP is not
+    gated). Visual states [y, d] are kept as well.
     """
     language, tower = shape.language, shape.tower
     words = load.prompt * 3 * (language.hidden + language.inner)
-    looks = patches_of(shape, load) * (3 * tower.width + (3 if tower.gated else 2) * tower.inner)
-    return rows * (max(words, looks) + load.visual_tokens * language.hidden) * load.bytes_each
+    patches = patches_of(shape, load) * (3 * tower.width + (3 if tower.gated else 2) * tower.inner)
+    return rows * (max(words, patches) + load.visual_tokens * language.hidden) * load.bytes_each
 
 
 def forming(shape: Shape, config: VisMemConfig, rows: int, load: Load, each: int) -> int:
-    """The peak of forming memory without gradient for `rows` rows at once: the builder, or a look at the patches.
+    """Peak of forming memory without gradient for `rows` rows at once: the builder, or the short-term former.
 
-    The builder holds `2 d + 13 width` numbers of `each` bytes at each state that it reads, and its mask; a look holds
-    one block's keys and values of all patches, twice while they are put together.
+    The builder holds `2 d + 13 width` numbers of `each` bytes at each state that it reads, and its mask; the former
+    holds one block's keys and values of all patches, twice while they are concatenated.
     """
     held = load.visual_tokens + load.segment + config.query_length
     builder = held * (2 * shape.language.hidden + 13 * config.inner_width(shape.language.hidden)) * each + held**2
-    look = 2 * patches_of(shape, load) * 2 * shape.tower.width * load.bytes_each
-    return rows * max(builder, look)
+    short = 2 * patches_of(shape, load) * 2 * shape.tower.width * load.bytes_each
+    return rows * max(builder, short)
 
 
 def logits(shape: Shape, tokens: int, load: Load) -> int:
-    """Logits of `tokens` tokens while a next one is drawn or a log-probability is taken: some copies of them."""
+    """Logits of `tokens` tokens, with the copies made while sampling or taking log-probabilities."""
     return tokens * shape.language.vocabulary * (2 * load.bytes_each + 2 * FLOAT32)
 
 
 def layer_activations(shape: Shape, load: Load) -> int:
     """Bytes that one frozen layer of the language model keeps for the backward pass at each position.
 
-    Frozen linear layers keep nothing. Norms keep their input in float32 (two of width d, on query and key too where
-    the family has them), attention its query and output, the MLP three of its width.
+    Frozen linear layers keep nothing. Norms keep their input in float32 (two of width d, plus query and key norms where
+    the family has them), attention its query and output, the MLP three vectors of its width.
     """
     language = shape.language
     heads, keys = language.heads * language.head_dim, language.kv_heads * language.head_dim
@@ -119,16 +190,16 @@ def layer_activations(shape: Shape, load: Load) -> int:
 
 
 def seen_keys(shape: Shape, load: Load) -> int:
-    """Bytes of keys and values that attention keeps for one layer and each position seen: one for every query head."""
+    """Bytes of keys and values that attention keeps for one layer and position: one of each per query head."""
     return 2 * shape.language.heads * shape.language.head_dim * load.bytes_each
 
 
 def replay(shape: Shape, config: VisMemConfig, rows: int, load: Load, checkpointing: bool) -> dict[str, int]:
-    """Reading `rows` answers with gradient, after their prompts were read without.
+    """Reading `rows` answers with gradient, after reading their prompts without.
 
     The prompts' keys and values are held for every row. Each layer keeps its activations at the answer's E positions
-    and the keys and values of all P + E; with checkpointing only its input, and one layer's worth while it is
-    computed again.
+    and the keys and values of all P + E; with checkpointing only its input, plus one layer's activations while they
+    are recomputed.
     """
     language, answer = shape.language, load.written(config)
     layer = rows * (answer * layer_activations(shape, load) + (load.prompt + answer) * seen_keys(shape, load))
@@ -144,31 +215,31 @@ def formation(shape: Shape, config: VisMemConfig, rows: int, images: int, load: 
     """Forming all memories of `rows` answers with gradient.
 
     Four things are kept: the tower's activations at every patch of `images` prompts (with checkpointing the blocks'
-    inputs and one block's worth), and its keys and values; for each short look every block's keys and values of all
-    patches, copied beside its own; for each long one the language model's activations over segment, query and memory;
-    for each invocation the builder's, in float32: `2 d + 21 width` numbers at each state it reads, and its masks.
-    Checkpointing does not touch the last three.
+    inputs and one block's activations), and its keys and values; for each short-term invocation every block's keys and
+    values of all patches, copied beside its own; for each long-term one the language model's activations over segment,
+    query and memory; for each invocation the builder's, in float32: `2 d + 21 width` numbers at each state it reads,
+    and its masks. Checkpointing does not affect the last three.
     """
     language, tower, each = shape.language, shape.tower, load.bytes_each
-    patches, looks = patches_of(shape, load), rows * load.invocations / 2
+    patches, each_kind = patches_of(shape, load), rows * load.invocations / 2
     norms = 2 * tower.width * (FLOAT32 if tower.gated else each)
     block = norms + (6 * tower.width + (3 if tower.gated else 2) * tower.inner) * each
     seen = tower.layers * tower.width * each + block if checkpointing else tower.layers * block
     encode = images * patches * seen + patch_cache(shape, images, load)
     own = config.query_length + config.short_length * tower.merge**2
-    look = tower.layers * ((patches + own) * 2 * tower.width * each + own * block)
+    short = tower.layers * ((patches + own) * 2 * tower.width * each + own * block)
     recalled = load.segment + config.query_length + config.long_length
-    recall = language.layers * recalled * (layer_activations(shape, load) + seen_keys(shape, load))
+    long = language.layers * recalled * (layer_activations(shape, load) + seen_keys(shape, load))
     held = load.visual_tokens + load.segment + config.query_length
     build = held * (2 * language.hidden + 21 * config.inner_width(shape.language.hidden)) * FLOAT32 + held**2
-    return round(encode + looks * (look + recall + 2 * build))
+    return round(encode + each_kind * (short + long + 2 * build))
 
 
-# What a user asks for.
+# The estimates.
 
 
 def inference(shape: Shape, parts: dict[str, int], config: VisMemConfig, load: Load, rows: int) -> dict[str, int]:
-    """Answering `rows` prompts at once: weights, memory, both caches, and the widest moment of reading or forming."""
+    """Answering `rows` prompts at once: weights, memory, both caches, and the peak of reading or forming."""
     each = load.bytes_each
     found = {
         "weights": shape.parameters * each,
@@ -186,10 +257,9 @@ def training(
 ) -> dict[str, Any]:
     """One update of a stage on one device.
 
-    The base stays in its dtype. All of the memory and the four rows are kept in float32, what the stage trains with
-    AdamW's two moments and a copy of where it started (the KL reference). To these comes the wider of two moments:
-    the rollout of all `prompts * group_size` answers at once (none in the warm-up), and the update of a
-    micro-batch, which has the gradients too.
+    The base stays in its dtype. The memory and the token rows are kept in float32; the trained part also has AdamW's
+    two moments and a copy of its start (the KL reference). On top comes the larger of two peaks: the rollout of all
+    `prompts * group_size` answers at once (none in the warm-up), and the update of a micro-batch with its gradients.
     """
     from vismem.reading.heads import MOST_LOGITS
 

@@ -1,4 +1,4 @@
-"""`vismem bench NAME ...`: runs `benchmarks/NAME.py` of the source checkout, with the rest of the command line."""
+"""`vismem bench NAME ...`: runs `benchmarks/NAME.py` of the source checkout with the rest of the command line."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import vismem
-from vismem.cli.parsing import Failure, Misuse, Parser, command_parser
+from vismem.cli.checkout import checkout_folder, importable
+from vismem.cli.parsing import Misuse, Parser, command_parser
 
 
 def folder() -> Path:
-    """Where the benchmarks lie in a source checkout: beside `src`."""
-    return Path(vismem.__file__).resolve().parents[2] / "benchmarks"
+    return checkout_folder("benchmarks")
 
 
 def names() -> list[str]:
@@ -23,7 +22,7 @@ def names() -> list[str]:
 def parser() -> Parser:
     found = command_parser(
         "vismem bench",
-        "Measures speed, with the benchmarks of a source checkout; all that follows the name goes to the benchmark.",
+        "Measures speed with the benchmarks of a source checkout; everything after the name goes to the benchmark.",
         "vismem bench decode --help",
         usage="vismem bench [--help] [--debug] NAME ...",
     )
@@ -37,13 +36,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    if not folder().is_dir():
-        raise Failure("benchmarks need a source checkout of vismem, installed with `pip install -e .`")
+    importable(folder(), "benchmarks need")
     if options.name not in names():
         raise Misuse(f"no benchmark {options.name!r}; there are {', '.join(names())}")
     path = folder() / f"{options.name}.py"
-    if str(folder()) not in sys.path:
-        sys.path.insert(0, str(folder()))  # benchmarks may share helpers
     spec = spec_from_file_location(f"vismem_benchmarks_{options.name}", path)
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -1,4 +1,4 @@
-"""`vismem info`: what a base and its memory are made of; of a base that is only a config, what it would need too."""
+"""`vismem info`: parameters, lengths and tokens of a base and its memory; for a config alone, estimates as well."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PARTS = {"builder": "query builder", "short": "short-term former", "long": "long
 def parser() -> Parser:
     found = command_parser(
         "vismem info",
-        "Says what a base and its memory are made of: parameters by part, lengths, tokens, bytes. Where --base is a\n"
-        "config.json, or a folder with one and no weights, nothing is loaded, and peaks of memory are estimated.",
+        "Describes a base and its memory: parameters by part, lengths, tokens, bytes. If --base is a config.json, or\n"
+        "a folder with one and no weights, nothing is loaded, and peak memory is estimated.",
         "vismem info --base Qwen/Qwen2.5-VL-7B-Instruct --json\n  vismem info --base my-base/config.json\n"
         "  vismem info --paper",
     )

@@ -1,7 +1,7 @@
-"""A base of which there is only a config: its shape, its memory's size, and estimates of what it needs to run.
+"""A base that is only a config: its size, its memory's size, and estimates of the memory it needs to run.
 
-The base is built on torch's meta device, which has shapes and no numbers; a base whose code is not in transformers
-is counted from its config. The configs of the paper's bases are in `configs/`, one small JSON file each.
+Base and memory are built on torch's meta device, which holds shapes and no data. The configs of the paper's bases are
+in `configs/`, one small JSON file each.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vismem.cli.parsing import Failure, Misuse, whole
 from vismem.config import VisMemConfig
+
+if TYPE_CHECKING:
+    from vismem.backbones import Backbone
 
 CONFIGS = Path(__file__).parent / "configs"
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.gguf")  # a folder with one of these is a whole base
@@ -24,20 +27,20 @@ STAGES = {"warmup": "warm-up", "stage1": "stage I", "stage2": "stage II"}
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """What the estimates assume; `load_of` reads them."""
+    """Options for the workload that the estimates assume; `load_of` reads them."""
     from vismem.estimates import Load
 
-    group = parser.add_argument_group("estimates (for a base of which there is only a config)")
-    told = {
-        "visual_tokens": "visual tokens in each prompt",
-        "prompt_tokens": "words' tokens in each prompt",
+    group = parser.add_argument_group("estimates (for a base that is only a config)")
+    meanings = {
+        "visual_tokens": "image tokens in each prompt",
+        "prompt_tokens": "text tokens in each prompt",
         "answer_tokens": "tokens in each answer",
-        "invocations": "of memory in each answer, half of either kind",
-        "prompts": "prompts of a training batch",
+        "invocations": "memory invocations in each answer, half of each kind",
+        "prompts": "prompts in a training batch",
         "group_size": "answers to each prompt in stages I and II",
-        "micro_batch": "trajectories of each forward and backward",
+        "micro_batch": "trajectories in each forward and backward pass",
     }
-    for name, meaning in told.items():
+    for name, meaning in meanings.items():
         low, default = (0 if name == "invocations" else 1), getattr(Load, name)
         group.add_argument(
             f"--{name.replace('_', '-')}",
@@ -57,7 +60,7 @@ def load_of(options: argparse.Namespace, dtype: str):
 
 
 def config_alone(name: str | None) -> Path | None:
-    """The config file that `--base` means where it means nothing more: a JSON file, or a folder without weights."""
+    """The config file that `--base` names if it names no weights: a JSON file, or a folder with just a config."""
     path = Path(name or "").expanduser()
     if path.is_file() and path.suffix == ".json":
         return path
@@ -72,61 +75,67 @@ def read_config(path: Path) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     from vismem.backbones import backbone_of
-    from vismem.sizes import REMOTE
+    from vismem.cli.remote_base import MODEL_TYPE
 
     try:
         text = path.read_text(encoding="utf-8")
         model_type = json.loads(text)["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{path} is no base's config: it must be JSON with a model_type") from error
-    if model_type == REMOTE:
+        raise Failure(f"{path} is not a base's config: it must be JSON with a model_type") from error
+    if model_type == MODEL_TYPE:
         return json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
     if model_type not in CONFIG_MAPPING:
-        backbone_of(SimpleNamespace(config=SimpleNamespace(model_type=model_type)))  # says which are supported
+        backbone_of(SimpleNamespace(config=SimpleNamespace(model_type=model_type)))  # raises, with the known ones
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise Failure(f"cannot read {path}: {error}") from error
 
 
-def shape_of(path: Path, supported: bool = True):
-    """The `Shape` of the base that a config file describes.
-
-    Args:
-        path: of the file.
-        supported: refuse a family that no backbone knows.
-    """
+def build_base(path: Path) -> Backbone:
+    """The base that a config file describes, on the meta device."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     from vismem.backbones import backbone_of
-    from vismem.sizes import REMOTE, read_shape, remote_parameters, says_tied
+    from vismem.cli.remote_base import MODEL_TYPE, RemoteBase
 
     config = read_config(path)
-    if supported:
-        backbone_of(SimpleNamespace(config=config))
+    backbone_of(SimpleNamespace(config=config))  # an unknown family is refused before anything is built
     try:
-        if config.model_type == REMOTE:
-            return read_shape(config, remote_parameters(config), says_tied(config))
         with torch.device("meta"):
-            base = AutoModelForImageTextToText.from_config(config)
-        tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
-        total = sum(p.numel() for p in base.parameters())
-        return read_shape(config, total, tied, backbone_of(base) if supported else None)
+            remote = config.model_type == MODEL_TYPE
+            return backbone_of(RemoteBase(config) if remote else AutoModelForImageTextToText.from_config(config))
     except Exception as error:
         raise Failure(f"cannot count the base of {path}: {error}") from error
 
 
-def describe(path: Path, options: argparse.Namespace, supported: bool = True) -> dict:
+def memory_parameters(backbone: Backbone, config: VisMemConfig) -> dict[str, int]:
+    """Trainable parameters by part of a memory on a base; all are on the meta device."""
+    import torch
+
+    from vismem.memory import memory_of
+    from vismem.tokens import MemoryTokens
+
+    with torch.device("meta"):
+        memory = memory_of(backbone, config)
+        ids = {"short": 0, "long": 1}, {"short": 2, "long": 3}  # any will do
+        tokens = MemoryTokens(backbone.embeddings, backbone.head, *ids, delimiter=0, noise=0.0)
+    parts = {"builder": memory.builder, "short": memory.short, "long": memory.long, "tokens": tokens}
+    return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+
+
+def describe(path: Path, options: argparse.Namespace) -> dict:
     """The facts of a base and an untrained memory of the paper's lengths, in plain values."""
-    from vismem.sizes import memory_parameters
+    from vismem.estimates import read_shape
 
     silence(options)
-    shape, config = shape_of(path, supported), VisMemConfig.preset("paper")
+    backbone, config = build_base(path), VisMemConfig.preset("paper")
+    shape = read_shape(backbone)
     fields = json.loads(path.read_text(encoding="utf-8"))
     dtype = options.dtype if options.dtype != "auto" else fields.get("dtype") or fields.get("torch_dtype")
     dtype = dtype if dtype in BYTES else "bfloat16"
-    load, parts = load_of(options, dtype), memory_parameters(shape, config)
+    load, parts = load_of(options, dtype), memory_parameters(backbone, config)
     total = sum(parts.values())
     return {
         "base": {
@@ -144,7 +153,7 @@ def describe(path: Path, options: argparse.Namespace, supported: bool = True) ->
             "bytes": total * load.bytes_each,
             "lengths": {"query": config.query_length, "short": config.short_length, "long": config.long_length},
         },
-        "tokens": {},  # their ids are the tokenizer's to give
+        "tokens": {},  # without a tokenizer there are no ids
         "dtype": dtype,
         "device": None,
         "estimates": estimates(shape, parts, config, load),
@@ -152,7 +161,7 @@ def describe(path: Path, options: argparse.Namespace, supported: bool = True) ->
 
 
 def estimates(shape, parts: dict[str, int], config: VisMemConfig, load) -> dict:
-    """Peaks of memory in bytes, part by part, and what they assume."""
+    """Peak memory in bytes, part by part, and the assumed workload."""
     from vismem.estimates import inference, training
 
     return {
@@ -172,11 +181,11 @@ def paper(options: argparse.Namespace) -> list[dict]:
     """The facts of every config in a folder, by default those of the paper's bases, smallest of a family first."""
     folder = Path(options.paper).expanduser() if options.paper else CONFIGS
     if not folder.is_dir():
-        raise Failure(f"--paper {options.paper}: there is no such folder; give one with configs, or none at all")
+        raise Failure(f"--paper {options.paper}: no such folder; name one with configs, or leave the name out")
     found = [*folder.glob("*.json"), *folder.glob("*/config.json")]
     if not found:
         raise Failure(f"--paper {options.paper}: the folder has neither NAME.json nor NAME/config.json")
-    facts = [describe(path, options, supported=False) for path in found]
+    facts = [describe(path, options) for path in found]
     return sorted(facts, key=lambda each: (each["base"]["family"], each["base"]["parameters"]))
 
 
@@ -192,11 +201,11 @@ def silence(options: argparse.Namespace) -> None:
     silence_libraries(options.debug)
 
 
-# To read.
+# As text.
 
 
 def estimate_lines(found: dict) -> list[str]:
-    """Lines for the estimates of one base: what is assumed, then a total and its largest parts for each case."""
+    """The estimates of one base as lines: the assumed workload, then a total and its largest parts for each case."""
     load = found["assumptions"]
     lines = [
         "estimated peaks of memory, attention fused, allocator and device context not counted",
@@ -215,9 +224,9 @@ def case_line(name: str, parts: dict) -> str:
     moment = parts[parts["widest"]] if "widest" in parts else {}
     single = {part: value for part, value in {**parts, **moment}.items() if isinstance(value, int) and part != "total"}
     largest = sorted(single.items(), key=lambda item: -item[1])[:4]
-    told = ", ".join(f"{part.replace('_', ' ')} {value / 1e9:.2f}" for part, value in largest)
+    named = ", ".join(f"{part.replace('_', ' ')} {value / 1e9:.2f}" for part, value in largest)
     when = f" in the {parts['widest']}" if "widest" in parts else ""
-    return f"  {name:<24}{parts['total'] / 1e9:>8.2f} GB{when}: {told}"
+    return f"  {name:<24}{parts['total'] / 1e9:>8.2f} GB{when}: {named}"
 
 
 def paper_table(rows: list[dict]) -> str:

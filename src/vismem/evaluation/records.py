@@ -50,32 +50,71 @@ class Record:
 USUAL = vars(Record("", 0.0, "", 0, 0))
 
 
+@dataclass
+class Merged:
+    """The lines of one record file that was merged into another.
+
+    Args:
+        path: of the merged file.
+        lines: the settings, then the records.
+    """
+
+    path: Path
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+
+def merged_answers(folder: Path) -> dict[Path, Merged]:
+    """Record files that were merged into one file per table, by the path that each would have on its own.
+
+    A merged file `folder/TABLE.jsonl` has the lines of `folder/METHOD/ANSWERS.jsonl`, each with `method` and `answers`.
+    `experiments/merge_answers.py` writes them.
+
+    Raises:
+        ValueError: if a line does not name its method and answers.
+    """
+    found: dict[Path, Merged] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in jsonl.read(path):
+            try:
+                place = folder / line.pop("method") / f"{line.pop('answers')}.jsonl"
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path} holds a line without method and answers; delete the file") from error
+            found.setdefault(place, Merged(path)).lines.append(line)
+    return found
+
+
 class RecordFile:
     """Records in a JSON Lines file: its first line holds the settings, every other one a record.
 
-    What an earlier run wrote is read; a last line that was cut off is dropped.
+    Records of an earlier run are read; a last line that was cut off is dropped.
 
     Args:
-        path: the file; it and its folder are made when the first records are added.
+        path: the file; it and its folder are created when the first records are added.
         settings: of the answers; plain values.
+        merged: the same answers from `merged_answers`, read if there is no file at `path`.
 
     Raises:
         ValueError: if the file holds answers of other settings, or is no such file; names both.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
-        self.path, self.records = Path(path), {}
+    def __init__(self, path: str | Path, settings: dict[str, Any], merged: Merged | None = None) -> None:
+        self.path = Path(path)
+        self.records: dict[str, Record] = {}
         self.settings = json.loads(json.dumps(settings))
-        if not self.path.is_file():
+        if self.path.is_file():
+            self._read(self.path, jsonl.read(self.path))
+            self._write()
+        elif merged is not None:
+            self._read(merged.path, merged.lines)
+
+    def _read(self, source: Path, lines: list[dict[str, Any]]) -> None:
+        if not lines:
             return
-        whole = jsonl.read(self.path)
-        if whole:
-            check_settings(self.path, whole[0].get("settings"), self.settings)
-            try:
-                self.records = {entry["id"]: Record(**entry) for entry in whole[1:]}
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{self.path} holds a line that is no record ({error}); delete the file") from error
-        self._write()
+        check_settings(source, lines[0].get("settings"), self.settings)
+        try:
+            self.records = {entry["id"]: Record(**entry) for entry in lines[1:]}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{source} holds a line that is no record ({error}); delete the file") from error
 
     @property
     def done(self) -> set[str]:

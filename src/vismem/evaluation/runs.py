@@ -20,7 +20,7 @@ from vismem import checkpoint as memory_files
 from vismem.data import Row, load_dataset_rows
 from vismem.decoding.policies import Policy, read_policy
 from vismem.evaluation.answering import answer
-from vismem.evaluation.records import Record, RecordFile
+from vismem.evaluation.records import Record, RecordFile, merged_answers
 from vismem.evaluation.settings import ADAPTER_FILE, POCKET, Benchmark, Method, Settings
 from vismem.loading import device_of, load_base
 from vismem.model import VisMem
@@ -51,6 +51,8 @@ class Runs:
         self._unread: dict[str, list[Record]] = {}  # by benchmark, of questions that cannot be read
         self.failures: dict[str, tuple[int, int]] = {}  # by benchmark, the most failed questions of a method, and all
         self._tasks: set[str] = set()  # of lmms-eval, that are known to be there
+        self.answers = Path(settings.output_dir) / "answers"
+        self._merged = merged_answers(self.answers)
 
     # Making.
 
@@ -216,8 +218,8 @@ class Runs:
         known |= {"invocation": invocation, "bound": method.bound, "seed": seed}
         known |= {"max_new_tokens": self.tokens(benchmark), "benchmark": asked}
         place = "base" if seed is None else f"seed{seed}"
-        folder = Path(self.settings.output_dir) / "answers" / slug(method.name)
-        return RecordFile(folder / f"{slug(benchmark.name)}-{slug(invocation)}-{place}.jsonl", known)
+        path = self.answers / slug(method.name) / f"{slug(benchmark.name)}-{slug(invocation)}-{place}.jsonl"
+        return RecordFile(path, known, self._merged.get(path))
 
     def subtasks(self, benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
         """The sub-task of each record: a column of its question, or of the sample of a task of lmms-eval.

@@ -27,7 +27,7 @@ class LongTermFormer(nn.Module):
         self.register_buffer("table_mean", table.mean(0) * scale, persistent=False)
         start = torch.zeros(config.long_length, backbone.hidden_size)
         # An offset from the mean token embedding, or the whole of M_init.
-        self.memory_init = nn.Parameter(start if self.pooled else self.table_rms.cpu() * torch.randn_like(start))
+        self.memory_init = nn.Parameter(start if self.pooled else self.table_rms.to(start) * torch.randn_like(start))
         self.log_gain = nn.Parameter(torch.zeros(()))
         self.adapter = Adapter(
             backbone.language_model, backbone.language_targets, config.lora_r, config.lora_alpha, config.lora_dropout

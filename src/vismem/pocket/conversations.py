@@ -1,8 +1,7 @@
 """Conversations about shelves: several turns, images before or after the question, shown once or again.
 
-`sample_conversation` gives one target question at a chosen distance from its image (evaluation, memory training);
-`sample_training_conversation` the base's own mixture. Both return a `Conversation`, whose `messages` are in the
-chat format of transformers. Turning one into token ids is the matter of `batches.py`.
+`sample_conversation` asks one target question at a chosen distance from its image, for evaluation and for training a
+memory. It returns a `Conversation`, whose `messages` are in the chat format of transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from vismem.pocket import drills, easyvqa
 from vismem.pocket.tasks import (
     PAIR_TASKS,
     SINGLE_TASKS,
@@ -31,31 +29,6 @@ FILLER_TASKS = ("colour", "shape", "digit", "label", "item", "row", "sum")
 # What a description may say before a late question without giving its answer away.
 DESCRIPTION_BEFORE = {"colour": "prices", "shape": "prices", "colours": "prices", "shapes": "prices"}
 DESCRIPTION_BEFORE["describe_tags"] = "prices"
-
-TIDY = 0.3  # of the training shelves, see `sample_scene`
-TRAINING_WEIGHTS = {
-    "colour": 1.0,
-    "shape": 1.0,
-    "digit": 1.2,
-    "label": 0.6,
-    "item": 0.8,
-    "row": 1.6,
-    "column": 0.9,
-    "colours": 0.6,
-    "shapes": 0.6,
-    "sum": 2.4,
-    "basket": 0.9,
-    "promotion": 5.0,
-}
-EARLY_WEIGHTS = {
-    "row": 3.0,
-    "column": 1.5,
-    "colour": 1.0,
-    "shape": 1.0,
-    "label": 1.0,
-    "item": 1.0,
-    "digit": 1.0,
-}
 
 
 @dataclass
@@ -128,7 +101,7 @@ class Conversation:
         return [{**message, "content": content} for message, content in zip(self.messages, bare, strict=True)]
 
 
-def _arrange(rng: Random, text: str, images: list[int]) -> list[str | int]:
+def arrange(rng: Random, text: str, images: list[int]) -> list[str | int]:
     """The image before the question (mostly) or after it."""
     return [*images, text] if rng.random() < 0.65 else [text, *images]
 
@@ -144,12 +117,8 @@ def ask(scene: Scene, rng: Random, task: str, rule: str = "stated", labels: tupl
     return SINGLE_TASKS[task](scene, rng)
 
 
-def training_rule(rng: Random) -> str:
-    """How a training promotion's rule is known. Each is drawn at random, so that no mapping can be learned."""
-    return rng.choices(("stated", "noted", "unstated"), (0.59, 0.35, 0.06))[0]
-
-
-def _ask_pair(task: str, rng: Random, split: str) -> tuple[list[Scene], Question]:
+def ask_pair(task: str, rng: Random, split: str) -> tuple[list[Scene], Question]:
+    """Two shelves and a question about both."""
     first = sample_scene(rng, split)
     if task == "compare":
         second = sample_scene(rng, split)
@@ -186,7 +155,7 @@ def sample_conversation(
     task = task or rng.choice(TASKS)
     distance = max(distance, 1) if after_description else distance
     if task in PAIR_TASKS:
-        scenes, target = _ask_pair(task, rng, split)
+        scenes, target = ask_pair(task, rng, split)
     else:
         scenes = [sample_scene(rng, split)]
         target = ask(scenes[0], rng, task, rule, labels)
@@ -197,9 +166,9 @@ def sample_conversation(
             question = describe(scenes[0], rng, DESCRIPTION_BEFORE.get(task, "tags"))
         else:
             question = _filler(scenes[0], rng, target)
-        user = _arrange(rng, question.text, shown) if since == 0 else [question.text]
+        user = arrange(rng, question.text, shown) if since == 0 else [question.text]
         turns.append(Turn(user, question, since))
-    user = _arrange(rng, target.text, shown) if shown_again or distance == 0 else [target.text]
+    user = arrange(rng, target.text, shown) if shown_again or distance == 0 else [target.text]
     turns.append(Turn(user, target, 0 if shown_again else distance))
     return Conversation(turns, [render_array(scene) for scene in scenes], scenes, distance)
 
@@ -213,67 +182,3 @@ def _filler(scene: Scene, rng: Random, target: Question) -> Question:
             return question
         if len(target.cells) == SIDE * SIDE and question.task == "label":
             return question
-
-
-def sample_training_conversation(rng: Random, early: bool = False) -> Conversation:
-    """One conversation of the base's training mixture; `early` leans on reading tasks."""
-    kind = rng.choices(
-        ("shelf", "pair", "describe", "easy_vqa", "drill"),
-        (0.70, 0.06, 0.10, 0.07, 0.07) if not early else (0.62, 0.04, 0.22, 0.10, 0.02),
-    )[0]
-    if kind == "easy_vqa":
-        return _easy_vqa(rng)
-    if kind == "drill":
-        questions = [drills.sample(rng) for _ in range(rng.randrange(2, 6))]
-        return Conversation([Turn([question.text], question, None) for question in questions], [], [])
-    if kind == "pair":
-        return _pair(rng)
-    return _shelf(rng, early, described=kind == "describe")
-
-
-def _pair(rng: Random) -> Conversation:
-    """Comparisons of two shelves, one or two in a row, now and then asked after the images have gone."""
-    turns, scenes = [], []
-    for number in range(rng.randrange(1, 3)):
-        task = "compare" if rng.random() < 0.75 else "difference"
-        if number and task == "compare" and rng.random() < 0.3:
-            question = compare(scenes[-2], scenes[-1], rng)
-            turns.append(Turn([question.text], question, 1))
-            continue
-        pair, question = _ask_pair(task, rng, "train")
-        scenes += pair
-        turns.append(Turn(_arrange(rng, question.text, [len(scenes) - 2, len(scenes) - 1]), question, 0))
-    return Conversation(turns, [render_array(scene, varied=True) for scene in scenes], scenes)
-
-
-def _shelf(rng: Random, early: bool, described: bool) -> Conversation:
-    weights = EARLY_WEIGHTS if early else TRAINING_WEIGHTS
-    tasks = rng.choices(tuple(weights), tuple(weights.values()), k=rng.randrange(2, 9))
-    again = 1.0 if early else rng.choice((0.0, 0.3, 0.6, 0.9, 0.9))
-    if described:
-        tasks = ["describe", *tasks[: rng.randrange(0, 4)]]
-    turns, scenes = [], [sample_scene(rng, tidy=TIDY)]
-    if rng.random() < 0.15:
-        greeting = drills.greeting(rng)
-        turns.append(Turn([greeting.text], greeting, None))
-    since = 0
-    for number, task in enumerate(tasks):
-        show = number == 0 or rng.random() < again
-        if show and number and rng.random() < 0.15:  # another shelf: the latest one counts
-            scenes.append(sample_scene(rng, tidy=TIDY))
-        since = 0 if show else since + 1
-        question = ask(scenes[-1], rng, task, training_rule(rng))
-        user = _arrange(rng, question.text, [len(scenes) - 1]) if show else [question.text]
-        turns.append(Turn(user, question, since))
-    return Conversation(turns, [render_array(scene, varied=True) for scene in scenes], scenes)
-
-
-def _easy_vqa(rng: Random) -> Conversation:
-    picture, pairs = easyvqa.sample_image(rng, "train")
-    turns, since, again = [], 0, rng.choice((0.2, 0.8))
-    for number, (text, answer) in enumerate(rng.sample(pairs, min(len(pairs), rng.randrange(2, 7)))):
-        show = number == 0 or rng.random() < again
-        since = 0 if show else since + 1
-        question = Question("easy_vqa", text, f"{answer.capitalize()}.", answer)
-        turns.append(Turn(_arrange(rng, text, [0]) if show else [text], question, since))
-    return Conversation(turns, [picture], [None])

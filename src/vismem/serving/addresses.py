@@ -1,7 +1,7 @@
-"""Web addresses that a server may fetch from: how they are spelt, which hosts, and to which IP addresses they may lead.
+"""Which web addresses the server may fetch from: their spelling, the allowed hosts, and public IP addresses only.
 
-A name is resolved once, every address it has must be a public one, and the connection goes to one of these very
-addresses. Asked again, a name server may say something else.
+A name is resolved once, all its addresses must be public, and the connection goes to one of them: a second lookup could
+give others.
 """
 
 from __future__ import annotations
@@ -25,85 +25,69 @@ PORTS = {"http": 80, "https": 443}
 ALLOWED = re.compile(r"(?:(https?)://)?(\[[0-9a-f:.]+\]|(?:\*\.)?[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
 NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
 
-# Not left to `is_global`, whose answer has changed between versions of Python.
+# Networks that `is_global` lets through in some version of Python from 3.10 on, or for good.
 NOT_PUBLIC = [
     ipaddress.ip_network(each)
     for each in (
-        "0.0.0.0/8",  # this host
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # shared by a provider's customers
-        "127.0.0.0/8",
-        "168.63.129.16/32",  # public by number, but a cloud's own service to its machines
-        "169.254.0.0/16",  # link-local, and the metadata of clouds
-        "172.16.0.0/12",
-        "192.0.0.0/24",
-        "192.0.2.0/24",
+        "168.63.129.16/32",  # public by number, but a service of Azure to its own machines
+        "192.0.0.0/24",  # protocol assignments
         "192.88.99.0/24",  # 6to4 relays
-        "192.168.0.0/16",
-        "198.18.0.0/15",
-        "198.51.100.0/24",
-        "203.0.113.0/24",
-        "224.0.0.0/4",  # multicast
-        "240.0.0.0/4",  # reserved, broadcast
         "2001::/23",  # Teredo and other protocols
-        "2001:db8::/32",
         "2002::/16",  # 6to4
-        "3fff::/20",
+        "3fff::/20",  # documentation
     )
 ]
-GLOBAL_V6 = ipaddress.ip_network(
-    "2000::/3"
-)  # outside: loopback, mapped IPv4, NAT64, unique local, link-local, multicast
+GLOBAL_V6 = ipaddress.ip_network("2000::/3")  # the rest may hold another address: mapped IPv4, NAT64
 
 
 def is_public(address: Address) -> bool:
-    """Whether an IP address belongs to the public internet, and carries no other address in it."""
+    """Whether an IP address is on the public internet and does not hold another address."""
     if any(address in network for network in NOT_PUBLIC if network.version == address.version):
         return False
     return address.is_global and not address.is_multicast and (address.version == 4 or address in GLOBAL_V6)
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The IP addresses of a name, as the system knows them."""
+    """The IP addresses of a name, from the system's resolver."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(each[4][0]) for each in found))
 
 
 @dataclass(frozen=True)
 class Place:
-    """A web address that was looked at: `url`, and the IP address to connect to."""
+    """A checked web address: `url`, and the IP address to connect to."""
 
     url: httpx.URL
     address: Address
 
     @property
     def pinned(self) -> httpx.URL:
-        """The same with the IP address in place of the name."""
+        """The url with the IP address in place of the name."""
         return self.url.copy_with(host=str(self.address))
 
 
 class Host(NamedTuple):
-    """A host that images may be fetched from; of a name that begins with `*.`, all below it."""
+    """A host that images may be fetched from; `*.` at the start of its name stands for all subdomains."""
 
     scheme: str
     name: str
     port: int
 
     def takes(self, scheme: str, name: str, port: int) -> bool:
-        """Whether an address of these parts lies there."""
+        """Whether an address with these parts is on this host."""
         named = name.endswith(self.name[1:]) if self.name.startswith("*.") else name == self.name
         return named and (scheme, port) == (self.scheme, self.port)
 
 
 def read_hosts(texts: Sequence[str]) -> tuple[Host, ...]:
-    """Hosts as they are written in an option.
+    """Parses the hosts of an option.
 
     Args:
-        texts: `"pictures.example.org"`, which is by https alone; `"*.example.org"` for all below one;
-            `"example.org:8443"` for another port; `"http://example.org"` where it has to be without protection.
+        texts: `"pictures.example.org"` (https only), `"*.example.org"` for its subdomains, `"example.org:8443"` for
+            another port, `"http://example.org"` for plain http.
 
     Raises:
-        ValueError: if one is written in another way.
+        ValueError: if one has another form.
     """
     hosts = []
     for text in texts:
@@ -116,14 +100,14 @@ def read_hosts(texts: Sequence[str]) -> tuple[Host, ...]:
 
 
 def read_url(text: str, hosts: Sequence[Host]) -> httpx.URL:
-    """A web address whose host is one of those allowed.
+    """Parses a client's web address and checks that its host is allowed.
 
     Args:
-        text: as the client wrote it.
-        hosts: of `read_hosts`.
+        text: as the client sent it.
+        hosts: from `read_hosts`.
 
     Raises:
-        ApiError: 400 where it is no address that is taken, 403 where it is not allowed.
+        ApiError: 400 for an address that is malformed, 403 for one that is not allowed.
     """
     if len(text) > MOST_CHARACTERS:
         raise _wrong(f"it has more than {MOST_CHARACTERS} characters")
@@ -150,15 +134,15 @@ def read_url(text: str, hosts: Sequence[Host]) -> httpx.URL:
 
 
 async def place_of(url: httpx.URL, find: Resolve, permitted: Callable[[Address], bool]) -> Place:
-    """Where to connect to for a web address.
+    """Resolves a web address.
 
     Args:
-        url: of `read_url`.
-        find: looks a name up.
-        permitted: whether an address may be connected to.
+        url: from `read_url`.
+        find: resolves a name.
+        permitted: whether an IP address may be connected to.
 
     Raises:
-        ApiError: 400 where the name has no address, 403 where any of its addresses is not permitted.
+        ApiError: 400 if the name has no address, 403 if any of its addresses is not permitted.
     """
     try:
         found = [url.host] if _is_literal(url.host) else await find(url.host, url.port or PORTS[url.scheme])
@@ -183,7 +167,7 @@ def _is_literal(host: str) -> bool:
 
 
 def _ends_in_number(host: str) -> bool:
-    """Whether resolvers may take it for an IPv4 address in another spelling: 2130706433, 0x7f.1, 127.1."""
+    """Whether a resolver may read it as an IPv4 address in another spelling: 2130706433, 0x7f.1, 127.1."""
     last = host.rpartition(".")[2]
     return last.isdecimal() or re.fullmatch(r"0x[0-9a-f]*", last) is not None
 

@@ -1,18 +1,16 @@
-"""A reward from a judge: any function, or a language model behind an OpenAI-compatible endpoint."""
+"""A reward from a judge: a function, or a language model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import httpx
 
 from vismem.training.rewards.answers import completion_text, prompt_text
 from vismem.training.rewards.errors import FAILURES, JudgeError, RowFailure
@@ -37,8 +35,8 @@ _LONGEST_WAIT = 60.0
 _RETRIED = (408, 409, 425, 429)
 
 
-class _Passing(JudgeError):
-    """A failure that may be gone at the next attempt."""
+class _Transient(JudgeError):
+    """A failure that may not recur at the next attempt; `wait` is the server's Retry-After in seconds."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -63,17 +61,17 @@ def judge(
 
     Args:
         function: `function(question, completion, answer) -> float | None`, or its import path; instead of `url`.
-        url: the endpoint's base ("http://localhost:8000/v1"), or its whole path to /chat/completions.
-        model: the model's name there.
-        key_env: the environment variable that holds the key; None for an endpoint without one.
-        template: the question to the judge, with {question}, {answer} and {completion} in it.
+        url: the endpoint's base ("http://localhost:8000/v1"), or its full path to /chat/completions.
+        model: the model's name at the endpoint.
+        key_env: the environment variable that holds the API key; None for an endpoint without one.
+        template: the judge's prompt, with {question}, {answer} and {completion} in it.
         timeout: seconds for connecting and for each read.
-        retries: further attempts after a time-out, a lost connection, status 408, 409, 425, 429 or 5xx, or a reply
+        retries: further attempts after a timeout, a lost connection, status 408, 409, 425, 429 or 5xx, or a reply
             without a score.
-        backoff: seconds before the first further attempt, doubled each time; the server's Retry-After goes first.
+        backoff: seconds before the first retry, doubled each time; the server's Retry-After takes precedence.
         on_failure: "raise", or "none" to leave the row without this reward (a warning is logged).
-        workers: requests under way at once.
-        max_tokens: the most that the judge may write.
+        workers: concurrent requests.
+        max_tokens: the judge's longest reply.
 
     Raises:
         ValueError: if an option is missing or out of range, or the key's variable is not set.
@@ -143,30 +141,18 @@ def endpoint(
         raise ValueError(f"timeout must be more than 0, got {timeout!r}")
     if "{completion}" not in template:
         raise ValueError("the judge's template has no {completion} in it")
-    address = (
-        url.rstrip("/") if url.rstrip("/").endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
-    )
-    headers = {"Content-Type": "application/json"}
-    if key_env is not None:
-        key = os.environ.get(key_env, "").strip()
-        if not key:
-            raise ValueError(f"the environment variable {key_env}, which holds the judge's key, is not set")
-        headers["Authorization"] = f"Bearer {key}"
+    address = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    client = httpx.Client(headers=_headers(key_env), timeout=timeout, limits=httpx.Limits(max_connections=None))
 
     def ask(question: str, completion: str, answer: str) -> float:
-        given = {"question": question, "completion": completion, "answer": answer}
-        text = re.sub(r"\{(question|completion|answer)\}", lambda match: given[match.group(1)], template)
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": max_tokens,
-        }
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
+        values = {"question": question, "completion": completion, "answer": answer}
+        text = re.sub(r"\{(question|completion|answer)\}", lambda match: values[match.group(1)], template)
+        messages = [{"role": "user", "content": text}]
+        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
         for attempt in range(retries + 1):
             try:
-                return parse_score(_reply(request, timeout))
-            except _Passing as error:
+                return parse_score(_reply(client, address, body))
+            except _Transient as error:
                 if attempt == retries:
                     raise JudgeError(f"{address}, after {attempt + 1} attempts: {error}") from error
                 wait = backoff * 2**attempt if error.wait is None else error.wait
@@ -176,26 +162,35 @@ def endpoint(
     return ask
 
 
-def _reply(request: urllib.request.Request, timeout: float) -> str:
-    """What the model wrote."""
+def _headers(key_env: str | None) -> dict[str, str]:
+    if key_env is None:
+        return {}
+    key = os.environ.get(key_env, "").strip()
+    if not key:
+        raise ValueError(f"the environment variable {key_env}, which holds the judge's key, is not set")
+    if not (key.isascii() and key.isprintable()):  # or the client's error would print it
+        raise ValueError(f"the environment variable {key_env} must hold the judge's key in printable ASCII")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _reply(client: httpx.Client, address: str, body: dict[str, Any]) -> str:
+    """What the judge wrote."""
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            content = response.read()
-    except urllib.error.HTTPError as error:
-        said = " ".join(error.read(200).decode("utf-8", "replace").split())
-        message = f"status {error.code}: {said or error.reason}"
-        if error.code in _RETRIED or error.code >= 500:
-            after = error.headers.get("Retry-After", "")
-            raise _Passing(message, float(after) if after.isdigit() else None) from error
-        raise JudgeError(f"{request.full_url}: {message}") from error
-    except (OSError, http.client.HTTPException) as error:  # time-outs and lost connections are OSErrors
-        raise _Passing(str(getattr(error, "reason", None) or error) or type(error).__name__) from error
+        response = client.post(address, json=body)
+    except httpx.RequestError as error:
+        raise _Transient(str(error) or type(error).__name__) from error
+    if not response.is_success:
+        message = f"status {response.status_code}: {' '.join(response.text[:200].split()) or response.reason_phrase}"
+        if response.status_code in _RETRIED or response.is_server_error:
+            after = response.headers.get("Retry-After", "")
+            raise _Transient(message, float(after) if after.isdigit() else None)
+        raise JudgeError(f"{address}: {message}")
     try:
-        text = json.loads(content)["choices"][0]["message"]["content"]
+        text = response.json()["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
-        raise _Passing(f"the reply is not a chat completion: {content[:100]!r}") from error
+        raise _Transient(f"the reply is not a chat completion: {response.text[:100]!r}") from error
     if not isinstance(text, str):
-        raise _Passing("the reply has no text")
+        raise _Transient("the reply has no text")
     return text
 
 
@@ -214,4 +209,4 @@ def parse_score(text: str) -> float:
         score = float(value) / (100.0 if percent else float(below or 1) or float("nan"))
         if 0.0 <= score <= 1.0:
             return score
-    raise _Passing(f"no score from 0 to 1 in the judge's reply: {text[:100]!r}")
+    raise _Transient(f"no score from 0 to 1 in the judge's reply: {text[:100]!r}")
