@@ -122,7 +122,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         "pocket/weights/base/tokenizer.json",
         "pocket/weights/memory/vismem.safetensors",
         "cli/configs/Qwen2.5-VL-7B.json",
-        "evaluation/audit/templates/report.html",
+        "audit/templates/report.html",
         "evaluation/lmms/tasks/multitrust/_multitrust_yaml",
         "app/examples/examples.json",
     ):
@@ -154,8 +154,8 @@ def test_the_source_archive_has_all_that_its_tests_and_documents_read(built):
         here = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
         here = {name for name in here if "__pycache__" not in name and "_cache/" not in name}
         assert not {name for name in here if name not in found and not ignored(name)}
-    assert {".ci/run", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"} <= found
-    assert {"pyproject.toml", "constraints.txt"} <= found
+    pages = {"README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "SECURITY.md"}
+    assert pages | {".ci/run", "Makefile", "pyproject.toml", "constraints.txt"} <= found
     assert not {name for name in found if name.startswith(("runs/", "dist/", ".venv/"))}
 
 
