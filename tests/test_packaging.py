@@ -137,6 +137,7 @@ def test_what_the_wheel_says_of_itself(wheel, built):
     says = email.message_from_bytes(wheel.read(name))
     assert (says["Name"], says["License-Expression"]) == ("vismem", "Apache-2.0")
     assert says["Version"] == version_here()
+    assert {line.partition(", ")[0] for line in says.get_all("Project-URL")} == set(PROJECT["urls"])
     assert set(says.get_all("Provides-Extra")) == set(EXTRAS)
     plain = {canonicalize_name(r.name) for r in map(Requirement, says.get_all("Requires-Dist")) if not r.marker}
     assert plain == names(PROJECT["dependencies"])
@@ -350,8 +351,15 @@ def test_what_is_imported_is_declared():
                 undeclared.append(f"{own} imports {name}, which neither the package nor {sorted(extras)} asks for")
             seen |= packages
     assert not undeclared, "\n".join(sorted(set(undeclared)))
-    mine = names(PROJECT["dependencies"] + [f"vismem[{','.join(set(EXTRAS) - {'dev', 'docs'})}]"])
+    mine = names([*PROJECT["dependencies"], "vismem[all]"])
     assert mine - seen <= UNSEEN, "declared, but imported nowhere"
+
+
+def test_extras_are_for_users_or_for_developers():
+    """`all` has every extra for users; no extra for users needs a tool of the developers."""
+    (all_extras,) = map(Requirement, EXTRAS["all"])
+    assert all_extras.extras == set(EXTRAS) - {"all", "dev", "docs"}
+    assert not names(EXTRAS["all"]) & names(EXTRAS["dev"] + EXTRAS["docs"])
 
 
 @pytest.mark.parametrize("python", PYTHONS)
