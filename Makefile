@@ -12,12 +12,15 @@ IMAGE ?= examples/shelf.png
 QUESTION ?= What does row 2 cost with its promotion?
 INVOCATION ?= learned
 
-# What `make test` runs; the whole suite if empty.
+# What `make test` and `make coverage` run; the whole suite if empty.
 TESTS ?=
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 
+# What `make coverage` reports first.
+METHOD := src/vismem/memory/*,src/vismem/reading/*,src/vismem/decoding/*,src/vismem/training/*
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format docs docs-serve figures clean distclean
+.PHONY: help setup demo test coverage lint types format docs docs-serve figures clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -26,8 +29,8 @@ help:  ## list the targets
 setup: $(READY)  ## create .venv with everything development needs, at pinned versions
 	@:
 
-demo test: export OMP_WAIT_POLICY = PASSIVE
-demo test: export HF_HUB_OFFLINE = 1
+demo test coverage: export OMP_WAIT_POLICY = PASSIVE
+demo test coverage: export HF_HUB_OFFLINE = 1
 demo: export QUESTION := $(QUESTION)
 
 demo: $(CORE)  ## ask the pocket model about an image (IMAGE=..., QUESTION=..., INVOCATION=...)
@@ -39,6 +42,12 @@ demo: $(CORE)  ## ask the pocket model about an image (IMAGE=..., QUESTION=..., 
 
 test: $(READY)  ## run the tests (TESTS=... for some of them)
 	@$(PYTEST) $(TESTS)
+
+coverage: $(READY)  ## run the tests and report their coverage, the method first (TESTS=...)
+	@status=0; $(PYTEST) --cov --cov-report= $(TESTS) || status=$$?; \
+	  echo; echo "The method:"; $(BIN)/coverage report --include='$(METHOD)'; \
+	  echo; echo "Everything else:"; $(BIN)/coverage report --omit='$(METHOD)'; \
+	  exit $$status
 
 lint: $(READY)  ## check style without changing anything
 	@$(BIN)/ruff check .
@@ -62,7 +71,7 @@ figures: $(READY)  ## redraw the figures in docs/images
 	@for name in mechanism sequence stages; do $(BIN)/python docs/draw_$$name.py || exit 1; done
 
 clean:  ## remove caches and build products
-	@rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache
+	@rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.*
 	@find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## remove .venv as well
