@@ -49,9 +49,10 @@ coverage: $(READY)  ## run the tests and report their coverage, the method first
 	  echo; echo "Everything else:"; $(BIN)/coverage report --omit='$(METHOD)'; \
 	  exit $$status
 
-lint: $(READY)  ## check style without changing anything
+lint: $(READY)  ## check style and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
 
 types: $(READY)  ## type-check the package and code that uses it
 	@$(BIN)/mypy
@@ -71,7 +72,7 @@ figures: $(READY)  ## redraw the figures in docs/images
 	@for name in mechanism sequence stages; do $(BIN)/python docs/draw_$$name.py || exit 1; done
 
 clean:  ## remove caches and build products
-	@rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.*
+	@rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .coverage .coverage.*
 	@find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## remove .venv as well
