@@ -69,7 +69,7 @@ def test_the_site_in_a_browser(site):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
     if chromium is None:
-        pytest.skip("needs a chromium on the path")
+        pytest.skip("needs Chromium on the PATH")
     handler = functools.partial(Quiet, directory=str(site))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, playwright.sync_playwright() as play:
         threading.Thread(target=server.serve_forever, daemon=True).start()
