@@ -69,7 +69,7 @@ def browser():
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
     if chromium is None:
-        pytest.skip("needs a chromium on the path")
+        pytest.skip("needs Chromium on the PATH")
     with playwright.sync_playwright() as play:
         launched = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield launched

@@ -484,7 +484,7 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("needs a Chromium on the path")
+        pytest.skip("needs Chromium on the PATH")
     with sync_api.sync_playwright() as play:
         found = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield found

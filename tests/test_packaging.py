@@ -123,7 +123,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         "pocket/weights/base/tokenizer.json",
         "pocket/weights/memory/vismem.safetensors",
         "cli/configs/Qwen2.5-VL-7B.json",
-        "evaluation/audit/templates/report.html",
+        "audit/templates/report.html",
         "evaluation/lmms/tasks/multitrust/_multitrust_yaml",
         "app/examples/examples.json",
     ):
@@ -138,6 +138,7 @@ def test_what_the_wheel_says_of_itself(wheel, built):
     says = email.message_from_bytes(wheel.read(name))
     assert (says["Name"], says["License-Expression"]) == ("vismem", "Apache-2.0")
     assert says["Version"] == version_here()
+    assert {line.partition(", ")[0] for line in says.get_all("Project-URL")} == set(PROJECT["urls"])
     assert set(says.get_all("Provides-Extra")) == set(EXTRAS)
     plain = {canonicalize_name(r.name) for r in map(Requirement, says.get_all("Requires-Dist")) if not r.marker}
     assert plain == names(PROJECT["dependencies"])
@@ -155,8 +156,8 @@ def test_the_source_archive_has_all_that_its_tests_and_documents_read(built):
         here = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
         here = {name for name in here if "__pycache__" not in name and "_cache/" not in name}
         assert not {name for name in here if name not in found and not ignored(name)}
-    assert {".ci/run", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"} <= found
-    assert {"pyproject.toml", "constraints.txt"} <= found
+    pages = {"README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "SECURITY.md"}
+    assert pages | {".ci/run", "Makefile", "pyproject.toml", "constraints.txt"} <= found
     assert not {name for name in found if name.startswith(("runs/", "dist/", ".venv/"))}
 
 
@@ -357,8 +358,15 @@ def test_what_is_imported_is_declared():
                 undeclared.append(f"{own} imports {name}, which neither the package nor {sorted(extras)} asks for")
             seen |= packages
     assert not undeclared, "\n".join(sorted(set(undeclared)))
-    mine = names(PROJECT["dependencies"] + [f"vismem[{','.join(set(EXTRAS) - {'dev', 'docs'})}]"])
+    mine = names([*PROJECT["dependencies"], "vismem[all]"])
     assert mine - seen <= UNSEEN, "declared, but imported nowhere"
+
+
+def test_extras_are_for_users_or_for_developers():
+    """`all` has every extra for users; no extra for users needs a tool of the developers."""
+    (all_extras,) = map(Requirement, EXTRAS["all"])
+    assert all_extras.extras == set(EXTRAS) - {"all", "dev", "docs"}
+    assert not names(EXTRAS["all"]) & names(EXTRAS["dev"] + EXTRAS["docs"])
 
 
 @pytest.mark.parametrize("python", PYTHONS)

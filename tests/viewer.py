@@ -21,7 +21,7 @@ from vismem.serving.lifespan import Server, address_of, config_of, listening_soc
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MARKS = [
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH"),
     pytest.mark.xdist_group("viewer"),  # one server and one browser
 ]
 BOUND = 60  # seconds after which a test gives up
