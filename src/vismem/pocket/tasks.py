@@ -8,7 +8,7 @@ says there with the reference, so one function serves training rewards and evalu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -39,7 +39,9 @@ class Question:
     note: str = ""
 
 
-def _reply(task: str, text: str, echo: str, said: str, answer: str, cells, **more: str) -> Question:
+def _reply(
+    task: str, text: str, echo: str, said: str, answer: str, cells: Iterable[tuple[int, int]], **more: str
+) -> Question:
     """A question whose reply is an echo of the place, a colon and `said`."""
     return Question(task, text, f"{echo}: {said}", answer, frozenset(cells), echo=echo, **more)
 
