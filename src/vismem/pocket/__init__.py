@@ -1,7 +1,8 @@
-"""The pocket VLM: a 3.4 M parameter Idefics3 with local attention, trained from scratch on a world of its own.
+"""The pocket VLM: a 3.4 M parameter Idefics3 with local attention, trained from scratch on a synthetic world.
 
 Small enough to ship in the package and to run offline in seconds on a laptop; real enough to lose an image during
-a long conversation. `load_base` gives the model and its processor; the world and the build are in this folder.
+a long conversation. `load_base` loads the model and its processor; the world, its training rows and its suites of
+questions are in this folder, how the model was trained is in `experiments/pocket_base` of the source checkout.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def load_base(dtype: str | torch.dtype = "float32", path: str | Path = BASE_PATH
     """Load the pocket VLM.
 
     Args:
-        dtype: the parameters' type, a `torch.dtype` or its name; the file itself holds bfloat16.
-        path: an ordinary Hugging Face folder.
+        dtype: of the parameters, a `torch.dtype` or its name; the file holds bfloat16.
+        path: a Hugging Face model folder.
 
     Returns:
         `(model, processor)`: an `Idefics3ForConditionalGeneration` in evaluation mode and its processor.

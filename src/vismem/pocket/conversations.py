@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -79,7 +80,7 @@ class Conversation:
         return [Image.fromarray(self.pictures[index]) for index in self._order]
 
     @property
-    def messages(self) -> list[dict]:
+    def messages(self) -> list[dict[str, Any]]:
         """Chat messages that end with the last turn's user message."""
         images = iter(self.images)
         messages = []
@@ -95,14 +96,16 @@ class Conversation:
         return messages
 
     @property
-    def prompt(self) -> list[dict]:
+    def prompt(self) -> list[dict[str, Any]]:
         """`messages` as a `Row` has them: the pictures apart, in `images`."""
         bare = [[{k: v for k, v in part.items() if k != "image"} for part in m["content"]] for m in self.messages]
         return [{**message, "content": content} for message, content in zip(self.messages, bare, strict=True)]
 
 
 def arrange(rng: Random, text: str, images: list[int]) -> list[str | int]:
-    """The image before the question (mostly) or after it."""
+    """The images before the question (mostly) or after it; the question alone if there are none."""
+    if not images:
+        return [text]
     return [*images, text] if rng.random() < 0.65 else [text, *images]
 
 
@@ -166,11 +169,10 @@ def sample_conversation(
             question = describe(scenes[0], rng, DESCRIPTION_BEFORE.get(task, "tags"))
         else:
             question = _filler(scenes[0], rng, target)
-        user = arrange(rng, question.text, shown) if since == 0 else [question.text]
-        turns.append(Turn(user, question, since))
-    user = arrange(rng, target.text, shown) if shown_again or distance == 0 else [target.text]
-    turns.append(Turn(user, target, 0 if shown_again else distance))
-    return Conversation(turns, [render_array(scene) for scene in scenes], scenes, distance)
+        turns.append(Turn(arrange(rng, question.text, shown if since == 0 else []), question, since))
+    again = shown_again or distance == 0
+    turns.append(Turn(arrange(rng, target.text, shown if again else []), target, 0 if shown_again else distance))
+    return Conversation(turns, [render_array(scene) for scene in scenes], [*scenes], distance)
 
 
 def _filler(scene: Scene, rng: Random, target: Question) -> Question:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import defaultdict
 from functools import lru_cache
 from random import Random
+from typing import Any
 
 import numpy as np
 
 from vismem.data.images import open_image
 
 
-def _package():
+def _package() -> Any:
     try:
         import easy_vqa
     except ImportError as error:

@@ -1,8 +1,8 @@
 """The pocket world as training rows: what `vismem train ... data=pocket` reads.
 
-Late questions, questions in view, descriptions, and totals whose label's rule is withheld - alone and late, where both
-memories are needed. A share of the pictures is noisy, blurred or turned, as the base has never seen one. Row i of a
-seed is always the same; the warm-up's replies name their invocations.
+Late questions, questions in view, descriptions, and totals whose label's rule is withheld, alone and late, where both
+memories are needed. A share of the pictures is noisy, blurred or rotated, which the base has never seen. Row i of a
+seed is always the same; the warm-up's replies contain their invocations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Mixture:
     late_rules: float = 0.12  # a rule withheld, the image out of view
     described: float = 0.06  # descriptions, in which the image fades
     in_view: float = 0.07
-    strange: float = 0.35  # of the pictures of rows without a rule: noisy, blurred or turned
+    strange: float = 0.35  # of the pictures of rows without a rule: noisy, blurred or rotated
     labels: tuple[str, ...] = ()  # whose rules are asked for; all by default
 
 
@@ -66,7 +66,7 @@ def disturb(picture: np.ndarray, kind: str, rng: Random) -> np.ndarray:
         return np.asarray(image.filter(ImageFilter.GaussianBlur(1.0)))
     if kind == "rotation":
         angle = rng.choice((-1, 1)) * rng.uniform(6, 10)
-        return np.asarray(image.rotate(angle, resample=Image.BILINEAR, fillcolor=(128, 128, 128)))
+        return np.asarray(image.rotate(angle, resample=Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)))
     raise ValueError(f"unknown disturbance {kind!r}; there are noise, blur and rotation")
 
 
@@ -76,7 +76,7 @@ def disturbed(conversation: Conversation, kind: str, rng: Random) -> Conversatio
 
 
 def practice(rng: Random, mixture: Mixture) -> Conversation:
-    """Draws one conversation of a mixture."""
+    """Samples one conversation of a mixture."""
     kind = rng.random()
     for name in ("rules", "late_rules", "described", "in_view"):
         share = getattr(mixture, name)
@@ -103,36 +103,36 @@ def practice(rng: Random, mixture: Mixture) -> Conversation:
 
 
 def annotated(conversation: Conversation, rng: Random) -> str:
-    """The reference reply with invocations named in it: a look where content begins, a recall after a label's name.
+    """The reference reply with invocation tokens in it: short-term where content begins, long-term after a label.
 
-    A reply says "Row 2: ..." or "Row 2: striped: ..."; its first colon is where the picture is wanted, and in a
-    promotion the second one is where the rule is. Half of them stand in place of the colon, half after it.
+    A reply reads "Row 2: ..." or "Row 2: striped: ..."; after its first colon it needs the picture, and in a promotion
+    after its second the rule. Half of the tokens replace the colon, half follow it.
     """
     parts = conversation.answer_text.split(":")
     in_place = rng.random() < 0.5
     colon = "" if in_place else ":"
     short, long = INVOCATION_TOKENS["short"], INVOCATION_TOKENS["long"]
     withheld = conversation.task == "promotion" and conversation.turns[-1].question.rule.startswith("hidden")
-    marks = [":"] * (len(parts) - 1)
+    ends = [":"] * (len(parts) - 1)
     if conversation.task.startswith("describe"):
-        for index in rng.sample(range(len(marks)), rng.randrange(1, len(marks) + 1)):
-            marks[index] = f"{colon}{short}"
-    elif marks:
+        for index in rng.sample(range(len(ends)), rng.randrange(1, len(ends) + 1)):
+            ends[index] = f"{colon}{short}"
+    elif ends:
         look = conversation.distance > 0 or rng.random() < 0.25
-        marks[0] = f"{colon}{short}" if look else ":"
-        if withheld and len(marks) > 1:
-            marks[1] = f"{colon}{long}"
-    return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
+        ends[0] = f"{colon}{short}" if look else ":"
+        if withheld and len(ends) > 1:
+            ends[1] = f"{colon}{long}"
+    return "".join(part + end for part, end in zip(parts, [*ends, ""], strict=True))
 
 
-class PocketRows(Dataset):
-    """Rows of the pocket world for one stage: map-style, endless for all purposes, the same for a seed.
+class PocketRows(Dataset[Row]):
+    """Rows of the pocket world for one stage: a map-style dataset, practically endless, the same for a seed.
 
     Args:
-        stage: `"warmup"`, `"stage1"` or `"stage2"`; or a baseline, which reads the very rows of a stage - the one that
-            `mixture` names, or else `"sft"` those of the warm-up and `"grpo"` those of stage II - without invocations.
+        stage: `"warmup"`, `"stage1"` or `"stage2"`; or a baseline, which reads the rows of a stage without invocations:
+            of the one that `mixture` names, by default `"sft"` of the warm-up and `"grpo"` of stage II.
         seed: of all rows.
-        length: how many there are.
+        length: number of rows.
         mixture: one of `MIXTURES`; by default the stage's own.
 
     Raises:

@@ -28,7 +28,7 @@ def sample(out: Path, n: int = 12, seed: int = 0, enlarge: int = 1) -> None:
         for place, image in enumerate(conversation.images):
             names.append(f"{number:04d}_{place}.png")
             side = image.width * enlarge
-            image.resize((side, side), Image.NEAREST).save(out / names[-1])
+            image.resize((side, side), Image.Resampling.NEAREST).save(out / names[-1])
         question = conversation.turns[-1].question
         lines.append(
             {

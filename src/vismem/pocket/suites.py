@@ -1,9 +1,9 @@
-"""Questions about the pocket world to evaluate with: suites of test-split conversations as rows.
+"""Evaluation suites of the pocket world: conversations of the test split as rows.
 
-Late questions (the image has left the window), late ones on pictures of a kind that the base never saw, questions in
-view, pairs of pictures, totals whose label's rule is withheld - in view and late, where both memories are needed -,
-long descriptions, and real ones of easy-VQA. A suite's bound asks the same with what memory would have to supply: the
-image shown again, the rule stated, or both.
+Late questions (the image has left the window), late questions about distorted pictures, questions in view, pairs of
+pictures, totals whose label's rule is withheld, in view and late, where both memories are needed, long descriptions,
+and real questions from easy-VQA. A suite's bound asks the same with what memory would have to supply: the image shown
+again, the rule stated, or both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from vismem.pocket.world import SIDE, Scene
 LATE_TASKS = ("colour", "digit", "row", "sum")
 DISTANCES = (2, 4, 6, 8)
 STRANGE = ("noise", "blur", "rotation")
-LOOK, RECALL = (1, "short"), (2, "long")  # after the reply's first colon, and after its second
+LOOK: tuple[int, Kind] = (1, "short")  # after the reply's first colon
+RECALL: tuple[int, Kind] = (2, "long")  # after its second
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Suite:
     """Questions by cell.
 
     Args:
-        ability: what it asks for, in the paper's grouping: understanding, reasoning or generation.
+        ability: in the paper's grouping: understanding, reasoning or generation.
         cells: from a cell's name to the options of `sample_conversation`, and `disturb`.
-        bound: options that give the reply what memory would have to supply; empty where nothing is missing.
+        bound: options that supply what memory would have to; empty if nothing is missing.
         share: questions per cell, relative to `n`.
-        places: where a reply wants memory: after its n-th colon, and of which kind.
+        places: where a reply needs memory: after its n-th colon, and of which kind.
     """
 
     ability: str
@@ -68,7 +69,7 @@ SUITES = {
     ),
     "in_view": Suite("understanding", {t: {"task": t} for t in IN_VIEW}, share=2),
     "easy_vqa": Suite("understanding", {"easy_vqa": {}}, share=12),
-    # A recalled rule takes the room in the window that the picture had, so a look belongs to it.
+    # A recalled rule pushes the picture out of the window, so a short-term memory goes with it.
     "rules": Suite("reasoning", {"promotion": _rules()}, STATED, share=12, places=(LOOK, RECALL)),
     "both": Suite(
         "reasoning",
@@ -82,7 +83,7 @@ SUITES = {
         "generation", {style: {"task": f"describe_{style}"} for style in ("prices", "tags", "full")}, share=4
     ),
 }
-# Half of the labels each: what was trained on and what was not, and what came first and what came later.
+# Half of the labels each: trained and untrained, or learned first and later.
 SUITES |= {
     f"rules_{name}": Suite("reasoning", {f"promotion/{name}": _rules(labels)}, STATED, share=12, places=(LOOK, RECALL))
     for name, labels in LABEL_SETS.items()
@@ -90,13 +91,13 @@ SUITES |= {
 
 
 def rows(suite: str, n: int = 12, seed: int = 1, bound: bool = False, split: str = "test") -> list[Row]:
-    """A suite's questions, always the same for a seed.
+    """The questions of a suite, always the same for a seed.
 
     Args:
         suite: one of `SUITES`.
         n: questions per cell of suites with share 1; a suite has n * share * cells of them.
         seed: of the questions.
-        bound: give the prompt what memory would have to supply. The questions and answers stay the same.
+        bound: supply in the prompt what memory would have to. Questions and answers stay the same.
         split: whose handwriting, `"test"` or `"train"`.
 
     Returns:
@@ -112,7 +113,7 @@ def rows(suite: str, n: int = 12, seed: int = 1, bound: bool = False, split: str
         raise ValueError(f"n must be 1 or more, not {n}")
     chosen = SUITES[suite]
     if bound and not chosen.bound:
-        raise ValueError(f"the suite {suite} has no bound: its questions lack nothing")
+        raise ValueError(f"the suite {suite} has no bound: nothing is missing from its questions")
     count, common = n * chosen.share, {"suite": suite, "ability": chosen.ability}
     if suite == "easy_vqa":
         return list(_easy_vqa({**common, "cell": suite}, count, seed, split))

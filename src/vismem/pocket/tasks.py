@@ -8,6 +8,7 @@ says there with the reference, so one function serves training rewards and evalu
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -38,7 +39,9 @@ class Question:
     note: str = ""
 
 
-def _reply(task: str, text: str, echo: str, said: str, answer: str, cells, **more: str) -> Question:
+def _reply(
+    task: str, text: str, echo: str, said: str, answer: str, cells: Iterable[tuple[int, int]], **more: str
+) -> Question:
     """A question whose reply is an echo of the place, a colon and `said`."""
     return Question(task, text, f"{echo}: {said}", answer, frozenset(cells), echo=echo, **more)
 
@@ -98,114 +101,95 @@ def sum_reply(prices: list[int]) -> str:
     return f"{spaced(prices)}. {running_sum(prices)}"
 
 
-def colour(scene: Scene, rng: Random) -> Question:
-    row, column = _cell(rng)
-    where = _place(rng, row, column)
-    text = rng.choice(
-        (
-            f"What colour is the tag at {where}?",
-            f"Colour of the tag at {where}?",
-            f"Look at {where}. Which colour is the tag?",
-            f"Tell me the tag colour at {where}.",
-        )
-    )
-    value = scene.colours[row][column]
-    return _reply("colour", text, _cell_echo(row, column), f"{value}.", value, {(row, column)})
+Task = Callable[[Scene, Random], Question]
 
 
-def shape(scene: Scene, rng: Random) -> Question:
-    row, column = _cell(rng)
-    where = _place(rng, row, column)
-    text = rng.choice(
-        (
-            f"What shape is the tag at {where}?",
-            f"Shape of the tag at {where}?",
-            f"Which shape has the tag at {where}?",
-            f"Tell me the tag shape at {where}.",
-        )
-    )
-    value = scene.shapes[row][column]
-    return _reply("shape", text, _cell_echo(row, column), f"{value}.", value, {(row, column)})
+def _about_cell(task: str, wordings: tuple[str, ...], read: Callable[[Scene, int, int], object]) -> Task:
+    """A task about a random cell; `read(scene, row, column)` gives the answer."""
+
+    def ask(scene: Scene, rng: Random) -> Question:
+        row, column = _cell(rng)
+        where = _place(rng, row, column)
+        text, value = rng.choice(wordings).format(where), str(read(scene, row, column))
+        return _reply(task, text, _cell_echo(row, column), f"{value}.", value, {(row, column)})
+
+    return ask
 
 
-def digit(scene: Scene, rng: Random) -> Question:
-    row, column = _cell(rng)
-    where = _place(rng, row, column)
-    text = rng.choice(
-        (
-            f"What is the price at {where}?",
-            f"Price at {where}?",
-            f"How much is the item at {where}?",
-            f"Please read the price at {where}.",
-        )
-    )
-    value = str(scene.prices[row][column])
-    return _reply("digit", text, _cell_echo(row, column), f"{value}.", value, {(row, column)})
+def _about_row(task: str, wordings: tuple[str, ...], read: Callable[[Scene, int], str]) -> Task:
+    """A task about a random row; `read(scene, row)` gives the answer."""
+
+    def ask(scene: Scene, rng: Random) -> Question:
+        row = rng.randrange(SIDE)
+        where = _line(rng, "row", row)
+        text, value = rng.choice(wordings).format(where), read(scene, row)
+        return _reply(task, text, _line_echo(row), f"{value}.", value, _row_cells(row))
+
+    return ask
 
 
-def label(scene: Scene, rng: Random) -> Question:
-    row = rng.randrange(SIDE)
-    where = _line(rng, "row", row)
-    text = rng.choice((f"Which label has {where}?", f"What label is under {where}?", f"Name the label of {where}."))
-    value = scene.labels[row]
-    return _reply("label", text, _line_echo(row), f"{value}.", value, _row_cells(row))
+READ_PRICES = ("Read {}.", "Read the prices of {}.", "Which prices are in {}?", "Prices in {}?")
 
-
-def item(scene: Scene, rng: Random) -> Question:
-    row, column = _cell(rng)
-    where = _place(rng, row, column)
-    text = rng.choice((f"What is at {where}?", f"Describe the item at {where}.", f"Which item is at {where}?"))
-    value = f"{scene.colours[row][column]} {scene.shapes[row][column]} {scene.prices[row][column]}"
-    return _reply("item", text, _cell_echo(row, column), f"{value}.", value, {(row, column)})
-
-
-def row(scene: Scene, rng: Random) -> Question:
-    index = rng.randrange(SIDE)
-    where = _line(rng, "row", index)
-    text = rng.choice(
-        (
-            f"Read {where}.",
-            f"Read the prices of {where}.",
-            f"Which prices are in {where}?",
-            f"Prices in {where}?",
-        )
-    )
-    value = spaced(scene.prices[index])
-    return _reply("row", text, _line_echo(index), f"{value}.", value, _row_cells(index))
+colour = _about_cell(
+    "colour",
+    (
+        "What colour is the tag at {}?",
+        "Colour of the tag at {}?",
+        "Look at {}. Which colour is the tag?",
+        "Tell me the tag colour at {}.",
+    ),
+    lambda scene, row, column: scene.colours[row][column],
+)
+shape = _about_cell(
+    "shape",
+    (
+        "What shape is the tag at {}?",
+        "Shape of the tag at {}?",
+        "Which shape has the tag at {}?",
+        "Tell me the tag shape at {}.",
+    ),
+    lambda scene, row, column: scene.shapes[row][column],
+)
+digit = _about_cell(
+    "digit",
+    (
+        "What is the price at {}?",
+        "Price at {}?",
+        "How much is the item at {}?",
+        "Please read the price at {}.",
+    ),
+    lambda scene, row, column: scene.prices[row][column],
+)
+item = _about_cell(
+    "item",
+    ("What is at {}?", "Describe the item at {}.", "Which item is at {}?"),
+    lambda scene, row, column: f"{scene.colours[row][column]} {scene.shapes[row][column]} {scene.prices[row][column]}",
+)
+label = _about_row(
+    "label",
+    ("Which label has {}?", "What label is under {}?", "Name the label of {}."),
+    lambda scene, row: scene.labels[row],
+)
+row = _about_row("row", READ_PRICES, lambda scene, row: spaced(scene.prices[row]))
+colours = _about_row(
+    "colours",
+    ("Read the colours of {}.", "Which colours are in {}?", "Colours in {}?"),
+    lambda scene, row: " ".join(scene.colours[row]),
+)
+shapes = _about_row(
+    "shapes",
+    ("Read the shapes of {}.", "Which shapes are in {}?", "Shapes in {}?"),
+    lambda scene, row: " ".join(scene.shapes[row]),
+)
 
 
 def column(scene: Scene, rng: Random) -> Question:
     index = rng.randrange(SIDE)
     where = _line(rng, "column", index)
-    text = rng.choice(
-        (
-            f"Read {where}.",
-            f"Read the prices of {where}.",
-            f"Which prices are in {where}?",
-            f"Prices in {where}?",
-        )
-    )
+    text = rng.choice(READ_PRICES).format(where)
     value = spaced([scene.prices[r][index] for r in range(SIDE)])
     cells = {(r, index) for r in range(SIDE)}
     return _reply("column", text, _line_echo(index, "Column"), f"{value}.", value, cells)
-
-
-def _row_of(task: str, grid: tuple[tuple[str, ...], ...], what: str, rng: Random) -> Question:
-    index = rng.randrange(SIDE)
-    where = _line(rng, "row", index)
-    text = rng.choice(
-        (f"Read the {what} of {where}.", f"Which {what} are in {where}?", f"{what.capitalize()} in {where}?")
-    )
-    value = " ".join(grid[index])
-    return _reply(task, text, _line_echo(index), f"{value}.", value, _row_cells(index))
-
-
-def colours(scene: Scene, rng: Random) -> Question:
-    return _row_of("colours", scene.colours, "colours", rng)
-
-
-def shapes(scene: Scene, rng: Random) -> Question:
-    return _row_of("shapes", scene.shapes, "shapes", rng)
 
 
 def total(scene: Scene, rng: Random) -> Question:

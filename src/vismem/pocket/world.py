@@ -1,19 +1,22 @@
 """The pocket world: shelves of 4x4 items with handwritten prices, coloured tags and promotion labels.
 
 A `Scene` is plain data; `render` draws it as a 64x64 picture, one 16x16 block an item. Prices are real
-handwritten digits (scikit-learn's `load_digits`), train and test scenes use different handwriting. What the
-questions are about a scene is for `tasks.py`; which label stands for which rule is `PROMOTION_RULES`, withheld
-from the base.
+handwritten digits (scikit-learn's `load_digits`); train and test scenes use different handwriting. `tasks.py` has the
+questions about a scene. `PROMOTION_RULES` says which label stands for which rule; the base was never told.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
+
+T = TypeVar("T")
 
 SIDE = 4  # items in a row, rows in a shelf
 CELL = 16  # pixels an item; two 8-pixel patches, so one visual token after the 2x2 pixel shuffle
@@ -124,12 +127,12 @@ def digit_indices(split: str) -> dict[int, tuple[int, ...]]:
     return {value: tuple(i for i in chosen if values[i] == value) for value in range(10)}
 
 
-def _grid(draw) -> tuple[tuple, ...]:
+def _grid(draw: Callable[[], T]) -> tuple[tuple[T, ...], ...]:
     return tuple(tuple(draw() for _ in range(SIDE)) for _ in range(SIDE))
 
 
 def _tags(rng: Random, names: tuple[str, ...], tidy: float) -> tuple[tuple[str, ...], ...]:
-    """Tags drawn cell by cell or, with probability `tidy`, the same in a row, in a column or everywhere."""
+    """Random tags for all cells or, with probability `tidy`, the same in a row, in a column or everywhere."""
     if rng.random() >= tidy:
         return _grid(lambda: rng.choice(names))
     drawn = [rng.choice(names) for _ in range(SIDE)]
@@ -141,8 +144,8 @@ def _tags(rng: Random, names: tuple[str, ...], tidy: float) -> tuple[tuple[str, 
 def sample_scene(rng: Random, split: str = "train", tidy: float = 0.0) -> Scene:
     """A random shelf whose handwriting comes from `split`; the four rows carry four different labels.
 
-    `tidy` is the share of shelves whose colours (and, apart from them, shapes) are alike in rows, columns or
-    everywhere. They are how the base learns to name a tag before it can tell sixteen of them apart.
+    `tidy` is the share of shelves whose colours are the same in rows, columns or everywhere, and, independently, of
+    those whose shapes are. From these the base learns to name a tag before it can tell sixteen of them apart.
     """
     indices = digit_indices(split)
     prices = _grid(lambda: rng.randrange(10))
@@ -162,7 +165,7 @@ def change_one_price(scene: Scene, row: int, column: int, rng: Random, split: st
     new = rng.choice([value for value in range(10) if value != old])
     index = rng.choice(digit_indices(split)[new])
 
-    def put(grid, value):
+    def put(grid: tuple[tuple[int, ...], ...], value: int) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(value if (r, c) == (row, column) else grid[r][c] for c in range(SIDE)) for r in range(SIDE))
 
     return Scene(
@@ -175,24 +178,30 @@ def change_one_price(scene: Scene, row: int, column: int, rng: Random, split: st
     )
 
 
+def _handwritten(index: int) -> Image.Image:
+    """A handwritten digit as a picture of 32x32 pixels."""
+    pixels = (load_handwriting()[0][index] * 255).astype(np.uint8)
+    return Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
+
+
 @lru_cache(maxsize=65536)
 def _ink(index: int, turn: int, size: int) -> np.ndarray:
     """A handwritten digit as ink coverage [size, size] in 0..1, rotated by `turn` degrees."""
-    picture = Image.fromarray((load_handwriting()[0][index] * 255).astype(np.uint8)).resize((32, 32), Image.BICUBIC)
-    picture = picture.rotate(turn, resample=Image.BILINEAR).resize((size, size), Image.BOX)
+    picture = _handwritten(index)
+    picture = picture.rotate(turn, resample=Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
     return np.asarray(picture, dtype=np.float32) / 255
 
 
 def _varied_ink(index: int, turn: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The same digit as another hand might write it: stretched, slanted, a little off its place, thicker or thinner."""
+    """The same digit in another handwriting: stretched, slanted, shifted, thicker or thinner."""
     wide, high = rng.uniform(0.85, 1.2, 2)
     slant, right, down = rng.uniform(-0.25, 0.25), *rng.uniform(-2, 2, 2)
-    picture = Image.fromarray((load_handwriting()[0][index] * 255).astype(np.uint8)).resize((32, 32), Image.BICUBIC)
-    # from the new picture's pixels to the old one's, about the middle
+    picture = _handwritten(index)
+    # maps the new picture's pixels to the old one's, about the centre
     across = (wide, slant, 16 - 16 * (wide + slant) + right)
     along = (0.0, high, 16 - 16 * high + down)
-    picture = picture.transform((32, 32), Image.AFFINE, (*across, *along), Image.BILINEAR)
-    picture = picture.rotate(turn, resample=Image.BILINEAR).resize((size, size), Image.BOX)
+    picture = picture.transform((32, 32), Image.Transform.AFFINE, (*across, *along), Image.Resampling.BILINEAR)
+    picture = picture.rotate(turn, resample=Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
     return (np.asarray(picture, dtype=np.float32) / 255) ** rng.uniform(0.75, 1.3)
 
 
@@ -218,7 +227,7 @@ def _shape_mask(shape: str) -> np.ndarray:
 def render_array(scene: Scene, noise: float = 5.0, varied: bool = False) -> np.ndarray:
     """Draw a scene: uint8 array [64, 64, 3]. The same scene gives the same picture, pixel for pixel.
 
-    `varied` writes each digit in a hand of its own, made from the given one: more handwriting for the base to train on.
+    `varied` distorts each digit's handwriting at random: more of it for the base to train on.
     """
     rng = np.random.default_rng(scene.seed)
     hand = np.random.default_rng((scene.seed, 1))
@@ -235,12 +244,12 @@ def render_array(scene: Scene, noise: float = 5.0, varied: bool = False) -> np.n
             ink = (_varied_ink(*digit, hand) if varied else _ink(*digit))[..., None]
             block = canvas[top + dy : top + dy + 11, left + 5 : left + 16]
             block *= 1 - ink
-            block += ink * np.float32((28, 32, 60))
+            block += ink * np.array((28, 32, 60), dtype=np.float32)
             corner = canvas[top + 1 + 4 * ty : top + 7 + 4 * ty, left : left + 6]
             corner[_shape_mask(scene.shapes[row][column])] = COLOURS[scene.colours[row][column]]
         canvas[top + CELL - 3 : top + CELL] = _edge(scene.labels[row])
-    canvas = canvas * light + rng.normal(0, noise, canvas.shape)
-    return np.clip(canvas, 0, 255).astype(np.uint8)
+    photograph = canvas * light + rng.normal(0, noise, canvas.shape)
+    return np.clip(photograph, 0, 255).astype(np.uint8)
 
 
 def render(scene: Scene, noise: float = 5.0) -> Image.Image:
