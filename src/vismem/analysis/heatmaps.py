@@ -127,13 +127,9 @@ def figure_of(
 
 
 def vectors_of(attention: ShortTermAttention, picture: Image.Image, index: int = 0, layer: int | None = None) -> Figure:
-    """Plots a memory's attention over one picture: the mean, then each memory vector.
+    """Plots a memory's attention over one picture, number `index` in the prompt: the mean, then each memory vector.
 
-    Args:
-        attention: of the memory.
-        picture: the picture.
-        index: of the picture in the prompt.
-        layer: of the vision tower; by default the mean over all.
+    `layer` is of the vision tower; by default all are averaged.
     """
     scale = min(1.0, 512 / max(picture.size))
     size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)

@@ -154,13 +154,7 @@ def attention_by_kind(seen: SlotAttention) -> dict[Kind, list[float]]:
 
 
 def answer_tokens(ids: Sequence[int], tokenizer: Any, tokens: Any) -> list[AnswerToken]:
-    """An answer's tokens with their text.
-
-    Args:
-        ids: its ids, including invocation and end tokens.
-        tokenizer: the processor's.
-        tokens: `model.tokens`.
-    """
+    """An answer's tokens with their text; `tokens` is `model.tokens`."""
     words, found, count = Detokenizer(tokenizer), [], 0
     ends, special = {index: kind for kind, index in tokens.end_ids.items()}, special_ids(tokenizer)
     for each in ids:
