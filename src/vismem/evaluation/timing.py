@@ -42,6 +42,16 @@ class TimedMethod:
         return self.invocation or self.method.policy
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one answer and to its first token, and its numbers of sampled tokens and invocations."""
+
+    seconds: float
+    first: float
+    sampled: int
+    invocations: int
+
+
 def measure_times(
     runs: Runs, ways: Mapping[str, TimedMethod], title: str
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -76,9 +86,7 @@ def measure_times(
     rows, failed = answerable(next(iter(models.values())), rows)
     if not rows:
         raise ValueError(f"no question can be answered for times; the first: {failed[0].id}: {failed[0].error}")
-    seconds: dict[str, list[list[float]]] = {label: [[] for _ in rows] for label in ways}
-    firsts: dict[str, list[list[float]]] = {label: [[] for _ in rows] for label in ways}
-    counts: dict[str, list[tuple[int, int]]] = {label: [(0, 0)] * len(rows) for label in ways}
+    measured: dict[str, list[list[Timing]]] = {label: [[] for _ in rows] for label in ways}
     total = (rounds + 1) * len(rows)
     with tqdm(total=total, desc=f"{title}, times", unit="question", delay=1) as bar:
         for turn in range(rounds + 1):  # the first is a warm-up
@@ -89,28 +97,10 @@ def measure_times(
                     way = ways[label]
                     model = models[way.method.name]
                     policy = policy_for(model, row, policy_of(way.policy))
-                    once = time_answer(model, row, policy, settings.max_new_tokens, CLOCKS[clock_name])
+                    timing = time_answer(model, row, policy, settings.max_new_tokens, CLOCKS[clock_name])
                     if turn:
-                        seconds[label][index].append(once[0])
-                        firsts[label][index].append(once[1])
-                        counts[label][index] = once[2:]
-    found, reference = {}, None
-    for label in ways:
-        answers = [median(values) for values in seconds[label]]
-        sampled = [count for count, _ in counts[label]]
-        pace = [a / max(n, 1) for a, n in zip(answers, sampled, strict=True)]
-        reference = reference or (answers, pace)
-        ratio = median(a / b for a, b in zip(answers, reference[0], strict=True))
-        per_token = median(a / b for a, b in zip(pace, reference[1], strict=True))
-        found[label] = {
-            "seconds": round(median(answers), 4),
-            "first": round(median(median(values) for values in firsts[label]), 4),
-            "per_second": round(1 / median(pace), 2),
-            "ratio": round(ratio, 3),
-            "per_token": round(per_token, 3),
-            "invocations": round(sum(count for _, count in counts[label]) / len(rows), 2),
-            "n": len(rows),
-        }
+                        measured[label][index].append(timing)
+    found = summarize(measured)
     device = next(iter(models.values())).device
     where = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
     clock = "processor time" if clock_name == "processor" else "wall clock"
@@ -120,6 +110,27 @@ def measure_times(
     )
     files.write_json(path, {"settings": asked, "times": found, "notes": [note]}, indent=1)
     return found, [note]
+
+
+def summarize(measured: Mapping[str, list[list[Timing]]]) -> dict[str, dict[str, Any]]:
+    """Medians by label, of measurements by question and round; ratios are relative to the first label."""
+    found: dict[str, dict[str, Any]] = {}
+    reference: tuple[list[float], list[float]] | None = None
+    for label, questions in measured.items():
+        answers = [median(timing.seconds for timing in rounds) for rounds in questions]
+        last = [rounds[-1] for rounds in questions]  # greedy answers, the same in every round
+        pace = [seconds / max(timing.sampled, 1) for seconds, timing in zip(answers, last, strict=True)]
+        reference = reference or (answers, pace)
+        found[label] = {
+            "seconds": round(median(answers), 4),
+            "first": round(median(median(timing.first for timing in rounds) for rounds in questions), 4),
+            "per_second": round(1 / median(pace), 2),
+            "ratio": round(median(a / b for a, b in zip(answers, reference[0], strict=True)), 3),
+            "per_token": round(median(a / b for a, b in zip(pace, reference[1], strict=True)), 3),
+            "invocations": round(sum(timing.invocations for timing in last) / len(last), 2),
+            "n": len(questions),
+        }
+    return found
 
 
 def saved_times(path: Path, settings: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -143,8 +154,8 @@ def questions(runs: Runs, count: int) -> list[Row]:
 
 
 @torch.inference_mode()
-def time_answer(model: VisMem, row: Row, policy: Any, tokens: int, clock: Any) -> tuple[float, float, int, int]:
-    """Seconds of a greedy answer, seconds to its first token, and its numbers of sampled tokens and invocations."""
+def time_answer(model: VisMem, row: Row, policy: Any, tokens: int, clock: Any) -> Timing:
+    """Times one greedy answer."""
     inputs: dict[str, Any] = on_device(model, prompt_inputs(model.processor, [row]))
     watch = FirstToken(clock)
     synchronize(model.device)
@@ -160,7 +171,7 @@ def time_answer(model: VisMem, row: Row, policy: Any, tokens: int, clock: Any) -
     )
     synchronize(model.device)
     end = clock()
-    return end - start, watch.at - start, int(out.rollout[0].sampled.sum()), len(out.invocations[0])
+    return Timing(end - start, watch.at - start, int(out.rollout[0].sampled.sum()), len(out.invocations[0]))
 
 
 class FirstToken:
