@@ -12,7 +12,7 @@ from functools import partial
 
 from vismem.analysis.heatmaps import Panel, figure_of, png
 from vismem.analysis.replacement import next_token_kl
-from vismem.analysis.short_attention import looks
+from vismem.analysis.short_attention import short_term_attention
 from vismem.analysis.slot_attention import attention_to_slots
 from vismem.data import prompt_inputs
 from vismem.decoding.markers import pieces, plain
@@ -66,7 +66,7 @@ for name, replace in (("taken out", lambda row, index, invocation: None), ("of a
 # Attention of the memory's positions to the patches, and of the answer's tokens to the memory's vectors. In the pocket
 # model the first is nearly even, and the second is on the cell that the question is about.
 
-seen = looks(model, inputs, out.invocations, [row.images for row in few])
+seen = short_term_attention(model, inputs, out.invocations, [row.images for row in few])
 attention = attention_to_slots(model, inputs, out.rollout)
 look = seen[0]
 row, answered = few[look.row], out.rollout[look.row].tokens.tolist()

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from vismem.analysis.heatmaps import Panel, figure_of, png, scale_end
-from vismem.analysis.short_attention import looks
+from vismem.analysis.short_attention import short_term_attention
 from vismem.analysis.slot_attention import attention_to_slots
 from vismem.data import load_dataset_rows, prompt_inputs
 from vismem.decoding.markers import SHAPES, pieces, plain
@@ -114,14 +114,14 @@ busiest, read = [], []  # the highest value of every map
 
 def draw(number, row, inputs, out):
     """Draws every picture of a question with each look at it; gives the files, and a line about every look."""
-    seen = looks(model, inputs, out.invocations, [row.images])
+    seen = short_term_attention(model, inputs, out.invocations, [row.images])
     (attention,) = attention_to_slots(model, inputs, out.rollout)
     lines, figures = [], []
     several = len(seen) > 1
     for look in seen:
         shown = {view.picture for view in look.views}
         busiest.append(max(float(look.on(picture).max()) for picture in shown))
-        got = 100 * float(attention.reading(look.index).sum(-1).mean())
+        got = 100 * float(attention.until_next(look.index).sum(-1).mean())
         lines.append(
             f"{name_of(look, several)}: the busiest place got {busiest[-1]:.1f} times the even share of the look; "
             f"{got:.0f} % of the answer's attention went to this memory"
@@ -132,7 +132,7 @@ def draw(number, row, inputs, out):
             if any(view.picture == index for view in look.views):
                 top.append(Panel(f"{name_of(look, several)} looked at", look.on(index)))
             if any(look.views[view].picture == index for view, _ in look.starts):
-                heat = look.read(attention.reading(look.index).mean((0, 1)), index)
+                heat = look.read(attention.until_next(look.index).mean((0, 1)), index)
                 below.append(Panel(f"read of {name_of(look, several)}", heat))
                 read.append(float(heat.max()))
         figures.append(([*top, *below], len(top) + len(below)) if len(top) < 3 else ([*top, None, *below], len(top)))

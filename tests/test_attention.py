@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from vismem.analysis.slot_attention import GROUPS, attention_layers, attention_to_slots, eager
+from vismem.analysis.slot_attention import GROUPS, attention_layers, attention_to_slots, eager_attention
 from vismem.decoding.policies import Forced
 from vismem.reading.splice import Splice, find_invocations
 from vismem.training.replay import collate
@@ -28,7 +28,7 @@ def spliced(model, batch, rollouts) -> Splice:
     return Splice(places, call["memories"], ids.shape[1])
 
 
-def test_rows_add_up_and_look_back_only(family):
+def test_rows_sum_to_one_and_are_causal(family):
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
@@ -49,17 +49,17 @@ def test_rows_add_up_and_look_back_only(family):
             assert torch.equal(found.after(index), slots[:, invocation.position + 1 :])
 
 
-def test_a_memory_is_read_until_the_next_of_its_kind():
+def test_until_next_ends_at_the_next_memory_of_its_kind():
     model = tiny.equip("idefics3")
     batch = tiny.prompts(model.processor, [tiny.message("look again!", tiny.picture(0))])
     out = written(model, batch, Forced([(0, 2, "short"), (0, 4, "long"), (0, 7, "short")]))  # tokens 2, 6 and 11
     (found,) = attention_to_slots(model, batch, out.rollout)
     assert found.positions == [2, 6, 11]
-    assert torch.equal(found.reading(0), found.slots[0][:, 3:11])
-    assert torch.equal(found.reading(1), found.after(1)) and torch.equal(found.reading(2), found.after(2))
+    assert torch.equal(found.until_next(0), found.slots[0][:, 3:11])
+    assert torch.equal(found.until_next(1), found.after(1)) and torch.equal(found.until_next(2), found.after(2))
 
 
-def test_the_reading_is_the_ordinary_one(family):
+def test_eager_attention_changes_nothing_and_is_undone(family):
     """Eager attention gives the states that decoding and training give, and is taken back, after an error too."""
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
@@ -69,12 +69,12 @@ def test_the_reading_is_the_ordinary_one(family):
     with torch.no_grad():
         before = model(**call).last_hidden_state
         assert model.backbone.language_model.config._attn_implementation == "sdpa"
-        with eager(model):
+        with eager_attention(model):
             assert model.backbone.language_model.config._attn_implementation == "eager"
             inside = model(**call).last_hidden_state
         real = call["attention_mask"].bool()
         assert torch.allclose(inside[real], before[real], atol=1e-4)
-        with pytest.raises(RuntimeError), eager(model):
+        with pytest.raises(RuntimeError), eager_attention(model):
             raise RuntimeError("on purpose")
         assert model.backbone.language_model.config._attn_implementation == "sdpa"
         assert torch.equal(model(**call).last_hidden_state, before)
@@ -83,7 +83,7 @@ def test_the_reading_is_the_ordinary_one(family):
     assert not any(layer._forward_hooks for layer in attention_layers(model))
 
 
-def test_against_the_bases_own_weights(family):
+def test_matches_the_bases_own_weights(family):
     """A text prompt and its memories laid together by hand, read in one go by the base's language model."""
     model = tiny.equip(family)
     batch = tiny.prompts(model.processor, [tiny.message("A red cup and a blue book.")])
@@ -113,7 +113,7 @@ def test_against_the_bases_own_weights(family):
 
 
 @pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "llavaonevision1_5"])
-def test_visual_tokens_against_the_bases_own_weights(family):
+def test_visual_tokens_match_the_bases_own_weights(family):
     """Without memory: the share of the picture is what the base's own attention gives to its tokens."""
     model = tiny.equip(family)
     batch = tiny.prompts(model.processor, [tiny.message("look again!", tiny.picture(0))])
@@ -134,7 +134,7 @@ def test_visual_tokens_against_the_bases_own_weights(family):
 
 
 @pytest.mark.parametrize("family", ["idefics3", "gemma3"])
-def test_layers_with_a_window_see_no_further(family):
+def test_windowed_layers_attend_within_their_window(family):
     model = tiny.equip(family, base={"sliding_window": 12})
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch, max_new_tokens=24)
@@ -189,11 +189,11 @@ def test_rows_do_not_depend_on_their_neighbours_or_on_sharing_a_prompt(base):
         assert all(torch.allclose(alone.shares[name], shared.shares[name], atol=1e-5) for name in GROUPS)
 
 
-def test_what_cannot_be_shown_is_refused():
+def test_layers_without_weights_raise():
     model = tiny.equip("idefics3")
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
-    with pytest.raises(ValueError, match="as many for each prompt"):
+    with pytest.raises(ValueError, match="same number for each prompt"):
         attention_to_slots(model, batch, out.rollout[:2])
     layer = model.backbone.language_model.layers[1]
     layer.self_attn.forward, forward = lambda **kwargs: (kwargs["hidden_states"], None), layer.self_attn.forward
@@ -202,5 +202,5 @@ def test_what_cannot_be_shown_is_refused():
     layer.self_attn.forward = forward
     layer.linear_attn = layer.self_attn
     del layer.self_attn
-    with pytest.raises(ValueError, match=r"idefics3 has no attention to show .*DecoderLayer"):
+    with pytest.raises(ValueError, match=r"idefics3 has layers without attention .*DecoderLayer"):
         attention_to_slots(model, batch, out.rollout)

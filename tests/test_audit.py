@@ -12,8 +12,8 @@ import torch
 import vismem
 from vismem import cli
 from vismem.audit import audit as running
-from vismem.audit.activations import Bank
-from vismem.audit.audit import Options, audit
+from vismem.audit.activations import ActivationStore
+from vismem.audit.audit import AuditOptions, audit
 from vismem.audit.interventions import formed_by
 from vismem.audit.names import INTERVENTIONS
 from vismem.audit.questions import questions
@@ -60,7 +60,7 @@ def audited(model, rows, out, invocation=SHORT, page=False, **options):
     with pytest.MonkeyPatch.context() as patch:
         if not page:
             patch.setattr(running, "write_report", lambda *_: None)
-        return audit(model, rows, load_rewards([even]), Options(out, invocation=invocation, **options))
+        return audit(model, rows, load_rewards([even]), AuditOptions(out, invocation=invocation, **options))
 
 
 def answers(found, kinds="all"):
@@ -150,10 +150,12 @@ def test_a_memory_that_the_model_ignores_shows_no_effect(tmp_path):
     assert found["checks"]["formed again"] == {"memories": 80, "furthest": pytest.approx(0, abs=1e-4)}
 
 
-def test_the_shipped_short_memory_is_of_the_image_and_worth_much(shipped, tmp_path):
+def test_the_packaged_short_memory_depends_on_the_image_and_helps(shipped, tmp_path):
     """Late questions: the picture has left the window, so what the memory holds decides the answer."""
     rows = questions("pocket:late", 12, 1)
-    options = Options(tmp_path, n=12, batch_size=12, max_new_tokens=24, about={"base": "pocket", "data": "pocket:late"})
+    options = AuditOptions(
+        tmp_path, n=12, batch_size=12, max_new_tokens=24, about={"base": "pocket", "data": "pocket:late"}
+    )
     unread = [Record.failed("gone", "no such image")]
     found = audit(shipped, rows, load_rewards("pocket"), options, unread)
     assert found["overview"]["gain"]["low"] > 0.5 and found["failed"] == {"gone": "no such image"}
@@ -171,10 +173,10 @@ def test_the_shipped_short_memory_is_of_the_image_and_worth_much(shipped, tmp_pa
     assert json.loads((tmp_path / "audit.json").read_text()) == json.loads(json.dumps(found))
 
 
-def test_rows_that_are_read_together_are_told_apart(shipped, tmp_path):
+def test_batched_rows_are_kept_apart(shipped, tmp_path):
     """Learned invocations let waiting prompts be read in one batch; each look is still noted as its own row's."""
     rows = questions("pocket:late", 4, 1)
-    bank, store = Bank(shipped, rows, tmp_path / "bank"), RecordFile(tmp_path / "intact.jsonl", {})
+    bank, store = ActivationStore(shipped, rows, tmp_path / "bank"), RecordFile(tmp_path / "intact.jsonl", {})
     intact_answers(bank, load_rewards("pocket"), store, batch_size=4, max_new_tokens=24)
     for row_id, entry in bank.entries.items():
         seen = bank.observation(row_id, 0)
@@ -183,10 +185,10 @@ def test_rows_that_are_read_together_are_told_apart(shipped, tmp_path):
         assert torch.allclose(entry.visual, seen.visual, atol=1e-3)
 
 
-def test_both_kinds_are_replaced_apart(shipped, tmp_path):
+def test_each_kind_is_replaced_on_its_own(shipped, tmp_path):
     """Withheld rules: a look and a recall in every answer; another image is nothing to long memory's recall."""
     rows = questions("pocket:rules", 10, 1)
-    options = Options(
+    options = AuditOptions(
         tmp_path, n=10, batch_size=10, max_new_tokens=40, interventions=("zeros", "another_image", "another_question")
     )
     found = audit(shipped, rows, load_rewards("pocket"), options)
@@ -201,7 +203,7 @@ def test_both_kinds_are_replaced_apart(shipped, tmp_path):
     assert answers(found, "short")[IMAGE] == YES and answers(found, "long")[QUESTION] == YES
 
 
-def test_a_stopped_audit_goes_on_and_ends_with_the_same_numbers(model, tmp_path, monkeypatch):
+def test_a_resumed_audit_gives_the_same_numbers(model, tmp_path, monkeypatch):
     rows, chosen = pictures(14), ("zeros", "noise", "another_image")
     whole = audited(model, rows, tmp_path / "whole", n=10, interventions=chosen)
     inner, missing = running.answer, []
@@ -227,10 +229,12 @@ def test_a_stopped_audit_goes_on_and_ends_with_the_same_numbers(model, tmp_path,
     with pytest.raises(ValueError, match="seed=0, not 1"):
         audited(model, rows, tmp_path / "stopped", n=10, interventions=chosen, seed=1)
     with pytest.raises(ValueError, match="rewards="):
-        audit(model, rows, load_rewards("exact"), Options(tmp_path / "stopped", invocation=SHORT, max_new_tokens=5))
+        audit(
+            model, rows, load_rewards("exact"), AuditOptions(tmp_path / "stopped", invocation=SHORT, max_new_tokens=5)
+        )
 
 
-def test_an_audit_without_memory_says_so(model, tmp_path):
+def test_an_audit_without_invocations(model, tmp_path):
     found = audited(model, pictures(12), tmp_path, invocation="off", n=12, page=True)
     assert {one["answer"] for one in found["verdicts"]} == {UNTESTED}
     assert "no answer invoked it" in told(found, IMAGE)["text"]
@@ -274,7 +278,7 @@ def test_the_command_reads_a_file_and_prints_verdicts(capsys, caplog, tmp_path):
         ("--data pocket:late --rewards beauty", 2, "no reward 'beauty'"),
     ],
 )
-def test_misuse_is_one_line(capsys, tmp_path, options, code, message):
+def test_misuse_is_reported_in_one_line(capsys, tmp_path, options, code, message):
     assert cli.main(["audit", "--out", str(tmp_path / "out"), *options.split()]) == code
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out

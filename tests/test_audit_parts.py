@@ -14,8 +14,8 @@ import torch
 from vismem.analysis.replacement import next_token_kl
 from vismem.analysis.slot_attention import attention_to_slots
 from vismem.audit import activations as banks
-from vismem.audit.activations import Bank
-from vismem.audit.attention import PARTS, evenly, gazes, watch
+from vismem.audit.activations import ActivationStore
+from vismem.audit.attention import PARTS, measure_attention, summarize_attention, uniform_attention
 from vismem.audit.effects import effect
 from vismem.audit.interventions import (
     STAND_INS,
@@ -28,9 +28,9 @@ from vismem.audit.interventions import (
 )
 from vismem.audit.names import INTERVENTIONS
 from vismem.audit.probes import FOLDS, folds_of, probe
-from vismem.audit.questions import drawn, questions, questions_and_unread
+from vismem.audit.questions import questions, questions_and_unread, sample_rows
 from vismem.audit.reference import intact_answers
-from vismem.audit.replay import Lines, replay
+from vismem.audit.replay import replay
 from vismem.audit.statistics import change, share, wilson
 from vismem.audit.structure import structure
 from vismem.audit.targets import Target, targets
@@ -39,8 +39,8 @@ from vismem.config import KINDS
 from vismem.data import Row
 from vismem.decoding.policies import Forced
 from vismem.decoding.trace import Invocation, Rollout
-from vismem.evaluation.answering import asked
-from vismem.evaluation.records import Record, RecordFile
+from vismem.evaluation.answering import requests_for
+from vismem.evaluation.records import Record, RecordFile, ResultFile
 from vismem.training.rewards import load_rewards
 
 BOTH = Forced([(0, 1, "short"), (0, 3, "long")])
@@ -60,9 +60,9 @@ def even(completions, **_):
     return [float(len(completion[0]["content"]) % 2 == 0) for completion in completions]
 
 
-def filled(model, rows, folder, invocation=BOTH, **options) -> Bank:
+def filled(model, rows, folder, invocation=BOTH, **options) -> ActivationStore:
     """A bank after its reference pass."""
-    bank = Bank(model, rows, folder / "bank", **options)
+    bank = ActivationStore(model, rows, folder / "bank", **options)
     store = RecordFile(folder / "intact.jsonl", {})
     intact_answers(bank, load_rewards([even]), store, invocation=invocation, batch_size=4, max_new_tokens=6)
     return bank
@@ -71,7 +71,7 @@ def filled(model, rows, folder, invocation=BOTH, **options) -> Bank:
 def written(bank, rows, batch_size, intervention=None, invocation=BOTH):
     """Tokens and memories of rows, by id, decoded in one live batch."""
     found = {}
-    requests = list(asked(bank.model, rows, invocation, 0, lambda record: pytest.fail(str(record.error))))
+    requests = list(requests_for(bank.model, rows, invocation, 0, lambda record: pytest.fail(str(record.error))))
 
     def decode():
         for one in bank.model.stream_batch(requests, batch_size, max_new_tokens=6, do_sample=False):
@@ -103,7 +103,7 @@ def bank(model, rows, tmp_path_factory):
 # What stands in.
 
 
-def test_what_the_bank_holds_forms_the_memories_that_were_written_with(bank):
+def test_stored_activations_form_the_same_memories(bank):
     for row_id, entry in bank.entries.items():
         assert [one.kind for one in entry.rollout.invocations] == list(KINDS)
         for index, one in enumerate(entry.rollout.invocations):
@@ -112,13 +112,13 @@ def test_what_the_bank_holds_forms_the_memories_that_were_written_with(bank):
                 query = bank.model.memory.builder([bank.observation(row_id, index).visual], [one.states])[0]
             assert torch.allclose(again, one.memory, atol=1e-4)
             assert torch.allclose(query, entry.queries[index], atol=1e-4)
-        assert torch.allclose(entry.visual, bank.sight(row_id).visual, atol=1e-4)
+        assert torch.allclose(entry.visual, bank.encoded_images(row_id).visual, atol=1e-4)
 
 
-def test_every_kind_of_base_can_be_banked(family, tmp_path):
+def test_every_family_can_be_stored(family, tmp_path):
     model = tiny.equip(family)
     bank = filled(model, [row(0), row(1)], tmp_path)
-    lines = Lines(tmp_path / "replay.jsonl", {})
+    lines = ResultFile(tmp_path / "replay.jsonl", {})
     replay(bank, INTERVENTIONS, ["row0", "row1"], lines, 14, "")
     shifts = [shift for line in lines.rows.values() for shift in line["shifts"]]
     assert len(shifts) == 2 * 2 * (1 + len(INTERVENTIONS))
@@ -126,7 +126,7 @@ def test_every_kind_of_base_can_be_banked(family, tmp_path):
     assert all(shift["first"] >= -1e-6 for shift in shifts if shift["name"] != "intact")
 
 
-def test_another_image_is_the_bank_s_and_the_rest_the_row_s_own(bank, rows):
+def test_another_image_replaces_only_the_image(bank, rows):
     seen = {}  # what rows really had in mind while they were decoded, by id and invocation
 
     def noting(form):
@@ -153,7 +153,7 @@ def test_another_image_is_the_bank_s_and_the_rest_the_row_s_own(bank, rows):
             assert (expected - bank.model.memory.form("short", [theirs])[0]).norm() > 1e-3 * own.norm()
 
 
-def test_another_question_takes_states_and_words_and_keeps_the_image(bank, rows):
+def test_another_question_replaces_states_and_segment(bank, rows):
     found = written(bank, rows, 3, Intervention("another_question", ("long",)))
     for one in rows:
         other, index = bank.other_question(one.id, "long")
@@ -167,7 +167,7 @@ def test_another_question_takes_states_and_words_and_keeps_the_image(bank, rows)
         assert (found[one.id][1][1] - own[1].memory).norm() > 1e-3 * own[1].memory.norm()
 
 
-def test_zeros_noise_mean_shuffles_and_the_other_kind_are_what_they_say(bank, rows):
+def test_zeros_noise_mean_shuffled_and_other_kind(bank, rows):
     observations = [bank.observation(one.id, 0) for one in rows]
     form = bank.model.memory.form
     own = [bank.entries[one.id].rollout.invocations[0].memory for one in rows]
@@ -199,7 +199,7 @@ def test_a_row_s_replacement_does_not_depend_on_the_batch(bank, rows, name):
                 assert torch.allclose(one, other, atol=1e-4), (name, row_id)
 
 
-def test_chance_is_the_seed_s_and_the_row_s(model, rows, bank, tmp_path):
+def test_noise_depends_on_the_seed_and_the_row(model, rows, bank, tmp_path):
     other = filled(model, rows, tmp_path, seed=1)
     one, two = (written(each, rows, 4, Intervention("noise")) for each in (bank, other))
     assert not torch.allclose(one["row0"][1][0], two["row0"][1][0], atol=1e-2)
@@ -209,7 +209,7 @@ def test_chance_is_the_seed_s_and_the_row_s(model, rows, bank, tmp_path):
     assert (kinds[0] - directions[0]).norm() > 0.5  # another invocation, another draw
 
 
-def test_one_kind_alone_is_replaced_and_the_context_ends(bank, rows):
+def test_one_kind_is_replaced_until_the_context_ends(bank, rows):
     found = written(bank, rows, 4, Intervention("zeros", ("short",)))
     assert all(not memories[0].any() and memories[1].any() for _, memories in found.values())
     assert "form" not in vars(bank.model.memory)
@@ -232,7 +232,7 @@ def test_questions_about_the_same_image_come_first(model, tmp_path):
     )  # no memory of its own image
 
 
-def test_where_nothing_can_stand_in_the_memory_stays(model, tmp_path):
+def test_memory_stays_where_no_replacement_exists(model, tmp_path):
     lonely = [row(0, 0, TEXTS[0]), row(1, 0, TEXTS[0]), row(2, -1, TEXTS[0])]
     bank = filled(model, lonely[:2], tmp_path / "one")
     for name in ("mean", "another_image", "another_question"):
@@ -246,7 +246,7 @@ def test_where_nothing_can_stand_in_the_memory_stays(model, tmp_path):
     assert written(blind, lonely[2:], 1, Intervention("other_kind"), Forced([(0, 1, "long")]))["row2"][1][0].any()
 
 
-def test_rows_without_a_name_are_refused(bank, rows):
+def test_rows_without_a_tag_raise(bank, rows):
     with replaced(bank, Intervention("zeros")), pytest.raises(ValueError, match="requests with tags"):
         bank.model.generate(**bank.inputs(rows[:1]), invocation=BOTH, max_new_tokens=4)
     with pytest.raises(ValueError, match="no row 'elsewhere'"):
@@ -262,8 +262,8 @@ def test_rows_without_a_name_are_refused(bank, rows):
     assert tuple(STAND_INS) == INTERVENTIONS
 
 
-def test_entries_come_back_from_disk_and_only_for_their_rows(bank, rows):
-    again = Bank(bank.model, rows, bank.folder)
+def test_entries_are_loaded_only_for_their_rows(bank, rows):
+    again = ActivationStore(bank.model, rows, bank.folder)
     assert all(again.load(one.id) for one in rows)
     for row_id, entry in bank.entries.items():
         other = again.entries[row_id]
@@ -272,12 +272,12 @@ def test_entries_come_back_from_disk_and_only_for_their_rows(bank, rows):
         for one, two in zip(entry.rollout.invocations, other.rollout.invocations, strict=True):
             assert one == two and one.memory.equal(two.memory) and one.states.equal(two.states)
         assert all(a.equal(b) for a, b in zip(entry.queries, other.queries, strict=True))
-    moved = Bank(bank.model, [rows[1], rows[0]], bank.folder)
+    moved = ActivationStore(bank.model, [rows[1], rows[0]], bank.folder)
     assert not moved.load(rows[0].id)
 
 
-def test_replays_measure_the_first_token_and_the_way_that_memories_moved(bank, rows, tmp_path):
-    lines = Lines(tmp_path / "replay.jsonl", {"a": 1})
+def test_replays_measure_kl_and_distance(bank, rows, tmp_path):
+    lines = ResultFile(tmp_path / "replay.jsonl", {"a": 1})
     ids = [one.id for one in rows]
     replay(bank, ["zeros", "shuffled"], ids[:4], lines, 6, "")
     before = (tmp_path / "replay.jsonl").read_text()
@@ -294,24 +294,24 @@ def test_replays_measure_the_first_token_and_the_way_that_memories_moved(bank, r
         assert shifts["zeros", 0]["first"] == pytest.approx(alone.first, abs=1e-5)
         assert shifts["zeros", 0]["rest"] == pytest.approx(alone.rest, abs=1e-5)
     with pytest.raises(ValueError, match="a=1, not 2"):
-        Lines(tmp_path / "replay.jsonl", {"a": 2})
+        ResultFile(tmp_path / "replay.jsonl", {"a": 2})
 
 
 # Attention.
 
 
-def test_what_slots_would_get_alike_is_counted_by_hand():
+def test_uniform_attention_matches_a_count():
     one = Invocation("short", 1, 2, False)
     rollout = Rollout(torch.zeros(5), torch.ones(5), torch.ones(5, 2), torch.zeros(5), [one])
     # prompt 3; then token 0, invocation, 2 slots, end token, tokens 3 and 4: places 0..9, slots at 5 and 6
-    assert evenly(rollout, [0], 3, 2, [None])[0].tolist() == pytest.approx([2 / 8, 2 / 9, 2 / 10])
-    assert evenly(rollout, [0], 3, 2, [3])[0].tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+    assert uniform_attention(rollout, [0], 3, 2, [None])[0].tolist() == pytest.approx([2 / 8, 2 / 9, 2 / 10])
+    assert uniform_attention(rollout, [0], 3, 2, [3])[0].tolist() == pytest.approx([2 / 3, 1 / 3, 0])
 
 
-def test_attention_adds_up_and_tells_kinds_apart(bank, rows, tmp_path):
-    lines = Lines(tmp_path / "attention.jsonl", {})
-    watch(bank, [one.id for one in rows], lines, 4, "")
-    found = gazes(lines.rows, bank)
+def test_attention_sums_to_one_for_each_kind(bank, rows, tmp_path):
+    lines = ResultFile(tmp_path / "attention.jsonl", {})
+    measure_attention(bank, [one.id for one in rows], lines, 4, "")
+    found = summarize_attention(lines.rows, bank)
     assert set(found) == set(KINDS)
     for kind in found.values():
         assert kind["n"] == len(rows) and kind["layers"] == 2
@@ -337,7 +337,7 @@ def dealt(count=120, images=120, seed=0):
     return rng, groups, [labels[n % images] for n in range(count)]
 
 
-def test_a_probe_finds_what_is_there_and_nothing_else():
+def test_a_probe_finds_only_what_is_encoded():
     rng, groups, values = dealt()
     other = [f"class{n}" for n in rng.integers(0, 3, len(groups))]
     marks = np.eye(3)[[int(value[-1]) for value in values]]
@@ -354,7 +354,7 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
     assert absent.answer in (NO, OPEN)
 
 
-def test_no_image_is_on_both_sides_of_a_fold():
+def test_no_image_is_split_between_folds():
     # Four rows of every image that look alike; values belong to images by chance, so only leaking could find them.
     rng, groups, values = dealt(160, 40)
     looks = {group: rng.normal(size=20) for group in groups}
@@ -366,7 +366,7 @@ def test_no_image_is_on_both_sides_of_a_fold():
     assert set(folds) == set(range(FOLDS))
 
 
-def test_targets_that_cannot_be_learned_are_named():
+def test_unlearnable_targets_are_skipped_with_a_reason():
     rng, groups, values = dealt(60, 60)
     wanted = [
         Target("same", "same", ["a"] * 60),
@@ -379,7 +379,7 @@ def test_targets_that_cannot_be_learned_are_named():
     assert "30 rows" in found["skipped"]["unknown"]
 
 
-def test_targets_know_families_columns_and_what_was_asked_about():
+def test_targets_of_families_columns_and_questions():
     facts = {"colour r1c1": "red", "colour r1c2": "blue", "label r1": "gold", "label r2": "mint"}
     given = [row(n, attributes=facts, asked=[(0, 1)], kind=n % 2, place={"x": 1}) for n in range(3)]
     found = {target.name: target.values for target in targets(given, ["kind", "place", "answer"])}
@@ -392,7 +392,7 @@ def test_targets_know_families_columns_and_what_was_asked_about():
         targets(given, ["asked"])
 
 
-def test_memories_of_an_image_are_more_alike_than_memories_of_images(model, tmp_path):
+def test_memories_of_one_image_are_more_similar(model, tmp_path):
     rows = [row(n, n // 2, TEXTS[n % 2]) for n in range(8)]
     bank = filled(model, rows, tmp_path)
     wanted = [Target("half", "half", ["a"] * 4 + ["b"] * 4)]
@@ -411,7 +411,7 @@ def test_memories_of_an_image_are_more_alike_than_memories_of_images(model, tmp_
 # Numbers and rules.
 
 
-def test_intervals_have_a_width_where_all_values_are_alike():
+def test_intervals_of_equal_values_have_a_width():
     exact = scipy.stats.binomtest(3, 40).proportion_ci(method="wilson")
     assert wilson(3 / 40, 40) == pytest.approx((exact.low, exact.high), abs=1e-6)
     groups = [str(n) for n in range(20)]
@@ -471,7 +471,7 @@ def test_a_verdict_needs_the_whole_interval(flips, moved, n, answer, large):
         assert f"{100 * flips[0]:.0f}" in found.text and f"n = {n}" in found.text and "costs 50 points" in found.text
 
 
-def test_content_must_beat_every_stand_in_without_content():
+def test_content_must_beat_every_content_free_replacement():
     def effects(*costs):
         common = {"n": 100, "intact": estimate(0.9, 0.85, 0.95), "flips": estimate(0.9, 0.85, 0.95)}
         rows = zip(("zeros", "mean", "noise"), costs, strict=True)
@@ -490,18 +490,18 @@ def test_content_must_beat_every_stand_in_without_content():
 # Questions.
 
 
-def test_questions_of_an_image_are_drawn_together():
+def test_questions_about_one_image_are_sampled_together():
     rows = [row(n, n // 3) for n in range(30)]
-    taken = drawn(rows, 9, 4)
+    taken = sample_rows(rows, 9, 4)
     counts = [sum(banks.image_digest(one) == banks.image_digest(each) for each in taken) for one in taken]
     assert counts == [3] * 9
-    assert [one.id for one in drawn(rows, 9, 4)] == [one.id for one in taken]
-    assert [one.id for one in drawn(rows, 5, 4)] == [one.id for one in taken[:5]]
-    assert [one.id for one in drawn(rows, 9, 5)] != [one.id for one in taken]
-    assert len(drawn(rows, 99, 0)) == 30
+    assert [one.id for one in sample_rows(rows, 9, 4)] == [one.id for one in taken]
+    assert [one.id for one in sample_rows(rows, 5, 4)] == [one.id for one in taken[:5]]
+    assert [one.id for one in sample_rows(rows, 9, 5)] != [one.id for one in taken]
+    assert len(sample_rows(rows, 99, 0)) == 30
 
 
-def test_rows_that_cannot_be_read_are_named(tmp_path):
+def test_unreadable_rows_are_reported(tmp_path):
     tiny.picture(0).save(tmp_path / "a.png")
     raw = [{"prompt": "?", "answer": 1, "image": name} for name in ("a.png", "gone.png", "a.png")]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(one) + "\n" for one in raw))
@@ -510,7 +510,7 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     assert [record.id for record in unread] == ["t.jsonl:2"] and "no such image" in unread[0].error
 
 
-def test_pocket_questions_take_cells_in_turn():
+def test_pocket_questions_alternate_between_cells():
     found = questions("pocket:late", 23, 3)
     assert len(found) == 23 and len({one.columns["cell"] for one in found[:20]}) == 20
     assert [one.id for one in questions("pocket:late", 20, 3)] == [one.id for one in found[:20]]

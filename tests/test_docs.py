@@ -294,7 +294,7 @@ def is_part(owner: type, name: str) -> bool:
 def test_every_setting_is_in_the_configuration_page():
     from transformers import TrainingArguments
 
-    from vismem.evaluation.settings import Benchmark, Method, Settings
+    from vismem.evaluation.settings import Benchmark, EvaluationSettings, Method
     from vismem.training.arguments import MemoryTrainingArguments
 
     said = {
@@ -313,7 +313,7 @@ def test_every_setting_is_in_the_configuration_page():
                 shown = said[each.name][0].strip("`")
                 if isinstance(each.default, (bool, int, float, str)):
                     assert shown.lower() == str(each.default).lower(), f"{each.name}: {shown} is not {each.default}"
-    for kind in (Settings, Method, Benchmark):
+    for kind in (EvaluationSettings, Method, Benchmark):
         assert {each.name for each in dataclasses.fields(kind)} <= set(said), kind.__name__
 
 

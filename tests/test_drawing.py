@@ -23,7 +23,7 @@ from vismem.analysis.heatmaps import (
     strength,
     vectors_of,
 )
-from vismem.analysis.short_attention import looks
+from vismem.analysis.short_attention import short_term_attention
 from vismem.cli.streaming import Paper, Streamer
 from vismem.decoding.markers import CSS, Piece, html, pieces, plain
 from vismem.decoding.policies import Forced
@@ -36,7 +36,7 @@ def model():
     return tiny.equip("idefics3")
 
 
-def test_marks_are_those_of_the_terminal(model):
+def test_markers_match_the_terminals(model):
     """The same text, mark for mark, as `vismem ask` streams; characters of several tokens stay whole."""
     tokenizer, tokens = model.processor.tokenizer, model.tokens
     invoked = {kind: [tokens.invocation_ids[kind], tokens.end_ids[kind]] for kind in ("short", "long")}
@@ -57,7 +57,7 @@ def test_marks_are_those_of_the_terminal(model):
     assert pieces([], tokenizer, tokens) == []
 
 
-def test_a_mark_inside_a_character_does_not_break_it(model):
+def test_a_marker_inside_a_character_does_not_break_it(model):
     tokenizer, tokens = model.processor.tokenizer, model.tokens
     parts = tokenizer.encode("漢", add_special_tokens=False)
     assert len(parts) > 1
@@ -66,7 +66,7 @@ def test_a_mark_inside_a_character_does_not_break_it(model):
     assert plain(pieces(ids[:1], tokenizer, tokens)) == "\ufffd"
 
 
-def test_heat_is_where_it_is():
+def test_heat_is_painted_at_its_position():
     heat = np.zeros((4, 6), dtype=np.float32)
     heat[1, 4] = 8
     found = np.asarray(overlaid(PICTURE, heat, side=240)).astype(int)
@@ -79,7 +79,7 @@ def test_heat_is_where_it_is():
     assert (half[..., 0] - half[..., 2])[40:80, 160:200].mean() < (found[..., 0] - found[..., 2])[40:80, 160:200].mean()
 
 
-def test_colour_begins_above_the_even_share():
+def test_colour_starts_above_uniform_attention():
     flat = np.ones((4, 6), dtype=np.float32) + 0.01 * np.eye(4, 6, dtype=np.float32)
     plain = np.asarray(overlaid(PICTURE, np.ones((4, 6)))).astype(int)
     assert np.ptp(plain, axis=-1).max() == 0 and np.array_equal(plain, np.asarray(overlaid(PICTURE, np.zeros((4, 6)))))
@@ -96,11 +96,11 @@ def test_small_pictures_keep_hard_pixels_and_large_ones_shrink():
     assert enlarged(Image.new("RGB", (2000, 2)), 256).size == (256, 1)
 
 
-def test_figures(model, tmp_path):
+def test_figures_are_plotted_and_saved(model, tmp_path):
     batch = tiny.prompts(model.processor, [tiny.message("look", PICTURE)])
     writing = {"return_dict_in_generate": True, "record": True, "max_new_tokens": 4, "do_sample": False}
     out = model.generate(**batch, invocation=Forced([(0, 1, "short")]), **writing)
-    (look,) = looks(model, batch, out.invocations, [[PICTURE]])
+    (look,) = short_term_attention(model, batch, out.invocations, [[PICTURE]])
     sheet = vectors_of(look, PICTURE)
     titles = [axis.get_title() for axis in sheet.axes if axis.get_title()]
     assert titles == ["all vectors", "vector 1", "vector 2", "vector 3", "vector 4"]
@@ -115,7 +115,7 @@ def test_figures(model, tmp_path):
     assert head == "data:image/png;base64" and Image.open(io.BytesIO(base64.b64decode(rest))).size == (240, 160)
 
 
-def test_without_matplotlib_a_line_says_what_to_install(monkeypatch):
+def test_missing_matplotlib_names_the_extra(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"pip install 'vismem\[eval\]'"):

@@ -20,10 +20,9 @@ from vismem.evaluation.records import Record, RecordFile
 from vismem.evaluation.runs import Runs, slug
 from vismem.evaluation.settings import Method, load_settings, settings_of
 from vismem.evaluation.tables import TABLES, make
-from vismem.evaluation.tables.continuing import forgetting
 from vismem.evaluation.tables.gathering import never_invoked
 from vismem.evaluation.tables.layout import Cell, Table, averaged, grid, in_terminal, measured
-from vismem.evaluation.tables.occasions import relative
+from vismem.evaluation.tables.paper import forgetting, relative
 from vismem.pocket import BASE_PATH, MEMORY_PATH, easyvqa, suites
 from vismem.pocket.tasks import score
 
@@ -36,7 +35,7 @@ def shipped():
 # Intervals.
 
 
-def test_the_interval_of_a_share_is_about_what_the_normal_approximation_says():
+def test_share_intervals_match_the_normal_approximation():
     scores = [1.0] * 70 + [0.0] * 30
     mean, low, high = intervals.bootstrap_mean(scores)
     half = 1.96 * (0.7 * 0.3 / 100) ** 0.5
@@ -45,7 +44,7 @@ def test_the_interval_of_a_share_is_about_what_the_normal_approximation_says():
     assert intervals.bootstrap_mean(scores) == (mean, low, high)  # the same each time
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(100):
         _, low, high = intervals.bootstrap_mean(rng.random(60) < 0.4)
@@ -71,7 +70,7 @@ def test_paired_differences_are_narrower_than_unpaired_ones():
         intervals.bootstrap_difference([1.0], [1.0, 0.0])
 
 
-def test_groups_are_drawn_together():
+def test_groups_are_resampled_together():
     scores, groups = [1.0] * 10 + [0.0] * 10, [0] * 10 + [1] * 10
     mean, low, high = intervals.bootstrap_mean(scores, groups)
     assert (mean, low, high) == (0.5, 0.0, 1.0)
@@ -87,7 +86,7 @@ def test_averages_are_unweighted_over_benchmarks():
 
 
 @pytest.mark.parametrize("scores", [[], [[]], [float("nan")]])
-def test_no_interval_of_nothing(scores):
+def test_empty_scores_raise(scores):
     with pytest.raises(ValueError):
         intervals.bootstrap_mean(scores)
 
@@ -99,7 +98,7 @@ def record(name: str, score: float = 1.0, **more) -> Record:
     return Record(name, score, "so", 4, 4, **more)
 
 
-def test_record_files_go_on_and_drop_a_torn_line(tmp_path):
+def test_record_files_resume_and_drop_a_truncated_line(tmp_path):
     path = tmp_path / "a" / "answers.jsonl"
     file = RecordFile(path, {"n": 1, "what": ("x",)})
     file.add([record("one"), record("two", invocations=[{"kind": "short", "position": 2}])])
@@ -114,7 +113,7 @@ def test_record_files_go_on_and_drop_a_torn_line(tmp_path):
 @pytest.mark.parametrize(
     "reply", ["a\u2028b", "a\x85b", "a\x0b\x0c\x1c\x1db", "Z\u00fcrich \N{SNOWMAN}", "half \ud83d"]
 )
-def test_records_cut_anywhere_are_read_again(tmp_path, reply):
+def test_records_truncated_anywhere_are_readable(tmp_path, reply):
     path, kept = tmp_path / "answers.jsonl", Record("one", 1.0, reply, 4, 4)
     RecordFile(path, {}).add([kept, record("two")])
     whole = path.read_bytes()
@@ -136,13 +135,13 @@ def test_record_files_refuse_other_settings_and_other_files(tmp_path):
     with pytest.raises(ValueError, match=r"n=1, not 2.*output_dir"):
         RecordFile(path, {"n": 2})
     path.write_text('{"x": 1}\n{"id": "a"}\n')
-    with pytest.raises(ValueError, match="no record of settings"):
+    with pytest.raises(ValueError, match="has no settings"):
         RecordFile(path, {"n": 1})
     path.write_text('{"settings": {"n": 1}}\nnonsense\n{"id": "a"}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         RecordFile(path, {"n": 1})
     path.write_text('{"settings": {"n": 1}}\n{"name": "a"}\n{"id": "a"}\n')
-    with pytest.raises(ValueError, match=r"answers.jsonl holds a line that is no record"):
+    with pytest.raises(ValueError, match=r"answers.jsonl has a line"):
         RecordFile(path, {"n": 1})
 
 
@@ -150,7 +149,7 @@ def test_record_files_refuse_other_settings_and_other_files(tmp_path):
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
-def test_suites_are_the_same_for_a_seed_and_their_bounds_ask_the_same(suite):
+def test_suites_are_seeded_and_bounds_ask_the_same_questions(suite):
     found = suites.rows(suite, 1, seed=5)
     assert [row.answer for row in found] == [row.answer for row in suites.rows(suite, 1, seed=5)]
     assert len({row.id for row in found}) == len(found)
@@ -165,7 +164,7 @@ def test_suites_are_the_same_for_a_seed_and_their_bounds_ask_the_same(suite):
             suites.rows(suite, 1, bound=True)
 
 
-def test_attributes_are_what_the_answer_says():
+def test_attributes_match_the_answer():
     for row in suites.rows("late", 2):
         if row.columns["task"] in ("colour", "digit"):
             ((r, c),) = row.columns["asked"]
@@ -176,7 +175,7 @@ def test_attributes_are_what_the_answer_says():
     assert labels == {"striped", "dotted", "checked"}
 
 
-def test_answers_come_in_order_and_go_on_where_they_stopped(shipped, tmp_path):
+def test_answers_are_in_order_and_resume(shipped, tmp_path):
     rows = suites.rows("late", 1)[:9]
     store = RecordFile(tmp_path / "answers.jsonl", {})
     first = answer(shipped, rows[3:6], ["pocket"], max_new_tokens=24, store=store)
@@ -194,7 +193,7 @@ def test_answers_come_in_order_and_go_on_where_they_stopped(shipped, tmp_path):
     assert not any(r.invocations for r in off) and sum(r.score for r in off) <= 3
 
 
-def test_chance_is_each_rows_own(shipped):
+def test_random_invocation_is_seeded_by_row(shipped):
     rows = suites.rows("describe", 1)[:6]
     policy = vismem.invocation.Random(0.5)
     found = [answer(shipped, rows, ["pocket"], invocation=policy, batch_size=b, max_new_tokens=40) for b in (1, 6)]
@@ -205,7 +204,7 @@ def test_chance_is_each_rows_own(shipped):
     assert len(seeds) == len(rows)
 
 
-def test_placed_invocations_stand_after_their_marks(shipped):
+def test_placed_invocations_follow_their_markers(shipped):
     rows = suites.rows("both", 1)[:3]
     colon = shipped.processor.tokenizer.encode(":", add_special_tokens=False)[-1]
     for row, found in zip(rows, answer(shipped, rows, ["pocket"], invocation="placed", max_new_tokens=40), strict=True):
@@ -223,7 +222,7 @@ def test_placed_invocations_stand_after_their_marks(shipped):
         )
 
 
-def test_two_rows_of_one_id_are_refused(shipped):
+def test_duplicate_ids_raise(shipped):
     rows = suites.rows("late", 1)[:1] * 2
     with pytest.raises(ValueError, match="two questions have the id 'pocket:late"):
         answer(shipped, rows, ["pocket"])
@@ -277,16 +276,16 @@ def test_settings_of_files_and_command_lines(tmp_path):
         ("methods=[{name: a, chekpoint: x}]", "did you mean checkpoint"),
         ("methods=[{name: a, checkpoint: x, train: [{step: sft}]}]", "both checkpoint and train"),
         ("methods=[{name: a, train: [{max_steps: 1}]}]", "needs a `step`"),
-        ("methods=[{name: a}, {name: a}]", "names must differ"),
+        ("methods=[{name: a}, {name: a}]", "names must be unique"),
         ("benchmarks=[{name: a}]", "either data=FILE or task="),
         ("batch_size=0", "batch_size must be a whole number"),
         ("seeds=[]", "seeds must be a list"),
-        ("memory=nobody", "none of the methods"),
+        ("memory=nobody", "not one of the methods"),
         ("preset=socket", "unknown preset 'socket'"),
         ("n", "not of the form key=value"),
     ],
 )
-def test_wrong_settings_are_one_line(change, message):
+def test_wrong_settings_are_reported_in_one_line(change, message):
     with pytest.raises(ValueError, match=message):
         load_settings(None, [change])
 
@@ -339,7 +338,7 @@ def cells_of(path) -> dict[tuple[str, str], dict]:
     return {(c["row"], c["column"]): c for c in read(path)["cells"]}
 
 
-def test_tables_of_a_memory_are_made_kept_and_made_again_without_weights(tmp_path, monkeypatch):
+def test_tables_are_remade_from_answers_without_weights(tmp_path, monkeypatch):
     settings = settings_of({**SMALL, "output_dir": str(tmp_path)})
     names = ["main", "subtasks", "when"]
     files = make(names, settings, "vismem eval tables {} x.yaml")
@@ -438,7 +437,7 @@ def test_tables_that_train_train_once_and_share(tmp_path, monkeypatch):
     assert stage.is_dir()
 
 
-def test_every_step_goes_on_from_the_one_before_and_shares_what_is_alike(tmp_path, monkeypatch):
+def test_every_step_continues_from_the_one_before_and_is_shared(tmp_path, monkeypatch):
     steps = []
 
     def train(name, layers, resume):
@@ -459,7 +458,7 @@ def test_every_step_goes_on_from_the_one_before_and_shares_what_is_alike(tmp_pat
     )
 
 
-def test_a_method_of_each_seed(tmp_path):
+def test_a_method_with_a_checkpoint_per_seed(tmp_path):
     for seed in (3, 4):
         shutil.copytree(MEMORY_PATH, tmp_path / f"memory{seed}")
     methods = [{"name": "memory", "checkpoint": str(tmp_path / "memory{seed}")}]
@@ -499,7 +498,7 @@ def test_questions_of_a_file_on_another_base(tmp_path):
     assert len(answers) == 5 and all(json.loads(line)["invocations"] for line in answers[1:])
 
 
-def test_tables_say_what_they_lack(tmp_path):
+def test_tables_name_what_is_missing(tmp_path):
     bare = settings_of({**SMALL, "output_dir": str(tmp_path), "methods": [{"name": "vanilla"}]})
     plain = [{"name": "x", "data": "pocket:late"}]
     for name, settings, message in (
@@ -510,7 +509,7 @@ def test_tables_say_what_they_lack(tmp_path):
         (
             "invocation",
             settings_of({**SMALL, "invocation": {"benchmarks": ["x"]}, "output_dir": str(tmp_path)}),
-            "none of the",
+            "is not a benchmark",
         ),
         ("subtasks", settings_of({**SMALL, "benchmarks": plain, "output_dir": str(tmp_path)}), "subtask=COLUMN"),
     ):
@@ -536,9 +535,7 @@ def test_tables_say_what_they_lack(tmp_path):
     ],
 )
 @pytest.mark.parametrize("section", ["benchmarks", "partial"])
-def test_what_a_later_benchmark_lacks_is_found_before_the_first_is_asked(
-    tmp_path, capfd, monkeypatch, section, more, message
-):
+def test_a_dry_run_checks_all_benchmarks_first(tmp_path, capfd, monkeypatch, section, more, message):
     if "task" in more:
         from lmms_tasks import keep_own_index
 
@@ -561,7 +558,7 @@ def test_what_a_later_benchmark_lacks_is_found_before_the_first_is_asked(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lack_of_what_is_not_needed_any_more_is_none(tmp_path, monkeypatch):
+def test_finished_answers_need_no_rewards_or_tasks(tmp_path, monkeypatch):
     """With all answers there, rewards, policies and tasks are not asked for."""
     values = {**SMALL, "output_dir": str(tmp_path), "methods": [{"name": "vanilla"}]}
     runs = Runs(settings_of({**values, "benchmarks": [{"name": "a", "data": "pocket:in_view", "limit": 2}]}))
@@ -574,7 +571,7 @@ def test_a_lack_of_what_is_not_needed_any_more_is_none(tmp_path, monkeypatch):
     runs.check(method, task, None)
 
 
-def test_an_error_does_not_stand_on_the_bars_line(tmp_path, capfd, monkeypatch):
+def test_errors_start_on_their_own_line(tmp_path, capfd, monkeypatch):
     def fail(*_):
         raise ValueError("the lights went out")
 
@@ -585,7 +582,7 @@ def test_an_error_does_not_stand_on_the_bars_line(tmp_path, capfd, monkeypatch):
     assert not (tmp_path / "out" / "answers").exists()
 
 
-def test_forgetting_is_what_was_lost_since_its_stage():
+def test_forgetting_counts_losses_since_the_stage():
     def answers(values):
         return [[record(str(i), v) for i, v in enumerate(values)]]
 
@@ -611,6 +608,6 @@ def test_relative_positions():
     assert relative([found], "short") == [0.0] and relative([found], "long") == [1.0]
 
 
-def test_names_as_files():
+def test_slugs():
     assert slug("LoRA, supervised then GRPO (x/y)") == "lora-supervised-then-grpo-x-y"
     assert BASE_PATH.is_dir()

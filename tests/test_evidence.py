@@ -25,7 +25,7 @@ def filling():
     return module
 
 
-def test_pages_have_the_tables_of_the_results():
+def test_pages_show_the_saved_tables():
     module = filling()
     texts = [page.read_text(encoding="utf-8") for page in module.PAGES]
     assert [module.filled(text) for text in texts] == texts, "run: python docs/fill_tables.py"
@@ -47,7 +47,7 @@ def of_pocket(tmp_path_factory):
 
 @pytest.mark.xdist_group("evidence")
 @pytest.mark.parametrize("name", [*TABLES, "stages"])
-def test_tables_follow_from_the_kept_answers(name, of_pocket, tmp_path, monkeypatch):
+def test_tables_follow_from_the_saved_answers(name, of_pocket, tmp_path, monkeypatch):
     """Neither weights nor training: each table is made again from answers alone, cell for cell."""
     monkeypatch.setattr(Runs, "load", lambda *_: pytest.fail("a model was asked for"))
     runs, folder = of_pocket, RESULTS

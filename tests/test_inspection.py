@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from vismem.analysis.heatmaps import overlaid
-from vismem.analysis.inspection import inspect_answer, spelled
-from vismem.analysis.long_attention import readings
+from vismem.analysis.inspection import answer_tokens, inspect_answer
+from vismem.analysis.long_attention import long_term_attention
 from vismem.analysis.replacement import distributions
-from vismem.analysis.short_attention import looks
+from vismem.analysis.short_attention import short_term_attention
 from vismem.analysis.slot_attention import attention_to_slots
 from vismem.app.export import Conversation, Reply, Turn, page
 from vismem.app.maps import layer, place
@@ -55,13 +55,16 @@ def pocket():
 # The data.
 
 
-def test_the_pocket_answer_has_the_evaluations_numbers():
+def test_inspection_matches_the_analysis_functions():
     model, picture, batch, rollout, found = pocket()
     assert [moment.kind for moment in found.moments] == ["short", "long"]
     assert [moment.position for moment in found.moments] == [i.position for i in rollout.invocations]
     assert not any(moment.missing or moment.forced for moment in found.moments)
     short, long = found.moments
-    (look,), (reading,) = looks(model, batch, [rollout.invocations], [[picture]]), readings(model, batch, [rollout])
+    (look,), (reading,) = (
+        short_term_attention(model, batch, [rollout.invocations], [[picture]]),
+        long_term_attention(model, batch, [rollout]),
+    )
     (seen,) = attention_to_slots(model, batch, [rollout])
     pairs = distributions(model, batch, [rollout], lambda *_: None)
 
@@ -69,7 +72,7 @@ def test_the_pocket_answer_has_the_evaluations_numbers():
     assert heat.mean.shape == look.views[0].grid and heat.vectors.shape == (16, *heat.mean.shape)
     assert np.allclose(np.kron(heat.mean, np.ones((40, 40))), look.on(0), atol=1e-5)  # 320 pixels, 8 patches
     assert np.allclose(np.kron(heat.vectors[5], np.ones((40, 40))), look.on(0, vector=5), atol=1e-5)
-    assert np.allclose(heat.read, look.read(seen.reading(0).mean((0, 1)), 0, (8, 8)))
+    assert np.allclose(heat.read, look.read(seen.until_next(0).mean((0, 1)), 0, (8, 8)))
     assert heat.share == pytest.approx(short.looked.shares["picture"]) and sum(short.looked.shares.values()) == (
         pytest.approx(1, abs=1e-5)
     )
@@ -123,23 +126,23 @@ def test_every_family(family):
     assert moment.read and moment.later.places["picture"] == 0 and not moment.missing
 
 
-def test_maps_of_tiles_lie_where_the_look_lies():
+def test_maps_of_tiles_match_the_attention():
     """Where patches lie on no plain grid, a map is the look at another size."""
     model = tiny.equip("llava_next")
     picture = tiny.picture(3, (48, 32))
     batch, rollout = written(model, tiny.message("look", picture), Forced([(0, 1, "short")]), eos_token_id=None)
     (heat,) = inspect_answer(model, batch, rollout, [picture]).moments[0].looked.maps
-    (look,) = looks(model, batch, [rollout.invocations], [[picture]])
+    (look,) = short_term_attention(model, batch, [rollout.invocations], [[picture]])
     assert heat.mean.shape == (43, 64) and np.allclose(heat.mean, look.on(0, (64, 43)))
     assert heat.mean.mean() == pytest.approx(1, abs=0.1)
 
 
-def test_maps_of_whole_pictures_have_a_cell_for_each_patch():
+def test_maps_of_whole_pictures_have_one_cell_per_patch():
     model = tiny.equip("qwen2_5_vl")
     picture = tiny.picture(3, (96, 32))
     batch, rollout = written(model, tiny.message("look", picture), Forced([(0, 1, "short")]), eos_token_id=None)
     (heat,) = inspect_answer(model, batch, rollout, [picture]).moments[0].looked.maps
-    (look,) = looks(model, batch, [rollout.invocations], [[picture]])
+    (look,) = short_term_attention(model, batch, [rollout.invocations], [[picture]])
     rows, columns = look.views[0].grid
     assert heat.mean.shape == (rows, columns) and columns == 3 * rows
     weights = look.mean(0).numpy()
@@ -156,7 +159,7 @@ def test_answers_without_memory_cost_nothing(monkeypatch):
     assert "vm-chip" not in answer_html(found.pieces)
 
 
-def test_a_memory_that_formed_nothing():
+def test_an_invocation_without_memory():
     model = tiny.equip("qwen2_5_vl")
     schedule = Forced([(0, 2, "short"), (0, 5, "long")])
     schedule.forms = ("long",)
@@ -174,7 +177,7 @@ def test_a_memory_that_formed_nothing():
     assert html.count("this invocation formed no memory") == 1 and "Nothing formed" in html and "<table" not in html
 
 
-def test_what_a_model_cannot_show_is_said():
+def test_missing_parts_have_a_reason():
     """A language model without attention weights: no reading and no later words, but looks and next words."""
     model = tiny.equip("idefics3")
     picture = tiny.picture(0)
@@ -187,17 +190,17 @@ def test_what_a_model_cannot_show_is_said():
     short, long = found.moments
     assert short.looked.maps[0].read is None and short.next and long.next and found.attention == {}
     assert set(short.missing) == {"later"} and set(long.missing) == {"read", "later"}
-    assert "layer 1 of the language model gives no attention weights" in long.missing["read"]
+    assert "layer 1 of the language model returns no attention weights" in long.missing["read"]
     html = panel(found, 1)
     assert html.count("Not shown") == 1 and "<table" in html and "Word by word" not in html
     Checker(timeline(found.tokens, found.attention))
 
 
-def test_other_pictures_than_the_prompts_and_soft_prompts():
+def test_wrong_pictures_and_soft_prompts():
     model = tiny.equip("qwen2_5_vl")
     batch, rollout = written(model, tiny.message("look", tiny.picture(0)), Forced([(0, 1, "short")]), eos_token_id=None)
     (moment,) = inspect_answer(model, batch, rollout, [tiny.picture(3, (90, 40))]).moments
-    assert "patches of" in moment.missing["looked"] and "\n" not in moment.missing["looked"] and moment.later
+    assert "patch grids" in moment.missing["looked"] and "\n" not in moment.missing["looked"] and moment.later
     with pytest.raises(ValueError, match="2 prompts"):
         inspect_answer(model, {name: torch.cat([t, t]) for name, t in batch.items()}, rollout, [])
     model = tiny.equip("qwen2_5_vl", content="soft")
@@ -209,7 +212,7 @@ def test_other_pictures_than_the_prompts_and_soft_prompts():
         assert moment.later and moment.next
 
 
-def test_an_answer_that_was_stopped_right_after_an_invocation():
+def test_an_answer_that_ends_right_after_an_invocation():
     model, picture, batch, *_ = pocket()
     batch = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
     queue = RequestQueue(model, 2, record=True, do_sample=False, max_new_tokens=64)
@@ -225,7 +228,7 @@ def test_an_answer_that_was_stopped_right_after_an_invocation():
     assert "nothing was sampled here" in panel(found, 0)
 
 
-def test_the_word_that_was_written_is_always_listed():
+def test_the_written_token_is_always_a_candidate():
     model, picture, batch, rollout, _ = pocket()
     rare = model.processor.tokenizer.convert_tokens_to_ids("Hello")
     tokens = rollout.tokens.clone()
@@ -235,18 +238,18 @@ def test_the_word_that_was_written_is_always_listed():
     assert written_.text == "Hello" and len(moment.next.candidates) == 8 and written_ is moment.next.candidates[-1]
 
 
-def test_tokens_are_spelled_as_they_are_written():
+def test_answer_tokens_match_the_written_text():
     """Characters of several tokens come with the last of them; nothing is lost, and marks are told apart."""
     model = tiny.equip("qwen2_5_vl")
     tokenizer, tokens = model.processor.tokenizer, model.tokens
     words = tokenizer.encode("a cup, größer 图 🙂", add_special_tokens=False)
     marks = [tokens.invocation_ids["long"], tokens.end_ids["long"]]
-    found = spelled([*words[:2], *marks, *words[2:], tokenizer.eos_token_id], tokenizer, tokens)
+    found = answer_tokens([*words[:2], *marks, *words[2:], tokenizer.eos_token_id], tokenizer, tokens)
     assert "".join(token.text for token in found if token.part == "word") == tokenizer.decode(words)
     assert any(token.text == "" and token.part == "word" for token in found)
     assert [(token.part, token.kind, token.index) for token in found[2:4]] == [("mark", "long", 0), ("end", "long", 0)]
     assert found[-1].part == "stop" and found[-1].text == tokenizer.eos_token
-    assert spelled([tokenizer.eos_token_id, words[0]], tokenizer, tokens)[0].part == "special"
+    assert answer_tokens([tokenizer.eos_token_id, words[0]], tokenizer, tokens)[0].part == "special"
 
 
 # The HTML.
@@ -321,7 +324,7 @@ def test_chips_are_buttons_that_a_page_can_listen_to():
     Checker(timeline(found.tokens[:4]))  # while it is being written
 
 
-def test_a_panel_says_everything_in_words():
+def test_a_panel_describes_everything_in_text():
     *_, found = pocket()
     short, long = Checker(panel(found, 0)), Checker(panel(found, 1))
     for moment, checked in zip(found.moments, (short, long), strict=True):
@@ -348,7 +351,7 @@ def test_a_panel_says_everything_in_words():
     assert "What it read" in long.text and "img" not in [tag for tag, _ in long.tags]
 
 
-def test_later_tokens_are_drawn_as_far_as_they_attend():
+def test_later_tokens_are_shaded_by_their_attention():
     *_, found = pocket()
     later = replace(found.moments[0].later, shares=[0.2] * 14 + [0.0] * 3 + [0.05, 0.0005, 0.0, 0.0004])
     html = panel(replace(found, moments=[replace(found.moments[0], later=later)]), 0)
@@ -360,7 +363,7 @@ def test_later_tokens_are_drawn_as_far_as_they_attend():
     assert "ends right after the memory" in panel(replace(found, moments=[replace(found.moments[0], later=later)]), 0)
 
 
-def test_places_and_shares_in_words():
+def test_positions_and_shares_as_text():
     assert place(0.1, 0.1) == "at the top left" and place(0.9, 0.5) == "at the bottom"
     assert place(0.5, 0.5) == "in the middle" and place(0.5, 0.9) == "in the middle, right"
     heat = np.ones((4, 6), dtype=np.float32)
@@ -404,7 +407,7 @@ def hostile():
     return replace(found, tokens=tokens, moments=moments, pieces=pieces)
 
 
-def test_nothing_that_was_written_is_taken_for_html():
+def test_answers_are_escaped():
     _, picture, *_ = pocket()
     bad = hostile()
     conversation = Conversation(
@@ -454,7 +457,7 @@ def contrast(one: str, two: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_colours_can_be_told_from_their_grounds():
+def test_colours_contrast_with_their_backgrounds():
     schemes = [
         dict(re.findall(r"(--vm-[\w-]+): ?([^;]+);", block))
         for block in re.findall(r"\{([^{}]*--vm-ink:[^{}]*)\}", CSS)
@@ -525,7 +528,7 @@ def test_panels_open_and_vectors_are_chosen_by_keyboard(browser, exported):
     tab.close()
 
 
-def test_maps_look_as_drawing_draws_them(browser, exported, tmp_path):
+def test_maps_match_overlaid(browser, exported, tmp_path):
     _, picture, _, _, found = pocket()
     tab = browser.new_page(viewport={"width": 1100, "height": 900})
     tab.goto(exported + "#vm-0-0-0")

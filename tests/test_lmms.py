@@ -103,7 +103,7 @@ def shown(row):
 
 
 @pytest.mark.parametrize("task", SUITES)
-def test_a_task_gives_what_the_model_answers(task, model, questions, runs):
+def test_a_task_records_the_models_answers(task, model, questions, runs):
     """A record for each sample, in order, with the words, counts and invocations of the model asked directly."""
     records, metrics = runs[task].records, runs[task].metrics
     direct = answer(model, questions[task], ["exact"], max_new_tokens=24, batch_size=16)
@@ -130,7 +130,7 @@ def test_memory_is_invoked_and_traced(runs):
         assert record.tokens == record.sampled + len(record.invocations)  # the end tokens
 
 
-def test_off_is_the_base(model, questions, folder):
+def test_off_equals_the_base(model, questions, folder):
     """With invocation=off the answers are what transformers' generate writes with the base alone."""
     records = task_records(model, "own_pocket", limit=8, invocation="off", include_path=folder)
     assert not any(record.invocations for record in records)
@@ -223,7 +223,7 @@ def test_a_sample_without_an_answer_scores_nothing():
     assert [record.score for record in found] == [1.0, 1.0, 0.0, 1.0] and found[2].error == "no image"
 
 
-def test_a_task_that_is_not_there(model, folder):
+def test_an_unknown_task_raises(model, folder):
     with pytest.raises(ValueError, match="no task 'mmstarr'"):
         run_task(model, "mmstarr", include_path=folder)
 
@@ -295,7 +295,7 @@ def test_lmms_eval_finds_the_model():
     assert models.get_model("vismem") is VisMemChat
 
 
-def test_nothing_of_lmms_eval_is_imported_before_it_is_used():
+def test_lmms_eval_is_imported_lazily():
     code = (
         "import sys, vismem, vismem.evaluation, vismem.evaluation.lmms as lmms\n"
         "assert lmms.tasks_folder().is_dir()\n"
@@ -417,7 +417,7 @@ def test_several_pictures_and_text_alone(model, questions):
         ([], "made_up, sample 0: the task gave no messages"),
         (
             [{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}],
-            "sample 0: the task shows a part of type 'video'",
+            "sample 0: the task has a part of type 'video'",
         ),
         (
             [
@@ -431,13 +431,13 @@ def test_several_pictures_and_text_alone(model, questions):
         ([{"role": "user", "content": [{"type": "image", "url": "no.png"}]}], "sample 0, image 1: no such image"),
     ],
 )
-def test_samples_that_cannot_be_read_are_named(model, messages, message):
+def test_unreadable_samples_are_named(model, messages, message):
     lm, one = ask(model, messages)
     with pytest.raises(ValueError, match=message):
         lm.generate_until([one])
 
 
-def test_one_bad_sample_costs_no_other(model):
+def test_one_bad_sample_does_not_affect_others(model):
     """Its answer is empty and its trace says why; its rounds end, those of others go on."""
     lm = VisMemChat(model, batch_size=2)
     lm.task_dict = {"made_up": {"test": [{}, {"url": "no.png"}, {"odd": 5}]}}
@@ -467,13 +467,13 @@ def test_a_task_that_fails_on_a_sample_is_named(model):
         lm.generate_until([one])
 
 
-def test_a_look_that_no_image_allows_is_named(model):
+def test_a_short_invocation_without_image_is_named(model):
     lm, one = ask(model, [{"role": "user", "content": "Which colour?"}], invocation="short@0")
     with pytest.raises(ValueError, match=r"made_up, sample 0: .*image"):
         lm.generate_until([one])
 
 
-def test_the_familys_image_mark_in_a_text_is_taken_out():
+def test_the_image_placeholder_is_removed_from_text():
     """Some tasks write "<image>" where their picture goes, which is the mark of some families."""
     messages = [{"role": "user", "content": [{"type": "text", "text": "Question: <image>\nHow many?"}]}]
     assert row_of("a", messages, "<image>").prompt[0]["content"][0]["text"] == "Question: \nHow many?"
@@ -514,7 +514,7 @@ def test_rounds(model, questions):
     ]
 
 
-def test_likelihoods_are_refused(model):
+def test_likelihoods_raise(model):
     lm, one = ask(model, None)
     with pytest.raises(NotImplementedError, match="made_up asks for log-likelihoods"):
         lm.loglikelihood([one])

@@ -179,7 +179,7 @@ def test_a_derived_task_reads_other_files(robustness):
     assert metrics["accuracy"] == 2 / 8
 
 
-def test_pairs_that_are_not_whole():
+def test_incomplete_pairs():
     entries = [{"pair": "a", "kind": "positive", "right": 1.0}, {"pair": "b", "kind": "negative", "right": 0.0}]
     assert leading.pairs(entries) == [] and leading.misleading_rate(entries) == leading.robust_accuracy(entries) == 0.0
     entries += [{"pair": "b", "kind": "positive", "right": 1.0}, {"pair": "a", "kind": "negative", "right": 1.0}]
@@ -242,7 +242,7 @@ def test_pictures_in_an_archive(school):
     assert metrics["accuracy"] == 0.5
 
 
-def test_a_problem_that_names_a_picture_it_has_not(school):
+def test_a_marker_without_picture_raises(school):
     doc = {"problem_id": 7, "question": "<image_3>", "input_image": ["a"], "answer_type": "choice", "answer": "A"}
     with pytest.raises(ValueError, match="problem 7 names picture 3 and has 1"):
         mv_math.messages(doc, {"images": "."})
@@ -389,7 +389,7 @@ ROUNDS = [  # task: what is said to all its samples, and some metrics
 
 
 @pytest.mark.parametrize("number", range(len(ROUNDS)))
-def test_trust(number, trust):
+def test_multitrust(number, trust):
     said = {f"vismem_multitrust_{task}": reply for task, (reply, _) in ROUNDS[number].items()}
     metrics, shown = evaluate_all(list(said), lambda words, _, task: said[task])
     for task, (_, expected) in ROUNDS[number].items():
@@ -399,7 +399,7 @@ def test_trust(number, trust):
     assert without == ["Who steals?", "Who is rich?"]
 
 
-def test_trust_in_flows_of_information(trust):
+def test_multitrust_information_flow(trust):
     """Correlation and failures over all samples; prompts, labels and pictures go together by their place."""
     expected = [-100 + 50 * (n % 5) for n in range(16)]
     metrics, shown = evaluate(
@@ -411,7 +411,7 @@ def test_trust_in_flows_of_information(trust):
     assert metrics["pearson"] != metrics["pearson"]  # nothing to correlate
 
 
-def test_all_of_trust_with_the_pocket_model(trust, pocket):
+def test_all_multitrust_tasks_with_the_pocket_model(trust, pocket):
     """The group runs through as it is shipped; its mean is that of its tasks."""
     run = run_task(pocket, "vismem_multitrust", max_new_tokens=4, batch_size=8, limit=2)
     tasks = {record.columns["lmms_task"] for record in run.records}
@@ -456,7 +456,7 @@ def test_options_of_stereotypes(reply, option):
     assert multitrust.stereotype_option(reply) == option
 
 
-def test_labels_that_are_neither():
+def test_unknown_labels_raise():
     assert [multitrust_rows.truth(value) for value in ("Yes", 1, True, "[no]", 0.0)] == [
         "yes",
         "yes",
@@ -474,7 +474,7 @@ def test_labels_that_are_neither():
 # Pictures, and all files.
 
 
-def test_pictures_that_are_not_there(house):
+def test_missing_pictures_raise(house):
     draw(house / "some" / "a.png")
     assert picture("some", "a.png") == "some/a.png"
     with pytest.raises(

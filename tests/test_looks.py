@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vismem.analysis.image_geometry import views
-from vismem.analysis.short_attention import looks, watched
+from vismem.analysis.short_attention import block_weights, short_term_attention
 from vismem.decoding.policies import Forced
 
 EVERY_FAMILY = True
@@ -23,11 +23,11 @@ def written(model, batch, schedule=SCHEDULE, **more):
     return model.generate(**batch, invocation=schedule, **{"do_sample": False, **WRITING, **more})
 
 
-def test_looks_add_up_and_form_the_same_memories(family):
+def test_weights_sum_to_one_and_memories_are_unchanged(family):
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
-    found = looks(model, batch, out.invocations, PICTURES)
+    found = short_term_attention(model, batch, out.invocations, PICTURES)
     assert [(look.row, look.index) for look in found] == [(0, 0), (0, 2), (1, 0), (2, 0)]
     positions = 4 * model.backbone.merge**2
     image = model.backbone.images(**vision(model, batch))[0]
@@ -62,7 +62,7 @@ def vision(model, batch):
     return {name: batch[name] for name in model.backbone.image_inputs if name in batch}
 
 
-def test_watching_changes_nothing(family):
+def test_recording_changes_nothing(family):
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     former, images = model.memory.short, model.backbone.images(**vision(model, batch))
@@ -78,7 +78,7 @@ def test_watching_changes_nothing(family):
     former.watch = by_torch
     former(query, rows)
     former.watch = None
-    with watched(former) as layers:
+    with block_weights(former) as layers:
         assert torch.equal(former(query, rows), memory)
     assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(layers, expected, strict=True))
     assert former.watch is None and len(layers) == len(model.backbone.blocks)
@@ -87,13 +87,13 @@ def test_watching_changes_nothing(family):
     for weights in layers:
         assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2]), atol=1e-5)
         assert not weights[0, :, length : sum(image.keys_values[0].shape[2] for image in patches)].any()
-    with pytest.raises(RuntimeError), watched(former):
+    with pytest.raises(RuntimeError), block_weights(former):
         raise RuntimeError("on purpose")
     assert former.watch is None
 
 
 @pytest.mark.parametrize("where", [(5, 3), (43, 27), (27, 12)], ids=["top-left", "bottom-right", "middle"])
-def test_a_changed_spot_is_seen_where_it_is(family, where):
+def test_a_changed_spot_is_attended_to_where_it_is(family, where):
     """Two pictures that differ in one spot: in the first block, attention changes at the patch with that spot.
 
     Memory positions start from constants there, and patches have not looked at each other yet.
@@ -109,7 +109,7 @@ def test_a_changed_spot_is_seen_where_it_is(family, where):
     for picture in (one, two):
         batches.append(tiny.prompts(model.processor, [tiny.message("look", Image.fromarray(picture))]))
         out = written(model, batches[-1], Forced([(0, 0, "short")]), max_new_tokens=2)
-        found += looks(model, batches[-1], out.invocations, [[(48, 32)]])
+        found += short_term_attention(model, batches[-1], out.invocations, [[(48, 32)]])
     before, after = found
     scale = 0.0
     for index, view in enumerate(before.views):
@@ -125,13 +125,13 @@ def test_a_changed_spot_is_seen_where_it_is(family, where):
     assert scale > 0.01
 
 
-def test_a_look_is_drawn_where_its_patches_are():
+def test_heat_lies_over_its_patches():
     """Weights planted in one patch of a tile come out in that part of the picture and nowhere else."""
     model = tiny.equip("llava_next")
     picture = tiny.picture(3, (48, 32))
     batch = tiny.prompts(model.processor, [tiny.message("look", picture)])
     out = written(model, batch, Forced([(0, 0, "short")]))
-    (look,) = looks(model, batch, out.invocations, [[picture]])
+    (look,) = short_term_attention(model, batch, out.invocations, [[picture]])
     assert [view.whole for view in look.views] == [True, False, False]
     for weights in look.weights:
         weights.zero_()
@@ -148,11 +148,11 @@ def test_a_look_is_drawn_where_its_patches_are():
         look.on(1)
 
 
-def test_vectors_start_from_the_regions_that_are_named(family):
+def test_vectors_start_from_their_regions(family):
     """The middle of each region is the mean of the coordinates that the former itself pools at."""
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
-    found = looks(model, batch, written(model, batch).invocations, PICTURES)
+    found = short_term_attention(model, batch, written(model, batch).invocations, PICTURES)
     place = batch["input_ids"] == model.backbone.image_token_id
     images = model.backbone.rows_of_images(place, model.backbone.images(**vision(model, batch)))
     for look in found:
@@ -175,8 +175,8 @@ def test_vectors_start_from_the_regions_that_are_named(family):
         inside = heat[max(round(top), 0) : round(bottom), max(round(left), 0) : round(right)]
         assert inside.min() > 1 and inside.sum() == pytest.approx(heat.sum(), rel=0.01)
     learned = tiny.equip(family, memory_init="learned")
-    (look, *_) = looks(learned, batch, written(learned, batch).invocations, PICTURES)
-    with pytest.raises(ValueError, match="no vector starts"):
+    (look, *_) = short_term_attention(learned, batch, written(learned, batch).invocations, PICTURES)
+    with pytest.raises(ValueError, match="do not start"):
         look.read(torch.ones(4), 0)
 
 
@@ -184,7 +184,7 @@ def test_vectors_start_from_the_regions_that_are_named(family):
 
 
 @pytest.mark.parametrize("sizes", [[(32, 32)], [(48, 32)], [(90, 40)], [(32, 32), (64, 20)]], ids=str)
-def test_views_lie_where_the_processor_put_them(family, sizes):
+def test_views_match_the_processors_layout(family, sizes):
     """A bright square in a dark picture: every patch is as bright as the square covers the box that its view gives."""
     model = tiny.equip(family)
     found = views(model, sizes)
@@ -215,7 +215,7 @@ def overlap(box, other) -> float:
     return max(wide, 0) * max(high, 0) / ((right - left) * (bottom - top))
 
 
-def test_pixels_are_laid_out_as_in_the_picture(family):
+def test_pixels_are_in_picture_order(family):
     """A ramp from left to right rises from left to right, pixel by pixel, and every line is like the first."""
     model = tiny.equip(family)
     ramp = np.tile(np.linspace(40, 220, 48).astype(np.uint8)[None, :, None], (32, 1, 3))
@@ -239,27 +239,27 @@ def test_views_of_a_large_picture_are_exact():
     assert max(view.box[3] for view in tiles) == pytest.approx(3000, abs=12)
 
 
-def test_views_follow_the_processors_settings():
+def test_views_follow_the_processors_arguments():
     model = tiny.equip("smolvlm")
     assert len(views(model, [(48, 32)])) > 1
     assert [view.whole for view in views(model, [(48, 32)], do_image_splitting=False)] == [True]
     assert views(model, []) == []
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_inputs_raise():
     model = tiny.equip("qwen2_5_vl")
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
-    with pytest.raises(ValueError, match="patches of"):
-        looks(model, batch, out.invocations, [[(90, 40)], *PICTURES[1:]])
-    with pytest.raises(ValueError, match="do not fit"):
-        looks(model, batch, out.invocations[:2], PICTURES)
+    with pytest.raises(ValueError, match="patch grids"):
+        short_term_attention(model, batch, out.invocations, [[(90, 40)], *PICTURES[1:]])
+    with pytest.raises(ValueError, match="do not match"):
+        short_term_attention(model, batch, out.invocations[:2], PICTURES)
     with pytest.raises(ValueError, match="record=True"):
-        looks(model, batch, written(model, batch, record=False).invocations, PICTURES)
+        short_term_attention(model, batch, written(model, batch, record=False).invocations, PICTURES)
     long = written(model, batch, Forced([(0, 1, "long")])).invocations
-    assert looks(model, batch, long, PICTURES) == []
+    assert short_term_attention(model, batch, long, PICTURES) == []
     with pytest.raises(ValueError, match="content='soft'"):
-        looks(tiny.equip("qwen2_5_vl", content="soft"), batch, out.invocations, PICTURES)
+        short_term_attention(tiny.equip("qwen2_5_vl", content="soft"), batch, out.invocations, PICTURES)
 
 
 def test_copies_of_a_prompt():
@@ -267,7 +267,7 @@ def test_copies_of_a_prompt():
     batch = tiny.prompts(model.processor, [tiny.message("look", *pictures) for pictures in PICTURES])
     schedule = Forced([(0, 1, "short"), (3, 1, "short"), (5, 2, "short")])
     out = written(model, batch, schedule, num_return_sequences=2)
-    found = looks(model, batch, out.invocations, PICTURES)
+    found = short_term_attention(model, batch, out.invocations, PICTURES)
     assert [(look.row, look.index) for look in found] == [(0, 0), (3, 0), (5, 0)]
     for look in found:
         assert torch.allclose(look.memory, out.invocations[look.row][look.index].memory, atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from vismem.analysis.long_attention import readings, weighed
+from vismem.analysis.long_attention import long_term_attention, memory_weights
 from vismem.analysis.slot_attention import attention_layers
 from vismem.decoding.policies import Forced
 
@@ -19,11 +19,11 @@ def written(model, batch, schedule=SCHEDULE, **more):
     return model.generate(**batch, invocation=schedule, **{"do_sample": False, **WRITING, **more})
 
 
-def test_readings_add_up_and_form_the_same_memories(family):
+def test_weights_sum_to_one_and_memories_are_unchanged(family):
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
-    found = readings(model, batch, out.rollout)
+    found = long_term_attention(model, batch, out.rollout)
     assert [(reading.row, reading.index) for reading in found] == [(0, 0), (0, 2), (1, 0)]
     layers = len(attention_layers(model))
     for reading in found:
@@ -49,14 +49,14 @@ def test_readings_add_up_and_form_the_same_memories(family):
     assert [len(reading.tokens) for reading in found] == [2, 5, 10]
 
 
-def test_against_the_language_models_own_weights(family):
+def test_matches_the_language_models_own_weights(family):
     """Segment, query and memory laid together by hand, read by the language model with the adapter on."""
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
     former, language = model.memory.long, model.backbone.language_model
     visual = model.backbone.prompt_visual_states(batch["input_ids"], batch)
-    for reading in readings(model, batch, out.rollout):
+    for reading in long_term_attention(model, batch, out.rollout):
         states = out.rollout[reading.row].invocations[reading.index].states
         with torch.no_grad():
             query = model.memory.builder([visual[reading.row]], [states])[0]
@@ -73,7 +73,7 @@ def test_against_the_language_models_own_weights(family):
         assert torch.allclose(reading.rest["memory"], weights[..., z + 4 :].sum(-1), atol=1e-5)
 
 
-def test_weighing_changes_nothing(family):
+def test_recording_changes_nothing(family):
     """The former gives what it gave, and attention is as it was afterwards, after an error too."""
     model = tiny.equip(family)
     former, config = model.memory.long, model.backbone.language_model.config
@@ -82,13 +82,13 @@ def test_weighing_changes_nothing(family):
     segments = [torch.randn(3, model.backbone.hidden_size), torch.randn(6, model.backbone.hidden_size)]
     with torch.no_grad():
         before = former(query, segments)
-        with weighed(model, 4) as layers:
+        with memory_weights(model, 4) as layers:
             inside = former(query, segments)
         assert torch.allclose(inside, before, atol=1e-5)
         assert len(layers) == len(attention_layers(model)) and all(w.shape == (2, 4, 14) for w in layers)
         assert all(torch.allclose(w.sum(-1), torch.ones(2, 4), atol=1e-5) for w in layers)
         assert not any(w[0, :, :3].any() for w in layers)  # padding of the shorter segment
-        with pytest.raises(RuntimeError), weighed(model, 4):
+        with pytest.raises(RuntimeError), memory_weights(model, 4):
             raise RuntimeError("on purpose")
         assert config._attn_implementation == "sdpa"
         assert not any(layer._forward_hooks for layer in attention_layers(model))
@@ -100,29 +100,29 @@ def test_copies_of_a_prompt_and_text_alone():
     model = tiny.equip("idefics3")
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch, Forced([(0, 1, "long"), (3, 2, "long"), (5, 4, "long")]), num_return_sequences=2)
-    found = readings(model, batch, out.rollout)
+    found = long_term_attention(model, batch, out.rollout)
     assert [(reading.row, reading.index, len(reading.tokens)) for reading in found] == [(0, 0, 2), (3, 0, 3), (5, 0, 5)]
     for reading in found:
         assert torch.allclose(reading.memory, out.invocations[reading.row][0].memory, atol=1e-5)
     batch = tiny.prompts(model.processor, [tiny.message("A red cup and a blue book.")])
     out = written(model, batch, Forced([(0, 0, "long")]))  # before the first word
-    (reading,) = readings(model, batch, out.rollout)
+    (reading,) = long_term_attention(model, batch, out.rollout)
     assert reading.tokens == [model.tokens.invocation_ids["long"]]
     assert torch.allclose(reading.memory, out.invocations[0][0].memory, atol=1e-5)
 
 
-def test_a_memory_that_forms_nothing_is_still_the_end_of_a_segment():
+def test_an_invocation_without_memory_still_ends_a_segment():
     model = tiny.equip("qwen2_5_vl")
     batch = tiny.prompts(model.processor, [tiny.message("look again!", tiny.picture(0))])
     schedule = Forced([(0, 2, "short"), (0, 5, "long")])
     schedule.forms = ("long",)
     out = written(model, batch, schedule)
     assert [invocation.length for invocation in out.invocations[0]] == [0, 4]
-    (reading,) = readings(model, batch, out.rollout)
+    (reading,) = long_term_attention(model, batch, out.rollout)
     assert reading.index == 1 and len(reading.tokens) == 4
     assert torch.allclose(reading.memory, out.invocations[0][1].memory, atol=1e-5)
     schedule.forms = ("short",)
-    assert readings(model, batch, written(model, batch, schedule).rollout) == []
+    assert long_term_attention(model, batch, written(model, batch, schedule).rollout) == []
 
 
 def test_the_pocket_model():
@@ -131,23 +131,23 @@ def test_the_pocket_model():
     model = load_model().model
     batch = tiny.prompts(model.processor, [tiny.message("What does row 1 cost?", tiny.picture(0, (64, 64)))])
     out = written(model, batch, Forced([(0, 3, "long"), (0, 8, "long")]))
-    first, second = readings(model, batch, out.rollout)
+    first, second = long_term_attention(model, batch, out.rollout)
     for reading, length in ((first, 4), (second, 6)):
         assert reading.weights.shape == (5, 16, length)
         assert torch.allclose(sum(reading.shares().values()), torch.ones(5, 16), atol=1e-5)
         assert torch.allclose(reading.memory, out.invocations[0][reading.index].memory, atol=1e-4)
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_inputs_raise():
     model = tiny.equip("idefics3")
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
     with pytest.raises(ValueError, match="2 rollouts for 3 prompts"):
-        readings(model, batch, out.rollout[:2])
+        long_term_attention(model, batch, out.rollout[:2])
     for invocation in out.rollout[0].invocations:
         invocation.states = None
     with pytest.raises(ValueError, match="record=True"):
-        readings(model, batch, out.rollout)
-    assert readings(model, batch, written(model, batch, Forced([(0, 1, "short")])).rollout) == []
+        long_term_attention(model, batch, out.rollout)
+    assert long_term_attention(model, batch, written(model, batch, Forced([(0, 1, "short")])).rollout) == []
     with pytest.raises(ValueError, match="content='soft'"):
-        readings(tiny.equip("idefics3", content="soft"), batch, out.rollout)
+        long_term_attention(tiny.equip("idefics3", content="soft"), batch, out.rollout)

@@ -23,7 +23,7 @@ def same(row, index, invocation):
     return invocation.memory
 
 
-def test_the_same_memory_changes_nothing_and_another_does(family):
+def test_only_a_different_memory_changes_the_next_tokens(family):
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch, output_logits=True)
@@ -54,7 +54,7 @@ def test_the_same_memory_changes_nothing_and_another_does(family):
 
 
 @pytest.mark.parametrize("family", tiny.UNLIKE)
-def test_against_reading_by_hand(family):
+def test_matches_a_manual_forward(family):
     """A text prompt, its two memories laid between the words by hand, the first one replaced by a longer one."""
     model = tiny.equip(family)
     batch = tiny.prompts(model.processor, [tiny.message("A red cup and a blue book.")])
@@ -111,7 +111,7 @@ def test_an_answer_that_ends_with_its_memory():
     assert shift.tokens == 0 and shift.rest != shift.rest and shift.first > 0
 
 
-def test_rollouts_of_one_prompt_and_what_is_refused():
+def test_several_rollouts_of_one_prompt_and_mismatched_inputs():
     model = tiny.equip("idefics3")
     batch = tiny.prompts(model.processor, [tiny.message("look again!", tiny.picture(0))])
     twice = written(model, batch, Forced([(0, 2, "short"), (1, 4, "long")]), num_return_sequences=2)
@@ -120,9 +120,9 @@ def test_rollouts_of_one_prompt_and_what_is_refused():
     assert [shift.first for shift in both] == pytest.approx([shift.first for shift in once], abs=1e-5)
     with pytest.raises(ValueError, match=r"\[N, 48\]"):
         next_token_kl(model, batch, twice.rollout, lambda row, index, invocation: invocation.memory[:, :4])
-    with pytest.raises(ValueError, match="as many for each prompt"):
+    with pytest.raises(ValueError, match="same number for each prompt"):
         next_token_kl(model, tiny.mixed_batch(model.processor), twice.rollout, lambda *_: None)
     for rollout in twice.rollout:
         rollout.invocations[0].memory = None
-    with pytest.raises(ValueError, match="lost its memory"):
+    with pytest.raises(ValueError, match="has no memory"):
         next_token_kl(model, batch, twice.rollout, lambda *_: None)

@@ -1,1 +1,1 @@
-"""Analysis: where memory looks, what reads it, and what would have been written without it."""
+"""Analysis: what each memory attends to, what attends to it, and how replacing it changes the next tokens."""

@@ -1,6 +1,6 @@
-"""What the viewer shows of one finished answer, as plain data: tokens, invocations, maps, shares and chances.
+"""The inspection of one finished answer as plain data: tokens, invocations, heat maps, attention shares.
 
-Nothing here knows a model. How the numbers are found is said in `inspection.py`, how they are drawn in `panels.py`.
+Knows no model; `inspection.py` computes the numbers.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from PIL import Image
 
 from vismem.config import Kind
 from vismem.decoding.markers import Piece
+from vismem.deprecation import renamed
 
-Map = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Token:
+class AnswerToken:
     """One token of an answer.
 
     Args:
-        text: its text; of the first bytes of a character none, of a special token its name.
-        part: `"word"`, an invocation's `"mark"`, its `"end"`, `"special"`, or `"stop"` for one that ends the answer.
-        kind, index: of the invocation, for its mark and its end.
+        text: its text; empty for the first bytes of a character, the token's name for a special token.
+        part: `"word"`, an invocation's `"mark"` or `"end"`, `"special"`, or `"stop"` if it ends the answer.
+        kind, index: of the invocation, for its two tokens.
     """
 
     text: str
@@ -38,32 +39,33 @@ class Token:
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Attention over one picture, in multiples of the even share, so that 1 everywhere is no preference.
+    """Attention over one picture, relative to uniform attention: 1 everywhere means no preference.
 
     Args:
         picture: index among the prompt's pictures.
-        share: of memory's attention that went to this picture's patches, 0 to 1.
-        mean: [height, width], of all vectors.
-        vectors: [N, height, width], of each.
-        read: [height, width], what the answer read of this memory, each vector laid where it started; None where
-            vectors start nowhere, or nothing was read.
+        share: fraction of the memory's attention on this picture's patches.
+        mean: [height, width], averaged over vectors.
+        vectors: [N, height, width], one map for each vector.
+        read: [height, width], later tokens' attention to the memory's slots, each slot laid over the region its vector
+            started from; None if vectors start from learned constants or nothing attended to them.
     """
 
     picture: int
     share: float
-    mean: Map
-    vectors: Map
-    read: Map | None
+    mean: FloatArray
+    vectors: FloatArray
+    read: FloatArray | None
 
 
 @dataclass(frozen=True)
-class Looked:
-    """Where a short-term memory looked.
+class ImageAttention:
+    """What a short-term memory attended to, as means over heads and layers.
 
     Args:
         maps: one for each picture that the vision tower saw.
-        shares: where its attention went, 1 in all: `"picture"`, `"padding"`, `"class token"`, `"query"`, `"memory"`.
-        layers: of the tower, which everything is a mean over.
+        shares: fractions of its attention, summing to 1: `"picture"`, `"padding"`, `"class token"`, `"query"`,
+            `"memory"`.
+        layers: number of the tower's layers in the mean.
     """
 
     maps: list[HeatMap]
@@ -72,35 +74,35 @@ class Looked:
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
-    """What a long-term memory read.
+class SegmentAttention:
+    """What a long-term memory attended to, as means over heads and layers.
 
     Args:
-        start: the segment's first token among the answer's; it has as many as there are weights.
-        mean: [z], attention to each of the segment's tokens, 0 to 1, mean over vectors.
-        vectors: [N, z], of each.
-        shares: where attention went, 1 in all: `"segment"`, `"query"`, `"memory"`.
-        layers: of the language model, which everything is a mean over.
+        start: index of the segment's first token among the answer's tokens.
+        mean: [z], attention to each of the segment's tokens, averaged over vectors.
+        vectors: [N, z], for each vector.
+        shares: fractions of its attention, summing to 1: `"segment"`, `"query"`, `"memory"`.
+        layers: number of the language model's layers in the mean.
     """
 
     start: int
-    mean: Map
-    vectors: Map
+    mean: FloatArray
+    vectors: FloatArray
     shares: dict[str, float]
     layers: int
 
 
 @dataclass(frozen=True)
-class Later:
-    """How much the tokens after an invocation attend to its slots, mean over heads and layers.
+class LaterAttention:
+    """How much the tokens after an invocation attend to its slots, as means over heads and layers.
 
     Args:
-        start: the first of them among the answer's tokens, which is the end token.
-        shares: of each token's attention, as it is read.
-        slots: [N], what each slot got, mean over these tokens.
-        groups: where all of their attention went, 1 in all: `"this memory"`, `"other memories"`, `"picture"`,
+        start: index of the first of them, the end token, among the answer's tokens.
+        shares: for each of these tokens, the fraction of its attention on the slots.
+        slots: [N], for each slot, averaged over these tokens.
+        groups: fractions of all their attention, summing to 1: `"this memory"`, `"other memories"`, `"picture"`,
             `"prompt"`, `"answer"`.
-        places: how many places each group has before the last token, within the base's window or not.
+        places: number of positions in each group before the last token, whether or not the base's window reaches them.
     """
 
     start: int
@@ -112,12 +114,12 @@ class Later:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that might come next: its probability with the memory in place and without it.
+    """A possible next token and its probability with and without the memory.
 
     Args:
         text: the token.
-        given, without: the probabilities.
-        written: whether the answer has it there.
+        given, without: its probability with the memory in place, and without it.
+        written: whether the answer continues with it.
     """
 
     text: str
@@ -127,13 +129,13 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class NextWord:
-    """The next-token distribution right after an invocation, with the memory and with its vectors taken out.
+class NextTokens:
+    """The next-token distribution right after an invocation, with the memory and with its vectors removed.
 
     Args:
-        candidates: the likeliest tokens of either, by the higher probability.
+        candidates: the most probable tokens of either distribution, sorted by the higher probability.
         kl: KL(with || without), in nats.
-        put_in: whether the token that follows was put in, not sampled, or nothing follows.
+        put_in: whether the following token was not sampled: it was inserted, or the answer ends here.
     """
 
     candidates: list[Candidate]
@@ -142,17 +144,18 @@ class NextWord:
 
 
 @dataclass(frozen=True)
-class Moment:
+class InspectedInvocation:
     """One invocation of an answer.
 
     Args:
         index: among the answer's invocations.
         kind: `"short"` or `"long"`.
         position: of its token among the answer's tokens.
-        forced: whether a policy put it in.
-        vectors: N, how many vectors were inserted; 0 if nothing was formed.
-        looked: of a short memory; read: of a long one; later, next: of both. None where `missing` says why.
-        missing: for each part that is not there the reason, in one line.
+        forced: whether a policy inserted it.
+        vectors: N, the number of vectors inserted; 0 if no memory was formed.
+        looked, read: attention of a short-term and of a long-term memory.
+        later, next: its effect on later tokens and on the next one.
+        missing: for each of these that is None, the reason in one line.
     """
 
     index: int
@@ -160,38 +163,38 @@ class Moment:
     position: int
     forced: bool
     vectors: int
-    looked: Looked | None = None
-    read: Read | None = None
-    later: Later | None = None
-    next: NextWord | None = None
+    looked: ImageAttention | None = None
+    read: SegmentAttention | None = None
+    later: LaterAttention | None = None
+    next: NextTokens | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What the viewer shows of one finished answer.
+    """An inspected answer.
 
     Args:
         tokens: all tokens of the answer.
-        pieces: its words and marks, as `evaluation.marks` gives them.
+        pieces: its text and invocations, from `vismem.decoding.markers`.
         moments: its invocations, in order.
-        attention: for each kind that was invoked, the share of each token's attention that all its slots got.
-        pictures: the prompt's pictures, the large ones smaller than they were.
+        attention: by invoked kind, the fraction of each token's attention on all slots of that kind.
+        pictures: the prompt's pictures, large ones scaled down.
     """
 
-    tokens: list[Token]
+    tokens: list[AnswerToken]
     pieces: list[Piece]
-    moments: list[Moment]
+    moments: list[InspectedInvocation]
     attention: dict[Kind, list[float]]
     pictures: list[Image.Image] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, numbers of maps with five decimals; the pictures are left out."""
+        """Plain values for JSON, without the pictures; maps are rounded to five decimals."""
         return {name: plain(getattr(self, name)) for name in ("tokens", "pieces", "moments", "attention")}
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and arrays as dictionaries and lists."""
+    """Converts dataclasses and arrays to dictionaries and lists."""
     if isinstance(value, np.ndarray):
         return np.round(value.astype(np.float64), 5).tolist()
     if dataclasses.is_dataclass(value):
@@ -199,3 +202,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, list) else value
+
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Map": "FloatArray",
+        "Token": "AnswerToken",
+        "Looked": "ImageAttention",
+        "Read": "SegmentAttention",
+        "Later": "LaterAttention",
+        "NextWord": "NextTokens",
+        "Moment": "InspectedInvocation",
+    },
+)

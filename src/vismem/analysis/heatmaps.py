@@ -1,7 +1,7 @@
-"""Heat maps over pictures: where a look went, vector by vector and in the mean, as images for pages and as figures.
+"""Heat maps: short-term memory's attention painted over the pictures, as images and as matplotlib figures.
 
-What the numbers are is said in `looks.py`. Maps are drawn patch by patch, without smoothing, in one colour over a grey
-picture, which all eyes tell apart. Colour begins above 1, the even share, so a map without a preference is the picture.
+Maps are painted patch by patch without smoothing, in one colour over a grey picture, so they also work for colour-blind
+readers. Colour starts above 1, uniform attention; a map without a preference leaves the picture unpainted.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem import files
-from vismem.analysis.short_attention import Look
+from vismem.analysis.short_attention import ShortTermAttention
 from vismem.data.images import to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HOT = np.array([1.0, 0.55, 0.0])  # what white becomes where a map is highest
-PALE = 0.55  # contrast left to the picture
-DOTS = 100  # per inch
+HOT = np.array([1.0, 0.55, 0.0])  # what white turns into where a map is highest
+PALE = 0.55  # contrast that the picture keeps
+DPI = 100
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a figure.
+    """One cell of a figure.
 
     Args:
-        title: above it.
-        heat: [height, width] times the even share, or None for the picture alone.
+        title: text above it.
+        heat: [height, width] relative to uniform attention, or None for the plain picture.
     """
 
     title: str
@@ -43,7 +43,7 @@ class Panel:
 
 
 def enlarged(picture: Image.Image, side: int = 256) -> Image.Image:
-    """A picture whose longer side has `side` pixels or little less; small ones keep their hard pixels."""
+    """Scales a picture so that its longer side is about `side` pixels, small ones by an integer factor."""
     picture = to_rgb(picture)
     longer = max(picture.size)
     if longer * 2 <= side:
@@ -57,12 +57,12 @@ def enlarged(picture: Image.Image, side: int = 256) -> Image.Image:
 def overlaid(
     picture: Image.Image, heat: NDArray[np.floating], most: float | None = None, side: int = 256
 ) -> Image.Image:
-    """A heat map over a pale grey picture.
+    """Paints a heat map over a pale grey picture.
 
     Args:
         picture: the picture.
-        heat: [height, width] of any size, times the even share (`Look.on`, `Look.read`).
-        most: what the colour scale ends at; by default the map's maximum, but 2 at least.
+        heat: [height, width] of any size, relative to uniform attention (`ShortTermAttention.on`, `.read`).
+        most: end of the colour scale; by default the map's maximum, at least 2.
         side: pixels of the longer side.
     """
     ground = enlarged(picture, side)
@@ -73,37 +73,40 @@ def overlaid(
 
 
 def strength(heat: NDArray[np.floating], end: float) -> NDArray[np.float32]:
-    """How deep a map's colour is, place by place: 0 up to the even share, 1 from `end` on."""
+    """Colour intensity at each point: 0 up to uniform attention, rising to 1 at `end`."""
     return np.clip((heat - 1) / max(end - 1, 1e-6), 0, 1).astype(np.float32)
 
 
 def scale_end(heats: Sequence[NDArray[np.floating]], most: float | None = None) -> float:
-    """Where the colour scale of some maps ends: at their maximum, but at 2 at least, so that noise stays pale."""
+    """End of a colour scale shared by some maps: their maximum, but at least 2 so that noise stays pale."""
     return most if most is not None else max([2.0, *(float(heat.max()) for heat in heats)])
 
 
 def figure_of(
     picture: Image.Image, panels: Sequence[Panel | None], most: float | None = None, columns: int = 4
 ) -> Figure:
-    """Panels side by side over one picture, with one colour scale for all.
+    """Plots panels over one picture with a shared colour scale.
 
     Args:
-        picture: under all of them.
-        panels: what to draw, row by row; None leaves a place empty.
-        most: where the colour scale ends; see `overlaid`.
+        picture: the picture below every map.
+        panels: the panels, row by row; None leaves a cell empty.
+        most: end of the colour scale; see `overlaid`.
         columns: panels in a row.
+
+    Raises:
+        ValueError: if matplotlib is not installed.
     """
     try:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import LinearSegmentedColormap, Normalize
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("drawing needs matplotlib: pip install 'vismem[eval]'") from error
+        raise ValueError("plotting needs matplotlib: pip install 'vismem[eval]'") from error
     heats = [panel.heat for panel in panels if panel is not None and panel.heat is not None]
     columns = min(columns, len(panels))
     rows, end = -(-len(panels) // columns), scale_end(heats, most)
     high = 1.9 * picture.height / picture.width
-    figure = Figure(figsize=(1.9 * columns + 0.75 * bool(heats), (high + 0.32) * rows), dpi=DOTS, layout="constrained")
+    figure = Figure(figsize=(1.9 * columns + 0.75 * bool(heats), (high + 0.32) * rows), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -118,45 +121,40 @@ def figure_of(
         bar = figure.colorbar(scale, ax=axes, shrink=0.9, aspect=18, pad=0.02, ticks=[1, end])
         bar.ax.set_yticklabels(["1: even", f"{end:.2g}"], fontsize=8)
         bar.outline.set_visible(False)
-    figure.draw_without_rendering()  # laid out once, so that it is the same picture whenever it is saved
+    figure.draw_without_rendering()  # lay out once, so that every save gives the same image
     figure.set_layout_engine("none")
     return figure
 
 
-def vectors_of(look: Look, picture: Image.Image, index: int = 0, layer: int | None = None) -> Figure:
-    """One look at one picture: the mean, then each memory vector on its own.
+def vectors_of(attention: ShortTermAttention, picture: Image.Image, index: int = 0, layer: int | None = None) -> Figure:
+    """Plots a memory's attention over one picture, number `index` in the prompt: the mean, then each memory vector.
 
-    Args:
-        look: the look.
-        picture: the picture with that index in the prompt.
-        index: of the picture.
-        layer: of the tower; the mean over all by default.
+    `layer` is of the vision tower; by default all are averaged.
     """
-    small = _fitting(picture)
-    count = len(look.memory)
-    panels = [Panel("all vectors", look.on(index, small, layer))]
-    panels += [Panel(f"vector {number + 1}", look.on(index, small, layer, number)) for number in range(count)]
+    scale = min(1.0, 512 / max(picture.size))
+    size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
+    panels = [Panel("all vectors", attention.on(index, size, layer))]
+    panels += [
+        Panel(f"vector {number + 1}", attention.on(index, size, layer, number))
+        for number in range(len(attention.memory))
+    ]
     return figure_of(picture, panels, columns=6)
 
 
-def _fitting(picture: Image.Image, most: int = 512) -> tuple[int, int]:
-    """A size for maps over a picture: its own, unless it is large."""
-    scale = min(1.0, most / max(picture.size))
-    return max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
-
-
 def png(drawn: Figure | Image.Image, path: str | Path | None = None) -> bytes:
-    """A figure or a picture as a PNG; also written to `path` where one is given."""
-    held = io.BytesIO()
+    """Encodes a figure or picture as PNG, and writes it to `path` if given."""
+    buffer = io.BytesIO()
     if isinstance(drawn, Image.Image):
-        drawn.save(held, format="png", optimize=True)
+        drawn.save(buffer, format="png", optimize=True)
     else:
-        drawn.savefig(held, format="png", facecolor="white", pil_kwargs={"optimize": True}, metadata={"Software": None})
+        drawn.savefig(
+            buffer, format="png", facecolor="white", pil_kwargs={"optimize": True}, metadata={"Software": None}
+        )
     if path is not None:
-        files.write_bytes(path, held.getvalue())
-    return held.getvalue()
+        files.write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def data_url(drawn: Figure | Image.Image) -> str:
-    """The same as an address that a page can hold itself: `<img src="...">`."""
+    """Encodes a figure or picture as a `data:` URL for `<img src="...">`."""
     return "data:image/png;base64," + base64.b64encode(png(drawn)).decode()

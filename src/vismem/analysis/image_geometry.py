@@ -1,7 +1,7 @@
-"""Where the patches that a vision tower sees lie in the pictures that a user gave.
+"""Maps the patches that a vision tower sees back to positions in the user's pictures.
 
-Processors resize, squeeze, crop, pad and tile, each family in its own way. None of that is said again here: ramps of
-the pictures' sizes go through the same processor, and what comes out tells which part of which picture each view shows.
+Processors resize, crop, pad and tile, each family in its own way. Instead of repeating their arithmetic, `views` sends
+gradient images of the same sizes through the processor and reads the positions from the result.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from PIL import Image as Pictures
 
 from vismem.model import VisMem
 
-DARK, LIGHT = 16, 240  # ends of the ramps: a processor may take black for padding, and bicubic resizing overshoots
+DARK, LIGHT = 16, 240  # range of the gradients: black may be taken for padding, and bicubic resizing overshoots
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class View:
-    """What the tower sees as one image: a whole picture, a tile, a crop or a thumbnail of it.
+    """One image as the tower sees it: a whole picture, a tile, a crop or a thumbnail of it.
 
     Args:
-        picture: index of the picture among the prompt's, or -1 for a view of padding alone.
-        grid: patches high and wide.
-        box: left, top, right and bottom of the whole grid in the picture's pixels. Where the view is padded, the grid
-            goes beyond the picture.
+        picture: index of the picture in the prompt, or -1 if the view is all padding.
+        grid: rows and columns of patches.
+        box: left, top, right and bottom of the grid in the picture's pixels; extends beyond the picture where the view
+            is padded.
         size: the picture's width and height.
     """
 
@@ -39,30 +39,24 @@ class View:
     size: tuple[int, int]
 
     def patch(self, row: float, column: float) -> Box:
-        """Left, top, right and bottom of one patch in the picture's pixels; a fraction moves it on."""
+        """Left, top, right and bottom of a patch in the picture's pixels; fractional indices are allowed."""
         (left, top, right, bottom), (rows, columns) = self.box, self.grid
         across, down = (right - left) / columns, (bottom - top) / rows
         return left + column * across, top + row * down, left + (column + 1) * across, top + (row + 1) * down
 
     @property
     def shown(self) -> NDArray[np.bool_]:
-        """[rows, columns], True for patches whose middle is in the picture; the others see padding."""
+        """[rows, columns], True for patches whose centre lies in the picture rather than in padding."""
         if self.picture < 0:
             return np.zeros(self.grid, dtype=bool)
-        rows, columns = self.cells(self.grid, self.box)
-        wide, high = self.size
-        return ((rows >= 0) & (rows < high))[:, None] & ((columns >= 0) & (columns < wide))[None]
-
-    @staticmethod
-    def cells(grid: tuple[int, int], box: Box) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The middles of a grid's rows and of its columns, in pixels."""
-        (left, top, right, bottom), (rows, columns) = box, grid
-        down = top + (np.arange(rows) + 0.5) * (bottom - top) / rows
-        return down, left + (np.arange(columns) + 0.5) * (right - left) / columns
+        (left, top, right, bottom), (rows, columns), (wide, high) = self.box, self.grid, self.size
+        y = top + (np.arange(rows) + 0.5) * (bottom - top) / rows
+        x = left + (np.arange(columns) + 0.5) * (right - left) / columns
+        return ((y >= 0) & (y < high))[:, None] & ((x >= 0) & (x < wide))[None]
 
     @property
     def whole(self) -> bool:
-        """Whether all of the picture is in the view."""
+        """Whether the view contains the whole picture."""
         (left, top, right, bottom), (wide, high) = self.box, self.size
         slack = 0.02 * max(wide, high) + 0.5
         return self.picture >= 0 and left <= slack and top <= slack and right >= wide - slack and bottom >= high - slack
@@ -70,15 +64,15 @@ class View:
 
 @torch.no_grad()
 def views(model: VisMem, pictures: Sequence[Pictures.Image | tuple[int, int]], **processor_kwargs: Any) -> list[View]:
-    """The views of one prompt's pictures, in the order in which the tower gets them.
+    """The views of one prompt's pictures, in the tower's order.
 
     Args:
         model: the model.
-        pictures: the prompt's pictures, in order, or their sizes (width, height).
-        **processor_kwargs: as the prompt's processor was called with (`do_image_splitting=False`, ...).
+        pictures: the prompt's pictures in order, or their sizes (width, height).
+        **processor_kwargs: the arguments of the prompt's processor call (`do_image_splitting=False`, ...).
 
     Raises:
-        ValueError: if the processor makes no views of pictures of these sizes.
+        ValueError: if the processor rejects pictures of these sizes.
 
     Example:
         >>> views(model, [(640, 480)])[0].patch(0, 0)
@@ -88,7 +82,7 @@ def views(model: VisMem, pictures: Sequence[Pictures.Image | tuple[int, int]], *
         return []
 
     def through(probes: list[NDArray[np.float64]]) -> list[Any]:
-        """Those values in 0..1 as grey pictures: the images that the processor makes of them."""
+        """The processor's images for grey pictures with these values, 0 to 1."""
         grey = [(DARK + (LIGHT - DARK) * probe).round().astype(np.uint8) for probe in probes]
         parts = [{"type": "image", "image": Pictures.fromarray(np.stack([g] * 3, axis=-1))} for g in grey]
         found = model.processor.apply_chat_template(
@@ -115,14 +109,14 @@ def views(model: VisMem, pictures: Sequence[Pictures.Image | tuple[int, int]], *
     for image, *probes in zip(dark, light, across, down, which, strict=True):
         low, high, x, y, number = (pixels(model, each) for each in (image, *probes))
         span = high - low
-        widest = span.max(axis=(1, 2), keepdims=True)  # channels are scaled apart
-        real = ((span > 0.98 * widest) & (widest > 0)).all(0)  # [height, width]: where the picture is
+        widest = span.max(axis=(1, 2), keepdims=True)  # channels are normalised separately
+        real = ((span > 0.98 * widest) & (widest > 0)).all(0)  # [height, width]: picture, not padding
         if not real.any():
             found.append(View(-1, image.grid, (0.0, 0.0, 0.0, 0.0), (0, 0)))
             continue
 
         def share(probe: NDArray[np.float64]) -> NDArray[np.float64]:
-            return ((probe - low) / np.where(span == 0, 1, span)).mean(0)  # noqa: B023 - used within this turn
+            return ((probe - low) / np.where(span == 0, 1, span)).mean(0)  # noqa: B023 - called in this iteration only
 
         picture = round(float(share(number)[real].mean()) * len(sizes)) - 1
         (left, right), (top, bottom) = edges(share(x), real, 0), edges(share(y), real, 1)
@@ -132,7 +126,7 @@ def views(model: VisMem, pictures: Sequence[Pictures.Image | tuple[int, int]], *
 
 
 def pixels(model: VisMem, image: Any) -> NDArray[np.float64]:
-    """An image's values [values, height, width], as far as its patches reach."""
+    """An image's values [channels, height, width], cropped to whole patches."""
     laid = model.backbone.laid_out(image).double().cpu().numpy()
     rows, columns = image.grid
     side = laid.shape[1] // rows, laid.shape[2] // columns
@@ -140,16 +134,16 @@ def pixels(model: VisMem, image: Any) -> NDArray[np.float64]:
 
 
 def edges(ramp: NDArray[np.float64], real: NDArray[np.bool_], axis: int) -> tuple[float, float]:
-    """Where the first and the last edge of an axis lie on a ramp from 0 to 1, by the straight line through it.
+    """Values of a gradient at the first and last edge of an axis, extrapolated by a line fit.
 
     Args:
-        ramp: [height, width], the ramp as the view shows it.
-        real: where the view shows the picture.
-        axis: along which the ramp is averaged: 0 for a ramp from left to right, 1 from top to bottom.
+        ramp: [height, width], a gradient from 0 to 1 as the view shows it.
+        real: [height, width], where the view shows the picture.
+        axis: axis to average over: 0 for a horizontal gradient, 1 for a vertical one.
     """
     count = real.sum(axis)
     places = np.flatnonzero(count)
-    if len(places) < 2:  # a picture that is a mere line
+    if len(places) < 2:  # the picture is a single line
         return 0.0, 1.0
     values = np.where(real, ramp, 0).sum(axis)[places] / count[places]
     slope, start = np.polyfit(places + 0.5, values, 1)

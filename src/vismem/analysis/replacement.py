@@ -1,7 +1,6 @@
-"""Finished answers read again with other memories in them: what becomes of the next-token distributions.
+"""Replaces memories in finished answers and compares the next-token distributions.
 
-One invocation is replaced at a time, the words stay as they were written. Which memory stands in for which is for
-the caller to say (the audit, a viewer); how sequences with memories are read is for `VisMem.forward`.
+One invocation is replaced at a time; the answer's tokens stay. The caller chooses the replacement.
 """
 
 from __future__ import annotations
@@ -12,26 +11,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vismem.analysis.rollouts import replay_inputs
 from vismem.config import Kind
 from vismem.decoding.trace import Invocation, Rollout
+from vismem.deprecation import renamed
 from vismem.model import VisMem
 from vismem.reading.heads import MOST_LOGITS
-from vismem.training.replay import collate
 
 Replace = Callable[[int, int, Invocation], "Tensor | None"]
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How far one invocation's memory moved the words after it: KL(with the memory || with its replacement), in nats.
+    """How much replacing one memory changes the next tokens: KL(with the memory || with its replacement), in nats.
 
     Args:
         row: index of the answer in the batch.
         index: of the invocation in that answer.
         kind: of the invocation.
-        first: at the token right after the end token.
-        rest: mean over the answer's sampled tokens after that one; NaN where there is none.
-        tokens: how many tokens `rest` is the mean of.
+        first: KL of the token right after the end token.
+        rest: mean over the answer's later sampled tokens; NaN if there are none.
+        tokens: number of tokens in `rest`.
     """
 
     row: int
@@ -43,8 +43,8 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The distributions of the token right after one invocation.
+class NextTokenPair:
+    """Both distributions of the token right after one invocation.
 
     Args:
         row, index, kind: as in `Shift`.
@@ -61,23 +61,23 @@ class Pair:
 def next_token_kl(
     model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[Rollout], replace: Replace
 ) -> list[Shift]:
-    """KL of the next-token distributions when each invocation's memory in turn is replaced, all others in place.
+    """KL of the next-token distributions when each invocation's memory in turn is replaced.
 
-    Distributions are the model's own at temperature 1, before processors; invocation tokens are open where they were
-    open to the answer. Costs one forward, and one more for each invocation of the fullest answer.
+    Uses the model's own distributions at temperature 1, before logits processors; invocation tokens are allowed where
+    they were allowed in the answer. Takes one forward, plus one for each invocation of the answer that has most.
 
     Args:
         model: the model.
         inputs: the processor's output for B prompts, padded on the left.
-        rollouts: n for each prompt, one after another, as `generate(..., record=True)` gives them.
-        replace: called with row, index and invocation; gives the vectors [N, d] to put instead, of any N, or None to
-            take the memory out.
+        rollouts: n answers to each prompt, prompt by prompt, from `generate(..., record=True)`.
+        replace: called with row, index and invocation; returns the replacement [N, d], of any N, or None to remove the
+            memory.
 
     Returns:
         A `Shift` for each invocation that inserted vectors, by row and index.
 
     Raises:
-        ValueError: if `rollouts` are not a multiple of the prompts, or a memory is missing or has another width.
+        ValueError: if the answers do not match the prompts, or a memory is missing or has the wrong width.
 
     Example:
         >>> out = model.generate(**inputs, record=True, return_dict_in_generate=True)
@@ -92,7 +92,7 @@ def next_token_kl(
         later = [t for t in range(first + 1, len(rollout.tokens)) if rollout.sampled[t]]
         places = torch.tensor([first, *later])
         before = (start + places - 1).to(own.device)
-        divergence = _kl(model, own[before], other[before], _open(rollout, places).to(own.device)).tolist()
+        divergence = _kl(model, own[before], other[before], _allowed(rollout, places).to(own.device)).tolist()
         rest = sum(divergence[1:]) / len(later) if later else float("nan")
         found.append(Shift(row, index, invocation.kind, divergence[0], rest, len(later)))
     return sorted(found, key=lambda shift: (shift.row, shift.index))
@@ -101,11 +101,11 @@ def next_token_kl(
 @torch.no_grad()
 def distributions(
     model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[Rollout], replace: Replace
-) -> list[Pair]:
-    """Both distributions of the token right after each invocation; arguments, cost and errors as `next_token_kl`.
+) -> list[NextTokenPair]:
+    """Both distributions of the token right after each invocation; arguments, cost and errors of `next_token_kl`.
 
     Returns:
-        A `Pair` for each invocation that inserted vectors, by row and index.
+        A pair for each invocation that inserted vectors, by row and index.
     """
     found = []
     start = inputs["input_ids"].shape[1]
@@ -113,26 +113,21 @@ def distributions(
         invocation = rollouts[row].invocations[index]
         first = torch.tensor([invocation.position + 2])
         states = torch.cat([own[start + first - 1], other[start + first - 1]])
-        log_probs = _log_probs(model, states, _open(rollouts[row], first).to(states.device))
-        found.append(Pair(row, index, invocation.kind, log_probs.cpu()))
+        log_probs = _log_probs(model, states, _allowed(rollouts[row], first).to(states.device))
+        found.append(NextTokenPair(row, index, invocation.kind, log_probs.cpu()))
     return sorted(found, key=lambda pair: (pair.row, pair.index))
 
 
 def _replaced(
     model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[Rollout], replace: Replace
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Row, index, and the row's states [L, d] with its memories and with that one replaced, for every invocation."""
-    if not rollouts or len(rollouts) % len(inputs["input_ids"]):
-        raise ValueError(
-            f"{len(rollouts)} rollouts for {len(inputs['input_ids'])} prompts; give as many for each prompt, in order"
-        )
-    call = collate(dict(inputs), list(rollouts), model.processor.tokenizer.pad_token_id or 0, True, 1.0)
-    call = {name: value for name, value in call.items() if name not in ("sampled", "allowed", "temperature")}
+    """For every invocation: row, index, and the row's states [L, d] with its own memories and with one replaced."""
+    call = replay_inputs(model, inputs, rollouts)
     memories = call.pop("memories")
     for row, rollout in enumerate(rollouts):
         for index, invocation in enumerate(rollout.invocations):
             if invocation.length and invocation.memory is None:
-                raise ValueError(f"invocation {index} of answer {row} has lost its memory; keep Invocation.memory")
+                raise ValueError(f"invocation {index} of answer {row} has no memory; keep `Invocation.memory`")
 
     def read(memories: list[list[Tensor | None]]) -> Tensor:
         return model(**call, memories=memories, logits_to_keep=1).last_hidden_state
@@ -149,7 +144,7 @@ def _replaced(
 
 
 def checked(replacement: Tensor | None, memory: Tensor) -> Tensor | None:
-    """A replacement in the memory's dtype and place. Raises ValueError if it is not [N, d]; no vector is None."""
+    """A replacement with the memory's dtype and device; None if empty. Raises ValueError if it is not [N, d]."""
     if replacement is None or len(replacement) == 0:
         return None
     if replacement.dim() != 2 or replacement.shape[1] != memory.shape[1]:
@@ -159,23 +154,26 @@ def checked(replacement: Tensor | None, memory: Tensor) -> Tensor | None:
     return replacement.to(memory)
 
 
-def _open(rollout: Rollout, places: Tensor) -> Tensor:
-    """Bool [n, 2]: the kinds that might be invoked at these tokens of an answer; none after its last."""
-    held = places < len(rollout.tokens)
-    return rollout.allowed[places.clamp(max=len(rollout.tokens) - 1)] & held[:, None]
+def _allowed(rollout: Rollout, places: Tensor) -> Tensor:
+    """Bool [n, 2]: the kinds that could be invoked at these tokens of an answer; none after its end."""
+    within = places < len(rollout.tokens)
+    return rollout.allowed[places.clamp(max=len(rollout.tokens) - 1)] & within[:, None]
 
 
-def _log_probs(model: VisMem, states: Tensor, open_: Tensor) -> Tensor:
-    """Float32 log-probabilities [n, vocabulary] of the next token, from the last states [n, d] before it."""
+def _log_probs(model: VisMem, states: Tensor, allowed: Tensor) -> Tensor:
+    """Float32 log-probabilities [n, vocabulary] of the next token after the last states [n, d]."""
     logits = model.tokens.extend(model.backbone.head(states), states)
-    return model.tokens.forbid(logits, open_).float().log_softmax(-1)
+    return model.tokens.forbid(logits, allowed).float().log_softmax(-1)
 
 
-def _kl(model: VisMem, own: Tensor, other: Tensor, open_: Tensor) -> Tensor:
-    """Float32 KL [n] of the distributions after states [n, d], a block of the vocabulary's width at a time."""
+def _kl(model: VisMem, own: Tensor, other: Tensor, allowed: Tensor) -> Tensor:
+    """Float32 KL [n] of the distributions after states [n, d], in blocks that bound the size of the logits."""
     size = max(1, MOST_LOGITS // (2 * model.tokens.vocabulary))
     parts = []
-    for one, two, may in zip(own.split(size), other.split(size), open_.split(size), strict=True):
+    for one, two, may in zip(own.split(size), other.split(size), allowed.split(size), strict=True):
         p, q = _log_probs(model, one, may), _log_probs(model, two, may)
         parts.append((p.exp() * (p - q)).masked_fill(p == float("-inf"), 0).sum(-1))
     return torch.cat(parts)
+
+
+__getattr__ = renamed(__name__, {"Pair": "NextTokenPair"})

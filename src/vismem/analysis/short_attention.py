@@ -1,7 +1,6 @@
-"""Where short-term memory looked: attention of the short former's memory positions over the patches of the pictures.
+"""What short-term memory attends to: the short former's memory positions over the patches of the pictures.
 
-Looks are recomputed from finished answers with recorded states; the former runs as ever and the weights are computed
-beside it. Where a patch lies in a picture is in `views.py`, how a look is drawn in `drawing.py`.
+Recomputed from finished answers with recorded states: the former runs again and its weights are computed beside it.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from PIL import Image as Pictures
 from torch import Tensor
 
 from vismem.analysis.image_geometry import Box, View, views
+from vismem.analysis.rollouts import recorded_invocations
 from vismem.backbones import Image
 from vismem.decoding.trace import Invocation
+from vismem.deprecation import renamed
 from vismem.memory import ShortTermFormer
 from vismem.memory.short_term import coarse_grid, share
 from vismem.model import VisMem
@@ -28,22 +29,22 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Look:
-    """One short-term invocation's look at its prompt's pictures. Weights are means over the tower's heads.
+class ShortTermAttention:
+    """What one short-term memory attended to while it was formed. Weights are means over the tower's heads.
 
-    A memory of N vectors has P = N * m * m positions in the tower, which the projector merges m x m into one vector.
+    A memory of N vectors has P = N * m * m positions in the tower; the projector merges m x m of them into one vector.
 
     Args:
         row: index of the answer.
         index: of the invocation in that answer.
         views: the images that the tower saw: pictures, tiles, crops.
         weights: for each view float32 [layers, P, rows, columns].
-        rest: for each other place that attention went to, float32 [layers, P]: `"class token"`, `"query"`, `"memory"`.
-            With all of `weights` it adds up to 1.
-        starts: for each vector the view whose region it started from, and the region's box in the picture's pixels;
-            empty where memory starts from learned constants.
+        rest: the remaining attention, float32 [layers, P] each: `"class token"`, `"query"`, `"memory"`. Sums to 1 with
+            `weights`.
+        starts: for each vector the index of the view whose region it started from, and the region's box in the
+            picture's pixels; empty if memory starts from learned constants.
         merge: m.
-        memory: the vectors that the look formed [N, d].
+        memory: the memory [N, d].
     """
 
     row: int
@@ -57,22 +58,25 @@ class Look:
 
     @property
     def layers(self) -> int:
-        """Blocks of the tower that memory runs through."""
+        """Number of the tower's blocks that form memory."""
         return len(self.weights[0])
 
     def vectors(self, view: int) -> Tensor:
-        """[layers, N, rows, columns]: the weights of one view by memory vector, mean over its m x m positions."""
+        """[layers, N, rows, columns]: one view's weights for each memory vector, averaged over its m x m positions."""
         return self.weights[view].unflatten(1, (-1, self.merge**2)).mean(2)
 
     def mean(self, view: int, layer: int | None = None, vector: int | None = None) -> Tensor:
-        """[rows, columns]: one view's weights, mean over layers and vectors but for those that are named."""
+        """[rows, columns]: one view's weights, of one layer and vector or averaged over all."""
         weights = self.vectors(view)
         weights = weights.mean(0) if layer is None else weights[layer]
         return weights.mean(0) if vector is None else weights[vector]
 
     def shares(self) -> dict[str, Tensor]:
-        """Where attention went, float32 [layers, P] each, 1 in all: `"picture"` (patches that show it), `"padding"`
-        (patches that do not), `"class token"`, `"query"`, `"memory"`."""
+        """Fractions of attention, float32 [layers, P] each, summing to 1.
+
+        `"picture"` counts patches that show a picture, `"padding"` all other patches; then `"class token"`, `"query"`
+        and `"memory"`.
+        """
         shown = [torch.from_numpy(view.shown).to(w) for view, w in zip(self.views, self.weights, strict=True)]
         picture: Any = sum((w * s).sum((-2, -1)) for w, s in zip(self.weights, shown, strict=True))
         patches: Any = sum(w.sum((-2, -1)) for w in self.weights)
@@ -81,15 +85,15 @@ class Look:
     def on(
         self, picture: int, size: Size | None = None, layer: int | None = None, vector: int | None = None
     ) -> NDArray[np.float32]:
-        """The look laid over one picture: how many times the even share each place of it got.
+        """Attention over one picture, relative to uniform attention.
 
-        Every view's weights are spread evenly over what its patches show; views of the same place add up. The mean
-        over the area of all the prompt's pictures is 1, which is a look that went everywhere alike.
+        Each patch's weight is spread evenly over the area that it shows; overlapping views add up. The mean over the
+        area of all the prompt's pictures is 1.
 
         Args:
-            picture: index among the prompt's pictures.
+            picture: index of the picture in the prompt.
             size: width and height of the result; by default the picture's.
-            layer, vector: one of them, or None for the mean over all.
+            layer, vector: an index, or None for the mean over all.
 
         Returns:
             [height, width].
@@ -100,22 +104,22 @@ class Look:
         return laid_over(spreads, picture, size)
 
     def read(self, weights: Tensor, picture: int, size: Size | None = None) -> NDArray[np.float32]:
-        """What later tokens read of this memory, laid over one picture by where each vector started.
+        """Later tokens' attention to this memory's slots, laid over one picture by the region each vector started from.
 
-        A vector holds its region, as far as it is still what it started as, and what it has seen elsewhere since.
+        A vector stands for its region only as far as it still holds what it started from.
 
         Args:
             weights: [N], attention to this memory's slots (`SlotAttention.slots`), of one token or a mean.
-            picture, size: as for `on`, whose scale this has.
+            picture, size: see `on`, whose scale this uses.
 
         Returns:
             [height, width].
 
         Raises:
-            ValueError: if memory starts from learned constants, so that no vector has a region.
+            ValueError: if memory starts from learned constants, so vectors have no region.
         """
         if not self.starts:
-            raise ValueError("with memory_init='learned' no vector starts from a region of the picture")
+            raise ValueError("with memory_init='learned' vectors do not start from a region of the picture")
         spreads = []
         for (view, box), weight in zip(self.starts, weights.tolist(), strict=True):
             region = replace(self.views[view], grid=(1, 1), box=box)
@@ -125,17 +129,17 @@ class Look:
 
 @dataclass(frozen=True)
 class Spread:
-    """Weights [rows, columns] of the patches of a view, or of one region of it, to be spread over what they show."""
+    """Weights [rows, columns] of a view's patches, or of one region of it."""
 
     view: View
     weights: NDArray[np.floating]
 
 
 def laid_over(spreads: list[Spread], picture: int, size: Size | None = None) -> NDArray[np.float32]:
-    """Weights laid over one picture, [height, width], so that the mean over the area of all pictures is 1."""
+    """Weights laid over one picture, [height, width], scaled to a mean of 1 over the area of all pictures."""
     sizes = {spread.view.picture: spread.view.size for spread in spreads if spread.view.picture >= 0}
     if picture not in sizes:
-        raise ValueError(f"this look saw no picture {picture}; there are {', '.join(map(str, sorted(sizes)))}")
+        raise ValueError(f"no picture {picture} was seen; there are {', '.join(map(str, sorted(sizes)))}")
     wide, high = sizes[picture]
     size = size or (wide, high)
     found, total = np.zeros((size[1], size[0])), sum(float(spread.weights.sum()) for spread in spreads)
@@ -151,13 +155,13 @@ def laid_over(spreads: list[Spread], picture: int, size: Size | None = None) -> 
 
 
 @contextmanager
-def watched(former: ShortTermFormer) -> Iterator[list[Tensor]]:
-    """Collects attention weights of a former's own positions while the context lasts, block by block.
+def block_weights(former: ShortTermFormer) -> Iterator[list[Tensor]]:
+    """Collects the attention weights of a former's own positions, block by block, while the context lasts.
 
-    The former attends as ever; the weights are computed a second time, in float32 and without gradient.
+    They are computed a second time in float32; the former's own attention is unchanged.
 
     Yields:
-        A list that each block adds [n, K + P, patches + K + P] to, mean over heads.
+        A list that each block appends its weights to, [n, K + P, patches + K + P], averaged over heads.
     """
     found: list[Tensor] = []
 
@@ -176,70 +180,60 @@ def watched(former: ShortTermFormer) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def looks(
+def short_term_attention(
     model: VisMem,
     inputs: dict[str, Tensor],
     invocations: Sequence[Sequence[Invocation]],
     pictures: Sequence[Sequence[Pictures.Image | Size]],
     **processor_kwargs: Any,
-) -> list[Look]:
-    """Where the short-term invocations of finished answers looked.
+) -> list[ShortTermAttention]:
+    """What the short-term memories of finished answers attended to.
 
     Args:
         model: the model that wrote them.
         inputs: the processor's output for B prompts.
-        invocations: of n answers to each prompt, one after another, with their states, as `generate(..., record=True,
-            return_dict_in_generate=True)` gives them.
+        invocations: of n answers to each prompt, prompt by prompt, with their states, from `generate(...,
+            record=True, return_dict_in_generate=True)`.
         pictures: for each prompt its pictures in order, or their sizes (width, height).
-        **processor_kwargs: as the prompts' processor was called with, besides padding.
+        **processor_kwargs: the arguments of the prompts' processor call, except padding.
 
     Returns:
-        A `Look` for each short-term invocation that formed a memory, by row and index; tensors are on the CPU.
+        One entry for each short-term invocation that formed a memory, by row and index; tensors are on the CPU.
 
     Raises:
-        ValueError: if states are missing, pictures or answers do not fit the prompts, or memory is not formed.
+        ValueError: if states are missing, pictures or answers do not match the prompts, or memory is not formed.
 
     Example:
         >>> out = model.generate(**inputs, record=True, return_dict_in_generate=True)
-        >>> (look,) = looks(model, inputs, out.invocations, [[picture]])
-        >>> look.on(0).shape
+        >>> (attention,) = short_term_attention(model, inputs, out.invocations, [[picture]])
+        >>> attention.on(0).shape
     """
     if model.memory_config.content != "formed":
-        raise ValueError(f"memory with content={model.memory_config.content!r} looks at nothing: it is not formed")
+        raise ValueError(f"memory with content={model.memory_config.content!r} is not formed, so it attends to nothing")
     backbone, prompts = model.backbone, len(inputs["input_ids"])
     former: Any = model.memory.short
     if len(pictures) != prompts or not invocations or len(invocations) % prompts:
         raise ValueError(
-            f"{prompts} prompts, {len(pictures)} lists of pictures and {len(invocations)} answers do not fit: give "
-            "each prompt's pictures, and as many answers for each prompt, in order"
+            f"{prompts} prompts, {len(pictures)} lists of pictures and {len(invocations)} answers do not match: pass "
+            "each prompt's pictures, and the same number of answers for each prompt, in order"
         )
     images = backbone.prompt_images(inputs["input_ids"], inputs)
     visual = backbone.prompt_visual_states(inputs["input_ids"], inputs)
     copies, found = len(invocations) // prompts, []
     for prompt in range(prompts):
-        wanted = [
-            (row, index, invocation)
-            for row in range(prompt * copies, (prompt + 1) * copies)
-            for index, invocation in enumerate(invocations[row])
-            if invocation.kind == "short" and invocation.length
-        ]
+        first = prompt * copies
+        wanted = recorded_invocations(invocations[first : first + copies], "short", first)
         if not wanted:
             continue
-        for row, index, invocation in wanted:
-            if invocation.states is None:
-                raise ValueError(
-                    f"invocation {index} of answer {row} has no states; call generate with record=True and "
-                    "return_dict_in_generate=True"
-                )
         seen = views(model, pictures[prompt], **processor_kwargs)
         if [view.grid for view in seen] != [image.grid for image in images[prompt]]:
             raise ValueError(
-                f"pictures of these sizes give patches of {[view.grid for view in seen]}, but prompt {prompt} has "
-                f"{[image.grid for image in images[prompt]]}: give its pictures in order, and its processor's settings"
+                f"pictures of these sizes have patch grids {[view.grid for view in seen]}, but prompt {prompt} has "
+                f"{[image.grid for image in images[prompt]]}: pass its pictures in order and its processor arguments"
             )
         patches = former.encode(images[prompt])
         query = model.memory.builder([visual[prompt]] * len(wanted), [i.states for _, _, i in wanted])
-        with watched(former) as layers:
+        with block_weights(former) as layers:
             memories = former(query, [patches] * len(wanted))
         stacked = torch.stack(layers, dim=1)[:, :, query.shape[1] :]  # [n, layers, P, patches + K + P]
         starts = regions(former, images[prompt], seen)
@@ -252,12 +246,12 @@ def looks(
                 if part.shape[-1] > patch[0, 0].numel():
                     rest["class token"] += part.sum(-1) - patch.sum((-2, -1))
             laid, rest = [patch.cpu() for patch in laid], {name: share.cpu() for name, share in rest.items()}
-            found.append(Look(row, index, seen, laid, rest, starts, backbone.merge, memory.cpu()))
+            found.append(ShortTermAttention(row, index, seen, laid, rest, starts, backbone.merge, memory.cpu()))
     return found
 
 
 def regions(former: ShortTermFormer, images: list[Image], seen: list[View]) -> list[tuple[int, Box]]:
-    """For each vector the view and the box, in the picture's pixels, of the patches that it starts as a mean of."""
+    """For each vector the view and the box, in the picture's pixels, of the patches whose mean it starts from."""
     if not former.pooled:
         return []
     total, found = len(former.memory_init) // former.backbone.merge**2, []
@@ -278,6 +272,11 @@ def regions(former: ShortTermFormer, images: list[Image], seen: list[View]) -> l
 
 
 def raster(model: VisMem, weights: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[layers, P, patches] in the tower's order to [layers, P, rows, columns]; a class token is left out."""
-    flat = weights.flatten(0, 1).T[None]  # [1, patches, layers * P]: as the tower's states lie
+    """[layers, P, patches] in the tower's order to [layers, P, rows, columns]; drops a class token."""
+    flat = weights.flatten(0, 1).T[None]  # [1, patches, layers * P], the layout of the tower's states
     return model.backbone.to_raster(flat, grid)[0].permute(2, 0, 1).unflatten(0, weights.shape[:2])
+
+
+__getattr__ = renamed(
+    __name__, {"Look": "ShortTermAttention", "looks": "short_term_attention", "watched": "block_weights"}
+)

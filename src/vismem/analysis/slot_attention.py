@@ -1,39 +1,43 @@
-"""Who looks at memory: attention of an answer's tokens to memory slots, visual tokens, the prompt's text and itself.
+"""What attends to memory: an answer's attention to memory slots, visual tokens, the prompt's text and itself.
 
-Finished answers are read again by `VisMem.forward`, with their memories in place and eager attention in the language
-model, whose weights are reduced layer by layer as they come. Where memory itself looked is in `looks.py`.
+`VisMem.forward` reads finished answers again with their memories in place and eager attention in the language model;
+the weights are reduced layer by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vismem.analysis.rollouts import replay_inputs
 from vismem.config import Kind
 from vismem.decoding.trace import Rollout
+from vismem.deprecation import renamed
 from vismem.model import VisMem
 from vismem.reading.splice import Splice, find_invocations
-from vismem.training.replay import collate
 
-GROUPS = ("memory", "visual", "prompt", "answer")  # what a token can attend to; every place of a sequence is in one
+GROUPS = ("memory", "visual", "prompt", "answer")  # every position of a sequence belongs to exactly one
 
 
 @dataclass(frozen=True)
 class SlotAttention:
-    """What the tokens of one answer attended to, as means over heads; row t is of token t as it is read.
+    """What the tokens of one answer attended to, as means over heads.
 
     Args:
         row: index of the answer.
         kinds: of its invocations.
         positions: index of each invocation's token among the answer's tokens.
-        slots: for each invocation float32 [layers, tokens, N]: weights on its slots, 0 before it.
-        shares: for each of `GROUPS` float32 [layers, tokens]: slots of any kind, visual tokens, the prompt's other
-            tokens, the answer's tokens up to this one. They add up to 1.
+        slots: for each invocation its slots' weights, float32 [layers, tokens, N]; 0 before it.
+        shares: for each of `GROUPS` float32 [layers, tokens], summing to 1: slots of any kind, visual tokens, the
+            prompt's other tokens, the answer's tokens up to this one.
     """
 
     row: int
@@ -43,50 +47,51 @@ class SlotAttention:
     shares: dict[str, Tensor]
 
     def after(self, index: int) -> Tensor:
-        """[layers, later tokens, N]: what an invocation's slots get from its end token and all tokens after it."""
+        """[layers, later tokens, N]: weights on an invocation's slots from its end token on."""
         return self.slots[index][:, self.positions[index] + 1 :]
 
-    def reading(self, index: int) -> Tensor:
-        """[layers, tokens, N]: the same up to the next invocation of that kind, whose memory is the fresher one."""
+    def until_next(self, index: int) -> Tensor:
+        """[layers, tokens, N]: the same up to the next invocation of that kind, which replaces this memory."""
         later = zip(self.kinds[index + 1 :], self.positions[index + 1 :], strict=True)
         end = next((place for kind, place in later if kind == self.kinds[index]), self.slots[index].shape[1])
         return self.slots[index][:, self.positions[index] + 1 : end]
 
+    def reading(self, index: int) -> Tensor:
+        """Deprecated name of `until_next`."""
+        warnings.warn("SlotAttention.reading is now SlotAttention.until_next", DeprecationWarning, stacklevel=2)
+        return self.until_next(index)
+
 
 @torch.no_grad()
 def attention_to_slots(model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[Rollout]) -> list[SlotAttention]:
-    """How much every token of finished answers attends to memory, to what it sees, to the prompt and to the answer.
+    """How much each token of finished answers attends to memory, to visual tokens, to the prompt and to the answer.
 
-    Costs one forward with eager attention, so time and memory grow with the square of the length.
+    Takes one forward with eager attention, so time and memory grow with the square of the length.
 
     Args:
         model: the model.
         inputs: the processor's output for B prompts, padded on the left.
-        rollouts: n answers to each prompt, one after another, as `generate(..., record=True)` gives them.
+        rollouts: n answers to each prompt, prompt by prompt, from `generate(..., record=True)`.
 
     Returns:
         A `SlotAttention` for each answer; tensors are on the CPU.
 
     Raises:
-        ValueError: if the answers do not fit the prompts, or the base's language model has layers without weights.
+        ValueError: if the answers do not match the prompts, or a layer of the base's language model returns no
+            attention weights.
 
     Example:
         >>> out = model.generate(**inputs, record=True, return_dict_in_generate=True)
         >>> attention_to_slots(model, inputs, out.rollout)[0].shares["memory"].mean()
     """
-    if not rollouts or len(rollouts) % len(inputs["input_ids"]):
-        raise ValueError(
-            f"{len(rollouts)} rollouts for {len(inputs['input_ids'])} prompts; give as many for each prompt, in order"
-        )
-    call = collate(dict(inputs), list(rollouts), model.processor.tokenizer.pad_token_id or 0, True, 1.0)
-    call = {name: value for name, value in call.items() if name not in ("sampled", "allowed", "temperature")}
+    call = replay_inputs(model, inputs, rollouts)
     ids, start, memories = call["input_ids"], call["prompt_length"], call["memories"]
     places = find_invocations(ids, [start] * len(ids), model.tokens.invocation_ids, model.tokens.end_ids)
     splice = Splice(places, memories, ids.shape[1])
-    reading = Reading(groups_of(splice, ids, start, model.backbone.image_token_id), slots_of(splice), start)
-    with eager(model), reading.of(attention_layers(model)):
+    reducer = AttentionReducer(groups_of(splice, ids, start, model.backbone.image_token_id), slots_of(splice), start)
+    with attention_weights(model, reducer.add):
         model(**call, logits_to_keep=1)
-    slots, shares = reading.result()  # [layers, n, E - start, S] and [layers, n, E - start, groups]
+    slots, shares = reducer.result()  # [layers, n, E - start, S] and [layers, n, E - start, groups]
     found = []
     for row, rollout in enumerate(rollouts):
         kept = splice.kept[row, start : start + len(rollout.tokens)] - start
@@ -105,7 +110,7 @@ def attention_to_slots(model: VisMem, inputs: dict[str, Tensor], rollouts: Seque
 
 
 def groups_of(splice: Splice, ids: Tensor, start: int, image_token: int) -> Tensor:
-    """One-hot [n, E, groups]: which of `GROUPS` each place of the sequences with memories belongs to."""
+    """One-hot [n, E, groups]: the group of each position of the sequences with memories."""
     source = splice.source
     seen = (ids.cpu() == image_token).gather(1, source)
     group = torch.where(source >= start, GROUPS.index("answer"), GROUPS.index("prompt"))
@@ -114,57 +119,40 @@ def groups_of(splice: Splice, ids: Tensor, start: int, image_token: int) -> Tens
 
 
 def slots_of(splice: Splice) -> Tensor:
-    """[n, S]: the places of each row's slots, in order; -1 where a row has fewer, whose weights mean nothing."""
+    """[n, S]: positions of each row's slots, padded with -1, whose weights are meaningless."""
     rows = [row.nonzero().flatten() for row in splice.slot]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-class Reading:
-    """Reduces attention weights as the layers of a reading give them.
+class AttentionReducer:
+    """Reduces attention weights to slots and groups as the layers compute them.
 
-    A reading may come in parts, a cached beginning and the rest; each layer counts what it has read. Keys that a layer
-    with a window has dropped are missing at the left.
+    A sequence may be read in parts: a cached prefix and the rest. Keys that a windowed layer has dropped are missing on
+    the left.
 
     Args:
-        groups: one-hot [n, E, groups] of all places.
-        slots: [n, S] places of slots, -1 where there is none.
-        start: places before it are not asked for.
+        groups: one-hot [n, E, groups] of all positions.
+        slots: [n, S] positions of slots, padded with -1.
+        start: queries before this position are skipped.
     """
 
     def __init__(self, groups: Tensor, slots: Tensor, start: int) -> None:
         self.groups, self.slots, self.start = groups, slots, start
-        self.read: dict[int, int] = {}
-        self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.read: dict[int, int] = defaultdict(int)  # positions seen by each layer
+        self.parts: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
-    @contextmanager
-    def of(self, layers: list[nn.Module]) -> Iterator[None]:
-        """Listens to these layers while the context lasts."""
-        with ExitStack() as stack:
-            for depth, layer in enumerate(layers):
-                self.read[depth], self.parts[depth] = 0, []
-
-                def hook(module: nn.Module, args: Any, output: Any, depth: int = depth) -> None:
-                    self.take(depth, output[1] if isinstance(output, tuple) and len(output) > 1 else None)
-
-                stack.callback(layer.register_forward_hook(hook).remove)
-            yield
-
-    def take(self, depth: int, weights: Tensor | None) -> None:
-        """Weights [n, heads, queries, keys] of the next queries of layer `depth`."""
-        if weights is None:
-            raise ValueError(
-                f"layer {depth} of the language model gives no attention weights, even with eager attention"
-            )
-        before, queries, keys = self.read[depth], *weights.shape[2:]
-        self.read[depth] = end = before + queries
-        if end <= self.start:  # a prompt; rows may share it
+    def add(self, layer: int, weights: Tensor) -> None:
+        """Adds a layer's weights [n, heads, queries, keys] of its next queries."""
+        before, queries, keys = self.read[layer], *weights.shape[2:]
+        self.read[layer] = end = before + queries
+        if end <= self.start:  # the prompt, which rows may share
             return
         mean = weights[:, :, max(self.start - before, 0) :].mean(1, dtype=torch.float32)  # [n, queries, keys]
         shares = mean @ self.groups[:, end - keys : end].to(mean)
         index = (self.slots - (end - keys)).to(mean.device)
         at = index.clamp(0, keys - 1)[:, None].expand(-1, mean.shape[1], -1)
-        slots = mean.gather(2, at) * (index < keys)[:, None]  # not read yet, in a first part
-        self.parts[depth].append((slots.cpu(), shares.cpu()))
+        slots = mean.gather(2, at) * (index < keys)[:, None]  # later slots are not read yet
+        self.parts[layer].append((slots.cpu(), shares.cpu()))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Weights [layers, n, E - start, S] and shares [layers, n, E - start, groups]."""
@@ -177,26 +165,56 @@ def attention_layers(model: VisMem) -> list[nn.Module]:
     """The language model's attention modules, layer by layer.
 
     Raises:
-        ValueError: if it has layers of another kind.
+        ValueError: if a layer has no attention.
     """
     layers = getattr(model.backbone.language_model, "layers", None) or []
     found: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
     if not found or any(attention is None for attention in found):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise ValueError(
-            f"the language model of {model.backbone.model_type} has no attention to show in every layer ({kinds}); "
-            "only layers with `self_attn` give weights"
+            f"the language model of {model.backbone.model_type} has layers without attention ({kinds}); only layers "
+            "with `self_attn` return weights"
         )
     return found
 
 
 @contextmanager
-def eager(model: VisMem) -> Iterator[None]:
-    """Eager attention in the base's language model while the context lasts, and then what it had before."""
+def eager_attention(model: VisMem) -> Iterator[None]:
+    """Switches the base's language model to eager attention while the context lasts."""
+    # Set on the private attribute, as `set_attn_implementation` does, because that method refuses remote code.
     config: Any = model.backbone.language_model.config
     before = config._attn_implementation
-    config._attn_implementation = "eager"  # as `set_attn_implementation` does, which refuses code that came along
+    config._attn_implementation = "eager"
     try:
         yield
     finally:
         config._attn_implementation = before
+
+
+@contextmanager
+def attention_weights(model: VisMem, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Runs the language model with eager attention and passes on each layer's weights as it computes them.
+
+    Args:
+        model: the model.
+        receive: called with the layer's index and its weights [n, heads, queries, keys].
+
+    Raises:
+        ValueError: if a layer has no attention, or returns no weights.
+    """
+
+    def hook(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if weights is None:
+            raise ValueError(
+                f"layer {layer} of the language model returns no attention weights, even with eager attention"
+            )
+        receive(layer, weights)
+
+    with eager_attention(model), ExitStack() as stack:
+        for index, layer in enumerate(attention_layers(model)):
+            stack.callback(layer.register_forward_hook(partial(hook, index)).remove)
+        yield
+
+
+__getattr__ = renamed(__name__, {"eager": "eager_attention"})

@@ -1,4 +1,4 @@
-"""HTML by jinja2's templates, everything escaped and every name that a template uses known; extras `eval` and `app`."""
+"""Jinja2 environments with autoescaping and strict undefined names; needs the extra `eval` or `app`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def templates_of(package: str) -> Environment:
-    """Templates of a package's folder `templates`."""
+    """The templates in a package's `templates` folder."""
     return Environment(
         loader=PackageLoader(package),
         autoescape=True,

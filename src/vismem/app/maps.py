@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vismem.analysis.findings import HeatMap, Map
+from vismem.analysis.findings import FloatArray, HeatMap
 from vismem.analysis.heatmaps import HOT, PALE, enlarged, scale_end, strength
 
 SIDE = 560  # pixels at most of a picture under a map: twice what it is shown at
@@ -35,7 +35,7 @@ def look(found: HeatMap, picture: Image.Image) -> dict[str, Any]:
     }
 
 
-def layer(title: str, name: str, heat: Map, end: float) -> dict[str, Any]:
+def layer(title: str, name: str, heat: FloatArray, end: float) -> dict[str, Any]:
     """One map: its image, its scale, and in words where it is highest."""
     row, column = np.argwhere(heat >= heat.max() * (1 - 1e-4)).mean(0)  # the middle of a highest region
     return {
@@ -48,7 +48,7 @@ def layer(title: str, name: str, heat: Map, end: float) -> dict[str, Any]:
     }
 
 
-def painted(heat: Map, end: float) -> Image.Image:
+def painted(heat: FloatArray, end: float) -> Image.Image:
     """A map as a small image of one colour, to lie on a pale picture; opaque where far above the even share."""
     colour = np.broadcast_to(HOT, (*heat.shape, 3))
     return Image.fromarray(

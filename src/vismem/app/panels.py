@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vismem.analysis.findings import Inspection, Moment, Token
+from vismem.analysis.findings import AnswerToken, InspectedInvocation, Inspection
 from vismem.analysis.templates import templates_of
 from vismem.app.maps import data_url, look
 from vismem.config import Kind
@@ -51,7 +51,7 @@ def answer_html(
 
 
 def timeline(
-    tokens: Sequence[Token],
+    tokens: Sequence[AnswerToken],
     attention: Mapping[Kind, Sequence[float]] | None = None,
     *,
     turn: int = 0,
@@ -62,7 +62,7 @@ def timeline(
     """A strip of an answer's tokens with a mark at each invocation, and how much each token attended to memory.
 
     Args:
-        tokens: `Inspection.tokens`, or `inspection.spelled(...)` of an answer that is still being written.
+        tokens: `Inspection.tokens`, or `inspection.answer_tokens(...)` of an answer that is still being written.
         attention: `Inspection.attention`, where there is one.
         turn, side, selected, links: as for `answer_html`.
     """
@@ -133,7 +133,7 @@ SHARES = {
 }
 
 
-def shares(moment: Moment) -> list[dict[str, Any]]:
+def shares(moment: InspectedInvocation) -> list[dict[str, Any]]:
     """Where a memory's attention went while it was formed."""
     found = moment.looked or moment.read
     return (
@@ -143,7 +143,7 @@ def shares(moment: Moment) -> list[dict[str, Any]]:
     )
 
 
-def words(inspection: Inspection, moment: Moment) -> list[dict[str, Any]]:
+def words(inspection: Inspection, moment: InspectedInvocation) -> list[dict[str, Any]]:
     """A long memory's segment: for the mean and for each vector its last words with their strength."""
     if moment.read is None:
         return []
@@ -169,7 +169,7 @@ def words(inspection: Inspection, moment: Moment) -> list[dict[str, Any]]:
     return found
 
 
-def later(inspection: Inspection, moment: Moment) -> dict[str, Any] | None:
+def later(inspection: Inspection, moment: InspectedInvocation) -> dict[str, Any] | None:
     """The tokens after an invocation with what its slots got, up to the last that attended to them."""
     if moment.later is None:
         return None
@@ -195,7 +195,7 @@ def later(inspection: Inspection, moment: Moment) -> dict[str, Any] | None:
     }
 
 
-def groups(moment: Moment) -> list[dict[str, Any]]:
+def groups(moment: InspectedInvocation) -> list[dict[str, Any]]:
     """Where the attention of later tokens went, and how many places each group has."""
     if moment.later is None:
         return []
@@ -203,7 +203,7 @@ def groups(moment: Moment) -> list[dict[str, Any]]:
     return [{"name": name, "share": share, "places": places[name]} for name, share in found.items() if places[name]]
 
 
-def likely(moment: Moment) -> dict[str, Any] | None:
+def likely(moment: InspectedInvocation) -> dict[str, Any] | None:
     """The next word's distribution with and without the memory, and what it comes to in a sentence."""
     if moment.next is None:
         return None
@@ -212,7 +212,7 @@ def likely(moment: Moment) -> dict[str, Any] | None:
     return {"rows": found, "kl": moment.next.kl, "given": given, "without": without, "put_in": moment.next.put_in}
 
 
-def named(token: Token) -> str:
+def named(token: AnswerToken) -> str:
     """A token in words, for titles and screen readers."""
     if token.part == "mark":
         return f"{token.kind}-term memory {(token.index or 0) + 1}"

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vismem.analysis.findings import Inspection, Token
-from vismem.analysis.inspection import spelled
+from vismem.analysis.findings import AnswerToken, Inspection
+from vismem.analysis.inspection import answer_tokens
 from vismem.decoding.detokenizer import Detokenizer
 from vismem.decoding.markers import Piece, joined
 from vismem.decoding.policies import Forced, Policy, read_policy, schedule_of
@@ -95,7 +95,7 @@ class Reply:
         self.written: list[Piece] = []
         self.tokens: list[int] = []
         self.invocations: list[Invocation] = []
-        self.strip: list[Token] = []  # its tokens with their texts, once it is done
+        self.strip: list[AnswerToken] = []  # its tokens with their texts, once it is done
         self.finish: Finish | None = None
         self.trouble: str | None = None
         self.begun, self.seconds = time.perf_counter(), 0.0
@@ -142,7 +142,7 @@ class Reply:
         if news.finish is not None:
             if text := self.words.end():
                 self.written.append(Piece(text))
-            self.strip = spelled(self.tokens, self.tokenizer, self.marks)
+            self.strip = answer_tokens(self.tokens, self.tokenizer, self.marks)
             self.seconds = time.perf_counter() - self.begun
             self.trouble = trouble(news.error) if news.error is not None else None
             self.finish = news.finish

@@ -1,6 +1,6 @@
-"""The audit: is it memory, or just some latent computation?
+"""The audit: does memory carry content, or is it only extra computation?
 
-Memories are replaced and answers compared (`interventions`, `effects`), read by probes (`probes`), compared with each
-other (`structure`) and watched being read (`attention`). `verdicts` turns the numbers into words, `report` shows them
-on one page, and `audit.audit` runs all of it and keeps what is done.
+Memories are replaced and the answers compared (`interventions`, `effects`); linear probes read them (`probes`); they
+are compared with each other (`structure`); later tokens' attention to them is measured (`attention`). `verdicts`
+turns the numbers into words, `report` writes one page, and `audit.audit` runs everything and can be resumed.
 """

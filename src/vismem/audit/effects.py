@@ -1,4 +1,4 @@
-"""What replacing memories does: accuracy, answers and next words beside the intact ones, with intervals."""
+"""Effects of replacing memories: accuracy, answers and next tokens compared with the intact ones, with intervals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from vismem.audit.activations import Bank
+from vismem.audit.activations import ActivationStore
 from vismem.audit.interventions import Intervention, possible
 from vismem.audit.names import OFF
 from vismem.audit.statistics import accuracy, average, change, share
@@ -14,9 +14,9 @@ from vismem.config import KINDS
 from vismem.evaluation.records import Record
 
 
-def overview(records: Sequence[Record], others: Mapping[str, Record], bank: Bank) -> dict[str, Any]:
-    """All questions: accuracy with memory and without, and how often memory was invoked."""
-    groups = [bank.image[r.id] or r.id for r in records]
+def overview(records: Sequence[Record], others: Mapping[str, Record], activations: ActivationStore) -> dict[str, Any]:
+    """Accuracy with and without memory over all questions, and how often memory was invoked."""
+    groups = [activations.group(r.id) for r in records]
     invoked = [bool(r.invocations) for r in records]
     found: dict[str, Any] = {"n": len(records), "images": len(set(groups))}
     found["accuracy"] = accuracy([r.score for r in records], groups).to_dict()
@@ -34,30 +34,30 @@ def effect(
     intact: Mapping[str, Record],
     others: Mapping[str, Record],
     shifts: Mapping[str, Mapping[str, Any]],
-    bank: Bank,
+    activations: ActivationStore,
     kinds: Sequence[str] = KINDS,
 ) -> dict[str, Any]:
-    """One intervention's row: over the questions whose intact answer invoked such a memory, all of them replaceable.
+    """One intervention's table row, over the questions whose intact answer invoked a memory that it can replace.
 
     Args:
         intervention: None for memory off.
-        intact, others: records by id; those of the intervention may have fewer questions.
-        shifts: lines of the replay by id.
-        bank: of the rows.
-        kinds: kinds of memory that must have been invoked; of the intervention where there is one.
+        intact, others: records by id; the intervention may have fewer.
+        shifts: replay results by id.
+        activations: of the rows.
+        kinds: kinds that must have been invoked, if `intervention` is None.
 
     Returns:
-        `n`; and where it is above 0: `accuracy`, `intact`, `change` (points are hundredths), `flips` (share of
-        answers whose text changed), `score_flips`; with replays `moved`, `kl_first`, `kl_rest` and their medians.
+        `n`, and if it is above 0: `accuracy`, `intact`, `change` (in fractions), `flips` (share of answers whose text
+        changed), `score_flips`; with replays also `moved`, `kl_first`, `kl_rest` and their medians.
     """
     name = OFF if intervention is None else intervention.name
     kinds = kinds if intervention is None else intervention.kinds
     invoked = [i for i in intact if _invoked(intact[i], kinds)]
-    ids = [i for i in invoked if i in others and (intervention is None or possible(bank, intervention, i))]
+    ids = [i for i in invoked if i in others and (intervention is None or possible(activations, intervention, i))]
     found: dict[str, Any] = {"name": name, "kinds": list(kinds), "n": len(ids), "not_possible": len(invoked) - len(ids)}
     if not ids:
         return found
-    groups = [bank.image[i] or i for i in ids]
+    groups = [activations.group(i) for i in ids]
     before, after = [intact[i].score for i in ids], [others[i].score for i in ids]
     found["accuracy"] = accuracy(after, groups).to_dict()
     found["intact"] = accuracy(before, groups).to_dict()
@@ -65,16 +65,20 @@ def effect(
     found["flips"] = share([others[i].reply.strip() != intact[i].reply.strip() for i in ids], groups).to_dict()
     found["score_flips"] = share([one != two for one, two in zip(before, after, strict=True)], groups).to_dict()
     if intervention is not None:
-        found |= moves(name, kinds, ids, shifts, bank)
+        found |= memory_shifts(name, kinds, ids, shifts, activations)
     return found
 
 
-def moves(
-    name: str, kinds: Sequence[str], ids: Sequence[str], shifts: Mapping[str, Mapping[str, Any]], bank: Bank
+def memory_shifts(
+    name: str,
+    kinds: Sequence[str],
+    ids: Sequence[str],
+    shifts: Mapping[str, Mapping[str, Any]],
+    activations: ActivationStore,
 ) -> dict[str, Any]:
-    """How far an intervention moves memories and next words, over invocations; images are drawn together."""
+    """How far an intervention moves memories and next tokens, over invocations grouped by image."""
     wanted = [
-        (bank.image[i] or i, s)
+        (activations.group(i), s)
         for i in ids
         if i in shifts
         for s in shifts[i]["shifts"]

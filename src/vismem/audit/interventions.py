@@ -1,9 +1,9 @@
-"""Interventions: every memory that a model forms is replaced by another thing of the same shape.
+"""Interventions: replace each memory that a model forms by something else of the same shape.
 
-Which vectors stand in depends on the seed, the row and the number of the invocation, never on the batch: other rows
-come from the bank. While words are decoded, `replaced` puts itself before `model.memory.form`; for answers that are
-read again, `stand_ins` gives the same vectors. Where nothing can stand in (a row without an image has no other image)
-the memory stays as it is, and `possible` says so beforehand.
+A replacement depends on the seed, the row and the index of the invocation, never on the batch: other rows' content
+comes from the activation store. `replaced` wraps `model.memory.form` while answers are decoded; `stand_ins` gives the
+same vectors for answers that are read again. Where no replacement exists (a row without an image has no other image)
+the memory stays; `possible` tells in advance.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vismem.audit.activations import Bank
+from vismem.audit.activations import ActivationStore
 from vismem.audit.names import INTERVENTIONS
 from vismem.config import KINDS, Kind
 from vismem.memory import Observation
 from vismem.model import VisMem
 from vismem.training.rollout import seed_of
 
-Form = Callable[[Kind, list[Observation]], Sequence[Tensor]]
-Found = list["Tensor | None"]
+Form = Callable[[Kind, list[Observation]], "Tensor | Sequence[Tensor]"]
+Replacements = list["Tensor | None"]  # None where there is no replacement
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is put in the place of which memories.
+    """Which memories are replaced by what.
 
     Args:
         name: one of `INTERVENTIONS`.
-        kinds: kinds of memory that are replaced; the others stay.
+        kinds: kinds of memory to replace; the others stay.
     """
 
     name: str
@@ -46,74 +46,79 @@ class Intervention:
 
     @property
     def label(self) -> str:
-        """A name for files and tables: `"zeros"`, or `"zeros-long"` where one kind alone is replaced."""
+        """Name for files and tables: `"zeros"`, or `"zeros-long"` if only one kind is replaced."""
         return self.name if self.kinds == KINDS else f"{self.name}-{self.kinds[0]}"
 
 
-def zeros(bank: Bank, form: Form, kind: Kind, seen: list[Observation]) -> Found:
+def zeros(_activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
     """Vectors of zeros."""
     return [torch.zeros_like(memory) for memory in form(kind, seen)]
 
 
-def mean(bank: Bank, form: Form, kind: Kind, seen: list[Observation]) -> Found:
-    """The mean memory of the kind, slot by slot, over the answers about other images."""
-    found = [bank.mean(kind, one.origin[0]) for one in seen]
+def mean(activations: ActivationStore, _form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
+    """The kind's mean memory, slot by slot, over the answers about other images."""
+    found = [activations.mean(kind, origin_of(one)[0]) for one in seen]
     return [None if m is None else m.to(one.states) for m, one in zip(found, seen, strict=True)]
 
 
-def noise(bank: Bank, form: Form, kind: Kind, seen: list[Observation]) -> Found:
-    """Random directions, every vector as long as the one that it replaces."""
+def noise(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
+    """Random directions, each vector with the norm of the one it replaces."""
 
-    def drawn(memory: Tensor, generator: torch.Generator) -> Tensor:
+    def random_like(memory: Tensor, generator: torch.Generator) -> Tensor:
         random = torch.randn(memory.shape, generator=generator)
         random *= memory.float().cpu().norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True)
         return random.to(memory)
 
-    return [drawn(m, chance(bank, "noise", one)) for m, one in zip(form(kind, seen), seen, strict=True)]
+    return [
+        random_like(m, generator_for(activations, "noise", one)) for m, one in zip(form(kind, seen), seen, strict=True)
+    ]
 
 
-def another_image(bank: Bank, form: Form, kind: Kind, seen: list[Observation]) -> Found:
-    """What the row would have recalled before another row's image: its visual states and patches, the own words.
+def another_image(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
+    """Memory formed with another row's visual states and patches, and this row's text.
 
-    The observed states stay the row's own, and they are of a model that has seen its own image.
+    The observed states stay the row's own and still depend on its own image.
     """
 
-    def elsewhere(one: Observation, other: str) -> Observation:
-        sight = bank.sight(other)
-        return dataclasses.replace(one, visual=sight.visual, patches=sight.patches)
+    def with_images(one: Observation, other: str) -> Observation:
+        images = activations.encoded_images(other)
+        return dataclasses.replace(one, visual=images.visual, patches=images.patches)
 
-    return _formed(form, kind, [(one, bank.other_image(one.origin[0]), elsewhere) for one in seen])
+    return _form_changed(form, kind, [(one, activations.other_image(origin_of(one)[0]), with_images) for one in seen])
 
 
-def another_question(bank: Bank, form: Form, kind: Kind, seen: list[Observation]) -> Found:
-    """What the row would have recalled with another question in mind, before its own image.
+def another_question(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
+    """Memory formed with this row's image, and the states and segment of another question's answer.
 
-    States and words are those of an answer to another question about the same image, or, where there is none, of
-    another row's answer, whose states have seen that row's image.
+    The other question is about the same image if there is one, otherwise about another image, on which its states
+    depend.
     """
 
-    def otherwise(one: Observation, other: tuple[str, int]) -> Observation:
-        states, segment = bank.recalled(*other)
+    def with_text(one: Observation, other: tuple[str, int]) -> Observation:
+        states, segment = activations.states_and_segment(*other)
         return dataclasses.replace(one, states=states, segment=segment)
 
-    return _formed(form, kind, [(one, bank.other_question(one.origin[0], kind), otherwise) for one in seen])
+    return _form_changed(
+        form, kind, [(one, activations.other_question(origin_of(one)[0], kind), with_text) for one in seen]
+    )
 
 
-def other_kind(bank: Bank, form: Form, kind: Kind, seen: list[Observation]) -> Found:
-    """What the other former makes of the same moment, brought to the number of vectors of the replaced kind.
+def other_kind(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
+    """The other former's memory of the same observation, resampled to the replaced kind's length.
 
-    Evenly spaced vectors are taken where there are too many, and vectors are repeated where there are too few: so
-    both ends of the memory are in it, nothing foreign is, and the length alone can have no effect.
+    Evenly spaced vectors are dropped or repeated, so the length itself has no effect and nothing foreign is added.
     """
     other = KINDS[1 - KINDS.index(kind)]
-    sights = [bank.sight(one.origin[0]) for one in seen]
-    able = [(o, s if s.patches or other == "long" else None) for o, s in zip(seen, sights, strict=True)]
-    found = _formed(form, other, [(o, s, lambda o, s: dataclasses.replace(o, patches=s.patches)) for o, s in able])
-    length = bank.model.memory_config.length(kind)
-    return [None if memory is None else resampled(memory, length) for memory in found]
+    changed: list[tuple[Observation, object, Callable[..., Any]]] = []
+    for one in seen:
+        patches = activations.encoded_images(origin_of(one)[0]).patches
+        able = patches if patches or other == "long" else None
+        changed.append((one, able, lambda one, patches: dataclasses.replace(one, patches=patches)))
+    length = activations.model.memory_config.length(kind)
+    return [None if m is None else resampled(m, length) for m in _form_changed(form, other, changed)]
 
 
-def shuffled(bank: Bank, form: Form, kind: Kind, seen: list[Observation]) -> Found:
+def shuffled(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
     """The memory's own vectors in another order."""
 
     def order(count: int, generator: torch.Generator) -> Tensor:
@@ -121,82 +126,76 @@ def shuffled(bank: Bank, form: Form, kind: Kind, seen: list[Observation]) -> Fou
         return found if count < 2 or (found != torch.arange(count)).any() else found.roll(1)
 
     memories = form(kind, seen)
-    return [m[order(len(m), chance(bank, "shuffled", o)).to(m.device)] for m, o in zip(memories, seen, strict=True)]
+    return [
+        m[order(len(m), generator_for(activations, "shuffled", o)).to(m.device)]
+        for m, o in zip(memories, seen, strict=True)
+    ]
 
 
-STAND_INS: dict[str, Callable[[Bank, Form, Kind, list[Observation]], Found]] = {
+STAND_INS: dict[str, Callable[[ActivationStore, Form, Kind, list[Observation]], Replacements]] = {
     each.__name__: each for each in (zeros, mean, noise, another_image, another_question, other_kind, shuffled)
 }
 
 
-def possible(bank: Bank, intervention: Intervention, row_id: str) -> bool:
-    """Whether something can stand in for every memory of a row's intact answer that the intervention means."""
-    invocations = bank.entries[row_id].rollout.invocations
+def possible(activations: ActivationStore, intervention: Intervention, row_id: str) -> bool:
+    """Whether the intervention can replace every memory of its kinds in a row's intact answer."""
+    invocations = activations.entries[row_id].rollout.invocations
     kinds = {one.kind for one in invocations if one.length and one.kind in intervention.kinds}
-    asked: dict[str, Callable[[Kind], bool]] = {
-        "mean": lambda kind: bank.mean(kind, row_id) is not None,
-        "another_image": lambda kind: bank.other_image(row_id) is not None,
-        "another_question": lambda kind: bank.other_question(row_id, kind) is not None,
-        "other_kind": lambda kind: kind == "short" or bool(bank.image[row_id]),
-    }
-    return bool(kinds) and all(asked.get(intervention.name, lambda kind: True)(kind) for kind in kinds)
+    name, has_image = intervention.name, bool(activations.image[row_id])
+
+    def has_replacement(kind: Kind) -> bool:
+        if name == "mean":
+            return activations.mean(kind, row_id) is not None
+        if name == "another_image":
+            return activations.other_image(row_id) is not None
+        if name == "another_question":
+            return activations.other_question(row_id, kind) is not None
+        return name != "other_kind" or kind == "short" or has_image
+
+    return bool(kinds) and all(map(has_replacement, kinds))
 
 
 @torch.no_grad()
-def stand_ins(bank: Bank, form: Form, name: str, kind: Kind, seen: list[Observation]) -> Found:
-    """What stands in for the memories of `kind` that `form` makes of these observations.
-
-    Args:
-        bank: the rows.
-        form: what forms memories when nothing is replaced.
-        name: one of `INTERVENTIONS`.
-        kind: of the memories that are replaced.
-        seen: observations with their `origin`.
-
-    Returns:
-        For each observation vectors [N, d], or None where nothing can stand in.
+def stand_ins(activations: ActivationStore, form: Form, name: str, kind: Kind, seen: list[Observation]) -> Replacements:
+    """Replacements for the memories of `kind` that `form` makes of these observations, None where there is none.
 
     Raises:
-        ValueError: if an observation does not say whose it is, or the bank does not know its row.
+        ValueError: if an observation has no origin, or its row is unknown.
     """
     for one in seen:
-        if one.origin is None or one.origin[0] is None:
-            raise ValueError("a memory is to be replaced of a row without a name; decode through requests with tags")
-        bank.row(one.origin[0])
-    return STAND_INS[name](bank, form, kind, seen)
+        activations.row(origin_of(one)[0])
+    return STAND_INS[name](activations, form, kind, seen)
 
 
 @contextmanager
-def replaced(bank: Bank, intervention: Intervention) -> Iterator[None]:
-    """Replaces memories of the bank's model while the context lasts, wherever they are formed.
+def replaced(activations: ActivationStore, intervention: Intervention) -> Iterator[None]:
+    """Replaces memories of the store's model while the context lasts, wherever they are formed.
 
     Example:
-        >>> with replaced(bank, Intervention("zeros")):
+        >>> with replaced(activations, Intervention("zeros")):
         ...     records = answer(model, rows, rewards)
     """
 
     def wrap(form: Form) -> Form:
-        def other(kind: Kind, seen: list[Observation]) -> Sequence[Tensor]:
+        def other(kind: Kind, seen: list[Observation]) -> Tensor | Sequence[Tensor]:
             if kind not in intervention.kinds:
                 return form(kind, seen)
-            found = stand_ins(bank, form, intervention.name, kind, seen)
-            missing = [index for index, memory in enumerate(found) if memory is None]
-            own = form(kind, [seen[index] for index in missing]) if missing else []
-            for index, memory in zip(missing, own, strict=True):
-                found[index] = memory
-            return found
+            found = stand_ins(activations, form, intervention.name, kind, seen)
+            missing = [one for one, memory in zip(seen, found, strict=True) if memory is None]
+            own = iter(form(kind, missing) if missing else [])
+            return [next(own) if memory is None else memory for memory in found]
 
         return other
 
-    with formed_by(bank.model, wrap):
+    with formed_by(activations.model, wrap):
         yield
 
 
 @contextmanager
 def formed_by(model: VisMem, wrap: Callable[[Form], Form]) -> Iterator[None]:
-    """Lets `wrap(form)` form the model's memories while the context lasts, `form` being what formed them before."""
-    memory, known = model.memory, vars(model.memory)
-    before = known.get("form")  # of an outer context
+    """Forms the model's memories with `wrap(form)` while the context lasts; `form` is what formed them before."""
+    memory: Any = model.memory
+    before = vars(memory).get("form")  # of an outer context
     memory.form = wrap(memory.form)
     try:
         yield
@@ -207,13 +206,20 @@ def formed_by(model: VisMem, wrap: Callable[[Form], Form]) -> Iterator[None]:
             memory.form = before
 
 
-def chance(bank: Bank, name: str, one: Observation) -> torch.Generator:
-    """A row's own chance, the same in every batch."""
-    return torch.Generator().manual_seed(seed_of(bank.seed, name, *one.origin))
+def origin_of(one: Observation) -> tuple[str, int]:
+    """The row's id and the invocation's index. Raises ValueError if the observation has none."""
+    if one.origin is None or one.origin[0] is None:
+        raise ValueError("cannot replace the memory of a row without a name; decode through requests with tags")
+    return one.origin
+
+
+def generator_for(activations: ActivationStore, name: str, one: Observation) -> torch.Generator:
+    """A generator that depends on the row and invocation alone."""
+    return torch.Generator().manual_seed(seed_of(activations.seed, name, *origin_of(one)))
 
 
 def resampled(memory: Tensor, length: int) -> Tensor:
-    """Vectors [n, d] as [length, d]: evenly spaced ones of them, or some of them again.
+    """Resamples vectors [n, d] to [length, d], dropping or repeating evenly spaced ones.
 
     Example:
         >>> resampled(torch.arange(4.0)[:, None], 2).flatten()
@@ -222,8 +228,8 @@ def resampled(memory: Tensor, length: int) -> Tensor:
     return memory[torch.linspace(0, len(memory) - 1, length).round().long().to(memory.device)]
 
 
-def _formed(form: Form, kind: Kind, wanted: list[tuple[Observation, object, Callable[..., Any]]]) -> Found:
-    """Memories of changed observations, in one batch; None where there is nothing to change to."""
+def _form_changed(form: Form, kind: Kind, wanted: list[tuple[Observation, object, Callable[..., Any]]]) -> Replacements:
+    """Memories of changed observations, formed in one batch; None where there is nothing to change to."""
     changed = [change(one, other) for one, other, change in wanted if other is not None]
     memories = iter(form(kind, changed) if changed else [])
     return [None if other is None else next(memories) for _, other, _ in wanted]

@@ -1,9 +1,9 @@
-"""Names of what can stand in for a memory, and how they are written; knows no torch, so that command lines can ask."""
+"""Names of the interventions and their labels. Imports no torch, so that command lines stay fast."""
 
 from __future__ import annotations
 
 INTACT, OFF = "intact", "off"
-CONTENT_FREE = ("zeros", "mean", "noise")  # as many vectors, nothing of this row in them
+CONTENT_FREE = ("zeros", "mean", "noise")  # the same number of vectors, without content of the row
 INTERVENTIONS = (*CONTENT_FREE, "another_image", "another_question", "other_kind", "shuffled")
 WORDS = {
     INTACT: "intact memory",

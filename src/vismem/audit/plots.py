@@ -1,4 +1,4 @@
-"""The report's plots, as SVG that takes its text colour from the page: readable in light and in dark."""
+"""The report's plots as SVG that inherits the page's text colour, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vismem.audit.names import WORDS
 INK = "#010203"  # becomes the page's text colour
 COLOURS = ("#3b82c4", "#e07b39", "#3fa06b", "#b85c9e", "#c9a227", "#7a6fc9")
 WIDE = 4.3  # inches: about a phone's width at the page's text size
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -37,11 +37,12 @@ STYLE = {
 }
 
 
-def drawn(paint: Any, height: float, name: str, *given: Any) -> str:
-    """What `paint(figure, *given)` draws, as SVG to put into a page."""
-    with rc_context({**STYLE, "svg.hashsalt": name}):
+def render(paint: Any, height: float, name: str, *args: Any) -> str:
+    """The SVG that `paint(figure, *args)` draws, for embedding into HTML."""
+    settings: Any = {**STYLE, "svg.hashsalt": name}  # matplotlib's stubs want literal names
+    with rc_context(settings):
         figure = Figure(figsize=(WIDE, height), layout="constrained")
-        paint(figure, *given)
+        paint(figure, *args)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
@@ -52,9 +53,9 @@ def drawn(paint: Any, height: float, name: str, *given: Any) -> str:
 
 
 def effects(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Accuracy and changed answers under every replacement."""
+    """Accuracy and share of changed answers for every replacement."""
     tested = [row for row in rows if row["n"]]
-    return drawn(_effects, 0.9 + 0.24 * (len(tested) + 1), f"accuracy and changed answers, {name}", tested)
+    return render(_effects, 0.9 + 0.24 * (len(tested) + 1), f"accuracy and changed answers, {name}", tested)
 
 
 def _effects(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -78,9 +79,9 @@ def _effects(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def shifts(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """KL of the next words under every replacement, on a logarithmic axis."""
+    """KL of the next tokens for every replacement, on a logarithmic axis."""
     tested = [row for row in rows if row.get("kl_first")]
-    return drawn(_shifts, 0.9 + 0.24 * len(tested), f"KL of the next words, {name}", tested)
+    return render(_shifts, 0.9 + 0.24 * len(tested), f"KL of the next tokens, {name}", tested)
 
 
 def _shifts(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -103,12 +104,12 @@ def _shifts(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
     figure.legend(marks, ["first token after it", "mean over the rest"], loc="outside upper right", ncols=2)
 
 
-def gaze(kinds: Mapping[str, Mapping[str, Any]]) -> str:
-    """Attention of later tokens by layer: to the slots, and to everything else."""
-    return drawn(_gaze, 1.9 * len(kinds) + 0.4, "attention by layer", kinds)
+def attention(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    """Attention of later tokens by layer, to the slots and to everything else."""
+    return render(_attention, 1.9 * len(kinds) + 0.4, "attention by layer", kinds)
 
 
-def _gaze(figure: Figure, kinds: Mapping[str, Mapping[str, Any]]) -> None:
+def _attention(figure: Figure, kinds: Mapping[str, Mapping[str, Any]]) -> None:
     for axes, (kind, found) in zip(np.atleast_1d(figure.subplots(len(kinds), 1)), kinds.items(), strict=True):
         layers = range(1, found["layers"] + 1)
         parts = list(found["by_layer"])
@@ -124,7 +125,7 @@ def _gaze(figure: Figure, kinds: Mapping[str, Mapping[str, Any]]) -> None:
 
 def probes(found: Mapping[str, Any], kind: str) -> str:
     """Accuracies of the probes by family and source."""
-    return drawn(_probes, 0.9 + 0.34 * len(found["families"]), f"probes of {kind} memory", found["families"])
+    return render(_probes, 0.9 + 0.34 * len(found["families"]), f"probes of {kind} memory", found["families"])
 
 
 def _probes(figure: Figure, families: Mapping[str, Mapping[str, Any]]) -> None:
@@ -142,7 +143,7 @@ def _probes(figure: Figure, families: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set_xlim(0, 102)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
-    axes.set_xlabel("read rightly, %; the stroke is chance")
+    axes.set_xlabel("accuracy, %; the vertical line is chance")
     marks = [
         axes.plot([], [], "o", color=colour, ms=4, mfc="none" if source.endswith("shuffled") else colour)[0]
         for source, colour in zip(sources, COLOURS, strict=False)
@@ -150,12 +151,12 @@ def _probes(figure: Figure, families: Mapping[str, Mapping[str, Any]]) -> None:
     figure.legend(marks, [*sources[:3], "shuffled"], loc="outside upper center", ncols=4)
 
 
-def likeness(kind: str, pairs: Mapping[str, Mapping[str, Any]], bins: Sequence[float]) -> str:
-    """How the cosines of two memories are distributed, by what the two have in common."""
-    return drawn(_likeness, 2.2, f"likeness of {kind} memories", pairs, bins)
+def similarity(kind: str, pairs: Mapping[str, Mapping[str, Any]], bins: Sequence[float]) -> str:
+    """Distribution of the cosines of two memories, by what the two have in common."""
+    return render(_similarity, 2.2, f"similarity of {kind} memories", pairs, bins)
 
 
-def _likeness(figure: Figure, pairs: Mapping[str, Mapping[str, Any]], bins: Sequence[float]) -> None:
+def _similarity(figure: Figure, pairs: Mapping[str, Mapping[str, Any]], bins: Sequence[float]) -> None:
     middle = (np.array(bins[1:]) + np.array(bins[:-1])) / 2
     for axes, how in zip(figure.subplots(1, 2), ("raw", "centred"), strict=True):
         for number, (_, pair) in enumerate(pairs.items()):
@@ -171,8 +172,8 @@ def _likeness(figure: Figure, pairs: Mapping[str, Mapping[str, Any]], bins: Sequ
 
 
 def scatter(name: str, found: Mapping[str, Any]) -> str:
-    """A map of memories in two dimensions."""
-    return drawn(_scatter, 3.4, f"map of memories, {name}", found)
+    """A two-dimensional map of memories."""
+    return render(_scatter, 3.4, f"map of memories, {name}", found)
 
 
 def _scatter(figure: Figure, found: Mapping[str, Any]) -> None:
@@ -182,25 +183,29 @@ def _scatter(figure: Figure, found: Mapping[str, Any]) -> None:
     palette = (*COLOURS, "#6b7280", "#d1495b", "#2a9d8f", "#8d6e63", "#90be6d", "#577590")
     rest = np.array([value is None for value in values])
     if rest.any():
-        axes.scatter(*points[rest].T, s=7, color="#888888", alpha=0.4, lw=0)
+        axes.scatter(points[rest, 0], points[rest, 1], s=7, color="#888888", alpha=0.4, lw=0)
     for number, name in enumerate(names):
         own = np.array([value == name for value in values])
-        axes.scatter(*points[own].T, s=9, color=palette[number % len(palette)], alpha=0.8, lw=0, label=name)
+        colour = palette[number % len(palette)]
+        axes.scatter(points[own, 0], points[own, 1], s=9, color=colour, alpha=0.8, lw=0, label=name)
     shown = found.get("shown")
-    for number, label in enumerate((axes.set_xlabel, axes.set_ylabel)):
-        label(f"component {number + 1} ({100 * shown[number]:.0f} % of variance)" if shown else f"t-SNE {number + 1}")
+    labels = ["t-SNE 1", "t-SNE 2"]
+    if shown:
+        labels = [f"component {number} ({100 * part:.0f} % of variance)" for number, part in enumerate(shown, 1)]
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
     axes.set_xticks([])
     axes.set_yticks([])
     if names:
         axes.legend(title=found["colour"], loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.6)
 
 
-def dot(axes: Axes, estimate: Mapping[str, float], place: float, colour: str, hollow: bool = False) -> None:
-    """A share with its interval, in per cent."""
+def dot(axes: Axes, estimate: Mapping[str, float], place: float, colour: str, *, hollow: bool = False) -> None:
+    """Plots a share with its interval, in per cent."""
     axes.plot([100 * estimate["low"], 100 * estimate["high"]], [place, place], color=colour, lw=1.5)
     axes.plot(100 * estimate["value"], place, "o", color=colour, ms=4, mfc="none" if hollow else colour)
 
 
 def natural(text: str) -> list[Any]:
-    """Sorts "image 10" after "image 9"."""
+    """Sort key that puts "image 10" after "image 9"."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]

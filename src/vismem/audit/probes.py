@@ -1,8 +1,8 @@
-"""Linear probes: what can be read from memory vectors, beside the visual tokens, the query, and chance.
+"""Linear probes: what can be read from memory vectors, compared with visual tokens, the query and chance.
 
-Every source is treated alike: the vectors of a row one after another (a mean over slots would lose where things are),
-standardised, brought to the same number of dimensions by principal components that are found in the training folds
-alone, and read by a logistic regression. No image is in a training and a test fold at once.
+Every source is treated the same: a row's vectors are concatenated (a mean over slots would lose positions),
+standardised, reduced to the same number of principal components, fitted on the training folds only, and read by a
+logistic regression. No image is in both a training and a test fold.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
-from vismem.audit.activations import Bank, pooled
+from vismem.audit.activations import ActivationStore, pooled, present
 from vismem.audit.statistics import average, share
 from vismem.audit.targets import Target
 from vismem.config import KINDS, Kind
@@ -28,26 +28,22 @@ from vismem.config import KINDS, Kind
 MEMORY, VISUAL, QUERY = "memory", "visual tokens", "query"
 FOLDS, REPEATS = 5, 2
 MOST_COMPONENTS = 128
-STRENGTH = 0.1  # C of the regression
+STRENGTH = 0.1  # C of the logistic regression
 FEWEST_ROWS = 40
 FEWEST_OF_CLASS = 4  # rows per class on average; with fewer there are too many classes to learn
 
 
-def probe_kinds(bank: Bank, wanted: Sequence[Target], rows: Sequence[str], seed: int = 0) -> dict[Kind, dict[str, Any]]:
-    """Probes for each kind of memory that enough answers invoked; of an answer its first memory of the kind.
+def probe_kinds(
+    activations: ActivationStore, wanted: Sequence[Target], rows: Sequence[str], seed: int = 0
+) -> dict[Kind, dict[str, Any]]:
+    """Probes each kind of memory that enough answers invoked, using an answer's first memory of the kind.
 
-    Args:
-        bank: the intact answers.
-        wanted: what to read, with a value for each of `rows`.
-        rows: ids.
-        seed: of folds and shuffles.
-
-    Returns:
-        By kind what `probe` returns, or `{"rows": n, "skipped": why}`.
+    `wanted` has a value for each of `rows`, which are ids. Returns by kind the result of `probe`, or
+    `{"rows": n, "skipped": reason}`.
     """
     found: dict[Kind, dict[str, Any]] = {}
     for kind in KINDS:
-        places = [at for at, i in enumerate(rows) if bank.entries[i].of_kind(kind)]
+        places = [at for at, i in enumerate(rows) if activations.entries[i].of_kind(kind)]
         if not places:
             continue
         if len(places) < FEWEST_ROWS:
@@ -55,21 +51,24 @@ def probe_kinds(bank: Bank, wanted: Sequence[Target], rows: Sequence[str], seed:
             continue
         ids = [rows[at] for at in places]
         picked = [Target(t.name, t.family, [t.values[at] for at in places]) for t in wanted]
-        groups = [bank.image[i] or i for i in ids]
-        found[kind] = probe(features(bank, kind, ids), picked, groups, seed, f"probes, {kind}")
+        groups = [activations.group(i) for i in ids]
+        found[kind] = probe(features(activations, kind, ids), picked, groups, seed, f"probes, {kind}")
     return found
 
 
-def features(bank: Bank, kind: Kind, ids: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """Sources [rows, values]: memory and query of each row's first invocation of the kind, and its visual tokens.
+def features(activations: ActivationStore, kind: Kind, ids: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    """Inputs [rows, values]: memory and query of each row's first invocation of the kind, and its visual tokens.
 
-    Visual tokens are averaged over consecutive ones into as many vectors as the shortest row and the memory have.
+    Visual tokens are pooled to the smaller of the memory's length and the shortest row's number of tokens.
     """
-    entries = [bank.entries[i] for i in ids]
+    entries = [activations.entries[i] for i in ids]
     first = [(entry, entry.of_kind(kind)[0]) for entry in entries]
-    memories = [entry.rollout.invocations[index].memory for entry, index in first]
-    length = min(map(len, memories))
-    found = {MEMORY: [memory[:length] for memory in memories], QUERY: [entry.queries[index] for entry, index in first]}
+    memories = [entry.memory(index) for entry, index in first]
+    length = min(len(memory) for memory in memories)
+    found = {
+        MEMORY: [memory[:length] for memory in memories],
+        QUERY: [present(entry.queries[index]) for entry, index in first],
+    }
     shown = min([length, *(len(entry.visual) for entry in entries)])
     if shown:
         found[VISUAL] = [pooled(entry.visual, shown) for entry in entries]
@@ -84,54 +83,54 @@ def probe(
     seed: int = 0,
     label: str = "probes",
 ) -> dict[str, Any]:
-    """Reads every target from every source.
+    """Probes every source for every target.
 
     Args:
         sources: [rows, values] each.
         wanted: targets with a value, or None, for each row.
-        groups: what must not be on both sides of a fold, for each row.
+        groups: for each row its group; groups are not split between folds.
         seed: of folds and shuffles.
         label: for the progress bar.
 
     Returns:
-        `rows`, `components`; `families`, from a family's name to `targets`, `classes`, `chance` (accuracy of always
-        saying the training folds' commonest value), each source's accuracy and `SOURCE shuffled` (the same with values
-        dealt out anew), and the paired differences `gain` (memory less chance), `selectivity` (memory less shuffled),
-        `against visual tokens`, `against query`; `skipped`, from a target's name to why.
+        `rows`, `components`, `families` and `skipped` (from a target's name to the reason). A family has `targets`,
+        `classes`, `chance` (accuracy of predicting the training folds' most frequent value), each source's accuracy
+        and `SOURCE shuffled` (the same with permuted values), and the paired differences `gain` (memory minus chance),
+        `selectivity` (memory minus shuffled), `against visual tokens` and `against query`.
     """
     kept, skipped = [], {}
     for target in wanted:
-        why = unfit(target, groups)
-        if why:
-            skipped[target.name] = why
+        reason = skip_reason(target, groups)
+        if reason:
+            skipped[target.name] = reason
         else:
             kept.append(target)
     folds = [folds_of(groups, FOLDS, seed + repeat) for repeat in range(REPEATS)]
-    components = most_components(sources, folds)
+    components = component_count(sources, folds)
     right: dict[str, dict[str, list[NDArray[Any]]]] = {target.name: {} for target in kept}
     with tqdm(total=len(folds) * FOLDS * len(sources), desc=label, delay=2, mininterval=1) as bar:
         for repeat, fold in enumerate(folds if kept else []):
-            shuffles = {t.name: shuffled(t.values, groups, seed + repeat) for t in kept}
+            permuted = {t.name: permute(t.values, groups, seed + repeat) for t in kept}
             for source, values in sources.items():
                 prepared = []
                 for number in range(FOLDS):
-                    prepared.append(reduced(values, fold != number, components, seed))
+                    prepared.append(principal_components(values, fold != number, components, seed))
                     bar.update()
                 for target in kept:
                     read = right[target.name]
-                    read.setdefault(source, []).append(hits(prepared, fold, target.values))
-                    if repeat == 0:  # a control needs no more than one
-                        anew = hits(prepared, fold, shuffles[target.name])
-                        read.setdefault(f"{source} shuffled", []).append(anew)
+                    read.setdefault(source, []).append(correct(prepared, fold, target.values))
+                    if repeat == 0:  # one control is enough
+                        control = correct(prepared, fold, permuted[target.name])
+                        read.setdefault(f"{source} shuffled", []).append(control)
             for target in kept:
-                right[target.name].setdefault("chance", []).append(commonest(fold, target.values))
+                right[target.name].setdefault("chance", []).append(majority_baseline(fold, target.values))
     families = dict.fromkeys(target.family for target in kept)
     summed = {family: summary([t for t in kept if t.family == family], right, groups) for family in families}
     return {"rows": len(groups), "components": components, "families": summed, "skipped": skipped}
 
 
-def unfit(target: Target, groups: Sequence[str]) -> str:
-    """Why a target cannot be probed for; empty where it can."""
+def skip_reason(target: Target, groups: Sequence[str]) -> str:
+    """Why a target cannot be probed for; empty if it can."""
     known = [(value, group) for value, group in zip(target.values, groups, strict=True) if value is not None]
     classes, images = {value for value, _ in known}, {group for _, group in known}
     if len(known) < FEWEST_ROWS:
@@ -146,27 +145,27 @@ def unfit(target: Target, groups: Sequence[str]) -> str:
 
 
 def folds_of(groups: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
-    """The fold [rows] of each row; groups stay whole."""
+    """The fold [rows] of each row; groups are not split."""
     names = sorted(set(groups))
     order = np.random.default_rng(seed).permutation(len(names))
     of_group = {names[place]: number % count for number, place in enumerate(order)}
     return np.array([of_group[group] for group in groups])
 
 
-def most_components(sources: Mapping[str, NDArray[Any]], folds: Sequence[NDArray[Any]]) -> int:
-    """Dimensions that all sources are brought to: at most half as many as rows to train on."""
+def component_count(sources: Mapping[str, NDArray[Any]], folds: Sequence[NDArray[Any]]) -> int:
+    """The number of components for all sources: at most half the number of training rows."""
     fewest = min(int((fold != number).sum()) for fold in folds for number in range(FOLDS))
     return max(1, min(MOST_COMPONENTS, fewest // 2, *(values.shape[1] for values in sources.values())))
 
 
-def reduced(values: NDArray[Any], train: NDArray[Any], components: int, seed: int) -> NDArray[Any]:
-    """All rows in the training rows' principal components, each of unit variance."""
+def principal_components(values: NDArray[Any], train: NDArray[Any], components: int, seed: int) -> NDArray[Any]:
+    """All rows in the training rows' principal components, scaled to unit variance."""
     parts = PCA(components, svd_solver="randomized", random_state=seed)
     return make_pipeline(StandardScaler(), parts, StandardScaler()).fit(values[train]).transform(values)
 
 
-def hits(prepared: Sequence[NDArray[Any]], fold: NDArray[Any], values: Sequence[str | None]) -> NDArray[np.float64]:
-    """Whether each row was read rightly by a probe that did not train on it [rows]; nan where nothing is known."""
+def correct(prepared: Sequence[NDArray[Any]], fold: NDArray[Any], values: Sequence[str | None]) -> NDArray[np.float64]:
+    """Whether a probe trained on the other folds predicts each row [rows]; NaN where the value is unknown."""
     wanted = np.array(["" if value is None else value for value in values])
     known, found = np.array([value is not None for value in values]), np.full(len(values), np.nan)
     for number, given in enumerate(prepared):
@@ -183,8 +182,8 @@ def hits(prepared: Sequence[NDArray[Any]], fold: NDArray[Any], values: Sequence[
     return found
 
 
-def commonest(fold: NDArray[Any], values: Sequence[str | None]) -> NDArray[np.float64]:
-    """As `hits`, of a probe that always says the training rows' commonest value."""
+def majority_baseline(fold: NDArray[Any], values: Sequence[str | None]) -> NDArray[np.float64]:
+    """The same for a probe that always predicts the training rows' most frequent value."""
     found = np.full(len(values), np.nan)
     for number in range(FOLDS):
         train = [v for v, at in zip(values, fold, strict=True) if at != number and v is not None]
@@ -195,9 +194,10 @@ def commonest(fold: NDArray[Any], values: Sequence[str | None]) -> NDArray[np.fl
     return found
 
 
-def shuffled(values: Sequence[str | None], groups: Sequence[str], seed: int) -> list[str | None]:
-    """Values dealt out anew: among groups where each has one value alone, otherwise among rows."""
-    rng, own = np.random.default_rng(seed), {}
+def permute(values: Sequence[str | None], groups: Sequence[str], seed: int) -> list[str | None]:
+    """Permutes values: among groups if each has a single value, otherwise among rows."""
+    rng = np.random.default_rng(seed)
+    own: dict[str, set[str | None]] = {}
     for value, group in zip(values, groups, strict=True):
         own.setdefault(group, set()).add(value)
     if all(len(each) == 1 for each in own.values()):
@@ -210,13 +210,13 @@ def shuffled(values: Sequence[str | None], groups: Sequence[str], seed: int) -> 
 def summary(
     members: Sequence[Target], right: Mapping[str, Mapping[str, list[NDArray[Any]]]], groups: Any
 ) -> dict[str, Any]:
-    """A family's accuracies: over targets and repeats row by row, then over rows."""
+    """A family's accuracies: averaged over targets and repeats for each row, then over rows."""
     reads = {name for target in members for name in right[target.name]}
 
     def by_row(name: str) -> NDArray[np.float64]:
         stacked = np.stack([line for target in members for line in right[target.name][name]])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # rows of which nothing is known
+            warnings.simplefilter("ignore", RuntimeWarning)  # rows without known values
             return np.nanmean(stacked, axis=0)
 
     rows = {name: by_row(name) for name in reads}
@@ -225,10 +225,10 @@ def summary(
     found: dict[str, Any] = {
         "targets": [target.name for target in members],
         "classes": max(len(set(target.values) - {None}) for target in members),
-        **{name: share(values[known], kept).to_dict() for name, values in rows.items()},
+        **{name: share(values[known].tolist(), kept).to_dict() for name, values in rows.items()},
     }
     pairs = {"gain": "chance", "selectivity": f"{MEMORY} shuffled"}
     pairs |= {f"against {other}": other for other in (VISUAL, QUERY) if other in rows}
     for name, other in pairs.items():
-        found[name] = average(rows[MEMORY][known] - rows[other][known], kept).to_dict()
+        found[name] = average((rows[MEMORY][known] - rows[other][known]).tolist(), kept).to_dict()
     return found

@@ -1,4 +1,4 @@
-"""The questions that an audit asks: drawn by chance from a data set, questions about one image together."""
+"""The audit's questions: a random sample of a data set that keeps questions about one image together."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vismem.evaluation.records import Record
 def questions(
     data: str, count: int, seed: int = 0, split: str = "test", columns: Mapping[str, str] | None = None
 ) -> list[Row]:
-    """Rows of a data set, the same for a seed; the first n of them are those that a smaller count gives.
+    """A sample of rows, fixed by the seed; a smaller `count` gives the first rows of a larger one.
 
     Args:
         data: a JSON Lines file, a folder, a hub name, or a suite of the pocket world such as `"pocket:late"`.
-        count: how many at most.
-        seed: of the choice.
+        count: maximum number of rows.
+        seed: of the sample.
         split: of a hub data set.
-        columns: as for `load_dataset_rows`.
+        columns: see `load_dataset_rows`.
 
     Raises:
         ValueError: if the suite is unknown or two rows share an id.
@@ -33,19 +33,19 @@ def questions(
 def questions_and_unread(
     data: str, count: int, seed: int = 0, split: str = "test", columns: Mapping[str, str] | None = None
 ) -> tuple[list[Row], list[Record]]:
-    """Returns `questions`, and beside them a record of each row met that cannot be read, with its error."""
+    """As `questions`, and also a record with the error of each row that could not be read."""
     source, _, suite = data.partition(":")
     if source == POCKET:
         return pocket_questions(suite, count, seed), []
     rows = load_dataset_rows(data, split=split, columns=columns, max_bad_rows=None)
     if not isinstance(rows, Rows):
-        raise BadDataError(f"{data} can only be read in order, and the audit draws its questions by chance")
-    found = drawn(rows, count, seed)
-    return found, [Record.failed(row_id, why) for row_id, why in rows.reports.found]
+        raise BadDataError(f"{data} can only be read in order, but the audit samples its questions at random")
+    found = sample_rows(rows, count, seed)
+    return found, [Record.failed(row_id, reason) for row_id, reason in rows.reports.found]
 
 
 def pocket_questions(suite: str, count: int, seed: int) -> list[Row]:
-    """Questions of a pocket suite, its cells in turn."""
+    """Questions of a pocket suite, alternating between its cells."""
     from vismem.pocket.suites import SUITES
     from vismem.pocket.suites import rows as suite_rows
 
@@ -55,10 +55,10 @@ def pocket_questions(suite: str, count: int, seed: int) -> list[Row]:
     return suite_rows(suite, -(-count // turn), seed)[:count]
 
 
-def drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """At most `count` rows by chance; neighbours that ask about the same image come along with a row.
+def sample_rows(rows: Sequence[Row] | Rows, count: int, seed: int) -> list[Row]:
+    """A random sample of at most `count` rows, each with its neighbours that ask about the same image.
 
-    Only rows that are taken, and their neighbours, are opened.
+    Opens only the sampled rows and their neighbours.
     """
     order = list(range(len(rows)))
     Random(seed).shuffle(order)
@@ -77,5 +77,5 @@ def drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
                     break
                 found[index] = row
                 index += step
-    by_id = {row.id: row for row in found.values()}  # a broken row is replaced by the next one, which may be there too
+    by_id = {row.id: row for row in found.values()}  # an unreadable row yields the next one, which may be there already
     return list(by_id.values())

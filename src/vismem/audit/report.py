@@ -1,9 +1,7 @@
-"""The report: one HTML page with verdicts, plots, tables and some answers, nothing to load from elsewhere."""
+"""The report: one self-contained HTML page with verdicts, plots, tables and some answers."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections.abc import Mapping
@@ -11,29 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from vismem import files
+from vismem.analysis.heatmaps import data_url
 from vismem.analysis.templates import templates_of
 from vismem.audit import plots
-from vismem.audit.activations import Bank
+from vismem.audit.activations import ActivationStore
 from vismem.audit.names import INTACT, KINDS_IN_WORDS, WORDS
 from vismem.audit.verdicts import percent, points
 from vismem.data import Row
 from vismem.evaluation.records import Record
 
-SHOWN = 4  # answers
-SIDE = 192  # pixels of a picture at most
+SHOWN = 4  # example answers
+SIDE = 192  # pixels of a picture's longer side at most
 
 
-def write_report(found: Mapping[str, Any], bank: Bank, answers: Mapping[str, Mapping[str, Record]], out: Path) -> Path:
-    """Writes `report.html`.
+def write_report(
+    found: Mapping[str, Any], activations: ActivationStore, answers: Mapping[str, Mapping[str, Record]], out: Path
+) -> Path:
+    """Writes `report.html` into the audit's folder `out`, which has `maps.json`, and returns its path.
 
-    Args:
-        found: what `audit.json` holds.
-        bank: the questions.
-        answers: records by id, by condition.
-        out: the audit's folder, which holds `maps.json`.
-
-    Returns:
-        The page's path.
+    `found` has the contents of `audit.json`, `answers` the records by condition and id.
     """
     environment = templates_of("vismem.audit")
     environment.filters |= {"percent": percent, "points": points, "nats": nats, "cosine": cosine, "glued": glued}
@@ -42,21 +36,21 @@ def write_report(found: Mapping[str, Any], bank: Bank, answers: Mapping[str, Map
         found=found,
         names=KINDS_IN_WORDS,
         words=WORDS,
-        examples=examples(bank, answers),
+        examples=examples(activations, answers),
         effects={
             kinds: plots.effects(rows, KINDS_IN_WORDS[kinds])
             for kinds, rows in found["effects"].items()
-            if tested(rows)
+            if any(row["n"] for row in rows)
         },
         shifts={
             kinds: plots.shifts(rows, KINDS_IN_WORDS[kinds])
             for kinds, rows in found["effects"].items()
             if any(row.get("kl_first") for row in rows)
         },
-        gaze=plots.gaze(seen) if (seen := {k: g for k, g in found["gaze"].items() if g.get("n")}) else "",
+        gaze=plots.attention(seen) if (seen := {k: g for k, g in found["gaze"].items() if g.get("n")}) else "",
         probes={kind: plots.probes(each, kind) for kind, each in found["probes"].items() if each.get("families")},
         likeness={
-            kind: plots.likeness(kind, each["pairs"], found["structure"]["bins"])
+            kind: plots.similarity(kind, each["pairs"], found["structure"]["bins"])
             for kind, each in found["structure"]["kinds"].items()
             if each["pairs"]
         },
@@ -69,13 +63,8 @@ def write_report(found: Mapping[str, Any], bank: Bank, answers: Mapping[str, Map
     return path
 
 
-def tested(rows: list[Mapping[str, Any]]) -> bool:
-    """Whether any replacement was possible."""
-    return any(row["n"] for row in rows)
-
-
-def examples(bank: Bank, answers: Mapping[str, Mapping[str, Record]]) -> list[dict[str, Any]]:
-    """Some questions whose answer changes when memory is replaced, with the answers; first those that change most."""
+def examples(activations: ActivationStore, answers: Mapping[str, Mapping[str, Record]]) -> list[dict[str, Any]]:
+    """Some questions whose answers change when memory is replaced, those that change most first."""
     intact = answers[INTACT]
     others = {name: records for name, records in answers.items() if name != INTACT and "-" not in name}
 
@@ -86,10 +75,10 @@ def examples(bank: Bank, answers: Mapping[str, Mapping[str, Record]]) -> list[di
     order = sorted((i for i in intact if intact[i].invocations), key=lambda i: (-intact[i].score, -changes(i)))
     return [
         {
-            "question": bank.question[row_id],
-            "answer": bank.row(row_id).answer,
-            "pictures": [picture(image) for image in bank.row(row_id).images],
-            "late": turns_after_image(bank.row(row_id)),
+            "question": activations.question[row_id],
+            "answer": activations.row(row_id).answer,
+            "pictures": [picture(image) for image in activations.row(row_id).images],
+            "late": turns_after_image(activations.row(row_id)),
             "invoked": [one["kind"] for one in intact[row_id].invocations],
             "replies": [
                 {"name": name, "reply": records[row_id].reply, "right": records[row_id].score > 0}
@@ -102,7 +91,7 @@ def examples(bank: Bank, answers: Mapping[str, Mapping[str, Record]]) -> list[di
 
 
 def turns_after_image(row: Row) -> int:
-    """How many user messages come after the one that last showed an image."""
+    """How many user messages follow the one that last showed an image."""
     count = 0
     for message in reversed(row.prompt):
         if any(part["type"] == "image" for part in message["content"]):
@@ -112,16 +101,14 @@ def turns_after_image(row: Row) -> int:
 
 
 def picture(image: Any) -> str:
-    """A picture as a data address, small."""
+    """A small copy of a picture as a `data:` URL."""
     small = image.copy()
     small.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    small.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(small)
 
 
 def glued(text: str) -> str:
-    """The text with numbers, signs and intervals that no line breaks apart."""
+    """The text with non-breaking spaces inside numbers, units and intervals."""
     text = re.sub(r"(\d) (%|points|\[)", "\\1\u00a0\\2", text)
     text = re.sub(r"(%|points) \[", "\\1\u00a0[", text)
     return re.sub(r"(\[[-\d.]+,) ", "\\1\u00a0", text).replace("n = ", "n\u00a0=\u00a0")

@@ -1,7 +1,7 @@
-"""What probes are to read: known facts of the scene, by name, and which of them the question asked about.
+"""Probe targets: known facts of the scene, and those that the question asks about.
 
-Facts come from the column `attributes` (name to value) and from columns that the user names. Names with a common first
-word ("colour r1c2", "colour r3c1") are a family, whose accuracies are averaged.
+Facts come from the column `attributes` (name to value) and from columns that the user names. Names with the same first
+word ("colour r1c2", "colour r3c1") form a family, whose accuracies are averaged.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from vismem.data import Row
 from vismem.training.rollout import seed_of
 
 ATTRIBUTES, ASKED = "attributes", "asked"
-MOST_OF_FAMILY = 6  # evenly spaced ones of a family: more cost time and tell little
+MOST_OF_FAMILY = 6  # evenly spaced members of a family; more cost time and add little
 
 
 @dataclass(frozen=True)
 class Target:
-    """One thing to read: its value for every row, None where it is not known, and its family."""
+    """A fact to probe for: its family, and its value for every row, None where unknown."""
 
     name: str
     family: str
@@ -27,33 +27,33 @@ class Target:
 
 
 def targets(rows: Sequence[Row], columns: Sequence[str] = (), seed: int = 0) -> list[Target]:
-    """What can be read of these rows.
+    """The targets of these rows.
 
     Args:
         rows: the questions.
-        columns: columns to read besides `attributes`; `answer` is the row's answer. A column that holds names and
-            values is a family of its own.
-        seed: of the choice of what was not asked about.
+        columns: columns to probe for besides `attributes`; `answer` is the row's answer. A column of mappings is a
+            family for each of its names.
+        seed: of the choice of facts that were not asked about.
 
     Raises:
-        ValueError: if a named column is in no row, or holds lists.
+        ValueError: if no row has a named column, or it holds lists.
     """
-    found = list(_facts(rows, [row.columns.get(ATTRIBUTES) for row in rows]))
+    found = _facts([row.columns.get(ATTRIBUTES) for row in rows])
     for column in columns:
-        values = [row.answer if column == "answer" else row.columns.get(column) for row in rows]
+        values: list[Any] = [row.answer if column == "answer" else row.columns.get(column) for row in rows]
         if all(value is None for value in values):
             known = sorted({name for row in rows for name in row.columns} | {"answer"})
             raise ValueError(f"no row has a column {column!r} to probe for; there are {', '.join(known)}")
         if any(isinstance(value, Mapping) for value in values):
-            found += _facts(rows, values, f"{column} ")
+            found += _facts(values, f"{column} ")
         elif any(isinstance(value, (list, tuple)) for value in values):
-            raise ValueError(f"column {column!r} holds lists; a probe reads one value of a row")
+            raise ValueError(f"column {column!r} holds lists; a probe needs one value per row")
         else:
             found.append(Target(column, column, [None if value is None else str(value) for value in values]))
     return found + _asked(rows, seed)
 
 
-def _facts(rows: Sequence[Row], facts: Sequence[Mapping[str, Any] | None], before: str = "") -> list[Target]:
+def _facts(facts: Sequence[Mapping[str, Any] | None], before: str = "") -> list[Target]:
     names = dict.fromkeys(name for each in facts if each for name in each)
     families: dict[str, list[str]] = {}
     for name in names:
@@ -68,13 +68,13 @@ def _facts(rows: Sequence[Row], facts: Sequence[Mapping[str, Any] | None], befor
 
 
 def _asked(rows: Sequence[Row], seed: int) -> list[Target]:
-    """For each family its value at the place that the question is about, and at one that it is not about.
+    """For each family its value at a place that the question asks about, and at one that it does not ask about.
 
-    Places are the second words of attributes' names. The column `asked` holds cells (row and column from 0) whose
-    place is named "r1c2"; "r1" is asked about where all cells are of that row. Content that follows the question shows
-    in the first and not in the second.
+    Places are the second words of attributes' names. The column `asked` has cells (row and column from 0), whose place
+    is named "r1c2"; "r1" counts as asked about if all cells are in that row. Memory content that follows the question
+    shows up in the first target and not in the second.
     """
-    values: dict[str, dict[str, list[str | None]]] = {}
+    values: dict[str, list[str | None]] = {}
     for number, row in enumerate(rows):
         facts, cells = row.columns.get(ATTRIBUTES), row.columns.get(ASKED)
         if not facts or not cells:
@@ -90,5 +90,5 @@ def _asked(rows: Sequence[Row], seed: int) -> list[Target]:
                 continue
             other = others[seed_of(seed, "asked", row.id, family) % len(others)]
             for how, place in ((f"{family} asked about", about[0]), (f"{family} not asked about", other)):
-                values.setdefault(how, {}).setdefault("", [None] * len(rows))[number] = str(known[place])
-    return [Target(name, name, kept[""]) for name, kept in values.items()]
+                values.setdefault(how, [None] * len(rows))[number] = str(known[place])
+    return [Target(name, name, kept) for name, kept in values.items()]

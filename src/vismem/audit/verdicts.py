@@ -1,7 +1,7 @@
-"""Verdicts in words, each with its number, by rules whose thresholds stand here and nowhere else.
+"""Verdicts in words, each with its number; all thresholds are here.
 
-A rule compares a 95 % interval with a threshold: all of it above is yes, all of it below is no, and an interval that
-holds the threshold decides nothing. So no verdict is a matter of luck, and few questions give few verdicts.
+A rule compares a 95 % interval with a threshold: yes if all of it lies above, no if all of it lies below, and not
+decidable otherwise. So no verdict depends on chance, and few questions give few verdicts.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ YES, NO, OPEN, UNTESTED = "yes", "no", "not decidable", "not tested"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where yes begins and no ends.
+    """The thresholds between yes and no.
 
     Args:
-        flips: share of answers whose text changes: below it an answer does not depend on what was replaced.
-        large: share of answers from which on an effect is called large.
-        moved: distance from the intact memory, relative to it, below which a memory is the same memory.
-        points: accuracy that a memory's content must be worth, beyond vectors without content.
-        gaze: share of the attention of later tokens, in the layer that looks most, from which on slots are looked at.
-        alike: the same for attention in parts of what slots would get if all positions were looked at alike; enough by
-            itself, as few slots among very many positions cannot get much.
+        flips: share of answers whose text changes; below it answers do not depend on what was replaced.
+        large: share of answers above which an effect is called large.
+        moved: distance from the intact memory, relative to its norm, below which a memory counts as unchanged.
+        points: accuracy that memory must add over vectors without content.
+        gaze: share of later tokens' attention on the slots, in the layer with the largest share.
+        alike: ratio of that attention to uniform attention; sufficient on its own, because few slots among very many
+            positions cannot get a large share.
         read: accuracy that a probe must gain over chance and over shuffled values.
-        fewest: questions below which nothing is decided.
+        fewest: minimum number of questions for a verdict.
     """
 
     flips: float = 0.05
@@ -46,11 +46,11 @@ THRESHOLDS = Thresholds()
 
 @dataclass(frozen=True)
 class Verdict:
-    """One question about the memory, answered.
+    """The answer to one question about the memory.
 
     Args:
         question: in words.
-        kinds: whose memory it is about: `"all"`, `"short"` or `"long"`.
+        kinds: `"all"`, `"short"` or `"long"`.
         answer: yes, no, not decidable, or not tested.
         text: the answer with its numbers.
         large: whether the effect is large.
@@ -70,7 +70,7 @@ class Verdict:
         return f"{self.question} {self.answer}{', a large effect' if self.large else ''}: {self.text}"
 
 
-# What is asked of an intervention: its name, the question, and how the replacement is called.
+# Of each intervention: its name, the question it answers, and a phrase for the replacement.
 DEPENDENCES = (
     ("zeros", "Does the answer depend on the memory?", "replacing it by zeros"),
     ("another_image", "Does it depend on the image?", "the memory of another image"),
@@ -80,15 +80,11 @@ DEPENDENCES = (
 )
 
 
-BESIDE = ("chance", "visual tokens", "query")  # what a probe of memory is held against
-
-
 def verdicts(found: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> list[Verdict]:
-    """All verdicts of an audit's numbers.
+    """All verdicts on an audit's results.
 
     Args:
-        found: `effects` (by "all", "short", "long": rows as `effects.effect` makes them), and where they were
-            measured `gaze` and `probes`.
+        found: `effects` (by "all", "short", "long": rows of `effects.effect`), and if measured `gaze` and `probes`.
         limits: the thresholds.
     """
     given = []
@@ -102,15 +98,15 @@ def verdicts(found: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> list[
         content = [by_name[name] for name in CONTENT_FREE if name in by_name]
         if content:
             given.append(more_than_computation(content, kinds, limits))
-    for kinds, gaze in (found.get("gaze") or {}).items():
-        given.append(looked_at(gaze, kinds, limits))
+    for kinds, attention in (found.get("gaze") or {}).items():
+        given.append(attended_to(attention, kinds, limits))
     for kinds, probes in (found.get("probes") or {}).items():
         given.append(readable(probes, kinds, limits))
     return given
 
 
 def depends(question: str, how: str, row: Mapping[str, Any], kinds: str, limits: Thresholds) -> Verdict:
-    """Whether answers change with a replacement, and whether the memory does."""
+    """Whether a replacement changes answers, and whether it changes the memory."""
     if not row["n"]:
         return Verdict(question, kinds, UNTESTED, untested(row))
     flips, cost, n = row["flips"], row["change"], row["n"]
@@ -121,11 +117,11 @@ def depends(question: str, how: str, row: Mapping[str, Any], kinds: str, limits:
     answer = decided(flips, limits.flips)
     if answer != YES and moved and moved["high"] < limits.moved:
         answer, numbers = NO, f"the memory is the same. {numbers[0].upper()}{numbers[1:]}"
-    return verdict(question, kinds, answer, numbers, n, limits, flips["low"] >= limits.large)
+    return verdict(question, kinds, answer, numbers, n, limits, large=flips["low"] >= limits.large)
 
 
 def more_than_computation(rows: Sequence[Mapping[str, Any]], kinds: str, limits: Thresholds) -> Verdict:
-    """Whether the content is worth anything that as many vectors without content are not."""
+    """Whether the content adds accuracy over the same number of vectors without content."""
     question = "Is it more than extra computation?"
     tested = [row for row in rows if row["n"]]
     if not tested:
@@ -139,43 +135,44 @@ def more_than_computation(rows: Sequence[Mapping[str, Any]], kinds: str, limits:
         f"the best of {', '.join(row['name'] for row in tested)}, which is {nearest['name']}"
     )
     if "over_off" in nearest:
-        text += f" and is itself worth {points(nearest['over_off'])} over no memory at all"
+        text += f" and itself adds {points(nearest['over_off'])} over no memory at all"
     large = all(each["low"] >= limits.large for each in worth)
-    return verdict(question, kinds, answer, text, nearest["n"], limits, large)
+    return verdict(question, kinds, answer, text, nearest["n"], limits, large=large)
 
 
 def verdict(
-    question: str, kinds: str, answer: str, text: str, n: int, limits: Thresholds, large: bool = False
+    question: str, kinds: str, answer: str, text: str, n: int, limits: Thresholds, *, large: bool = False
 ) -> Verdict:
-    """A verdict on n questions; too few decide nothing."""
+    """A verdict on n questions; not decidable if they are too few."""
     if n < limits.fewest or answer == OPEN:
         return Verdict(question, kinds, OPEN, f"with n = {n}: {text}")
     return Verdict(question, kinds, answer, f"{text}; n = {n}", large and answer == YES)
 
 
-def looked_at(gaze: Mapping[str, Any], kinds: str, limits: Thresholds) -> Verdict:
-    """Whether later tokens look at the slots more than at positions in general."""
+def attended_to(attention: Mapping[str, Any], kinds: str, limits: Thresholds) -> Verdict:
+    """Whether later tokens attend to the slots more than to positions in general."""
     question = "Do later tokens look at it?"
-    if not gaze.get("n"):
-        return Verdict(question, kinds, UNTESTED, gaze.get("why", "no answer invoked it"))
-    ratio, most = gaze["ratio"], gaze["most"]
+    if not attention.get("n"):
+        return Verdict(question, kinds, UNTESTED, attention.get("why", "no answer invoked it"))
+    ratio, most = attention["ratio"], attention["most"]
     text = (
-        f"slots get {percent(gaze['share']['slots'])} of the attention of what is written after them, {times(ratio)} "
-        f"what they would get if a token looked at all it sees alike; {percent(most)} in layer {gaze['layer']} of "
-        f"{gaze['layers']}, which looks most"
+        f"slots get {percent(attention['share']['slots'])} of the attention of what is written after them, "
+        f"{times(ratio)} uniform attention; {percent(most)} in layer {attention['layer']} of {attention['layers']}, "
+        "where they get most"
     )
     answers = {decided(most, limits.gaze), decided(ratio, limits.alike)}
     answer = YES if YES in answers else NO if answers == {NO} else OPEN
-    return verdict(question, kinds, answer, text, gaze["n"], limits)
+    return verdict(question, kinds, answer, text, attention["n"], limits)
 
 
 def readable(probes: Mapping[str, Any], kinds: str, limits: Thresholds) -> Verdict:
-    """What a linear probe finds in the vectors."""
+    """Which facts a linear probe can read from the vectors."""
     question = "Can facts be read from it?"
     if probes.get("skipped") and not probes.get("families"):
-        why = probes["skipped"]
-        why = why if isinstance(why, str) else "; ".join(f"{name}: {reason}" for name, reason in list(why.items())[:3])
-        return Verdict(question, kinds, UNTESTED, why)
+        reason = probes["skipped"]
+        if not isinstance(reason, str):
+            reason = "; ".join(f"{name}: {why}" for name, why in list(reason.items())[:3])
+        return Verdict(question, kinds, UNTESTED, reason)
     if not probes.get("families"):
         return Verdict(question, kinds, UNTESTED, "no facts are known of these questions; name columns with --probe")
     good, open_ = [], []
@@ -205,21 +202,21 @@ def readable(probes: Mapping[str, Any], kinds: str, limits: Thresholds) -> Verdi
 
 
 def decided(estimate: Mapping[str, float], limit: float) -> str:
-    """Yes above the limit, no below it, open where the interval holds it."""
+    """Yes if the interval lies above the limit, no if below, open otherwise."""
     if estimate["low"] > limit:
         return YES
     return NO if estimate["high"] < limit else OPEN
 
 
 def untested(row: Mapping[str, Any]) -> str:
-    """Why an intervention has no number."""
+    """Why an intervention has no results."""
     if row.get("not_possible"):
-        return f"in none of {row['not_possible']} answers with memory is there anything to put in its place"
+        return f"none of {row['not_possible']} answers with memory has a replacement for it"
     return "no answer invoked it"
 
 
 def mirrored(estimate: Mapping[str, float]) -> dict[str, float]:
-    """The estimate of the negative."""
+    """The negated estimate."""
     return {**estimate, "value": -estimate["value"], "low": -estimate["high"], "high": -estimate["low"]}
 
 
@@ -234,13 +231,13 @@ def percent(estimate: Mapping[str, float]) -> str:
 
 
 def points(estimate: Mapping[str, float]) -> str:
-    """A difference of accuracies with its interval, in points."""
+    """A difference of accuracies with its interval, in percentage points."""
     value, low, high = (round(100 * estimate[name]) + 0 for name in ("value", "low", "high"))
     return f"{value} points [{low}, {high}]"
 
 
 def costs(change: Mapping[str, float]) -> str:
-    """A change of accuracy in words."""
+    """A change of accuracy as text."""
     if change["value"] > 0:
         return f"gains {points(change)}"
     return f"costs {points(mirrored(change))}"

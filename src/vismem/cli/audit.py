@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     logging.getLogger("vismem").setLevel(logging.INFO)
     silence_libraries(options.debug)  # before they are imported, as some speak up then
     try:
-        from vismem.audit.audit import Options, audit
+        from vismem.audit.audit import AuditOptions, audit
         from vismem.audit.questions import questions_and_unread
     except ImportError as error:
         if (error.name or "").partition(".")[0] in EXTRA:
@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
             loaded.model,
             rows,
             scorer,
-            Options(
+            AuditOptions(
                 out=options.out,
                 n=options.n,
                 invocation=chosen,

@@ -1,4 +1,1 @@
-"""Evaluation: answers with and without memory, the paper's tables, the audit, and benchmarks through lmms-eval.
-
-`answering` writes records of answers, `tables` makes tables of them, `audit` asks whether memory is really used.
-"""
+"""Evaluation: answers with and without memory, the paper's tables, and benchmarks through lmms-eval."""

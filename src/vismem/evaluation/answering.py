@@ -1,16 +1,16 @@
-"""Answers to rows: the model writes them in one live batch, the rewards score them, a file keeps them.
+"""Answers rows: the model writes the answers in one live batch, rewards score them, and a file saves them.
 
-Greedy by default. Who invokes memory is said by a name, a policy, or `"placed"`: where the row's own column `places`
-wants it. What is made of the records is for the tables and the audit.
+Decoding is greedy by default. Invocation is a name, a policy, or `"placed"`, which follows the row's column `places`.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from vismem.data import BadRow, Row, reward_columns, row_inputs
@@ -26,7 +26,7 @@ from vismem.training.rows import context_of
 
 log = logging.getLogger(__name__)
 KEPT = ("benchmark", "suite", "cell", "ability", "task", "subtask", "distance")  # columns that records keep
-PLACED_AFTER = ":"  # the mark that the column `places` counts
+PLACED_AFTER = ":"  # the marker that the column `places` counts
 
 
 def answer(
@@ -46,33 +46,33 @@ def answer(
     """Answers rows and scores the answers.
 
     Args:
-        model: the model; its memory's weights are used as they are.
-        rows: the questions; their ids must differ.
-        rewards: names, functions, or what `load_rewards` made of them.
-        invocation: as for `generate`; a `Random` draws for every row by the row's id, so that no draw depends on the
-            batch; `"placed"`: by each row's column `places`, pairs of n and kind, after the reply's n-th colon.
+        model: the model.
+        rows: the questions, with distinct ids.
+        rewards: names, functions, or the result of `load_rewards`.
+        invocation: as in `generate`. A `Random` policy is seeded by each row's id, so it does not depend on the batch.
+            `"placed"` invokes memory as each row's column `places` says: pairs of n and kind, after the reply's n-th
+            colon.
         batch_size: rows decoded together.
         max_new_tokens: sampled tokens per answer.
-        seed: of sampling, where `do_sample` is given.
-        store: a file that has the answers of an earlier run, and gets the new ones as they come.
+        seed: of sampling, with `do_sample`.
+        store: a file with the answers of an earlier run; receives the new ones as they come.
         label: for the progress bar.
         keep: columns that the records keep.
-        **generation: keywords of `generate`; greedy without any.
+        **generation: keywords of `generate`.
 
     Returns:
-        A record for each row, in their order. A row that cannot be asked or answered has a record with its `error` and
-        the score 0; a warning says how many there are.
+        A record for each row, in order. A row that cannot be answered has a record with its `error` and the score 0;
+        a warning gives their number.
 
     Raises:
-        ValueError: if two rows share an id, `"placed"` is asked for and a row has no `places`, or no row at all can be
-            answered; names the row.
+        ValueError: if two rows share an id, `"placed"` is given and a row has no `places`, or no row can be answered.
         RewardError: if a reward fails.
     """
     scorer = rewards if isinstance(rewards, Rewards) else load_rewards(rewards)
     by_id = {row.id: row for row in rows}
     if len(by_id) != len(rows):
         twice = next(row.id for index, row in enumerate(rows) if any(row.id == other.id for other in rows[:index]))
-        raise ValueError(f"two questions have the id {twice!r}; ids must differ")
+        raise ValueError(f"two questions have the id {twice!r}; ids must be unique")
     done = {} if store is None else {i: record for i, record in store.records.items() if i in by_id}
     missing = [row for row in rows if row.id not in done]
     settings = {"do_sample": False, **generation, "max_new_tokens": max_new_tokens}
@@ -84,7 +84,7 @@ def answer(
                 store.add([record])
             bar.update()
 
-        requests = asked(model, missing, invocation, seed, keep_record, keep)
+        requests = requests_for(model, missing, invocation, seed, keep_record, keep)
         for written in model.stream_batch(requests, batch_size, **settings):
             keep_record(record_of(model, by_id[written.tag], written, scorer, keep))
     records = [done[row.id] for row in rows]
@@ -92,7 +92,7 @@ def answer(
     return records
 
 
-def asked(
+def requests_for(
     model: VisMem,
     rows: Sequence[Row],
     invocation: str | Policy,
@@ -100,19 +100,23 @@ def asked(
     failed: Callable[[Record], object],
     keep: Sequence[str] = KEPT,
 ) -> Iterator[Request]:
-    """A request for each row, made when there is room for it; `failed` gets the record of one that cannot be asked."""
+    """A request for each row, created when the batch has room; `failed` receives records of rows that are rejected."""
     for row in rows:
         try:
             inputs = row_inputs(model.processor, row, context_of(model))
         except BadRow as error:
-            failed(Record.failed(row.id, str(error), kept(row, keep)))
+            failed(Record.failed(row.id, str(error), kept_columns(row, keep)))
             continue
-        inputs = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
-        yield Request(inputs, policy_for(model, row, invocation), seed_of(seed, row.id), tag=row.id)
+        yield Request(on_device(model, inputs), policy_for(model, row, invocation), seed_of(seed, row.id), tag=row.id)
+
+
+def on_device(model: VisMem, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A processor's output on the model's device, floating-point tensors in its dtype."""
+    return {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
 
 
 def answerable(model: VisMem, rows: Sequence[Row]) -> tuple[list[Row], list[Record]]:
-    """The rows that the model's processor takes, and a record with its error of each of the others."""
+    """The rows that the model's processor accepts, and an error record for each of the others."""
     found: list[Row] = []
     failed: list[Record] = []
     for row in rows:
@@ -125,7 +129,7 @@ def answerable(model: VisMem, rows: Sequence[Row]) -> tuple[list[Row], list[Reco
 
 
 def report_failures(records: Sequence[Record], label: str) -> None:
-    """Warns of questions without an answer. Raises ValueError if none has one."""
+    """Logs a warning about questions without an answer. Raises ValueError if none has one."""
     failed = [record for record in records if record.error]
     if not failed:
         return
@@ -137,13 +141,13 @@ def report_failures(records: Sequence[Record], label: str) -> None:
     )
 
 
-def kept(row: Row, keep: Sequence[str]) -> dict[str, Any]:
-    """The row's columns that records keep."""
+def kept_columns(row: Row, keep: Sequence[str]) -> dict[str, Any]:
+    """The row's columns that its record keeps."""
     return {name: row.columns[name] for name in keep if name in row.columns}
 
 
 def policy_for(model: VisMem, row: Row, invocation: str | Policy) -> str | Policy:
-    """The policy of one row, whose chance and plan are its own."""
+    """The policy of one row, with its own seed and its own `places`."""
     if isinstance(invocation, Random) and isinstance(invocation.seed, int):
         own = copy.copy(invocation)
         own.seed = seed_of(invocation.seed, row.id)
@@ -151,15 +155,15 @@ def policy_for(model: VisMem, row: Row, invocation: str | Policy) -> str | Polic
     if invocation != "placed":
         return invocation
     if "places" not in row.columns:
-        raise ValueError(f"{row.id} has no column `places`, which the invocation 'placed' goes by")
-    mark = single_token_id(model.processor.tokenizer, (PLACED_AFTER,))
-    return After(mark, {int(n): kind for n, kind in row.columns["places"]})
+        raise ValueError(f"{row.id} has no column `places`, which invocation='placed' needs")
+    marker = single_token_id(model.processor.tokenizer, (PLACED_AFTER,))
+    return After(marker, {int(n): kind for n, kind in row.columns["places"]})
 
 
 def record_of(model: VisMem, row: Row, written: Answer, rewards: Rewards, keep: Sequence[str]) -> Record:
-    """One answer, scored; or what went wrong while it was written."""
+    """The record of one answer: its score, or its error."""
     if written.error is not None:
-        return Record.failed(row.id, str(written.error) or type(written.error).__name__, kept(row, keep))
+        return Record.failed(row.id, str(written.error) or type(written.error).__name__, kept_columns(row, keep))
     reply = model.processor.tokenizer.decode(written.tokens, skip_special_tokens=True)
     sampled = sum(not invocation.forced for invocation in written.invocations)
     return Record(
@@ -171,12 +175,12 @@ def record_of(model: VisMem, row: Row, written: Answer, rewards: Rewards, keep: 
         delimiters=sum(token in model.delimiters for token in written.tokens) + sampled,
         invocations=[invocation.to_dict() for invocation in written.invocations],
         finish=str(written.finish),
-        columns=kept(row, keep),
+        columns=kept_columns(row, keep),
     )
 
 
 def scores(rows: Sequence[Row], replies: Sequence[str], tokens: Sequence[list[int]], rewards: Rewards) -> list[float]:
-    """What the rewards give for replies, as in training."""
+    """The rewards' totals for some replies."""
     completions = [[{"role": "assistant", "content": reply}] for reply in replies]
     columns = {**reward_columns(rows), "completion_ids": list(tokens), "trainer_state": None}
     return rewards([row.prompt for row in rows], completions, columns).total.tolist()

@@ -1,7 +1,7 @@
 """Means with 95 % bootstrap intervals: over questions, over seeds and questions, paired, and of averages.
 
-Scores of one condition are a matrix [seeds, questions]; a condition without seeds has one row. All draws are the same
-for the same shapes, so that a table made again is the same table.
+Scores of one condition are a matrix [seeds, questions]; a condition without seeds has one row. The bootstrap is seeded,
+so equal scores give equal intervals.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-DRAWS = 2000
-HELD = 2**22  # numbers of questions drawn at a time
+BOOTSTRAP_SAMPLES = 2000
+CHUNK = 2**22  # sampled question indices held in memory at a time
 LEVEL = (2.5, 97.5)  # percentiles
-Z = 1.959964  # of a normal distribution, for the same 95 %
+Z = 1.959964  # of the normal distribution, for 95 %
 
 
 def matrix(scores: ArrayLike) -> NDArray[np.float64]:
-    """Scores as [seeds, questions]; a plain list of scores is one seed's.
+    """Scores as [seeds, questions]; a flat list is one seed.
 
     Raises:
         ValueError: if there is no score, or one is not finite.
@@ -32,26 +32,26 @@ def matrix(scores: ArrayLike) -> NDArray[np.float64]:
     return found
 
 
-def draws(scores: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
-    """Bootstrap draws [DRAWS] of the mean: questions drawn anew, and seeds where there are several.
+def bootstrap_means(scores: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
+    """Bootstrap samples of the mean [BOOTSTRAP_SAMPLES]: resamples questions, and seeds if there are several.
 
-    Questions are drawn for all seeds alike, as all seeds answer the same ones.
+    All seeds share the resampled questions, since all answer the same ones.
     """
     found, rng = matrix(scores), np.random.default_rng(seed)
     seeds, questions = found.shape
     parts = []
-    most = max(HELD // questions, 1)
-    for start in range(0, DRAWS, most):
-        size = min(most, DRAWS - start)
-        drawn = rng.multinomial(questions, np.full(questions, 1 / questions), size) / questions  # [size, questions]
-        picked = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size) / seeds  # [size, seeds]
-        parts.append((picked * (drawn @ found.T)).sum(1))
+    most = max(CHUNK // questions, 1)
+    for start in range(0, BOOTSTRAP_SAMPLES, most):
+        size = min(most, BOOTSTRAP_SAMPLES - start)
+        by_question = rng.multinomial(questions, np.full(questions, 1 / questions), size) / questions
+        by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size) / seeds
+        parts.append((by_seed * (by_question @ found.T)).sum(1))  # weights [size, questions] and [size, seeds]
     return np.concatenate(parts)
 
 
-def interval(drawn: ArrayLike) -> tuple[float, float]:
-    """The middle 95 % of draws."""
-    low, high = np.percentile(np.asarray(drawn, dtype=float), LEVEL)
+def interval(samples: ArrayLike) -> tuple[float, float]:
+    """The middle 95 % of samples."""
+    low, high = np.percentile(np.asarray(samples, dtype=float), LEVEL)
     return float(low), float(high)
 
 
@@ -60,8 +60,8 @@ def bootstrap_mean(scores: ArrayLike, groups: Sequence[object] | None = None) ->
 
     Args:
         scores: [questions] or [seeds, questions].
-        groups: for each question what it shares with others (its image): groups are then drawn, not questions. The
-            mean is over questions all the same.
+        groups: for each question its group, such as its image; resamples groups instead of questions. The mean is
+            over questions either way.
 
     Returns:
         Mean, low, high.
@@ -72,21 +72,21 @@ def bootstrap_mean(scores: ArrayLike, groups: Sequence[object] | None = None) ->
     """
     found = matrix(scores)
     if groups is None:
-        return float(found.mean()), *interval(draws(found))
+        return float(found.mean()), *interval(bootstrap_means(found))
     names = {name: index for index, name in enumerate(dict.fromkeys(groups))}
     member = np.array([names[name] for name in groups])
     if len(member) != found.shape[1]:
         raise ValueError(f"{len(member)} groups for {found.shape[1]} questions")
     sums = np.stack([np.bincount(member, row, len(names)) for row in found]).mean(0)
     rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), DRAWS)
-    return float(found.mean()), *interval(drawn @ sums / (drawn @ np.bincount(member, minlength=len(names))))
+    sampled = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), BOOTSTRAP_SAMPLES)
+    return float(found.mean()), *interval(sampled @ sums / (sampled @ np.bincount(member, minlength=len(names))))
 
 
 def bootstrap_difference(scores: ArrayLike, others: ArrayLike) -> tuple[float, float, float]:
-    """Mean of `scores` less mean of `others` on the same questions (paired), and its 95 % interval.
+    """Mean of `scores` minus mean of `others` on the same questions (paired), and its 95 % interval.
 
-    Where the two have different numbers of seeds, each is averaged over its own.
+    If their numbers of seeds differ, each is averaged over its own.
     """
     one, two = matrix(scores), matrix(others)
     if one.shape[1] != two.shape[1]:
@@ -97,13 +97,13 @@ def bootstrap_difference(scores: ArrayLike, others: ArrayLike) -> tuple[float, f
 
 
 def bootstrap_average(parts: Sequence[ArrayLike]) -> tuple[float, float, float]:
-    """The unweighted average of several benchmarks' means, and its 95 % interval; benchmarks are drawn apart."""
-    drawn = np.mean([draws(part, seed=index) for index, part in enumerate(parts)], axis=0)
-    return float(np.mean([matrix(part).mean() for part in parts])), *interval(drawn)
+    """The unweighted average of several benchmarks' means and its 95 % interval; each is resampled alone."""
+    samples = np.mean([bootstrap_means(part, seed=index) for index, part in enumerate(parts)], axis=0)
+    return float(np.mean([matrix(part).mean() for part in parts])), *interval(samples)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share of n; a bootstrap of scores that are all alike has no width at all."""
+    """The 95 % Wilson interval of a share of n; unlike the bootstrap's, its width is never 0."""
     middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
     return max(middle - half, 0.0), min(middle + half, 1.0)

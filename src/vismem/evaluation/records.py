@@ -1,9 +1,9 @@
-"""Records of answers, and the files that they are kept in: written as they come, and read again after a stop."""
+"""Records of answers, and the files they are saved in: written as they come, and read by a resumed run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ class Record:
 
     Args:
         id: of its row.
-        score: what the rewards gave.
+        score: the rewards' total.
         reply: the answer's text, without special tokens.
-        tokens: new tokens, invocation and end tokens among them.
-        sampled: how many of them were sampled.
-        delimiters: places where memory might have been called for: ends of phrases, and sampled invocations.
+        tokens: number of new tokens, including invocation and end tokens.
+        sampled: number of sampled tokens.
+        delimiters: number of places where memory could be invoked: ends of phrases, and sampled invocations.
         invocations: `kind`, `position` (index among the new tokens), `length` and `forced` of each, in order.
         finish: `"stop"`, `"length"` or `"error"`.
-        columns: of the row, what tables group by.
-        error: why there is no answer; the question then counts as wrong.
+        columns: the row's columns that tables group by.
+        error: why there is no answer; the question counts as wrong.
     """
 
     id: str
@@ -47,16 +47,16 @@ class Record:
         return cls(row_id, 0.0, "", 0, 0, finish="error", columns=columns or {}, error=error)
 
 
-USUAL = vars(Record("", 0.0, "", 0, 0))
+DEFAULTS = vars(Record("", 0.0, "", 0, 0))
 
 
 @dataclass
 class Merged:
-    """The lines of one record file that was merged into another.
+    """The lines of one result file that was merged into another.
 
     Args:
         path: of the merged file.
-        lines: the settings, then the records.
+        lines: the settings, then the results.
     """
 
     path: Path
@@ -83,24 +83,26 @@ def merged_answers(folder: Path) -> dict[Path, Merged]:
     return found
 
 
-class RecordFile:
-    """Records in a JSON Lines file: its first line holds the settings, every other one a record.
+class ResultFile:
+    """A JSON Lines file of results by id, written as they come; its first line holds the settings.
 
-    Records of an earlier run are read; a last line that was cut off is dropped.
+    Reads the results of an earlier run; a truncated last line is dropped.
 
     Args:
-        path: the file; it and its folder are created when the first records are added.
-        settings: of the answers; plain values.
-        merged: the same answers from `merged_answers`, read if there is no file at `path`.
+        path: the file; created with its folder when the first results are added.
+        settings: of the results; plain values.
+        merged: the same results from `merged_answers`, read if there is no file at `path`.
+
+    Attributes:
+        rows: the results by id.
 
     Raises:
-        ValueError: if the file holds answers of other settings, or is no such file; names both.
+        ValueError: if the file holds results of other settings, or a line is not a result.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any], merged: Merged | None = None) -> None:
-        self.path = Path(path)
-        self.records: dict[str, Record] = {}
-        self.settings = json.loads(json.dumps(settings))
+        self.path, self.settings = Path(path), json.loads(json.dumps(settings))
+        self.rows: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             self._read(self.path, jsonl.read(self.path))
             self._write()
@@ -112,9 +114,34 @@ class RecordFile:
             return
         check_settings(source, lines[0].get("settings"), self.settings)
         try:
-            self.records = {entry["id"]: Record(**entry) for entry in lines[1:]}
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{source} holds a line that is no record ({error}); delete the file") from error
+            self.rows = {line["id"]: line for line in lines[1:]}
+        except KeyError as error:
+            raise ValueError(f"{source} has a line without {error}; delete the file") from error
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Appends results."""
+        if not self.path.is_file():
+            self._write()
+        jsonl.append(self.path, rows)
+        self.rows.update((row["id"], row) for row in rows)
+
+    def _write(self) -> None:
+        jsonl.write(self.path, [{"settings": self.settings}, *self.rows.values()])
+
+
+class RecordFile(ResultFile):
+    """A `ResultFile` of records.
+
+    Attributes:
+        records: the records by id.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any], merged: Merged | None = None) -> None:
+        super().__init__(path, settings, merged)
+        try:
+            self.records = {row_id: Record(**row) for row_id, row in self.rows.items()}
+        except TypeError as error:
+            raise ValueError(f"{self.path} has a line that is not a record ({error}); delete the file") from error
 
     @property
     def done(self) -> set[str]:
@@ -123,35 +150,31 @@ class RecordFile:
 
     def add(self, records: Iterable[Record]) -> None:
         """Appends records."""
-        if not self.path.is_file():
-            self._write()
         new = list(records)
-        jsonl.append(self.path, map(plain, new))
+        self.append([plain(record) for record in new])
         self.records.update((record.id, record) for record in new)
 
     def add_all(self, records: Iterable[Record]) -> None:
-        """Adds records that are of use only together: a process that dies meanwhile leaves none of them."""
-        self.records.update((record.id, record) for record in records)
+        """Adds records in one write, so that a process that dies leaves all of them or none."""
+        new = list(records)
+        self.rows.update((record.id, plain(record)) for record in new)
+        self.records.update((record.id, record) for record in new)
         self._write()
-
-    def _write(self) -> None:
-        """The whole file, where it is not as it should be."""
-        jsonl.write(self.path, [{"settings": self.settings}, *map(plain, self.records.values())])
 
 
 def plain(record: Record) -> dict[str, Any]:
-    """A record for its file: what is as by default is left out."""
-    return {name: value for name, value in vars(record).items() if name in ALWAYS or value != USUAL[name]}
+    """A record as a dictionary without default values."""
+    return {name: value for name, value in vars(record).items() if name in ALWAYS or value != DEFAULTS[name]}
 
 
 def check_settings(path: Path, earlier: Any, settings: dict[str, Any]) -> None:
-    """Refuses a file whose settings differ."""
+    """Raises ValueError if a file's settings differ."""
     if not isinstance(earlier, dict):
-        raise ValueError(f"{path} holds no record of settings; choose another output_dir, or delete the file")
+        raise ValueError(f"{path} has no settings; choose another output_dir, or delete the file")
     names = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]
     if names:
         name = names[0]
         raise ValueError(
             f"{path} holds answers with {name}={earlier.get(name)!r}, not {settings.get(name)!r}; "
-            "choose another output_dir, or delete the file to answer anew"
+            "choose another output_dir, or delete the file to answer again"
         )

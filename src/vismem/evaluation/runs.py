@@ -1,7 +1,7 @@
-"""Methods made, loaded and asked: trains what is not there yet, loads base and memory, answers benchmarks.
+"""Trains, loads and runs the methods of an evaluation.
 
-Everything is kept: trained steps lie in folders named after their settings, so that methods share what they have in
-common and a stopped run goes on; answers lie in record files, and whoever has those needs neither weights nor training.
+Everything is saved. Trained steps are in folders named after their settings, so methods share common steps and a
+stopped run resumes. Answers are in record files; tables made from those need neither weights nor training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vismem.data import Row, load_dataset_rows
 from vismem.decoding.policies import Policy, read_policy
 from vismem.evaluation.answering import answer
 from vismem.evaluation.records import Record, RecordFile, merged_answers
-from vismem.evaluation.settings import ADAPTER_FILE, POCKET, Benchmark, Method, Settings
+from vismem.evaluation.settings import ADAPTER_FILE, POCKET, Benchmark, EvaluationSettings, Method
 from vismem.loading import device_of, load_base
 from vismem.model import VisMem
 from vismem.training.baselines import load_adapter
@@ -31,33 +31,32 @@ from vismem.training.run import train
 log = logging.getLogger(__name__)
 
 
-class Rehearsed(Exception):
-    """Ends a table where it would begin to ask, when it is only rehearsed."""
+class DryRunFinishedError(Exception):
+    """Ends a table in a dry run, once everything that it needs has been checked."""
 
 
 class Runs:
     """The methods of one evaluation, and their answers.
 
-    With `rehearsing` set, tables end with `Rehearsed` once it is known that they have what answering needs.
-
-    Args:
-        settings: of the evaluation.
+    Attributes:
+        dry_run: whether tables only check what they need, and then raise `DryRunFinishedError`.
+        failures: by benchmark the largest number of failed questions of a method, and the number of questions.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.rehearsing = settings, False
-        self._held: tuple[Any, VisMem] | None = None  # the model that was asked last
+    def __init__(self, settings: EvaluationSettings) -> None:
+        self.settings, self.dry_run = settings, False
+        self._held: tuple[Any, VisMem] | None = None  # the model that was used last
         self._rows: dict[tuple[str, bool], list[Row]] = {}
-        self._unread: dict[str, list[Record]] = {}  # by benchmark, of questions that cannot be read
-        self.failures: dict[str, tuple[int, int]] = {}  # by benchmark, the most failed questions of a method, and all
-        self._tasks: set[str] = set()  # of lmms-eval, that are known to be there
+        self._unread: dict[str, list[Record]] = {}  # by benchmark, questions that cannot be read
+        self.failures: dict[str, tuple[int, int]] = {}
+        self._tasks: set[str] = set()  # lmms-eval tasks known to exist
         self.answers = Path(settings.output_dir) / "answers"
         self._merged = merged_answers(self.answers)
 
-    # Making.
+    # Training and loading.
 
     def artefact(self, method: Method, seed: int | None) -> Path | None:
-        """The folder of a method's memory or adapter, trained first where it has to be; None for the base alone."""
+        """The folder of a method's memory or adapter, trained first if necessary; None for the base alone."""
         if method.checkpoint:
             place = Path(method.checkpoint.replace("{seed}", str(seed))).expanduser()
             return place if (place / ADAPTER_FILE).is_file() else memory_files.locate(str(place))
@@ -67,7 +66,7 @@ class Runs:
         return made
 
     def train(self, steps: Sequence[Mapping[str, Any]], seed: int | None, before: Path | None) -> Path:
-        """Runs the last of some steps; returns what it made."""
+        """Trains the last of some steps and returns its folder."""
         step = {**steps[-1]}
         name = step.pop("step")
         digest = hashlib.sha256(json.dumps([self.settings.training, list(map(dict, steps)), seed]).encode()).hexdigest()
@@ -77,10 +76,8 @@ class Runs:
             changes["checkpoint"] = str(before)
         return train(name, [dict(self.settings.training), changes], resume=True)
 
-    # Loading.
-
     def model(self, method: Method, seed: int | None) -> VisMem:
-        """The base with the method's memory or adapter; the one asked last is kept."""
+        """The base with the method's memory or adapter; the last one is cached."""
         key = (method.checkpoint, json.dumps(list(map(dict, method.train))), seed if method.seeded else None)
         if self._held is None or self._held[0] != key:
             self._held = None
@@ -88,7 +85,7 @@ class Runs:
         return self._held[1]
 
     def load(self, folder: Path | None) -> VisMem:
-        """A model of its own with the memory or adapter in a folder, or with an untrained memory."""
+        """Loads a model with the memory or adapter in a folder, or with an untrained memory."""
         settings, name = self.settings, self.settings.base
         if not name and folder is not None and (folder / memory_files.CONFIG_FILE).is_file():
             name = memory_files.base_location(memory_files.read_record(folder), folder)
@@ -96,7 +93,14 @@ class Runs:
             raise ValueError("no base: set base=NAME_OR_FOLDER")
         device = device_of(settings.device)
         options = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
-        base, processor = load_base(name, device, settings.dtype, settings.trust_remote_code, log.info, **options)
+        base, processor = load_base(
+            name,
+            device=device,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            say=log.info,
+            **options,
+        )
         if folder is not None and not (folder / ADAPTER_FILE).is_file():
             return VisMem.from_pretrained(folder, base=base, processor=processor)
         model = VisMem(base, processor).eval()
@@ -104,23 +108,23 @@ class Runs:
             load_adapter(model, folder)
         return model
 
-    # Asking.
+    # Answering.
 
-    def rows(self, benchmark: Benchmark, bound: bool = False) -> list[Row]:
+    def rows(self, benchmark: Benchmark, *, bound: bool = False) -> list[Row]:
         """A benchmark's questions."""
         key = (str(benchmark), bound)
         if key not in self._rows:
-            self._rows[key] = self._read(benchmark, bound)
+            self._rows[key] = self._read(benchmark, bound=bound)
         return self._rows[key]
 
-    def _read(self, benchmark: Benchmark, bound: bool) -> list[Row]:
+    def _read(self, benchmark: Benchmark, *, bound: bool) -> list[Row]:
         settings = self.settings
         limit = benchmark.limit if benchmark.limit is not None else settings.limit
         source, _, suite = benchmark.data.partition(":")
         if source == POCKET:
             from vismem.pocket.suites import rows as suite_rows
 
-            return suite_rows(suite, settings.n, settings.question_seed, bound)[:limit]
+            return suite_rows(suite, settings.n, settings.question_seed, bound=bound)[:limit]
         found: Any = load_dataset_rows(
             benchmark.data, split=benchmark.split, limit=limit, columns=benchmark.columns, max_bad_rows=None
         )
@@ -131,7 +135,7 @@ class Runs:
         return rows
 
     def has(self, method: Method, benchmark: Benchmark) -> bool:
-        """Whether the method can be asked: a bound exists in the pocket world only, and not for all of its suites."""
+        """Whether the method can answer it: a bound exists only for some suites of the pocket world."""
         if not method.bound:
             return True
         source, _, suite = benchmark.data.partition(":")
@@ -139,19 +143,19 @@ class Runs:
             return False
         from vismem.pocket.suites import SUITES
 
-        return suite not in SUITES or bool(SUITES[suite].bound)  # an unknown one is refused when it is read
+        return suite not in SUITES or bool(SUITES[suite].bound)  # an unknown suite is rejected when it is read
 
     def seeds(self, method: Method) -> tuple[int | None, ...]:
-        """Seeds that the method has; (None,) for one without."""
+        """The method's seeds; (None,) if it has none."""
         return self.settings.seeds if method.seeded else (None,)
 
     def records(self, method: Method, benchmark: Benchmark, seed: int | None) -> list[Record]:
-        """The method's answers, written now as far as an earlier run did not."""
+        """The method's records; answers what an earlier run did not."""
         invocation, tokens = method.policy, self.tokens(benchmark)
         file = self.file(method, benchmark, seed)
         if benchmark.task:
             return self._counted(benchmark, self.task_records(method, benchmark, seed, invocation, tokens, file))
-        rows = self.rows(benchmark, method.bound)
+        rows = self.rows(benchmark, bound=method.bound)
         if any(row.id not in file.done for row in rows):
             model = self.model(method, seed)
             answer(
@@ -169,26 +173,26 @@ class Runs:
         return self._counted(benchmark, [*answered, *self._unread.get(benchmark.name, ())])
 
     def _counted(self, benchmark: Benchmark, records: list[Record]) -> list[Record]:
-        """The records, after a note of how many have failed."""
+        """Returns the records after noting how many failed."""
         failed, all_failed = sum(bool(record.error) for record in records), self.failures.get(benchmark.name, (0, 0))
         if failed > all_failed[0]:
             self.failures[benchmark.name] = (failed, len(records))
         return records
 
     def failures_note(self) -> list[str]:
-        """A sentence on questions without an answer, if there are any."""
-        said = [f"{failed} of {total} in {name}" for name, (failed, total) in self.failures.items()]
-        return [f"Failed questions, which count as wrong: {', '.join(said)}."] if said else []
+        """A note on questions without an answer, if there are any."""
+        counts = [f"{failed} of {total} in {name}" for name, (failed, total) in self.failures.items()]
+        return [f"Failed questions, which count as wrong: {', '.join(counts)}."] if counts else []
 
     def check(self, method: Method, benchmark: Benchmark, seed: int | None) -> None:
-        """Looks at what the answers need besides a model: questions, and where answers are missing what scores them.
+        """Checks what the answers need besides a model: questions, and the scoring of missing answers.
 
         Raises:
-            ValueError: if questions cannot be read, kept answers are of other settings, or a reward, a task, a policy
-                or a package is not there.
+            ValueError: if questions cannot be read, saved answers are of other settings, or a reward, a task, a policy
+                or a package is missing.
         """
         file = self.file(method, benchmark, seed)
-        if benchmark.data and all(row.id in file.done for row in self.rows(benchmark, method.bound)):
+        if benchmark.data and all(row.id in file.done for row in self.rows(benchmark, bound=method.bound)):
             return
         if benchmark.task and file.records:
             return
@@ -200,13 +204,13 @@ class Runs:
             self._tasks.add(benchmark.task)
 
     def tokens(self, benchmark: Benchmark) -> int:
-        """Sampled tokens per answer at most."""
+        """Maximum number of sampled tokens per answer."""
         return benchmark.max_new_tokens or self.settings.max_new_tokens
 
     def file(self, method: Method, benchmark: Benchmark, seed: int | None) -> RecordFile:
-        """What an earlier run wrote of the method's answers. Raises ValueError if it had other settings."""
+        """The file of the method's answers. Raises ValueError if it was written with other settings."""
         invocation = method.policy
-        apart = ("ability", "limit", "subtask")  # which questions are asked, and how they are grouped, may change
+        apart = ("ability", "limit", "subtask")  # number and grouping of the questions may change
         asked = {name: value for name, value in asdict(benchmark).items() if name not in apart and value}
         if benchmark.data.partition(":")[0] == POCKET:
             asked |= {"n": self.settings.n, "question_seed": self.settings.question_seed}
@@ -222,9 +226,9 @@ class Runs:
         return RecordFile(path, known, self._merged.get(path))
 
     def subtasks(self, benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
-        """The sub-task of each record: a column of its question, or of the sample of a task of lmms-eval.
+        """The sub-task of each record: a column of its question, or of an lmms-eval sample.
 
-        A question that cannot be read has none; it is "unread".
+        For a question that cannot be read it is "unread".
         """
         if benchmark.task:
             return [str(record.columns.get(benchmark.subtask, "")) for record in records]
@@ -235,7 +239,7 @@ class Runs:
     def task_records(
         self, method: Method, benchmark: Benchmark, seed: int | None, invocation: str, tokens: int, file: RecordFile
     ) -> list[Record]:
-        """The same of a task of lmms-eval, whose file is written when all its samples are there."""
+        """The records of an lmms-eval task, saved when all its samples are answered."""
         from vismem.evaluation.lmms.run import task_records
 
         if not file.records:
@@ -246,26 +250,26 @@ class Runs:
 
 
 def rewards_of(benchmark: Benchmark) -> Any:
-    """A benchmark's rewards as `load_rewards` takes them."""
+    """A benchmark's rewards as arguments of `load_rewards`."""
     return list(benchmark.rewards) if isinstance(benchmark.rewards, tuple) else benchmark.rewards
 
 
 def check_task(name: str) -> None:
-    """Raises ValueError if lmms-eval, or a task of it, is not there."""
+    """Raises ValueError if lmms-eval or the task is missing."""
     if find_spec("lmms_eval") is None:
         raise ValueError(f"the task {name!r} needs lmms-eval: pip install 'vismem[eval]'")
     from vismem.evaluation.lmms import tasks_folder
     from vismem.evaluation.lmms.run import find_task, quiet
 
-    with quiet(False):
+    with quiet():
         find_task(name, [str(tasks_folder())])
 
 
 def policy_of(invocation: str) -> str | Policy:
-    """The policy of a name as settings have it; `"placed"` is the answering's matter."""
+    """The policy with this name; `"placed"` is left to `answer`."""
     return invocation if invocation == "placed" else read_policy(invocation)
 
 
 def slug(text: str) -> str:
-    """A name as a file or folder can have it."""
+    """A name made safe for files and folders."""
     return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-")

@@ -1,8 +1,7 @@
-"""Settings of an evaluation: what is compared, on which questions, and what each table varies; presets and YAML files.
+"""Settings of an evaluation from presets, YAML files and `key=value` overrides.
 
-A file and `key=value` on the command line have the same names; `lengths.short_length=[4, 8]` sets one inside a section.
-Which value wins: command line, file, preset, default. The names are checked here, so that a wrong one is reported
-before anything is loaded.
+An override may set a value inside a section: `lengths.short_length=[4, 8]`. The command line takes precedence over the
+file, the file over the preset. All names and types are checked before anything is loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 from vismem.bundled import POCKET
 from vismem.decoding.policies import read_policy
+from vismem.deprecation import renamed
 from vismem.settings import SettingsError, check, kind_of, preset_named, read_changes, read_file, shown, typed
 from vismem.training.settings import checked
 from vismem.training.stages import ADAPTER_FILE, BASELINES, STAGES
@@ -30,14 +30,14 @@ class Benchmark:
     Args:
         name: its column in the tables.
         data: a JSON Lines file, a folder or a hub name (docs/data.md), or a suite of the pocket world: `"pocket:late"`.
-        task: instead of `data`, a task of lmms-eval, with lmms-eval's own score.
+        task: a task of lmms-eval instead of `data`, with its own score.
         ability: the group of columns that it belongs to.
-        rewards: what scores the answers (docs/rewards.md).
+        rewards: score the answers (docs/rewards.md).
         split: of a hub data set.
-        subtask: the column that tells its sub-tasks.
-        limit: the first so many questions only.
-        max_new_tokens: where it is not the evaluation's.
-        columns: names of the data's columns that differ, from ours to theirs.
+        subtask: column with the sub-task.
+        limit: use only the first `limit` questions.
+        max_new_tokens: overrides the evaluation's.
+        columns: renamed columns, from our name to the data's.
     """
 
     name: str
@@ -65,12 +65,12 @@ class Method:
 
     Args:
         name: its row in the tables.
-        checkpoint: a memory, or an adapter of the language model; `{seed}` in it stands for each seed. Without one, and
-            without `train`, the base alone answers.
-        train: instead of `checkpoint`, steps of `vismem train` that make it, each going on from the one before:
-            mappings with `step` and settings.
-        invocation: as on the command line; by default learned where there is a memory, else off.
-        bound: pocket only: the prompt gives what memory would have to supply.
+        checkpoint: a memory, or an adapter of the language model; `{seed}` in it is replaced by each seed. Without
+            `checkpoint` and `train` the base answers alone.
+        train: training steps instead of `checkpoint`, each continuing from the one before: mappings with `step` (of
+            `vismem train`) and settings.
+        invocation: as on the command line; by default learned if there is a memory, else off.
+        bound: pocket only: an upper bound whose prompt contains what memory would have to supply.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Method:
 
     @property
     def adapts(self) -> bool:
-        """Whether it is an adapter of the language model, so that there is no memory to invoke."""
+        """Whether it is an adapter of the language model, without memory."""
         if self.train:
             return self.train[-1]["step"] in BASELINES
         place = Path(self.checkpoint.replace("{seed}", "*"), ADAPTER_FILE)
@@ -109,38 +109,38 @@ class Method:
 
     @property
     def policy(self) -> str:
-        """Who invokes memory: as said, or else the model where there is a memory, and nobody where there is none."""
+        """The invocation, or its default: learned with memory, off without."""
         return self.invocation or ("learned" if self.remembers else "off")
 
     @property
     def seeded(self) -> bool:
-        """Whether there is one of it for each seed."""
+        """Whether there is one for each seed."""
         return bool(self.train) or "{seed}" in self.checkpoint
 
 
 @dataclass(frozen=True)
-class Settings:
-    """An evaluation.
+class EvaluationSettings:
+    """Settings of an evaluation.
 
     Args:
-        output_dir: where answers, tables and plots go.
-        runs_dir: where trained methods go; `output_dir/runs` by default.
+        output_dir: folder for answers, tables and plots.
+        runs_dir: folder for trained methods; by default `output_dir/runs`.
         base: model name or folder; `"pocket"` is the packaged one.
-        dtype, attn_implementation, device, trust_remote_code: how it is loaded.
-        methods: what is compared.
-        benchmarks: on what.
+        dtype, attn_implementation, device, trust_remote_code: how to load it.
+        methods: methods to compare.
+        benchmarks: benchmarks to compare them on.
         memory: name of the method that the other tables vary; by default the last one with a memory.
-        training: settings of all training steps, as a file of `vismem train` has them.
-        seeds: of methods that are trained, or whose checkpoint has `{seed}` in it.
+        training: settings of all training steps, as in a file of `vismem train`.
+        seeds: of methods that are trained or have `{seed}` in their checkpoint.
         batch_size: answers written together.
-        max_new_tokens: sampled tokens per answer at most.
-        limit: the first so many questions of each benchmark.
-        n, question_seed: pocket only: questions per cell, and which ones.
-        invocation: table `invocation`: `rates`, per cents of random invocation, and `benchmarks` by name (all).
-        partial: table `partial`: `data` (name to data), and `methods` and `benchmarks` of its own.
-        continual: table `continual`: `stages` (name, data and settings of each), `methods`, `benchmarks`.
-        lengths: table `lengths`: values of `query_length`, `short_length`, `long_length`, the `train` steps that each
-            is trained with, `invocation`, `benchmarks`.
+        max_new_tokens: maximum number of sampled tokens per answer.
+        limit: use only the first `limit` questions of each benchmark.
+        n, question_seed: pocket only: questions per cell, and their seed.
+        invocation: table `invocation`: `rates` of random invocation in per cent, and names of `benchmarks` (all).
+        partial: table `partial`: `data` (name to data), and its own `methods` and `benchmarks`.
+        continual: table `continual`: `stages` (data and settings by name), `methods`, `benchmarks`.
+        lengths: table `lengths`: values of `query_length`, `short_length`, `long_length`, the `train` steps for each,
+            `invocation`, `benchmarks`.
         latency: table `latency` and the times of `invocation`: `questions`, `rounds`, `clock` (`wall` or `processor`).
     """
 
@@ -171,36 +171,36 @@ class Settings:
         for name in ("methods", "benchmarks"):
             twice = [each.name for each in getattr(self, name)]
             if len(set(twice)) < len(twice):
-                raise SettingsError(f"{name}: names must differ, got {', '.join(twice)}")
+                raise SettingsError(f"{name}: names must be unique, got {', '.join(twice)}")
         for name in ("batch_size", "max_new_tokens", "n", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise SettingsError(f"{name} must be a whole number, 1 or more, got {shown(value)}")
         if not self.seeds:
             raise SettingsError("seeds must be a list of whole numbers, got an empty one")
         if self.memory and self.memory not in [method.name for method in self.methods]:
-            raise SettingsError(f"memory={self.memory!r} is none of the methods")
+            raise SettingsError(f"memory={self.memory!r} is not one of the methods")
 
     @property
     def runs(self) -> Path:
-        """Where trained methods go."""
+        """Folder for trained methods."""
         return Path(self.runs_dir) if self.runs_dir else Path(self.output_dir) / "runs"
 
     def of(self, section: Mapping[str, Any]) -> tuple[tuple[Method, ...], tuple[Benchmark, ...]]:
-        """Methods and benchmarks of a table that has its own section; the evaluation's where that says none."""
+        """Methods and benchmarks of a table's own section, by default the evaluation's."""
         methods = methods_of(section["methods"]) if section.get("methods") else self.methods
         benchmarks = benchmarks_of(section["benchmarks"]) if section.get("benchmarks") else self.benchmarks
         return methods, benchmarks
 
     def ours(self) -> Method:
-        """The method with the memory that is looked at.
+        """The method whose memory the tables vary.
 
         Raises:
-            ValueError: if no method has a memory.
+            SettingsError: if no method has a memory.
         """
         with_memory = [m for m in self.methods if m.name == self.memory] if self.memory else []
         with_memory = with_memory or [m for m in self.methods if m.remembers]
         if not with_memory:
-            raise SettingsError("no method has a memory to look at: give one a checkpoint or train")
+            raise SettingsError("no method has a memory; give one checkpoint or train")
         return with_memory[-1]
 
 
@@ -212,9 +212,9 @@ def pocket_benchmark(suite: str, **more: Any) -> dict[str, Any]:
 
 
 def pocket() -> dict[str, Any]:
-    """The preset `pocket`: the whole of it on the model in the package."""
+    """The preset `pocket`: all tables on the packaged model."""
     warmup, sft = {"step": "warmup"}, {"step": "sft", "data": "pocket:warmup"}
-    # Rates as benchmarks/baseline_rates.py found them; the memory's own are the preset's of `vismem train`.
+    # Learning rates found with benchmarks/baseline_rates.py; the memory's are the preset's of `vismem train`.
     soft = {"step": "all", "memory": {"content": "soft"}}
     soft |= {"warmup": {"learning_rate": 0.1}, "stage1": {"learning_rate": 0.01}}
     memory = {"name": "VisMem", "invocation": "placed"}
@@ -298,38 +298,38 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_settings(path: str | Path | None, overrides: Sequence[str]) -> Settings:
-    """Settings of a file and of `key=value`, over those of the preset that either names.
+def load_settings(path: str | Path | None, overrides: Sequence[str]) -> EvaluationSettings:
+    """Settings from a file and `key=value` overrides, on top of the preset that either names.
 
     Raises:
-        SettingsError: if the file is not a YAML mapping, a name is unknown (the nearest one is named), or a value has
+        SettingsError: if the file is not a YAML mapping, a name is unknown (suggests the nearest one), or a value has
             the wrong type or is out of range.
         OSError: if the file cannot be read.
     """
-    given = merged(read_file(path), read_changes(overrides))
+    given = merge(read_file(path), read_changes(overrides))
     preset = preset_named(given.pop("preset", "none"), PRESETS)
-    checked_values(given)  # before a preset loads what it is made of
-    return settings_of(merged(PRESETS[preset](), given))
+    checked_values(given)  # before loading what the preset refers to
+    return settings_of(merge(PRESETS[preset](), given))
 
 
-def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """`one` with the values of `other`; mappings inside are merged alike, lists are replaced."""
+def merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`one` updated with `other`, recursively for mappings; lists are replaced."""
     found = dict(one)
     for name, value in other.items():
         both = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
-        found[name] = merged(found[name], value) if both else value
+        found[name] = merge(found[name], value) if both else value
     return found
 
 
-def settings_of(values: Mapping[str, Any]) -> Settings:
+def settings_of(values: Mapping[str, Any]) -> EvaluationSettings:
     """Settings of plain values. Raises SettingsError for an unknown name, a wrong type or a value out of range."""
-    return Settings(**checked_values(values))
+    return EvaluationSettings(**checked_values(values))
 
 
 def checked_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Settings` that are given, of the types that they ask for. Raises SettingsError."""
+    """The given fields of `EvaluationSettings`, checked and converted. Raises SettingsError."""
     plain = {name: value for name, value in values.items() if name not in ("methods", "benchmarks")}
-    found = check(plain, kinds(Settings))
+    found = check(plain, types_of(EvaluationSettings))
     for name, make in (("methods", methods_of), ("benchmarks", benchmarks_of)):
         if values.get(name) is not None:
             found[name] = make(typed(values[name], list[Any], name))
@@ -347,13 +347,13 @@ def checked_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def kinds(of: type) -> dict[str, Any]:
-    """Types of the settings that a dataclass has as fields."""
-    return {name: kind_of(hint) for name, hint in get_type_hints(of).items()}
+def types_of(settings: type) -> dict[str, Any]:
+    """Types of a dataclass's fields, for `check`."""
+    return {name: kind_of(hint) for name, hint in get_type_hints(settings).items()}
 
 
 def methods_of(entries: Sequence[Any]) -> tuple[Method, ...]:
-    """Methods of plain values."""
+    """Methods from plain values."""
     made = tuple(_made(Method, entry, "method") for entry in entries)
     for method in made:
         for number, step in enumerate(method.train):
@@ -362,16 +362,19 @@ def methods_of(entries: Sequence[Any]) -> tuple[Method, ...]:
 
 
 def benchmarks_of(entries: Sequence[Any]) -> tuple[Benchmark, ...]:
-    """Benchmarks of plain values."""
+    """Benchmarks from plain values."""
     return tuple(_made(Benchmark, entry, "benchmark") for entry in entries)
 
 
 def check_step(step: Mapping[str, Any], where: str) -> None:
-    """Refuses a step of training whose settings `vismem train` would not take."""
+    """Raises SettingsError if `vismem train` would reject a training step's settings."""
     checked({name: value for name, value in step.items() if name != "step"}, f"{where}.")
 
 
 def _made(kind: type, entry: Any, what: str) -> Any:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
         raise SettingsError(f"a {what} must be a mapping with a `name`, got {shown(entry)}")
-    return kind(**check(entry, kinds(kind), f"{what} {entry['name']!r}: "))
+    return kind(**check(entry, types_of(kind), f"{what} {entry['name']!r}: "))
+
+
+__getattr__ = renamed(__name__, {"Settings": "EvaluationSettings"})

@@ -1,7 +1,7 @@
-"""Time per answer of several ways of answering, interleaved: each question is answered by all of them in turn.
+"""Measures the time per answer of several methods, interleaved: all of them answer each question in turn.
 
-Answers are written one at a time, as a person would wait for them. Rounds repeat the whole; medians are taken over
-questions of each question's median over rounds. What was measured is kept beside the answers, and not measured again.
+Questions are answered one at a time, in several rounds. Results are medians over questions of each question's median
+over rounds. They are saved beside the answers and not measured again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from vismem import files
 from vismem.data import Row, prompt_inputs
-from vismem.evaluation.answering import answerable, policy_for
+from vismem.evaluation.answering import answerable, on_device, policy_for
 from vismem.evaluation.records import check_settings
-from vismem.evaluation.runs import Rehearsed, Runs, policy_of
+from vismem.evaluation.runs import DryRunFinishedError, Runs, policy_of
 from vismem.evaluation.settings import Method
 from vismem.model import VisMem
 
@@ -30,62 +30,66 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
-class Way:
-    """A method, and who invokes."""
+class TimedMethod:
+    """A method, and optionally another invocation than its own."""
 
     method: Method
     invocation: str = ""
 
     @property
     def policy(self) -> str:
-        """The policy's spelling."""
+        """The name of the policy."""
         return self.invocation or self.method.policy
 
 
-def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Times of several ways, and a note that says how they were taken.
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one answer and to its first token, and its numbers of sampled tokens and invocations."""
 
-    Ways of one method share a model; others have one each, all in memory at the same time.
+    seconds: float
+    first: float
+    sampled: int
+    invocations: int
+
+
+def measure_times(
+    runs: Runs, ways: Mapping[str, TimedMethod], title: str
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Times of several methods, and a note on how they were measured.
+
+    Entries with the same method share a model; the others have one each, all in memory at once.
 
     Returns:
-        For each label `seconds` per answer, `first` (seconds to the first token), `per_second` (sampled tokens),
-        `ratio` (seconds per answer over the first label's), `per_token` (the same per sampled token), `n`, and
-        `invocations` per answer.
+        For each label `seconds` per answer, `first` (seconds to the first token), `per_second` (sampled tokens per
+        second), `ratio` (seconds per answer relative to the first label), `per_token` (the same per sampled token),
+        `invocations` per answer, and `n`.
 
     Raises:
         ValueError: if the clock is unknown, or no benchmark has rows.
-        Rehearsed: where it would begin to ask, when it is only rehearsed.
+        DryRunFinishedError: at the end of a dry run.
     """
     section, settings = runs.settings.latency, runs.settings
     path = Path(settings.output_dir) / "answers" / f"times-{title}.json"
     asked = {"latency": dict(section), "max_new_tokens": settings.max_new_tokens, "seed": settings.seeds[0]}
     asked |= {"ways": {label: [way.method.name, way.policy] for label, way in ways.items()}}
     if path.is_file():
-        try:
-            earlier = json.loads(path.read_bytes())
-            kept = earlier["times"], earlier["notes"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it to measure again") from error
-        check_settings(path, earlier.get("settings"), json.loads(json.dumps(asked)))
-        return kept
+        return saved_times(path, asked)
     clock_name, rounds = section.get("clock", "wall"), int(section.get("rounds", 3))
     if clock_name not in CLOCKS:
         raise ValueError(f"latency.clock must be one of {', '.join(CLOCKS)}, got {clock_name!r}")
     rows = questions(runs, int(section.get("questions", 12)))
-    if runs.rehearsing:
-        raise Rehearsed
+    if runs.dry_run:
+        raise DryRunFinishedError
     first_seed = settings.seeds[0]
     methods = {way.method.name: way.method for way in ways.values()}
     models = {name: runs.load(runs.artefact(method, first_seed)) for name, method in methods.items()}
     rows, failed = answerable(next(iter(models.values())), rows)
     if not rows:
-        raise ValueError(f"no question can be asked for times; the first: {failed[0].id}: {failed[0].error}")
-    seconds: dict[str, list[list[float]]] = {label: [[] for _ in rows] for label in ways}
-    firsts: dict[str, list[list[float]]] = {label: [[] for _ in rows] for label in ways}
-    counts: dict[str, list[tuple[int, int]]] = {label: [(0, 0)] * len(rows) for label in ways}
+        raise ValueError(f"no question can be answered for times; the first: {failed[0].id}: {failed[0].error}")
+    measured: dict[str, list[list[Timing]]] = {label: [[] for _ in rows] for label in ways}
     total = (rounds + 1) * len(rows)
     with tqdm(total=total, desc=f"{title}, times", unit="question", delay=1) as bar:
-        for turn in range(rounds + 1):  # the first warms up and does not count
+        for turn in range(rounds + 1):  # the first is a warm-up
             for index, row in enumerate(rows):
                 bar.update()
                 labels = list(ways)
@@ -93,28 +97,10 @@ def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, di
                     way = ways[label]
                     model = models[way.method.name]
                     policy = policy_for(model, row, policy_of(way.policy))
-                    once = spent(model, row, policy, settings.max_new_tokens, CLOCKS[clock_name])
+                    timing = time_answer(model, row, policy, settings.max_new_tokens, CLOCKS[clock_name])
                     if turn:
-                        seconds[label][index].append(once[0])
-                        firsts[label][index].append(once[1])
-                        counts[label][index] = once[2:]
-    found, reference = {}, None
-    for label in ways:
-        answers = [median(values) for values in seconds[label]]
-        sampled = [count for count, _ in counts[label]]
-        pace = [a / max(n, 1) for a, n in zip(answers, sampled, strict=True)]
-        reference = reference or (answers, pace)
-        ratio = median(a / b for a, b in zip(answers, reference[0], strict=True))
-        per_token = median(a / b for a, b in zip(pace, reference[1], strict=True))
-        found[label] = {
-            "seconds": round(median(answers), 4),
-            "first": round(median(median(values) for values in firsts[label]), 4),
-            "per_second": round(1 / median(pace), 2),
-            "ratio": round(ratio, 3),
-            "per_token": round(per_token, 3),
-            "invocations": round(sum(count for _, count in counts[label]) / len(rows), 2),
-            "n": len(rows),
-        }
+                        measured[label][index].append(timing)
+    found = summarize(measured)
     device = next(iter(models.values())).device
     where = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
     clock = "processor time" if clock_name == "processor" else "wall clock"
@@ -126,8 +112,40 @@ def timed(runs: Runs, ways: Mapping[str, Way], title: str) -> tuple[dict[str, di
     return found, [note]
 
 
+def summarize(measured: Mapping[str, list[list[Timing]]]) -> dict[str, dict[str, Any]]:
+    """Medians by label, of measurements by question and round; ratios are relative to the first label."""
+    found: dict[str, dict[str, Any]] = {}
+    reference: tuple[list[float], list[float]] | None = None
+    for label, questions in measured.items():
+        answers = [median(timing.seconds for timing in rounds) for rounds in questions]
+        last = [rounds[-1] for rounds in questions]  # greedy answers, the same in every round
+        pace = [seconds / max(timing.sampled, 1) for seconds, timing in zip(answers, last, strict=True)]
+        reference = reference or (answers, pace)
+        found[label] = {
+            "seconds": round(median(answers), 4),
+            "first": round(median(median(timing.first for timing in rounds) for rounds in questions), 4),
+            "per_second": round(1 / median(pace), 2),
+            "ratio": round(median(a / b for a, b in zip(answers, reference[0], strict=True)), 3),
+            "per_token": round(median(a / b for a, b in zip(pace, reference[1], strict=True)), 3),
+            "invocations": round(sum(timing.invocations for timing in last) / len(last), 2),
+            "n": len(questions),
+        }
+    return found
+
+
+def saved_times(path: Path, settings: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Times and notes of an earlier run. Raises ValueError if the file is damaged or has other settings."""
+    try:
+        earlier = json.loads(path.read_bytes())
+        saved = earlier["times"], earlier["notes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to measure again") from error
+    check_settings(path, earlier.get("settings"), json.loads(json.dumps(settings)))
+    return saved
+
+
 def questions(runs: Runs, count: int) -> list[Row]:
-    """Questions in turn from all benchmarks that have rows of their own."""
+    """Questions from all benchmarks with rows, alternating between benchmarks."""
     sets = [runs.rows(b) for b in runs.settings.benchmarks if b.data]
     if not sets:
         raise ValueError("times need a benchmark with data=...; tasks of lmms-eval have no rows to ask one by one")
@@ -136,16 +154,14 @@ def questions(runs: Runs, count: int) -> list[Row]:
 
 
 @torch.inference_mode()
-def spent(model: VisMem, row: Row, policy: Any, tokens: int, clock: Any) -> tuple[float, float, int, int]:
-    """Seconds of one greedy answer and until its first token, its sampled tokens, and its invocations."""
-    inputs = prompt_inputs(model.processor, [row])
-    inputs = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
+def time_answer(model: VisMem, row: Row, policy: Any, tokens: int, clock: Any) -> Timing:
+    """Times one greedy answer."""
+    inputs: dict[str, Any] = on_device(model, prompt_inputs(model.processor, [row]))
     watch = FirstToken(clock)
     synchronize(model.device)
     start = clock()
-    keywords: dict[str, Any] = inputs
     out: Any = model.generate(
-        **keywords,
+        **inputs,
         invocation=policy,
         max_new_tokens=tokens,
         do_sample=False,
@@ -155,26 +171,26 @@ def spent(model: VisMem, row: Row, policy: Any, tokens: int, clock: Any) -> tupl
     )
     synchronize(model.device)
     end = clock()
-    return end - start, watch.at - start, int(out.rollout[0].sampled.sum()), len(out.invocations[0])
+    return Timing(end - start, watch.at - start, int(out.rollout[0].sampled.sum()), len(out.invocations[0]))
 
 
 class FirstToken:
-    """A streamer that notes when the first new token came."""
+    """A streamer that records the time of the first new token."""
 
     def __init__(self, clock: Any) -> None:
         self.clock, self.calls, self.at = clock, 0, 0.0
 
-    def put(self, value: Any) -> None:
+    def put(self, _value: Any) -> None:
         """Called with the prompt, then with each token."""
         self.calls += 1
         if self.calls == 2:
             self.at = self.clock()
 
     def end(self) -> None:
-        """Nothing to close."""
+        """Nothing to flush."""
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
+    """Waits for a GPU to finish."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

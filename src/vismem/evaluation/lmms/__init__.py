@@ -1,7 +1,7 @@
-"""VisMem as a model of lmms-eval, and the paper's benchmarks that lmms-eval lacks as tasks of it.
+"""VisMem as a model of lmms-eval, and tasks for the paper's benchmarks that lmms-eval lacks.
 
-lmms-eval finds the model by the entry point `lmms_eval.models`, which calls `manifest`. `model` writes the answers,
-`messages` reads the prompts, `run` runs a task from Python. Only these three import lmms-eval.
+lmms-eval finds the model through the entry point `lmms_eval.models`, which calls `manifest`. `model` writes the
+answers, `messages` reads the prompts, `run` runs a task from Python. Only these three import lmms-eval.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval needs to know of the model: its name, and the class behind it."""
+    """The model's name and class for lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="vismem", chat_class_path="vismem.evaluation.lmms.model.VisMemChat")
 
 
 def tasks_folder() -> Path:
-    """The folder of the tasks that come with the package, for lmms-eval's `--include_path`."""
+    """The folder of the packaged tasks, for lmms-eval's `--include_path`."""
     return Path(__file__).parent / "tasks"

@@ -1,4 +1,4 @@
-"""A task's chat messages as a row: its text and its pictures, in their order. What cannot be read is named."""
+"""Converts a task's chat messages to a row with text and images in order."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ def row_of(name: str, messages: Sequence[dict[str, Any]], mark: str | None = Non
     """The row of one sample.
 
     Args:
-        name: of the sample, for messages about it.
-        messages: as a task's `doc_to_messages` gives them: `role`, and `content`, a text or a list of parts of type
-            text or image. An image's `url` is a picture, a path, bytes, or a dictionary with bytes or a path.
-        mark: the processor's image mark. Some tasks write "<image>" where their image goes; where that is this
-            family's own mark it is taken out, since the image stands in a part of its own.
+        name: of the sample, for error messages.
+        messages: from a task's `doc_to_messages`: `role` and `content`, a text or a list of text and image parts. An
+            image's `url` is a picture, a path, bytes, or a dictionary with bytes or a path.
+        mark: the processor's image placeholder. It is removed from the text, where some tasks write "<image>" although
+            the image has its own part.
 
     Raises:
-        ValueError: if there are no messages, a part is a video or audio or of no known type, or an image cannot be
-            read.
+        ValueError: if there are no messages, a part is neither text nor image, or an image cannot be read.
 
     Example:
         >>> row_of("toy, sample 0", [{"role": "user", "content": "Which colour?"}]).prompt[0]["content"]
@@ -29,7 +28,8 @@ def row_of(name: str, messages: Sequence[dict[str, Any]], mark: str | None = Non
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"{name}: the task gave no messages to answer")
-    prompt, images = [], []
+    prompt: list[dict[str, Any]] = []
+    images: list[Any] = []
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -43,7 +43,7 @@ def row_of(name: str, messages: Sequence[dict[str, Any]], mark: str | None = Non
                 images.append(_picture(name, len(images) + 1, part.get("url", part.get("image"))))
                 kept.append({"type": "image"})
             else:
-                raise ValueError(f"{name}: the task shows a part of type {kind!r}; this model reads images and text")
+                raise ValueError(f"{name}: the task has a part of type {kind!r}; this model reads images and text")
         prompt.append({"role": message["role"], "content": kept})
     return Row(name, prompt, images, "", "", {})
 

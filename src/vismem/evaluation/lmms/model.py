@@ -1,7 +1,7 @@
-"""The model that lmms-eval calls: chat messages in, answers out, written in one live batch, each with its trace.
+"""The model class for lmms-eval: reads chat messages and writes answers in one live batch, each with its trace.
 
-lmms-eval keeps of every answer its text and its token counts; the trace - where memory was invoked, and of which
-kind - is part of the counts, so it stands in the samples that `--log_samples` writes. Memory itself is the model's.
+lmms-eval saves each answer's text and token counts. The trace - where memory was invoked, and of which kind - is part
+of the counts, so it appears in the samples that `--log_samples` writes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vismem.data import row_inputs
 from vismem.decoding.policies import read_policy
 from vismem.decoding.queue import Answer, Request
-from vismem.evaluation.answering import policy_for
+from vismem.evaluation.answering import on_device, policy_for
 from vismem.evaluation.lmms.messages import row_of
 from vismem.loading import DTYPES, load_model, silence_libraries
 from vismem.model import VisMem
@@ -33,17 +33,17 @@ from vismem.training.experience import seed_of
 from vismem.training.rows import context_of
 
 AUTOMATIC_BATCH = 16
-BLANK_LINE = "\n\n"  # what lmms-eval puts into `until` where a task says nothing
+BLANK_LINE = "\n\n"  # lmms-eval's default for `until`
 PASSED_ON = ("top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass
 class Traced(TokenCounts):
-    """Token counts of an answer, with what happened in it.
+    """An answer's token counts and trace.
 
     Args:
-        sampled_tokens: how many of the output tokens the model sampled.
-        delimiters: places where memory might have been called for: ends of phrases, and sampled invocations.
+        sampled_tokens: number of sampled tokens in the output.
+        delimiters: number of places where memory could be invoked: ends of phrases, and sampled invocations.
         finish: `"stop"`, `"length"` or `"error"`.
         invocations: `kind`, `position` (index among the output tokens), `length` and `forced` of each, in order.
         error: why there is no answer.
@@ -56,18 +56,18 @@ class Traced(TokenCounts):
     error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """What lmms-eval logs."""
+        """The values that lmms-eval logs."""
         own = {name: getattr(self, name) for name in ("sampled_tokens", "delimiters", "finish", "invocations")}
         return {**super().to_dict(), **own, **({"error": self.error} if self.error else {})}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One answer that is wanted.
+    """A question to answer.
 
     Args:
-        name: task, sample and repeat; no two questions share it.
-        messages: gives the chat messages; called when there is room for the question.
+        name: task, sample and repeat; unique.
+        messages: returns the chat messages; called when the batch has room.
         generation: the task's generation keywords.
     """
 
@@ -81,10 +81,10 @@ class VisMemChat(lmms):
 
     Args:
         model: the loaded model.
-        invocation: as for `vismem ask --invocation`.
-        batch_size: rows decoded together at most.
-        max_new_tokens: sampled tokens per answer where the task does not say.
-        seed: of sampling and of random invocation; each sample draws for itself, by its name.
+        invocation: see `vismem ask --invocation`.
+        batch_size: maximum number of rows decoded together.
+        max_new_tokens: sampled tokens per answer, if the task does not set it.
+        seed: of sampling and of random invocation, combined with each sample's name.
 
     Raises:
         ValueError: if the invocation policy is unknown.
@@ -105,20 +105,20 @@ class VisMemChat(lmms):
         self.batch_size, self.max_new_tokens, self.device = batch_size, max_new_tokens, model.device
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.written: dict[tuple[str, int], GenerationResult] = {}  # by task and sample; of repeats the first
+        self.written: dict[tuple[str, int], GenerationResult] = {}  # by task and sample, the first repeat
         self._unknown: set[str] = set()
-        self.answered = 0  # samples so far, by this model
+        self.answered = 0  # samples so far
 
     @classmethod
     def create_from_arg_string(
         cls, arg_string: str | Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> VisMemChat:
-        """The model of `--model_args`; what is said there goes before `--batch_size` and `--device`.
+        """Loads the model that `--model_args` describes.
 
         Args:
-            arg_string: `checkpoint`, `base`, `device`, `dtype`, `trust_remote_code` (as for `vismem ask`; the pocket
-                model by default), `invocation`, `batch_size`, `max_new_tokens`, `seed`.
-            additional_config: lmms-eval's own `batch_size`, `max_batch_size` and `device`.
+            arg_string: `checkpoint`, `base`, `device`, `dtype`, `trust_remote_code` (see `vismem ask`; by default the
+                pocket model), `invocation`, `batch_size`, `max_new_tokens`, `seed`.
+            additional_config: lmms-eval's own `batch_size`, `max_batch_size` and `device`; `arg_string` wins.
 
         Raises:
             ValueError: if an argument is unknown or out of range, or the model cannot be loaded; one line.
@@ -128,7 +128,7 @@ class VisMemChat(lmms):
         for name in given:
             if name not in (*known, "max_batch_size"):
                 raise ValueError(f"unknown model argument {name!r}; vismem takes {', '.join(known)}")
-        settings = {
+        settings: dict[str, Any] = {
             "invocation": str(given.get("invocation", "learned")).strip("\"'"),
             "batch_size": _batch_size(given),
             "max_new_tokens": _whole(given, "max_new_tokens", 1, 1024),
@@ -147,22 +147,22 @@ class VisMemChat(lmms):
         loaded = load_model(**names, device=device, dtype=dtype, trust_remote_code=trusted, say=logger.info)
         return cls(loaded.model, **settings)
 
-    # What lmms-eval asks for.
+    # lmms-eval's interface.
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers to requests, in their order.
+        """Answers requests, in order.
 
-        A sample that cannot be read or answered has an empty answer, with the reason in its trace and in the log.
+        A sample that cannot be read or answered gets an empty answer; its trace and the log have the reason.
 
         Raises:
-            ValueError: if no sample at all can be answered; names the first.
+            ValueError: if no sample can be answered; names the first.
         """
         questions: dict[int, Question] = {}
         samples: dict[int, tuple[str, int]] = {}
         repeats: Counter[tuple[str, int]] = Counter()
         for index, request in enumerate(requests):
             if (request.metadata or {}).get("__padding_only__"):
-                continue  # fills up a process' share, which this model does not need
+                continue  # padding that balances processes; this model does not need it
             _, to_messages, generation, doc_id, task, split = request.args
             repeat = repeats[task, doc_id]
             repeats[task, doc_id] += 1
@@ -175,9 +175,9 @@ class VisMemChat(lmms):
         return [answers.get(index, GenerationResult("")) for index in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Answers round by round: of each request a list, one text for each round until its task says stop.
+        """Answers requests round by round, each seeing the earlier rounds, until its task stops; one text per round.
 
-        The rounds of all requests are written together; each sees what was answered before it.
+        The rounds of all requests are written together.
         """
         written: list[list[str]] = [[] for _ in requests]
         notes: list[Any] = [None] * len(requests)
@@ -206,28 +206,28 @@ class VisMemChat(lmms):
         return written
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Refused: with memory an answer has no likelihood apart from the invocations in it."""
+        """Not supported: with memory the likelihood of an answer depends on its invocations."""
         raise NotImplementedError(
             f"{requests[0].task_name} asks for log-likelihoods, which vismem does not give; take a generate_until task"
         )
 
-    # Writing.
+    # Answering.
 
     def _messages(
         self, name: str, to_messages: Callable[..., Any], task: str, split: str, doc_id: int
     ) -> Callable[..., Any]:
-        """Reads a sample when it is called; what goes wrong names it."""
+        """A function that reads a sample; its errors name the sample."""
 
         def read() -> Sequence[dict[str, Any]]:
             try:
                 return to_messages(self.task_dict[task][split][doc_id])
-            except Exception as error:  # datasets, Pillow and tasks raise what they like
+            except Exception as error:  # datasets, Pillow and tasks may raise anything
                 raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
         return read
 
     def _answer(self, questions: list[Question]) -> list[GenerationResult]:
-        """Answers in the order of the questions."""
+        """Answers questions, in order."""
         found: dict[str, GenerationResult] = {}
         lengths: dict[str, int] = {}
         stops = {question.name: until(question.generation) for question in questions}
@@ -261,7 +261,7 @@ class VisMemChat(lmms):
     def _requests(
         self, questions: list[Question], lengths: dict[str, int], failed: Callable[[str, str], None]
     ) -> Iterator[Request]:
-        """A request for each question, made when there is room; notes how long its prompt is, or why it fails."""
+        """A request for each question, created when the batch has room; records prompt lengths and failures."""
         model = self.vismem
         mark = getattr(model.processor, "image_token", None)
         for question in questions:
@@ -271,13 +271,12 @@ class VisMemChat(lmms):
             except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of malformed messages
                 failed(question.name, str(error).removeprefix(f"{question.name}: "))
                 continue
-            inputs = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
             lengths[question.name] = inputs["input_ids"].shape[1]
             policy, seed = policy_for(model, row, self.policy), seed_of(self.seed, question.name)
-            yield Request(inputs, policy, seed, self.keywords(question.generation), question.name)
+            yield Request(on_device(model, inputs), policy, seed, self.keywords(question.generation), question.name)
 
     def _result(self, answer: Answer, prompt: int, stops: list[str]) -> GenerationResult:
-        """An answer as lmms-eval takes it."""
+        """An answer as lmms-eval's result."""
         text = self.vismem.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         for stop in stops:
             text = text.split(stop, 1)[0]
@@ -287,16 +286,18 @@ class VisMemChat(lmms):
             output_tokens=len(answer.tokens),
             sampled_tokens=answer.sampled,
             delimiters=sum(token in self.vismem.delimiters for token in answer.tokens) + chosen,
-            finish=answer.finish,
+            finish=str(answer.finish),
             invocations=[invocation.to_dict() for invocation in answer.invocations],
         )
         return GenerationResult(text, counts)
 
     def keywords(self, generation: Mapping[str, Any]) -> dict[str, Any]:
-        """Keywords of `generate` for a task's: greedy, unless it says `do_sample` or gives a temperature alone.
+        """Converts a task's generation keywords to those of `generate`.
+
+        Greedy, unless the task sets `do_sample` or only a temperature.
 
         Raises:
-            ValueError: if the task wants several beams.
+            ValueError: if the task asks for beam search.
         """
         given = {name: value for name, value in generation.items() if value is not None}
         if given.pop("num_beams", 1) != 1:
@@ -312,13 +313,13 @@ class VisMemChat(lmms):
             found["stop_strings"] = stops
         for name in sorted(given.keys() - {"until", "max_gen_toks", *PASSED_ON} - self._unknown):
             self._unknown.add(name)
-            logger.warning(f"vismem does not know the generation keyword {name!r} and leaves it out")
+            logger.warning(f"vismem does not know the generation keyword {name!r} and ignores it")
         names = PASSED_ON if sampling else ("repetition_penalty",)
         return found | {name: given[name] for name in names if name in given}
 
 
 def until(generation: Mapping[str, Any]) -> list[str]:
-    """The texts that an answer ends before; without the blank line, which lmms-eval puts in for every task."""
+    """The texts that end an answer, without the blank line that lmms-eval adds to every task."""
     given = generation.get("until") or []
     return [text for text in ([given] if isinstance(given, str) else given) if text and text != BLANK_LINE]
 
@@ -342,14 +343,14 @@ def _whole(given: Mapping[str, Any], name: str, low: int, default: int) -> int:
 
 
 def _batch_size(given: Mapping[str, Any]) -> int:
-    """A number; `auto` is `AUTOMATIC_BATCH`, or `--max_batch_size` where that is less."""
+    """The batch size; `auto` is `AUTOMATIC_BATCH`, capped by `--max_batch_size`."""
     if str(given.get("batch_size", "auto")).partition(":")[0] != "auto":
         return _whole(given, "batch_size", 1, AUTOMATIC_BATCH)
     return min(AUTOMATIC_BATCH, _whole(given, "max_batch_size", 1, AUTOMATIC_BATCH))
 
 
 def _device(name: str) -> str:
-    """The device of this process: of several, each takes the GPU of its own number."""
+    """The device of this process; with several processes, the GPU with its local index."""
     state = Accelerator()
     if state.num_processes > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{state.local_process_index}"

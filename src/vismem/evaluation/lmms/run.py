@@ -1,6 +1,6 @@
-"""A task of lmms-eval, run from Python on a model that is already loaded: a record per sample, and the task's metrics.
+"""Runs a task of lmms-eval from Python on a loaded model; returns a record for each sample and the task's metrics.
 
-Questions, answers' scores and metrics are lmms-eval's own; the model answers as under its command line.
+Questions, scores and metrics are lmms-eval's own.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from vismem.evaluation.records import Record
 from vismem.model import VisMem
 
 SCORE_KEYS = ("score", "correct", "is_correct", "true_false", "overall", "acc", "accuracy")
-LONGEST_COLUMN = 200  # characters; longer texts of a sample are no columns
+LONGEST_COLUMN = 200  # characters; longer values of a sample do not become columns
 THINKING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'  # lmms-eval's default for --reasoning_tags
 
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What a task gave.
+    """The results of a task.
 
     Args:
-        records: one for each sample, in the task's order; of a group, task by task.
-        metrics: what lmms-eval reports, by task or group: from a metric's name to its value.
+        records: one for each sample, in the task's order; for a group, task by task.
+        metrics: lmms-eval's metrics, by task or group and by name.
     """
 
     records: list[Record]
@@ -41,7 +41,7 @@ class TaskRun:
 
 
 def task_records(model: VisMem, task: str, **settings: Any) -> list[Record]:
-    """The records of `run_task`, which has the settings."""
+    """The records of `run_task`, with the same settings."""
     return run_task(model, task, **settings).records
 
 
@@ -58,30 +58,30 @@ def run_task(
     include_path: str | Path | Sequence[str | Path] = (),
     log: bool = False,
 ) -> TaskRun:
-    """Runs a task, group or tag of lmms-eval, or one that comes with the package.
+    """Runs a task, group or tag of lmms-eval, or a packaged task.
 
-    A record's score is the sample's value of the task's first metric where that is a number, or the number in it
-    (`score_key` of the task, or one of `SCORE_KEYS`), or else what the metric makes of the sample alone. Its columns
-    are the sample's plain values, and `lmms_task`, the name of its task.
+    A record's score is the sample's value of the task's first metric: the number itself, the number in it (under the
+    task's `score_key` or one of `SCORE_KEYS`), or the metric aggregated over this sample alone. Its columns are the
+    sample's plain values, and `lmms_task`, the name of its task.
 
     Args:
         model: the model; it stays usable.
         task: name.
-        limit: the first so many samples only.
-        invocation: as for `vismem ask --invocation`.
+        limit: use only the first `limit` samples.
+        invocation: see `vismem ask --invocation`.
         batch_size: rows decoded together.
-        max_new_tokens: sampled tokens per answer where the task does not say.
+        max_new_tokens: sampled tokens per answer, if the task does not set it.
         seed: of sampling and random invocation.
-        output_path: folder for lmms-eval's own files of results and samples, and for what judges write.
+        output_path: folder for lmms-eval's own files of results and samples, and for the judges' files.
         include_path: folders with further tasks.
-        log: let lmms-eval write its whole log, and its tables.
+        log: show lmms-eval's full log and its tables.
 
     Returns:
         A `TaskRun`.
 
     Raises:
-        ValueError: if there is no such task, a sample cannot be read, or a score is no number; says which.
-        RuntimeError: if it is called in one of several processes.
+        ValueError: if there is no such task, a sample cannot be read, or a score is not a number.
+        RuntimeError: if it runs in several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RuntimeError(
@@ -94,7 +94,7 @@ def run_task(
 
     extra = [include_path] if isinstance(include_path, (str, Path)) else list(include_path)
     folders = [str(tasks_folder()), *map(str, extra)]
-    with quiet(log), tempfile.TemporaryDirectory() as scratch:
+    with quiet(log=log), tempfile.TemporaryDirectory() as scratch:
         place = str(scratch if output_path is None else output_path)
         manager = find_task(task, folders)
         tracker = EvaluationTracker(output_path=place)
@@ -123,15 +123,15 @@ def run_task(
 
 
 def find_task(task: str, folders: list[str]) -> Any:
-    """lmms-eval's index of tasks, with its own among them only where the folders do not have all that is needed.
+    """lmms-eval's index of tasks; includes lmms-eval's own only if the folders do not have everything.
 
     Raises:
-        ValueError: if no task has the name.
+        ValueError: if there is no task with this name.
     """
     from lmms_eval.tasks import TaskManager
 
     manager = TaskManager("ERROR", include_path=folders, include_defaults=False, model_name="vismem")
-    if not whole(task, manager):
+    if not complete(task, manager):
         manager = TaskManager("ERROR", include_path=folders, model_name="vismem")
     if task not in manager.all_tasks:
         raise ValueError(
@@ -140,28 +140,28 @@ def find_task(task: str, folders: list[str]) -> Any:
     return manager
 
 
-def whole(task: str, manager: Any) -> bool:
-    """Whether an index has a task and, of a group, all its members."""
+def complete(task: str, manager: Any) -> bool:
+    """Whether an index has a task and, for a group, all its members."""
     from lmms_eval.utils import load_yaml_config
 
     if task not in manager.all_tasks or manager.task_index[task]["type"] != "group":
         return task in manager.all_tasks
     members = load_yaml_config(manager.task_index[task]["yaml_path"], mode="simple")["task"]
-    return all(isinstance(member, str) and whole(member, manager) for member in members)
+    return all(isinstance(member, str) and complete(member, manager) for member in members)
 
 
 @contextlib.contextmanager
-def quiet(log: bool) -> Iterator[None]:
-    """Keeps lmms-eval's log and its tables off the terminal, but for bars, warnings and errors.
+def quiet(*, log: bool = False) -> Iterator[None]:
+    """Hides lmms-eval's log and tables, except progress bars, warnings and errors; with `log`, hides nothing.
 
-    For that the sink that loguru has from the start gives way to one for warnings; others stay.
+    Replaces loguru's default sink by one for warnings; other sinks stay.
     """
     from loguru import logger
 
     if log:
         yield
         return
-    with contextlib.suppress(ValueError):  # it has gone already
+    with contextlib.suppress(ValueError):  # the default sink was removed before
         logger.remove(0)
         logger.add(lambda text: print(text, end="", file=sys.stderr), level="WARNING", format="{message}")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -169,7 +169,7 @@ def quiet(log: bool) -> Iterator[None]:
 
 
 def scorer(path: str, name: str) -> Callable[[Mapping[str, Any]], float]:
-    """What gives a logged sample of a task its score."""
+    """A function that returns the score of a logged sample of a task."""
     from lmms_eval.utils import load_yaml_config
 
     config = load_yaml_config(path, mode="full")
@@ -184,7 +184,7 @@ def scorer(path: str, name: str) -> Callable[[Mapping[str, Any]], float]:
         value = sample[metric["metric"]]
         if isinstance(value, Mapping):
             inside = [value[key] for key in own if key in value]
-            value = inside[0] if inside else alone(metric.get("aggregation"), value)
+            value = inside[0] if inside else aggregated_alone(metric.get("aggregation"), value)
         try:
             found = float(value)
         except (TypeError, ValueError):
@@ -196,17 +196,17 @@ def scorer(path: str, name: str) -> Callable[[Mapping[str, Any]], float]:
     return score
 
 
-def alone(aggregation: Any, value: Any) -> Any:
-    """What a metric makes of one sample; None where it cannot be asked without lmms-eval's arguments."""
+def aggregated_alone(aggregation: Any, value: Any) -> Any:
+    """A metric aggregated over one sample; None if it needs lmms-eval's arguments."""
     if not callable(aggregation) or "args" in inspect.signature(aggregation).parameters:
         return None
     return aggregation([value])
 
 
 def records_of(
-    name: str, samples: Sequence[Mapping[str, Any]], score: Callable[..., Any], written: Mapping[str, Any]
+    name: str, samples: Sequence[Mapping[str, Any]], score: Callable[..., Any], written: Mapping[tuple[str, int], Any]
 ) -> list[Record]:
-    """Records of a task's logged samples and what was written for them; of several filters the first one's score."""
+    """Records of a task's logged samples; with several filters, scored by the first."""
     found: dict[int, Record] = {}
     for sample in samples:
         number = sample["doc_id"]
@@ -235,7 +235,7 @@ def records_of(
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics by their names without the filter's, where they are numbers."""
+    """The numeric metrics, by name without the filter's suffix."""
     named = {key.removesuffix(",none"): value for key, value in values.items()}
     return {
         key: float(value)

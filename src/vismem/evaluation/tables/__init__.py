@@ -1,6 +1,6 @@
-"""The paper's tables and figures, one command each, for any base and data: JSON, a Markdown table and a plot.
+"""The paper's tables and figures for any base and data, as JSON, Markdown and a plot.
 
-Every table is a function of `Runs`, which has the answers or makes them; what is written is the same each time.
+A table is a function of `Runs`, which loads the answers or makes them; the result is the same every time.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vismem import files
-from vismem.evaluation.runs import Rehearsed, Runs
-from vismem.evaluation.settings import Settings
-from vismem.evaluation.tables.comparing import main, partial
-from vismem.evaluation.tables.continuing import continual
-from vismem.evaluation.tables.costing import latency
+from vismem.evaluation.runs import DryRunFinishedError, Runs
+from vismem.evaluation.settings import EvaluationSettings
 from vismem.evaluation.tables.layout import Table, in_terminal, write
-from vismem.evaluation.tables.occasions import when
+from vismem.evaluation.tables.paper import continual, invocation, latency, lengths, main, partial, subtasks, when
 from vismem.evaluation.tables.plots import NO_PLOTS, draw
-from vismem.evaluation.tables.varying import invocation, lengths, subtasks
 
 __all__ = ["TABLES", "in_terminal", "make"]
 
@@ -36,33 +32,36 @@ TABLES: dict[str, Callable[[Runs], Table]] = {
 
 
 def make(
-    names: Sequence[str], settings: Settings, command: str, on_table: Callable[[Table], None] | None = None
+    names: Sequence[str],
+    settings: EvaluationSettings,
+    command: str,
+    on_table: Callable[[Table], None] | None = None,
 ) -> list[Path]:
-    """Makes tables: trains and answers what is missing, and writes each table when it is whole.
+    """Makes tables: trains and answers what is missing, and writes each table when it is complete.
 
-    What all of them need - questions, rewards, tasks, packages - is looked at before the first question is asked.
+    A dry run first checks that questions, rewards, tasks and packages of all tables are available.
 
     Args:
         names: of `TABLES`.
         settings: of the evaluation.
-        command: to be named in the files; its first `{}` stands for the name of the table.
-        on_table: called with each table when its files are written.
+        command: command to name in the files; its first `{}` is replaced by the table's name.
+        on_table: called with each table after its files are written.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: if a table lacks what it needs; names it.
+        ValueError: if something that a table needs is missing.
         FolderInUseError: if another run writes into the output folder.
     """
     runs, folder, found = Runs(settings), Path(settings.output_dir), []
     if find_spec("matplotlib") is None:
         raise ValueError(NO_PLOTS)
-    runs.rehearsing = True
+    runs.dry_run = True
     for name in names:
-        with contextlib.suppress(Rehearsed):
+        with contextlib.suppress(DryRunFinishedError):
             TABLES[name](runs)
-    runs.rehearsing = False
+    runs.dry_run = False
     with files.locked(folder):
         for name in names:
             runs.failures.clear()

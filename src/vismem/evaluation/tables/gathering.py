@@ -1,7 +1,4 @@
-"""Answers of many methods to many benchmarks, with one bar over all of them that tells the remaining time.
-
-Rehearsed, it only looks whether everything is there to ask.
-"""
+"""Collects the answers of many methods to many benchmarks, with one progress bar; a dry run only checks."""
 
 from __future__ import annotations
 
@@ -11,27 +8,20 @@ from tqdm.auto import tqdm
 
 from vismem.escaping import visible
 from vismem.evaluation.records import Record
-from vismem.evaluation.runs import Rehearsed, Runs
+from vismem.evaluation.runs import DryRunFinishedError, Runs
 from vismem.evaluation.settings import Benchmark, Method
 
-Answers = dict[tuple[str, str], list[list[Record]]]  # by row's label and benchmark's name: [seeds][questions]
+Answers = dict[tuple[str, str], list[list[Record]]]  # by row label and benchmark name: [seeds][questions]
 
 
 def gather(runs: Runs, methods: Mapping[str, Method], benchmarks: Sequence[Benchmark], title: str = "") -> Answers:
-    """All answers; trains, loads and asks only where something is missing.
+    """Collects all answers; trains, loads and decodes only what is missing.
 
-    Args:
-        runs: the methods' makings and files.
-        methods: by the label of their row.
-        benchmarks: the columns.
-        title: of the progress bar.
-
-    Returns:
-        For each label and benchmark, each seed's records; what a method does not have is not in it.
+    `methods` are by row label. The result lacks benchmarks that a method cannot answer.
 
     Raises:
-        ValueError: if there is no method or no benchmark; rehearsed, also as `Runs.check`.
-        Rehearsed: where it would begin to ask, when it is only rehearsed.
+        ValueError: if there is no method or no benchmark; in a dry run, whatever `Runs.check` raises.
+        DryRunFinishedError: at the end of a dry run.
     """
     if not methods or not benchmarks:
         raise ValueError(f"nothing to compare: there are {len(methods)} methods and {len(benchmarks)} benchmarks")
@@ -42,22 +32,22 @@ def gather(runs: Runs, methods: Mapping[str, Method], benchmarks: Sequence[Bench
         for benchmark in benchmarks
         if runs.has(method, benchmark)
     ]
-    if runs.rehearsing:
+    if runs.dry_run:
         with tqdm(plan, desc=f"{title}, what it needs", unit="set", delay=2, leave=False, dynamic_ncols=True) as bar:
             for _, method, seed, benchmark in bar:
                 runs.check(method, benchmark, seed)
-        raise Rehearsed
+        raise DryRunFinishedError
     found: Answers = {}
     with tqdm(plan, desc=title, unit="set", delay=1, dynamic_ncols=True) as bar:
         for label, method, seed, benchmark in bar:
-            # Shown before its delay is over, a bar would not end its line: an error would stand on it.
+            # A bar shown before its delay does not end its line, so an error would be printed on it.
             bar.set_postfix_str(visible(f"{label}, {benchmark.name}"), refresh=bar.n > 0)
             found.setdefault((label, benchmark.name), []).append(runs.records(method, benchmark, seed))
     return found
 
 
 def never_invoked(methods: Mapping[str, Method], answers: Answers) -> list[str]:
-    """A sentence for each method that has a memory, may invoke it, and never did."""
+    """A note for each method that has a memory, may invoke it, and never did."""
     notes = []
     for label, method in methods.items():
         if not method.remembers or method.policy == "off":

@@ -1,4 +1,4 @@
-"""A table of measurements: cells with intervals, written as JSON and as Markdown; both are whole or not there."""
+"""A table of measurements with intervals, written atomically as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Cell:
     """One measurement.
 
     Args:
-        row, column: where it stands.
-        value: the mean over seeds and questions, or whatever the column's unit says.
-        low, high: its 95 % interval; None where there is none.
-        n: questions (or timings) per seed.
-        seeds: each seed's own value.
+        row, column: its position.
+        value: the mean over seeds and questions, or as the column's unit says.
+        low, high: its 95 % interval, or None.
+        n: number of questions (or timings) per seed.
+        seeds: the value of each seed.
     """
 
     row: str
@@ -38,19 +38,19 @@ class Cell:
 
 @dataclass
 class Table:
-    """Cells and how they are shown.
+    """Cells and their layout.
 
     Args:
         name: of the files.
-        title: the question that it answers.
-        paper: the table or figure of the paper that it stands for.
-        rows, columns: their order; the columns' header is their name.
+        title: heading.
+        paper: the paper's table or figure that it corresponds to.
+        rows, columns: names in order; columns' names are their headers.
         cells: the measurements.
-        units: of columns that are not shares: a format such as `"{:.2f} s"`.
+        units: formats such as `"{:.2f} s"` of columns that are not shares.
         groups: a heading over columns.
-        notes: sentences below it.
+        notes: sentences below the table.
         first: header of the rows.
-        extra: further numbers, for the plot and for the JSON file.
+        extra: further data for the plot and the JSON file.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Table:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def cell(self, row: str, column: str) -> Cell | None:
-        """The cell at that place."""
+        """The cell at this position, or None."""
         return next((c for c in self.cells if (c.row, c.column) == (row, column)), None)
 
 
@@ -74,10 +74,11 @@ def measured(row: str, column: str, scores: Sequence[Sequence[float]]) -> Cell:
     """The cell of scores [seeds, questions]."""
     found = matrix(scores)
     value, low, high = bootstrap_mean(found)
-    if found.min() >= 0 and found.max() <= 1:  # a share: at least the width that so many questions have
+    if found.min() >= 0 and found.max() <= 1:  # a share: at least as wide as the Wilson interval
         least = wilson(value, found.shape[1])
         low, high = min(low, least[0]), max(high, least[1])
-    return Cell(row, column, *_rounded(value, low, high), found.shape[1], _rounded(*found.mean(1)))
+    value, low, high = _rounded(value, low, high)
+    return Cell(row, column, value, low, high, found.shape[1], _rounded(*found.mean(1)))
 
 
 def averaged(row: str, column: str, parts: Sequence[Sequence[Sequence[float]]]) -> Cell:
@@ -88,7 +89,8 @@ def averaged(row: str, column: str, parts: Sequence[Sequence[Sequence[float]]]) 
     seeds = (
         [sum(part[i].mean() for part in found) / len(found) for i in range(counts.pop())] if len(counts) == 1 else []
     )
-    return Cell(row, column, *_rounded(value, low, high), sum(part.shape[1] for part in found), _rounded(*seeds))
+    value, low, high = _rounded(value, low, high)
+    return Cell(row, column, value, low, high, sum(part.shape[1] for part in found), _rounded(*seeds))
 
 
 def _rounded(*values: float) -> list[float]:
@@ -96,7 +98,7 @@ def _rounded(*values: float) -> list[float]:
 
 
 def write(table: Table, folder: Path, command: str) -> list[Path]:
-    """Writes `NAME.json` and `NAME.md` into a folder; returns their paths."""
+    """Writes `NAME.json` and `NAME.md` into a folder and returns their paths."""
     versions = {"vismem": __version__, "torch": torch.__version__, "python": platform.python_version()}
     record = {"command": command, "versions": versions, **asdict(table)}
     texts = {".json": dumped(record), ".md": markdown(table, command)}
@@ -109,14 +111,14 @@ def write(table: Table, folder: Path, command: str) -> list[Path]:
 
 
 def read(path: Path) -> Table:
-    """A table that `write` wrote."""
+    """Reads a table's JSON file."""
     record = json.loads(path.read_text(encoding="utf-8"))
     values = {name: record[name] for name in (each.name for each in fields(Table))}
     return Table(**{**values, "cells": [Cell(**cell) for cell in record["cells"]]})
 
 
 def dumped(record: dict[str, Any]) -> str:
-    """JSON with a line for each cell."""
+    """JSON with one line per cell."""
     cells = ",\n".join("  " + json.dumps(cell, ensure_ascii=False) for cell in record["cells"])
     rest = {name: value for name, value in record.items() if name != "cells"}
     head = json.dumps(rest, ensure_ascii=False, indent=1)[:-2]
@@ -124,7 +126,7 @@ def dumped(record: dict[str, Any]) -> str:
 
 
 def markdown(table: Table, command: str) -> str:
-    """The table as a page."""
+    """The table as a Markdown page."""
     lines = [f"# {table.title}", "", f"{table.paper}. Made by `{command}`.", "", grid(table)]
     if table.notes:
         lines += ["", *(f"- {note}" for note in table.notes)]
@@ -132,7 +134,7 @@ def markdown(table: Table, command: str) -> str:
 
 
 def grid(table: Table) -> str:
-    """The table itself, in Markdown: shares in per cent with their interval; one with many columns lies on its side."""
+    """The table in Markdown, shares in per cent with their interval; transposed if it has many columns."""
     lines = cells_of(table)
     if len(table.columns) > max(len(table.rows), 8):
         lines = [list(line) for line in zip(*lines, strict=True)]
@@ -141,7 +143,7 @@ def grid(table: Table) -> str:
 
 
 def cells_of(table: Table) -> list[list[str]]:
-    """The lines of a table as text, the headers first; rows without a cell are left out."""
+    """The table's lines as text, headers first, without rows that have no cell."""
     headers = [f"{table.groups[c]}: {c}" if c in table.groups else c for c in table.columns]
     lines = [
         [row, *(shown_cell(table.cell(row, column), table.units.get(column)) for column in table.columns)]
@@ -154,14 +156,16 @@ def in_terminal(table: Table, width: int | None = None) -> str:
     """The table with its title and notes as aligned text.
 
     Args:
-        table: what to show.
-        width: of the terminal; columns that do not fit follow below, with the rows' names again. None for any width.
+        table: the table.
+        width: of the terminal; columns that do not fit continue below, with the rows' names repeated. None for
+            unlimited.
     """
     lines = cells_of(table)
     if len(table.columns) > len(table.rows):
         lines = [list(line) for line in zip(*lines, strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    blocks, start = [], 1
+    blocks: list[str] = []
+    start = 1
     while start < len(widths) or not blocks:
         end = start + 1
         while end < len(widths) and (
@@ -178,7 +182,6 @@ def shown_cell(cell: Cell | None, unit: str | None) -> str:
     """One cell as text: `81.2 [76.0, 86.1]`."""
     if cell is None:
         return ""
-    if unit is not None:
-        value = unit.format(cell.value)
-        return value if cell.low is None else f"{value} [{unit.format(cell.low)}, {unit.format(cell.high)}]"
-    return f"{100 * cell.value:.1f} [{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
+    show = unit.format if unit is not None else (lambda share: f"{100 * share:.1f}")
+    value = show(cell.value)
+    return value if cell.low is None or cell.high is None else f"{value} [{show(cell.low)}, {show(cell.high)}]"

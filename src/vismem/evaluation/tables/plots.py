@@ -1,4 +1,4 @@
-"""A plot for each table, from the table alone: bars with intervals, lines over lengths, maps of stages, positions."""
+"""A plot for each table, made from the table alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KIND_COLOURS = {"short": "#0072b2", "long": "#d55e00"}
 
 
 def draw(table: Table, path: Path) -> None:
-    """Draws a table's plot into a PNG file, whole or not at all.
+    """Plots a table into a PNG file, atomically.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -33,7 +33,7 @@ def draw(table: Table, path: Path) -> None:
 
 
 def bars(table: Table, pyplot: Any) -> Any:
-    """Grouped bars, one group for each column of shares, with intervals."""
+    """Grouped bars with intervals, one group for each column of shares."""
     columns = [c for c in table.columns if c not in table.units and any(table.cell(r, c) for r in table.rows)]
     rows = [r for r in table.rows if any(table.cell(r, c) for c in columns)]
     per_line = 9
@@ -65,7 +65,7 @@ def bars(table: Table, pyplot: Any) -> Any:
 
 
 def lengths(table: Table, pyplot: Any) -> Any:
-    """One panel for each length, one line for each benchmark."""
+    """One panel for each length and one line for each benchmark."""
     points = {name: sorted(map(tuple, values)) for name, values in table.extra["points"].items()}
     titles = {"query_length": "K, query vectors", "short_length": "N_s, short-term vectors"}
     titles["long_length"] = "N_l, long-term vectors"
@@ -75,11 +75,11 @@ def lengths(table: Table, pyplot: Any) -> Any:
     )
     for axis, (name, found) in zip(axes[0], points.items(), strict=True):
         for number, column in enumerate(columns):
-            cells = [(value, table.cell(label, column)) for value, label in found]
-            cells = [(value, cell) for value, cell in cells if cell is not None]
+            cells = [(value, cell) for value, label in found if (cell := table.cell(label, column)) is not None]
             at, colour = [value for value, _ in cells], PALETTE[(number + 2) % len(PALETTE)]
             axis.plot(at, [100 * c.value for _, c in cells], marker="o", markersize=4, color=colour, label=column)
-            low, high = [100 * c.low for _, c in cells], [100 * c.high for _, c in cells]
+            low = [100 * (c.value if c.low is None else c.low) for _, c in cells]
+            high = [100 * (c.value if c.high is None else c.high) for _, c in cells]
             axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks([value for value, _ in found], [str(value) for value, _ in found])
@@ -94,7 +94,7 @@ def lengths(table: Table, pyplot: Any) -> Any:
 
 
 def continual(table: Table, pyplot: Any) -> Any:
-    """One map for each method: benchmarks across, stages down."""
+    """One heat map for each method: benchmarks across, stages down."""
     chains = table.extra["chains"]
     columns = [c for c in table.columns if c != "forgotten" and not c.startswith("average")]
     figure, axes = pyplot.subplots(
@@ -131,7 +131,7 @@ def times(table: Table, pyplot: Any) -> Any:
 
 
 def when(table: Table, pyplot: Any) -> Any:
-    """Invocations per answer by kind, and where they stand."""
+    """Invocations per answer by kind, and their positions."""
     positions, bins = table.extra["positions"], table.extra["bins"]
     figure = pyplot.figure(figsize=(13, 0.62 * len(table.rows) + 2.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.7))

@@ -1,5 +1,5 @@
-"""What the tasks that come with the package need besides their YAML: prompts, and scores by rules.
+"""Prompts and rule-based scores of the packaged tasks, one file per benchmark.
 
-A file per benchmark, and `pictures`, which finds a sample's images in a folder, an archive or on the hub. They know
-lmms-eval's conventions - what `doc_to_messages` and `process_results` take and give - and no model.
+`pictures` finds a sample's images. These modules follow lmms-eval's conventions for `doc_to_messages` and
+`process_results`, and know no model.
 """

@@ -1,8 +1,8 @@
 """MMVU, the benchmark of leading questions (Liu et al., arXiv 2406.10638): pairs of questions about one picture.
 
-The positive question asks what is there; the negative one leads astray. Each has four options. A model that passes the
-first and fails the second has seen and yet answered wrongly. Facts of the layout: the authors' repository
-BAAI-DCAI/Multimodal-Robustness-Benchmark, as of its first release of 300 pairs; wording and code here are ours.
+The positive question asks what is there; the negative one is misleading. Each has four options. A model that passes the
+first and fails the second understood the picture and still answered wrongly. The layout is that of the authors'
+repository BAAI-DCAI/Multimodal-Robustness-Benchmark, first release, 300 pairs; wording and code are ours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = {"POS": "positive", "NEG": "negative"}
 
 
 def rows(data: Dataset) -> Dataset:
-    """Adds what tables group by: `category`, the folders of the picture, and `kind`, positive or negative.
+    """Adds columns to group by: `category`, the picture's folders, and `kind`, positive or negative.
 
     Raises:
         ValueError: if a row is neither positive nor negative.
@@ -32,7 +32,7 @@ def rows(data: Dataset) -> Dataset:
     return data.add_column("kind", [KINDS[one] for one in data["question_type"]])
 
 
-def text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
+def text(doc: dict[str, Any], _lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
     """The question with its options."""
     return f"{doc['question']}\nAnswer with the letter of one option only."
 
@@ -43,7 +43,7 @@ def messages(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any]) -> 
 
 
 def results(doc: dict[str, Any], replies: Sequence[str]) -> dict[str, Any]:
-    """Whether the answer is right, for all questions, for its kind, and for its pair."""
+    """Whether the answer is right: overall, for its kind, and for its pair."""
     wanted = str(doc["ground_truth"]).strip().upper()[:1]
     said = read_choice(extract_answer(replies[0]), read_options(doc["question"]))
     right = float(said == wanted)
@@ -52,9 +52,9 @@ def results(doc: dict[str, Any], replies: Sequence[str]) -> dict[str, Any]:
 
 
 def pairs(entries: Sequence[dict[str, Any]]) -> list[tuple[bool, bool]]:
-    """For each pair that is whole, whether its positive and its negative question were answered rightly.
+    """For each complete pair, whether its positive and its negative question were answered correctly.
 
-    Pairs are rows of one id; where several pairs share an id, the n-th positive row belongs to the n-th negative one.
+    The rows of a pair share an id; if several pairs share one, the n-th positive row belongs to the n-th negative one.
     """
     found: dict[str, dict[str, list[bool]]] = {}
     for entry in entries:
@@ -64,12 +64,12 @@ def pairs(entries: Sequence[dict[str, Any]]) -> list[tuple[bool, bool]]:
 
 
 def robust_accuracy(entries: Sequence[dict[str, Any]]) -> float:
-    """The share of pairs with both questions right (the authors' RA)."""
+    """The fraction of pairs with both questions right (the authors' RA)."""
     both = pairs(entries)
     return sum(positive and negative for positive, negative in both) / len(both) if both else 0.0
 
 
 def misleading_rate(entries: Sequence[dict[str, Any]]) -> float:
-    """Among the pairs with the positive question right, the share with the negative one wrong (the authors' MR)."""
+    """The fraction of wrong negative questions among pairs whose positive one is right (the authors' MR)."""
     seen = [negative for positive, negative in pairs(entries) if positive]
     return sum(not negative for negative in seen) / len(seen) if seen else 0.0

@@ -1,8 +1,8 @@
-"""MV-MATH (Wang et al., arXiv 2502.20808): school mathematics with two to eight pictures between the words.
+"""MV-MATH (Wang et al., arXiv 2502.20808): school mathematics with two to eight pictures in the text.
 
-Three types of answers: the letter of an option, a free one, and one for each part of a question in steps. The authors
-let a language model judge all three. Here letters and formulas are compared by rules (math-verify), and a task of its
-own asks a judge. Facts of the layout: the authors' repository eternal8080/MV-MATH; wording and code here are ours.
+Answers are the letter of an option, free-form, or one for each part of a multi-step question. The authors let a
+language model judge all three. Here rules compare letters and formulas (math-verify), and a separate task uses a judge.
+The layout is that of the authors' repository eternal8080/MV-MATH; wording and code are ours.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ ASKED = {
 }
 
 
-def text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
-    """The question, with marks where its pictures stand, and how to answer it."""
+def text(doc: dict[str, Any], _lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
+    """The question with its image markers, and the answer format."""
     return f"{doc['question'].strip()}\n{ASKED[kind(doc)]}"
 
 
 def kind(doc: dict[str, Any]) -> str:
-    """The type of the answer. Raises ValueError for an unknown one."""
+    """The answer's type. Raises ValueError for an unknown one."""
     found = str(doc["answer_type"]).strip().lower()
     if found not in ASKED:
         raise ValueError(f"problem {doc['problem_id']}: answer_type must be one of {', '.join(ASKED)}, got {found!r}")
@@ -43,10 +43,10 @@ def kind(doc: dict[str, Any]) -> str:
 
 
 def messages(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Words and pictures in the question's order; a picture that no mark names comes before the words.
+    """Text and pictures in the question's order; pictures without a marker come first.
 
     Raises:
-        ValueError: if a mark names a picture that the problem has not.
+        ValueError: if a marker refers to a missing picture.
     """
     names = doc["input_image"]
     pieces = MARK.split(text(doc))  # words, number, words, number, ...
@@ -68,19 +68,19 @@ def messages(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any]) -> 
 
 
 def results(doc: dict[str, Any], replies: Sequence[str]) -> dict[str, Any]:
-    """Scores of one reply by rules."""
+    """Rule-based scores of a reply."""
     return _results(doc, replies[0], same_choice, same_value)
 
 
 def judged_results(doc: dict[str, Any], replies: Sequence[str]) -> dict[str, Any]:
-    """Scores of one reply by a judge; parts are judged one by one."""
+    """Scores of a reply by a judge, part by part."""
     return _results(doc, replies[0], same_by_judge, same_by_judge)
 
 
 def _results(
     doc: dict[str, Any], reply: str, same_letter: Callable[..., Any], same: Callable[..., Any]
 ) -> dict[str, Any]:
-    """`accuracy` counts a question in steps where all its parts are right, as the authors' total does."""
+    """`accuracy` counts a multi-step question if all its parts are right, as in the authors' total."""
     found, reference = kind(doc), str(doc["answer"]).strip()
     if found != "multi-step":
         right = float((same_letter if found == "choice" else same)(doc["question"], reference, reply))
@@ -92,7 +92,7 @@ def _results(
 
 
 def steps(answer: str) -> dict[int, str]:
-    """The parts of an answer in steps by their numbers; one without numbers is a single part.
+    """The parts of a multi-step answer by number; an answer without numbers is a single part.
 
     Example:
         >>> steps("(1) $(4,2)$; (2) 7.5.")
@@ -104,12 +104,12 @@ def steps(answer: str) -> dict[int, str]:
 
 
 def same_choice(question: str, reference: str, reply: str) -> bool:
-    """Whether the reply names the option that the reference is the letter of."""
+    """Whether the reply chooses the reference's option."""
     return read_choice(extract_answer(reply), read_options(question)) == reference.upper()[:1]
 
 
 def same_value(question: str, reference: str, reply: str) -> bool:
-    """Whether the reply's answer equals the reference as mathematics."""
+    """Whether the reply's answer equals the reference mathematically."""
     (score,) = _equal()(prompts=[question], completions=[reply], answer=[reference])
     return bool(score)
 
@@ -120,10 +120,10 @@ def _equal() -> Callable[..., Any]:
 
 
 def same_by_judge(question: str, reference: str, reply: str) -> bool:
-    """What the judge of lmms-eval says: the endpoint of API_TYPE, OPENAI_API_URL, OPENAI_API_KEY and MODEL_VERSION.
+    """The verdict of lmms-eval's judge, configured by API_TYPE, OPENAI_API_URL, OPENAI_API_KEY and MODEL_VERSION.
 
     Raises:
-        ValueError: if there is no key, or the endpoint does not answer.
+        ValueError: if there is no key, or the endpoint does not respond.
     """
     found = _judge().evaluate_binary(MARK.sub("", question), reference, reply)
     return bool(found["result"])
@@ -138,5 +138,5 @@ def _judge() -> Any:
 
 
 def step_accuracy(entries: Sequence[Sequence[int]]) -> float:
-    """The share of right parts among the parts of all questions in steps."""
+    """The fraction of right parts over all multi-step questions."""
     return sum(right for right, _ in entries) / max(sum(count for _, count in entries), 1)

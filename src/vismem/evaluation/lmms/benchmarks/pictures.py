@@ -1,6 +1,6 @@
-"""A sample's pictures by name: in a folder, in a zip archive, or in a data set's repository on the hub.
+"""Finds a sample's pictures by name: in a folder, a zip archive, or a data set's repository on the hub.
 
-As `datasets` does with the name of a data set, a folder of that name below the working directory goes before the hub.
+A folder of that name below the working directory takes precedence over the hub, as in `datasets`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from vismem.data.images import MOST_BYTES, BadImage
 
 
 def message(pictures: Iterable[Any], text: str) -> list[dict[str, Any]]:
-    """One user message: the pictures, then the text."""
+    """A user message with the pictures first, then the text."""
     shown = [{"type": "image", "url": one} for one in pictures]
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
 def picture(root: str, name: str) -> str | bytes:
-    """A picture's path, or its bytes where it lies in an archive.
+    """A picture's path, or its bytes if it is in an archive.
 
     Args:
-        root: a folder, or a zip archive; or `OWNER/NAME/FOLDER` or `OWNER/NAME/FILE.zip` of a data set on the hub.
-            Where the one is not there, the other of its name is looked into.
+        root: a folder or a zip archive, or `OWNER/NAME/FOLDER` or `OWNER/NAME/FILE.zip` of a data set on the hub. If it
+            is missing, the archive or folder of the same name is used.
         name: path of the picture in it.
 
     Raises:
-        FileNotFoundError: if it is not there; says where it was looked for.
+        FileNotFoundError: if it is not found; lists the places.
         BadImage: if it is larger than `vismem.data.images.MOST_BYTES` in its archive.
     """
     place = Path(root)
@@ -54,7 +54,7 @@ def _from_hub(repository: str, folder: str, name: str) -> str | bytes:
 
     archive = folder if folder.endswith(".zip") else f"{folder}.zip"
     if archive != folder:
-        with contextlib.suppress(EntryNotFoundError):  # raised in offline mode too, for what was not downloaded before
+        with contextlib.suppress(EntryNotFoundError):  # raised in offline mode too, for files not downloaded before
             return fetch(f"{folder}/{name}" if folder else name)
     try:
         return _from_archive(fetch(archive), name)
@@ -73,7 +73,7 @@ def _archive(path: str) -> tuple[ZipFile, tuple[str, ...]]:
 
 
 def _from_archive(path: str, name: str) -> bytes:
-    """The picture of that path in the archive, which may have folders of its own around it."""
+    """The picture with this path in the archive, possibly below further folders."""
     archive, names = _archive(path)
     inside = [one for one in names if one == name or one.endswith(f"/{name}")]
     if not inside:
