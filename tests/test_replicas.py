@@ -15,11 +15,11 @@ if importlib.util.find_spec("ray") is None or not Path("/proc/net/tcp").exists()
     pytest.skip("needs Ray Serve (vismem[replicas]) and Linux's /proc", allow_module_level=True)
 
 from vismem.loading import LoadError, load_model
-from vismem.serving.engine import Ask, Engine
+from vismem.serving.engine import Engine, EngineRequest
 from vismem.serving.errors import ApiError
-from vismem.serving.replica import gathered, told
+from vismem.serving.events import Ended, Started, TextDelta
+from vismem.serving.replica import batched_events, error_arguments
 from vismem.serving.replicas import start_replicas
-from vismem.serving.writing import Delta, Ended, Started
 
 pytestmark = pytest.mark.xdist_group("replicas")  # one cluster for all
 PICTURE = {"type": "image", "url": ""}
@@ -27,16 +27,16 @@ SETTINGS = {"batch_size": 2, "suppress_tokens": [3]}  # never an end, so that an
 SMALL = 80 * 2**20  # bytes of shared memory
 
 
-def ask(tokens: int = 12, **more: object) -> Ask:
+def ask(tokens: int = 12, **more: object) -> EngineRequest:
     turn = {"role": "user", "content": [{"type": "text", "text": "Describe the shelf."}]}
-    return Ask([turn], max_tokens=tokens, sampling={"temperature": 1.0}, **more)
+    return EngineRequest([turn], max_tokens=tokens, sampling={"temperature": 1.0}, **more)
 
 
-async def read(engine, asked: Ask) -> tuple[list[str], list[object]]:
+async def read(engine, asked: EngineRequest) -> tuple[list[str], list[object]]:
     """The texts of all choices, and the other events."""
     texts, others = [""] * asked.n, []
     async for event in engine.answer(asked):
-        if isinstance(event, Delta):
+        if isinstance(event, TextDelta):
             texts[event.index] += event.text
         else:
             others.append(event)
@@ -53,7 +53,7 @@ async def until(true, seconds: float = 60.0) -> None:
 async def begun(engine, tokens: int = 3000):
     """An answer that is being written, and will be for long."""
     events = engine.answer(ask(tokens))
-    while not isinstance(await anext(events), Delta):
+    while not isinstance(await anext(events), TextDelta):
         pass
     return events
 
@@ -94,7 +94,7 @@ def listening(pids: set[int]) -> set[str]:
 @pytest.fixture(scope="module")
 def engine():
     earlier = family()
-    found = start_replicas({"device": "cpu"}, 2, threads=1, object_store=SMALL, most_waiting=1, **SETTINGS)
+    found = start_replicas({"device": "cpu"}, 2, threads=1, object_store=SMALL, max_waiting=1, **SETTINGS)
     found.processes = family() - earlier
     yield found
     asyncio.run(found.close())
@@ -102,7 +102,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def local():
-    found = Engine(load_model(device="cpu").model, most_waiting=1, **SETTINGS)
+    found = Engine(load_model(device="cpu").model, max_waiting=1, **SETTINGS)
     yield found
     asyncio.run(found.close())
 
@@ -123,7 +123,7 @@ def test_replicas_write_what_one_engine_writes(engine, local):
 def test_both_write_and_the_load_is_that_of_both(engine):
     async def run():
         held = [await begun(engine) for _ in range(4)]  # two rows each: with one of them alone, two would wait
-        assert [place.rows for place in engine.places] == [2, 2]
+        assert [replica.rows for replica in engine.replicas] == [2, 2]
         assert engine.load().writing == 4 and engine.load().waiting == 0
         assert engine.ready()
         for events in held:
@@ -164,15 +164,20 @@ def test_what_does_not_fit_is_refused_in_front(engine):
 
 
 def test_errors_of_a_replica_cross_intact(engine, local):
-    def told_by(which, asked: Ask) -> dict:
+    def told_by(which, asked: EngineRequest) -> dict:
         with pytest.raises(ApiError) as caught:
             asyncio.run(read(which, asked))
         return vars(caught.value)
 
-    for asked in (ask(n=3), ask(n=100), ask(10**6), Ask([{"role": "user", "content": [PICTURE]}], max_tokens=4)):
+    for asked in (
+        ask(n=3),
+        ask(n=100),
+        ask(10**6),
+        EngineRequest([{"role": "user", "content": [PICTURE]}], max_tokens=4),
+    ):
         assert told_by(engine, asked) == told_by(local, asked)
-    assert told(None) is None
-    assert told(ZeroDivisionError("secret"))["message"] == "the server failed; its log has the reason"
+    assert error_arguments(None) is None
+    assert error_arguments(ZeroDivisionError("secret"))["message"] == "the server failed; its log has the reason"
 
 
 def test_messages_hold_what_came_meanwhile_and_closing_them_closes_the_answer():
@@ -190,11 +195,11 @@ def test_messages_hold_what_came_meanwhile_and_closing_them_closes_the_answer():
             closed.append(error)
 
     async def run():
-        found = [each async for each in gathered(events(True), lambda: 0.05)]
+        found = [each async for each in batched_events(events(True), lambda: 0.05)]
         assert found[0][0][0] == 0 and len(found) < 5
         assert [number for numbers, _ in found for number in numbers] == list(range(5))
         assert [error is None for _, error in found] == [True] * (len(found) - 1) + [False]
-        async with aclosing(gathered(events(False), lambda: 0.0)) as parts:
+        async with aclosing(batched_events(events(False), lambda: 0.0)) as parts:
             await anext(parts)
         assert closed == [True, False]
 
@@ -206,7 +211,7 @@ def test_the_service_outlives_a_replica(engine):
 
     async def run():
         held = [await begun(engine), await begun(engine)]
-        assert [place.rows for place in engine.places] == [1, 1]
+        assert [replica.rows for replica in engine.replicas] == [1, 1]
         victim = f"SERVE_REPLICA::{engine.cluster.apps[0]}#"
         actors = [each for each in ray.util.list_named_actors(all_namespaces=True) if each["name"].startswith(victim)]
         ray.kill(ray.get_actor(**actors[0]))
@@ -227,7 +232,7 @@ def test_the_service_outlives_a_replica(engine):
         for seed in range(4):
             assert (await read(engine, ask(seed=seed)))[0][0]
         assert engine.load().writing == engine.load().waiting == 0
-        await until(lambda: all(place.running for place in engine.places))
+        await until(lambda: all(replica.running for replica in engine.replicas))
         held = [await begun(engine), await begun(engine)]
         assert engine.load().writing == 2
         for events in held:

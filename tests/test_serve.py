@@ -25,16 +25,16 @@ from starlette.requests import Request
 
 from vismem.decoding.policies import read_policy
 from vismem.loading import load_model
-from vismem.serving.engine import Ask, Delta, Ended, Engine, Load, Started
+from vismem.serving.engine import Ended, Engine, EngineRequest, Load, Started, TextDelta
 from vismem.serving.errors import ApiError
 from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.protocol import ChatRequest
-from vismem.serving.server import ClientGone, Serving, application, while_connected
+from vismem.serving.server import ClientDisconnectedError, ServingConfig, application, while_connected
 
 SHELF = Image.open(Path(__file__).parents[1] / "examples" / "shelf.png").convert("RGB")
 QUESTION = "What does row 1 cost with its promotion?"
 BOUND = 60  # seconds after which a test gives up
-HELLO = Ask([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], invocation="off")
+HELLO = EngineRequest([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], invocation="off")
 
 
 @contextmanager
@@ -80,12 +80,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def engine(model):
-    return Engine(model, batch_size=4, most_waiting=6, max_tokens=200)
+    return Engine(model, batch_size=4, max_waiting=6, max_tokens=200)
 
 
 @pytest.fixture(scope="module")
 def address(engine):
-    with running(application(engine, Serving("pocket", answer_timeout=BOUND))) as found:
+    with running(application(engine, ServingConfig("pocket", answer_timeout=BOUND))) as found:
         yield found
 
 
@@ -220,8 +220,8 @@ def test_vanilla_is_the_base(client, model):
 
 def test_a_name_that_ends_like_the_vanilla_ones():
     request = ChatRequest(model="a:vanilla", messages=[{"role": "user", "content": "hi"}])
-    assert Serving("a:vanilla").invocation_for(request) == "learned"
-    assert Serving("a").invocation_for(request) == "off"
+    assert ServingConfig("a:vanilla").invocation_for(request) == "learned"
+    assert ServingConfig("a").invocation_for(request) == "off"
 
 
 def test_several_images_and_turns(client, model):
@@ -275,9 +275,9 @@ def test_models_and_health(client, address):
 WRONG = {
     "no model 'gpt'": {"model": "gpt"},
     "temperature: ": {"temperature": 9},
-    "at most 4 rows": {"n": 5},
+    "at most 4 rows at a time": {"n": 5},
     "unknown policy 'often'": {"extra_body": {"vismem": {"invocation": "often"}}},
-    "max_tokens is 201; this server writes at most 200": {"max_tokens": 201},
+    "max_tokens is 201; this server generates at most 200": {"max_tokens": 201},
     "this server does not support logit_bias": {"logit_bias": {"3": 1}},
     "this server does not support tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
     "top_logprobs needs logprobs": {"top_logprobs": 2},
@@ -311,15 +311,15 @@ WRONG = {
     "messages: is empty": {"messages": []},
     "messages.0.role": {"messages": [{"role": "robot", "content": "hi"}]},
     "messages.0.content.0.image_url": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-    "not images|user turns only": {
+    "only user messages may contain images": {
         "messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
     },
-    "the model's own mark <image>": {"messages": [{"role": "user", "content": "<image>"}]},
-    "the model's own mark <ms_I>": {"messages": [{"role": "user", "content": "<ms_I>"}]},
-    "the model's own mark <ms_E>": {
+    "the reserved token <image>": {"messages": [{"role": "user", "content": "<image>"}]},
+    "the reserved token <ms_I>": {"messages": [{"role": "user", "content": "<ms_I>"}]},
+    "the reserved token <ms_E>": {
         "messages": [{"role": "user", "content": [{"type": "text", "text": part} for part in ("<ms", "_E>")]}]
     },
-    "the model's own mark <ml_I>": {
+    "the reserved token <ml_I>": {
         "messages": [
             {
                 "role": "user",
@@ -336,7 +336,7 @@ WRONG = {
         "messages": [{"role": "user", "content": "hi"}],
         "extra_body": {"vismem": {"invocation": "short@0"}},
     },
-    "no Unicode": {"extra_body": {"messages": [{"role": "user", "content": "\ud800"}]}},
+    "not valid Unicode": {"extra_body": {"messages": [{"role": "user", "content": "\ud800"}]}},
 }
 
 
@@ -397,14 +397,14 @@ def slow(engine, monkeypatch):
 @pytest.fixture
 def endless(model):
     """An engine with room for three rows, whose answers do not end by themselves."""
-    made = Engine(model, batch_size=2, most_waiting=1, eos_token_id=None)
+    made = Engine(model, batch_size=2, max_waiting=1, eos_token_id=None)
     yield made
     asyncio.run(made.close())
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_row(endless, stream):
-    with running(application(Unclosed(endless), Serving("pocket"))) as place:
+    with running(application(Unclosed(endless), ServingConfig("pocket"))) as place:
         body = json.dumps({"model": "pocket", "messages": [user(QUESTION, SHELF)], "stream": stream})
         with connected(int(place.rpartition(":")[2])) as raw:
             raw.sendall(post("/v1/chat/completions", body.encode()))
@@ -413,7 +413,7 @@ def test_a_client_that_goes_away_frees_its_row(endless, stream):
             if stream:
                 assert raw.recv(1)
         wait_for(lambda: not endless.worker.rows)
-        assert ticket.answers[0].finish == "cancelled" and endless.taken == 0
+        assert ticket.answers[0].finish == "cancelled" and endless.preparing_rows == 0
 
 
 def test_work_for_a_client_that_has_gone_is_given_up():
@@ -427,7 +427,7 @@ def test_work_for_a_client_that_has_gone_is_given_up():
         for _ in range(20):
             await asyncio.sleep(0)
         assert work.cancelled()
-        with pytest.raises(ClientGone):
+        with pytest.raises(ClientDisconnectedError):
             await waiting
 
     asyncio.run(give_up())
@@ -439,7 +439,7 @@ def test_a_choice_that_met_its_stop_string_is_written_no_further(endless):
     async def read() -> None:
         texts = ["", ""]
         async for event in endless.answer(replace(asked, max_tokens=40)):
-            if isinstance(event, Delta):
+            if isinstance(event, TextDelta):
                 texts[event.index] += event.text
         ours, others = texts
         stop = next(ours[at : at + 4] for at in range(len(ours)) if ours[at : at + 4] not in others)
@@ -456,7 +456,7 @@ def test_a_choice_that_met_its_stop_string_is_written_no_further(endless):
 
 def test_prompts_in_the_making_take_room(endless):
     gate = threading.Event()
-    endless.preparing.submit(gate.wait, BOUND)
+    endless.prompt_thread.submit(gate.wait, BOUND)
 
     async def read() -> None:
         answers = [endless.answer(HELLO) for _ in range(4)]
@@ -469,7 +469,7 @@ def test_prompts_in_the_making_take_room(endless):
             assert endless.load() == Load(3, 0)
             gate.set()
             started = await asyncio.gather(*firsts[:3])
-            assert all(isinstance(event, Started) for event in started) and endless.taken == 0
+            assert all(isinstance(event, Started) for event in started) and endless.preparing_rows == 0
         finally:
             gate.set()
             await asyncio.gather(*firsts, return_exceptions=True)
@@ -480,7 +480,7 @@ def test_prompts_in_the_making_take_room(endless):
 
 
 def test_a_context_may_be_filled_to_its_end(endless, monkeypatch):
-    async def read(ask: Ask) -> list:
+    async def read(ask: EngineRequest) -> list:
         return [event async for event in endless.answer(ask)]
 
     started, *_ = asyncio.run(read(replace(HELLO, max_tokens=1)))
@@ -542,7 +542,7 @@ def test_more_than_may_wait(engine, client, slow):
 
 def test_an_answer_takes_too_long(engine, slow):
     with (
-        running(application(Unclosed(engine), Serving("pocket", answer_timeout=0.3))) as place,
+        running(application(Unclosed(engine), ServingConfig("pocket", answer_timeout=0.3))) as place,
         client_of(place) as client,
     ):
         with pytest.raises(openai.InternalServerError, match=r"not done within 0.3 seconds") as late:
@@ -584,7 +584,7 @@ def test_an_answer_that_is_not_finite_is_ours_and_fails_alone(engine, client, st
     expected = ask(client, seed=1).choices[0].message.content
     form = engine.model.memory.form
     monkeypatch.setattr(engine.model.memory, "form", lambda *given: form(*given) * float("nan"))
-    with pytest.raises(openai.APIError, match="not finite") as failed:
+    with pytest.raises(openai.APIError, match="NaN or infinite") as failed:
         found = ask(client, stream=stream, extra_body={"vismem": {"invocation": "long@2"}})
         list(found)
     assert failed.value.code == "non_finite" and "its long-term memory is not finite" in caplog.text
@@ -595,7 +595,7 @@ def test_an_answer_that_is_not_finite_is_ours_and_fails_alone(engine, client, st
 def test_stopping_lets_answers_finish(model):
     engine = Engine(model, batch_size=2)
     bound = listening_socket("127.0.0.1", 0)
-    server = Server(config_of(application(engine, Serving("pocket")), grace=BOUND))
+    server = Server(config_of(application(engine, ServingConfig("pocket")), grace=BOUND))
     thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
     with client_of(address_of(bound)) as client:
@@ -613,7 +613,7 @@ def test_stopping_gives_up_what_takes_too_long(model, monkeypatch):
     step = engine.worker.queue.step
     monkeypatch.setattr(engine.worker.queue, "step", lambda: (time.sleep(0.2), step())[1])
     bound = listening_socket("127.0.0.1", 0)
-    server = Server(config_of(application(engine, Serving("pocket")), grace=1))
+    server = Server(config_of(application(engine, ServingConfig("pocket")), grace=1))
     thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
     with client_of(address_of(bound)) as client:

@@ -27,30 +27,29 @@ from vismem.cli import main
 from vismem.loading import load_model
 from vismem.serving import page
 from vismem.serving.access import AccessLog
-from vismem.serving.checks import hosts_for
-from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.connections import ConnectionLimits
 from vismem.serving.engine import Engine
-from vismem.serving.guards import Guards, guarded
+from vismem.serving.guards import Guards, guarded, hosts_for
 from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
-from vismem.serving.metrics import Counted, Metrics
-from vismem.serving.server import Serving, application
+from vismem.serving.metrics import Metrics, RequestCounter
+from vismem.serving.server import ServingConfig, application
 
 KEY = "open-sesame"
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(load_model().model, batch_size=8, most_waiting=8, max_tokens=60)
+    return Engine(load_model().model, batch_size=8, max_waiting=8, max_tokens=60)
 
 
 @pytest.fixture(scope="module")
 def address(engine):
     """The server as `vismem serve` puts it together."""
     metrics = Metrics(engine.load)
-    app = application(engine, Serving("pocket", answer_timeout=BOUND, keyed=True), metrics)
+    app = application(engine, ServingConfig("pocket", answer_timeout=BOUND, keyed=True), metrics)
     guards = Guards([KEY], hosts=hosts_for("127.0.0.1"), max_body=2**20, body_timeout=2)
-    patience = Patience(head=2, write=2, connections=150, dropped=metrics.dropped)
-    server = Server(config_of(Counted(guarded(app, guards), metrics), 5, **uvicorn_settings(patience)))
+    limits = ConnectionLimits(head=2, write=2, connections=150, on_drop=metrics.count_drop)
+    server = Server(config_of(RequestCounter(guarded(app, guards), metrics), 5, limits))
     bound = listening_socket("127.0.0.1", 0)
     thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
@@ -135,7 +134,7 @@ def test_bodies_and_images_that_are_too_large(address, client):
 
 
 def test_a_text_beyond_the_context_is_not_tokenised(address, client, engine, monkeypatch):
-    monkeypatch.setattr(engine, "_processed", lambda *given: 1 / 0)
+    monkeypatch.setattr(engine, "_encode", lambda *given: 1 / 0)
     with pytest.raises(openai.BadRequestError, match="900000 characters") as refused:
         ask(client, {"role": "user", "content": "1" * 900_000})
     assert refused.value.code == "context_length_exceeded"
@@ -167,8 +166,8 @@ def test_chance_draws_from_seeds_in_turn(client):
     ("field", "value", "message"),
     [
         ("messages", [], "messages: is empty"),
-        ("messages", [{"role": "user", "content": None}], "messages.0.content: must be a text or a list of parts"),
-        ("messages", [{"role": "user", "content": 5}], "messages.0.content: must be a text or a list of parts"),
+        ("messages", [{"role": "user", "content": None}], "messages.0.content: must be a string or a list of parts"),
+        ("messages", [{"role": "user", "content": 5}], "messages.0.content: must be a string or a list of parts"),
         ("stop", "", "stop: is empty"),
     ],
 )
@@ -264,7 +263,7 @@ def links(page: str) -> list[str]:
 
 
 def test_a_name_is_no_markup_on_the_page(engine):
-    found = page.home(["<b>a</b>"], application(engine, Serving("<b>a</b>")).openapi())
+    found = page.home(["<b>a</b>"], application(engine, ServingConfig("<b>a</b>")).openapi())
     assert "<b>" not in found.body.decode() and "&lt;b&gt;a" in found.body.decode()
 
 
@@ -284,7 +283,7 @@ def test_an_answers_tokens_are_in_its_line(engine):
         async def send(message: dict) -> None:
             pass
 
-        await AccessLog(application(engine, Serving("pocket")), lines.append)(scope, receive, send)
+        await AccessLog(application(engine, ServingConfig("pocket")), lines.append)(scope, receive, send)
         return lines[-1]
 
     async def both() -> None:
@@ -309,7 +308,7 @@ def started(*options: str, **more) -> tuple[subprocess.Popen, str]:
         env={**os.environ, **more},
     )
     line = process.stdout.readline()
-    assert line.startswith("Serving "), line + process.stderr.read()
+    assert line.startswith("ServingConfig "), line + process.stderr.read()
     return process, line.split(" on ")[1].split("/v1")[0]
 
 

@@ -15,8 +15,8 @@ from test_serve import BOUND, JSON, QUESTION, SHELF, ask, client_of, own, runnin
 from vismem.loading import load_model
 from vismem.serving import protocol
 from vismem.serving.engine import Engine
-from vismem.serving.protocol import ChatRequest, Ignored
-from vismem.serving.server import Serving, application
+from vismem.serving.protocol import ChatRequest, UnknownFields
+from vismem.serving.server import ServingConfig, application
 
 TURN = {"role": "user", "content": "Read row 2."}
 
@@ -28,8 +28,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def address(model):
-    engine = Engine(model, batch_size=4, most_waiting=6, max_tokens=200)
-    with running(application(engine, Serving("pocket", answer_timeout=BOUND))) as found:
+    engine = Engine(model, batch_size=4, max_waiting=6, max_tokens=200)
+    with running(application(engine, ServingConfig("pocket", answer_timeout=BOUND))) as found:
         yield found
 
 
@@ -322,7 +322,7 @@ def test_a_picture_that_says_it_is_another_is_what_its_bytes_are(client):
 
 
 def test_unknown_fields_are_logged_once_each(address, monkeypatch, caplog):
-    monkeypatch.setattr(protocol, "ignored", Ignored())
+    monkeypatch.setattr(protocol, "unknown_fields", UnknownFields())
     body = {"model": "pocket", "messages": [{**TURN, "mood": "good"}], "max_tokens": 1, "shelf\n": "secret"}
     with caplog.at_level(logging.WARNING, "vismem"):
         for _ in range(3):
@@ -334,10 +334,10 @@ def test_unknown_fields_are_logged_once_each(address, monkeypatch, caplog):
 
 
 def test_made_up_fields_fill_neither_log_nor_memory(caplog):
-    noted = Ignored(most=5)
+    noted = UnknownFields(max_names=5)
     with caplog.at_level(logging.WARNING, "vismem"):
         for at in range(1000):
-            noted.note(f"{at}" * 1000, "a request")
+            noted.log(f"{at}" * 1000, "a request")
     assert len(caplog.records) == 6 and caplog.records[-1].getMessage().startswith("ignoring more unknown fields")
     assert sum(map(len, noted.names)) < 1000
 
@@ -441,13 +441,13 @@ def test_without_the_two_fields_a_last_reply_is_history(client):
 @pytest.mark.parametrize(
     ("turns", "more", "message"),
     [
-        ([TURN], CONTINUED, "needs a last message of the assistant, and this one is of user"),
+        ([TURN], CONTINUED, "needs an assistant message last, not one of role user"),
         (
             [TURN, {"role": "assistant", "content": "Row"}],
             {"continue_final_message": True, "add_generation_prompt": True},
             "continue_final_message needs add_generation_prompt: false",
         ),
-        ([TURN, {"role": "assistant", "content": "Row <ms_I>"}], CONTINUED, "the model's own mark <ms_I>"),
+        ([TURN, {"role": "assistant", "content": "Row <ms_I>"}], CONTINUED, "the reserved token <ms_I>"),
     ],
 )
 def test_replies_that_cannot_be_gone_on_with(client, turns, more, message):

@@ -16,7 +16,7 @@ import tiny
 from vismem import NonFiniteError, Request
 from vismem.decoding.decoder import Decoder
 from vismem.decoding.policies import Forced
-from vismem.serving.worker import Closed, Full, Worker
+from vismem.serving.worker import QueueFullError, Worker, WorkerClosedError
 
 BOUND = 60  # seconds after which a test gives up
 
@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture
 def worker(model):
-    made = Worker(model, batch_size=4, most_waiting=3, record=True, max_new_tokens=12, eos_token_id=None)
+    made = Worker(model, batch_size=4, max_waiting=3, record=True, max_new_tokens=12, eos_token_id=None)
     yield made
     made.close()
 
@@ -88,7 +88,7 @@ def test_no_more_than_may_wait(model, worker):
     for box in boxes:
         worker.submit(Request(prompt(model)), box.put)
     assert worker.rows == 7
-    with pytest.raises(Full, match="7 rows are being written or wait; there is room for 3 to wait"):
+    with pytest.raises(QueueFullError, match="7 rows are running or waiting, and at most 4 can run and 3 wait"):
         worker.submit(Request(prompt(model)), print)
     hold.set()
     for box in boxes:
@@ -197,7 +197,7 @@ def test_the_end_of_the_thread_is_told(model, monkeypatch):
     assert all(isinstance(news.error, ZeroDivisionError) for news in ends)
     worker.close()
     assert not worker.alive
-    with pytest.raises(Closed):
+    with pytest.raises(WorkerClosedError):
         worker.submit(Request(prompt(model)), box.put)
 
 
@@ -212,7 +212,7 @@ def test_the_end_of_the_thread_is_told_to_those_who_called(model, monkeypatch):
     gate.set()
     assert isinstance(late.exception(BOUND), ZeroDivisionError) and first.result(BOUND) and given_up.cancelled()
     assert isinstance(box.all()[-1].error, ZeroDivisionError)
-    with pytest.raises(Closed):
+    with pytest.raises(WorkerClosedError):
         worker.call(print)
 
 
@@ -244,9 +244,9 @@ def test_close_lets_rows_finish(model):
     worker.submit(Request(prompt(model)), box.put)
     worker.close(finish_within=BOUND)
     assert box.all()[-1].finish == "length" and not worker.alive
-    with pytest.raises(Closed):
+    with pytest.raises(WorkerClosedError):
         worker.submit(Request(prompt(model)), box.put)
-    with pytest.raises(Closed):
+    with pytest.raises(WorkerClosedError):
         worker.call(print)
     worker.close()
 

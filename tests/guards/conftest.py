@@ -23,11 +23,11 @@ def port(site, dropped):
     from guarded_site import GUARDS
     from loopback import listening
 
-    from vismem.serving.connections import Patience, uvicorn_settings
+    from vismem.serving.connections import ConnectionLimits, uvicorn_settings
     from vismem.serving.guards import guarded
 
-    patience = Patience(head=0.5, idle=1.0, write=0.5, connections=60, dropped=dropped.append)
-    with listening(guarded(site.app, GUARDS), **uvicorn_settings(patience)) as found:
+    limits = ConnectionLimits(head=0.5, idle=1.0, write=0.5, connections=60, on_drop=dropped.append)
+    with listening(guarded(site.app, GUARDS), **uvicorn_settings(limits)) as found:
         yield found
 
 

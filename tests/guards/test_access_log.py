@@ -14,14 +14,16 @@ from guarded_site import AUTH, GUARDS, Site
 from loopback import PATIENCE, exchanged, get, listening, post, until
 
 from vismem.serving.access import AccessLog, LineWriter, request_line
-from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.connections import ConnectionLimits, uvicorn_settings
 from vismem.serving.guards import guarded
 
 
 def logged(*requests: bytes) -> list[str]:
     """The lines of requests to a small application."""
     lines: list[str] = []
-    with listening(AccessLog(guarded(Site().app, GUARDS), lines.append), **uvicorn_settings(Patience())) as port:
+    with listening(
+        AccessLog(guarded(Site().app, GUARDS), lines.append), **uvicorn_settings(ConnectionLimits())
+    ) as port:
         for request in requests:
             exchanged(port, request)
         until(lambda: len(lines) == len(requests))
@@ -61,7 +63,7 @@ def test_bytes_of_any_kind_are_printable():
 def test_a_log_that_nobody_reads_keeps_nobody_waiting():
     reading, writing = os.pipe()
     try:
-        lines = LineWriter(writing, most=10)
+        lines = LineWriter(writing, max_queued=10)
         for _ in range(50):
             lines("x" * 10**6)  # more than a pipe holds
         lines.close(0.1)

@@ -131,14 +131,14 @@ def test_room_is_given_back_after_every_kind_of_end() -> None:
         return sent
 
     async def everything() -> None:
-        limit = BodyLimit(fails, most=10, timeout=0.05, together=10)
+        limit = BodyLimit(fails, max_body=10, timeout=0.05, max_held=10)
         piece = {"type": "http.request", "body": b"12345", "more_body": True}
         await one(limit, {**piece, "more_body": False}, raises=RuntimeError)
         await one(limit, piece, {"type": "http.disconnect"})
         assert (await one(limit, piece, piece, piece))[0]["status"] == 413
         assert (await one(limit, piece))[0]["status"] == 408
         assert limit.held == 0
-        limit = BodyLimit(fails, most=10, timeout=60.0, together=10)
+        limit = BodyLimit(fails, max_body=10, timeout=60.0, max_held=10)
         waiting = asyncio.create_task(one(limit, piece))
         await asyncio.sleep(0.05)
         assert limit.held == 5

@@ -15,7 +15,7 @@ pytest.importorskip("uvicorn")
 from guarded_site import AUTH, Site
 from loopback import connected, error_of, exchanged, get, head_of, listening, post, response, rest, until
 
-from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.connections import ConnectionLimits, uvicorn_settings
 from vismem.serving.guards import Guards, guarded
 
 
@@ -106,8 +106,8 @@ def test_a_complete_answer_that_is_not_read_is_dropped_too(port: int, dropped: l
 
 
 def test_no_answer_that_is_not_read_keeps_its_connection_whatever_its_size() -> None:
-    patience = Patience(idle=0.2, write=0.2, connections=1)
-    with listening(guarded(Site().app, Guards()), **uvicorn_settings(patience)) as port:
+    limits = ConnectionLimits(idle=0.2, write=0.2, connections=1)
+    with listening(guarded(Site().app, Guards()), **uvicorn_settings(limits)) as port:
         for size in range(60_000, 400_000, 50_000):  # all taken by the kernel, or all but a little, or not by far
             with connected(port, receive_buffer=4096) as raw:
                 raw.sendall(get(f"/v1/bytes/{size}"))
@@ -162,8 +162,8 @@ def test_a_client_that_hangs_up_cancels_its_answer(site: Site, port: int) -> Non
 def test_too_many_connections_are_turned_away_at_once_and_places_come_free(dropped: list[str]) -> None:
     dropped.clear()
     site = Site()
-    patience = Patience(connections=5, dropped=dropped.append)
-    with listening(guarded(site.app, Guards()), **uvicorn_settings(patience)) as port:
+    limits = ConnectionLimits(connections=5, on_drop=dropped.append)
+    with listening(guarded(site.app, Guards()), **uvicorn_settings(limits)) as port:
         with contextlib.ExitStack() as stack:
             for _ in range(5):
                 raw = stack.enter_context(connected(port))
@@ -180,7 +180,7 @@ def test_too_many_connections_are_turned_away_at_once_and_places_come_free(dropp
 def test_two_hundred_connections_at_once_are_all_answered() -> None:
     site = Site()
     with (
-        listening(guarded(site.app, Guards()), **uvicorn_settings(Patience())) as port,
+        listening(guarded(site.app, Guards()), **uvicorn_settings(ConnectionLimits())) as port,
         contextlib.ExitStack() as stack,
     ):
         open_ones = [stack.enter_context(connected(port)) for _ in range(200)]
@@ -234,7 +234,7 @@ def test_a_websocket_is_refused(port: int) -> None:
 def test_a_server_stops_although_clients_hang_on(dropped: list[str]) -> None:
     site = Site()
     with contextlib.ExitStack() as stack:
-        with listening(guarded(site.app, Guards()), **uvicorn_settings(Patience())) as port:
+        with listening(guarded(site.app, Guards()), **uvicorn_settings(ConnectionLimits())) as port:
             silent = [stack.enter_context(connected(port)) for _ in range(5)]
             for raw in silent[1:3]:
                 raw.sendall(b"GET / HTTP")
@@ -253,7 +253,7 @@ def test_what_is_cut_off_by_the_servers_end_is_told_so(caplog: pytest.LogCapture
         await asyncio.sleep(1000)
 
     with contextlib.ExitStack() as stack:
-        with listening(guarded(never, Guards()), **uvicorn_settings(Patience())) as port:
+        with listening(guarded(never, Guards()), **uvicorn_settings(ConnectionLimits())) as port:
             waiting, upload, stream = (stack.enter_context(connected(port)) for _ in range(3))
             waiting.sendall(get("/v1/models"))
             upload.sendall(post("/v1/echo", b"x", length=10))

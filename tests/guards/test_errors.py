@@ -11,12 +11,12 @@ pytest.importorskip("uvicorn")
 
 
 from vismem.serving.errors import ApiError
-from vismem.serving.replica import told
+from vismem.serving.replica import error_arguments
 
 
 def test_an_error_is_openais_and_crosses_processes() -> None:
     error = ApiError(400, 'bad "field"\ud800', code="odd", param="messages", headers={"X-Y": "z"})
-    again = ApiError(**json.loads(json.dumps(told(error))))
+    again = ApiError(**json.loads(json.dumps(error_arguments(error))))
     for each in (error, again):
         assert each.body() == {
             "error": {

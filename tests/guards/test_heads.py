@@ -10,9 +10,8 @@ pytest.importorskip("uvicorn")
 from guarded_site import AUTH, Site
 from loopback import connected, error_of, exchanged, get, head_of, listening, post, rest
 
-from vismem.serving.checks import hosts_for
-from vismem.serving.connections import Patience, uvicorn_settings
-from vismem.serving.guards import Guards, guarded
+from vismem.serving.connections import ConnectionLimits, uvicorn_settings
+from vismem.serving.guards import Guards, guarded, hosts_for
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_other_pages_may_not_use_the_server_but_allowed_ones_may(site: Site, por
 
 def test_without_allowed_pages_there_is_no_cors() -> None:
     site = Site()
-    with listening(guarded(site.app, Guards()), **uvicorn_settings(Patience())) as port:
+    with listening(guarded(site.app, Guards()), **uvicorn_settings(ConnectionLimits())) as port:
         status, headers, _ = exchanged(port, get("/health", "Origin: https://page.example.org"))
         assert status == 403 and not any(name.startswith("access-control") for name in headers)
         assert exchanged(port, get("/v1/models", host="any.example.org"))[0] == 200

@@ -12,7 +12,7 @@ pytest.importorskip("uvicorn")
 from guarded_site import AUTH, GUARDS, KEY, Site
 from loopback import error_of, exchanged, get, post
 
-from vismem.serving.checks import read_keys
+from vismem.serving.guards import read_keys
 
 
 @pytest.mark.parametrize(
