@@ -1,4 +1,4 @@
-"""What a server counts: read as Prometheus reads it, and with no more labels than there are names in the code."""
+"""The server's metrics, parsed as Prometheus parses them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_an_answers_tokens_times_and_memory_are_counted_and_its_events_unchanged
         (RuntimeError("broken"), "error"),
     ],
 )
-def test_answers_that_fail_are_told_apart(error: Exception, outcome: str) -> None:
+def test_failed_answers_are_counted_by_outcome(error: Exception, outcome: str) -> None:
     metrics = Metrics(idle)
     with pytest.raises(type(error)) as caught:
         asyncio.run(drained(metrics.watch(stream(EVENTS[0], error=error))))
@@ -110,7 +110,7 @@ def test_answers_that_fail_are_told_apart(error: Exception, outcome: str) -> Non
     assert found[("vismem_answer_seconds_count",)] == (outcome != "refused")  # or full queues looked like quick answers
 
 
-def test_an_answer_that_is_given_up_is_closed_and_counted_as_cancelled() -> None:
+def test_an_abandoned_answer_is_closed_and_counted_as_cancelled() -> None:
     metrics, closed = Metrics(idle), []
 
     async def left_early() -> None:
@@ -135,7 +135,7 @@ def test_an_answer_that_is_given_up_is_closed_and_counted_as_cancelled() -> None
     assert read(metrics)["vismem_answers_total", "cancelled"] == 2
 
 
-def test_rows_are_asked_for_when_the_counts_are_read() -> None:
+def test_rows_are_read_when_the_metrics_are() -> None:
     now = [Load(3, 4)]
     metrics = Metrics(lambda: now[0])
     assert (read(metrics)[("vismem_rows_waiting",)], read(metrics)[("vismem_rows_writing",)]) == (3, 4)
@@ -143,7 +143,7 @@ def test_rows_are_asked_for_when_the_counts_are_read() -> None:
     assert (read(metrics)[("vismem_rows_waiting",)], read(metrics)[("vismem_rows_writing",)]) == (0, 1)
 
 
-def test_two_applications_count_apart() -> None:
+def test_applications_have_separate_metrics() -> None:
     one, other = Metrics(idle), Metrics(idle)
     one.count_drop("slow_head")
     assert read(one)["vismem_refused_total", "slow_head"] == 1
@@ -213,7 +213,7 @@ def counted(metrics, each: int) -> None:
     until(lambda: all(read(metrics).get(name) == each for name in names))
 
 
-def test_what_clients_write_makes_no_new_labels(site) -> None:
+def test_clients_cannot_create_labels(site) -> None:
     metrics, port, _ = site
     for i in range(30):
         exchanged(port, get(f"/wp-admin/{i}"))
@@ -231,7 +231,7 @@ def test_what_clients_write_makes_no_new_labels(site) -> None:
     assert read(metrics)["vismem_refused_total", "other"] == 1
 
 
-def test_requests_in_flight_go_up_and_down_again_also_where_clients_leave(site) -> None:
+def test_requests_in_flight_return_to_zero_even_after_disconnects(site) -> None:
     metrics, port, free = site
     with connected(port) as one, connected(port) as other:
         one.sendall(get("/health"))

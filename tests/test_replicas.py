@@ -1,4 +1,4 @@
-"""Two replicas of the pocket model under Ray Serve: the words of one engine, whichever writes; deaths and ends."""
+"""Two replicas of the pocket model under Ray Serve: same answers as one engine, failures, and shutdown."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def local():
     asyncio.run(found.close())
 
 
-def test_replicas_write_what_one_engine_writes(engine, local):
+def test_replicas_give_the_same_answers_as_one_engine(engine, local):
     asked = [ask(seed=seed, top=1, invocation="short@0" if seed == 5 else "long@2") for seed in range(4)]
     asked.append(ask(n=2, seed=9, stops=("mint",)))
 
@@ -120,7 +120,7 @@ def test_replicas_write_what_one_engine_writes(engine, local):
     asyncio.run(both())
 
 
-def test_both_write_and_the_load_is_that_of_both(engine):
+def test_both_replicas_work_and_the_load_is_their_sum(engine):
     async def run():
         held = [await begun(engine) for _ in range(4)]  # two rows each: with one of them alone, two would wait
         assert [replica.rows for replica in engine.replicas] == [2, 2]
@@ -133,7 +133,7 @@ def test_both_write_and_the_load_is_that_of_both(engine):
     asyncio.run(run())
 
 
-def test_an_answer_that_nobody_reads_frees_its_row(engine):
+def test_an_abandoned_answer_frees_its_row(engine):
     async def run():
         for _ in range(3):  # what is left of a round would hold up the next, and two on one replica each other
             held = await asyncio.wait_for(asyncio.gather(*(begun(engine) for _ in range(4))), 8)
@@ -147,7 +147,7 @@ def test_an_answer_that_nobody_reads_frees_its_row(engine):
     asyncio.run(run())
 
 
-def test_what_does_not_fit_is_refused_in_front(engine):
+def test_a_full_queue_is_refused_by_the_server(engine):
     async def run():
         held = [await begun(engine) for _ in range(4)]
         waiting = [asyncio.ensure_future(read(engine, ask(seed=1))) for _ in range(2)]
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused_in_front(engine):
     asyncio.run(run())
 
 
-def test_errors_of_a_replica_cross_intact(engine, local):
+def test_errors_of_a_replica_arrive_unchanged(engine, local):
     def told_by(which, asked: EngineRequest) -> dict:
         with pytest.raises(ApiError) as caught:
             asyncio.run(read(which, asked))
@@ -180,7 +180,7 @@ def test_errors_of_a_replica_cross_intact(engine, local):
     assert error_arguments(ZeroDivisionError("secret"))["message"] == "the server failed; its log has the reason"
 
 
-def test_messages_hold_what_came_meanwhile_and_closing_them_closes_the_answer():
+def test_events_are_batched_and_closing_closes_the_answer():
     closed = []
 
     async def events(error: bool):
@@ -206,7 +206,7 @@ def test_messages_hold_what_came_meanwhile_and_closing_them_closes_the_answer():
     asyncio.run(run())
 
 
-def test_the_service_outlives_a_replica(engine):
+def test_the_server_survives_the_death_of_a_replica(engine):
     import ray
 
     async def run():
@@ -249,7 +249,7 @@ def test_nothing_listens_beyond_loopback(engine):
     }
 
 
-def test_the_end_is_orderly_and_leaves_nothing(engine):
+def test_close_is_graceful_and_leaves_nothing_behind(engine):
     async def run():
         short, long = asyncio.ensure_future(read(engine, ask(30))), await begun(engine)
         await until(lambda: engine.load().writing == 2)
@@ -271,7 +271,7 @@ def test_the_end_is_orderly_and_leaves_nothing(engine):
     asyncio.run(until(lambda: not engine.processes & family(), 20))
 
 
-def test_what_cannot_be_had_is_said_in_one_line():
+def test_start_errors_are_one_line():
     with pytest.raises(ValueError, match="1 replica or more, got 0"):
         start_replicas({}, 0)
     with pytest.raises(LoadError, match="need more than the 0 that Ray has"):

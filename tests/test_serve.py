@@ -1,4 +1,4 @@
-"""The server as its users meet it: OpenAI's own client, many at once, and what goes wrong in between."""
+"""The server through OpenAI's client: answers, concurrency, and failures."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def own(model, *turns: dict, pictures=(SHELF,), invocation="learned", seed=0, **
 
 
 @pytest.mark.parametrize("invocation", ["learned", "off", "long", "short@0,long@3", "random:0.5"])
-def test_the_words_are_the_models(client, model, invocation):
+def test_text_equals_generate(client, model, invocation):
     found = ask(client, seed=5, extra_body={"vismem": {"invocation": invocation}})
     text, invocations = own(model, invocation=invocation, seed=5)
     choice = found.choices[0]
@@ -131,7 +131,7 @@ def test_the_words_are_the_models(client, model, invocation):
     assert found.usage.total_tokens == found.usage.prompt_tokens + words
 
 
-def test_transparent_pictures_are_what_the_base_makes_of_them(client, model):
+def test_transparent_images_are_handled_as_by_the_base(client, model):
     grey = SHELF.convert("L")
     nothing = Image.new("L", grey.size)
     ink = Image.merge("RGBA", (nothing, nothing, nothing, ImageOps.invert(grey)))
@@ -139,7 +139,7 @@ def test_transparent_pictures_are_what_the_base_makes_of_them(client, model):
     assert answer == own(model, pictures=[ink])[0] != own(model, pictures=[ink.convert("RGB")])[0]
 
 
-def test_a_stream_is_the_answer_in_pieces(client):
+def test_stream_chunks_join_to_the_answer(client):
     whole = ask(client, logprobs=True, top_logprobs=2)
     chunks = list(ask(client, logprobs=True, top_logprobs=2, stream=True, stream_options={"include_usage": True}))
     *parts, last = chunks
@@ -161,14 +161,14 @@ def test_a_stream_is_the_answer_in_pieces(client):
     assert parts[0].model_extra["vismem"].keys() == {"seed", "invocation"}
 
 
-def test_without_a_trace(client):
+def test_the_trace_can_be_turned_off(client):
     quiet = {"vismem": {"trace": False}}
     assert ask(client, extra_body=quiet).choices[0].vismem is None
     chunks = list(ask(client, extra_body=quiet, stream=True))
     assert not any("vismem" in choice.model_extra for chunk in chunks for choice in chunk.choices)
 
 
-def test_choices_draw_from_seeds_in_turn(client, model):
+def test_choice_n_uses_seed_plus_n(client, model):
     settings = {"temperature": 1.3, "top_p": 0.95, "max_tokens": 20}
     found = ask(client, n=3, seed=7, **settings, extra_body={"vismem": {"invocation": "short@1"}})
     sampling = {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "max_new_tokens": 20}
@@ -184,7 +184,7 @@ def test_choices_draw_from_seeds_in_turn(client, model):
     assert again.choices[0].message.content == found.choices[2].message.content
 
 
-def test_a_drawn_seed_gives_the_same_again(client):
+def test_a_returned_seed_reproduces_the_answer(client):
     first = ask(client, temperature=1.5, max_tokens=20)
     assert 0 <= first.vismem["seed"] < 2**53
     second = ask(client, temperature=1.5, max_tokens=20, seed=first.vismem["seed"])
@@ -202,7 +202,7 @@ def test_stop_and_length(client, model):
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens + chosen == 5
 
 
-def test_a_penalty_holds_where_nothing_is_drawn(client, model):
+def test_repetition_penalty_applies_to_greedy_decoding(client, model):
     text, _ = own(model, repetition_penalty=3.0, do_sample=False)
     assert text != own(model)[0]
     found = ask(client, temperature=0, extra_body={"repetition_penalty": 3.0})
@@ -218,7 +218,7 @@ def test_vanilla_is_the_base(client, model):
         ask(client, model="pocket:vanilla", extra_body={"vismem": {"invocation": "learned"}})
 
 
-def test_a_name_that_ends_like_the_vanilla_ones():
+def test_a_model_name_may_end_in_vanilla():
     request = ChatRequest(model="a:vanilla", messages=[{"role": "user", "content": "hi"}])
     assert ServingConfig("a:vanilla").invocation_for(request) == "learned"
     assert ServingConfig("a").invocation_for(request) == "off"
@@ -244,7 +244,7 @@ def test_several_images_and_turns(client, model):
     assert found.usage.prompt_tokens > alone.usage.prompt_tokens + 32
 
 
-def test_log_probabilities_are_the_models(client, model):
+def test_log_probabilities_equal_the_models(client, model):
     found = ask(client, logprobs=True, top_logprobs=3, temperature=1.0, seed=3, max_tokens=12)
     content = [{"type": "image", "image": SHELF}, {"type": "text", "text": QUESTION}]
     inputs = tiny.prompts(model.processor, [[{"role": "user", "content": content}]])
@@ -341,7 +341,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_is_wrong_is_said_in_one_line(client, address, message):
+def test_invalid_requests_get_a_one_line_error(client, address, message):
     body = {"model": "pocket", "messages": [{"role": "user", "content": "hi"}], **WRONG[message]}
     body.update(body.pop("extra_body", {}))
     found = httpx.post(f"{address}/v1/chat/completions", content=json.dumps(body), headers=JSON, timeout=BOUND)
@@ -355,12 +355,12 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", "null", '"text"', "[" * 100_000, '{"model": 1e999}', "\xff\xfe"])
-def test_bodies_that_are_no_request(address, body):
+def test_malformed_bodies_are_refused(address, body):
     found = httpx.post(f"{address}/v1/chat/completions", content=body.encode("latin-1"), headers=JSON, timeout=BOUND)
     assert found.status_code == 400 and found.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_no_such_route(address):
+def test_unknown_routes_and_methods_are_refused(address):
     for method, path, status in [
         ("GET", "/v1", 404),
         ("POST", "/", 405),
@@ -403,7 +403,7 @@ def endless(model):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_row(endless, stream):
+def test_a_disconnected_client_frees_its_row(endless, stream):
     with running(application(Unclosed(endless), ServingConfig("pocket"))) as place:
         body = json.dumps({"model": "pocket", "messages": [user(QUESTION, SHELF)], "stream": stream})
         with connected(int(place.rpartition(":")[2])) as raw:
@@ -416,7 +416,7 @@ def test_a_client_that_goes_away_frees_its_row(endless, stream):
         assert ticket.answers[0].finish == "cancelled" and endless.preparing_rows == 0
 
 
-def test_work_for_a_client_that_has_gone_is_given_up():
+def test_work_is_cancelled_when_the_client_disconnects():
     async def disconnected() -> dict:
         await asyncio.sleep(0)  # until the work is begun
         return {"type": "http.disconnect"}
@@ -433,7 +433,7 @@ def test_work_for_a_client_that_has_gone_is_given_up():
     asyncio.run(give_up())
 
 
-def test_a_choice_that_met_its_stop_string_is_written_no_further(endless):
+def test_a_stop_string_ends_decoding(endless):
     asked = replace(HELLO, n=2, seed=7, sampling={"temperature": 1.3})
 
     async def read() -> None:
@@ -454,7 +454,7 @@ def test_a_choice_that_met_its_stop_string_is_written_no_further(endless):
     asyncio.run(asyncio.wait_for(read(), BOUND))
 
 
-def test_prompts_in_the_making_take_room(endless):
+def test_prompts_in_preparation_count_as_waiting(endless):
     gate = threading.Event()
     endless.prompt_thread.submit(gate.wait, BOUND)
 
@@ -479,7 +479,7 @@ def test_prompts_in_the_making_take_room(endless):
     asyncio.run(read())
 
 
-def test_a_context_may_be_filled_to_its_end(endless, monkeypatch):
+def test_prompt_and_answer_may_fill_the_context(endless, monkeypatch):
     async def read(ask: EngineRequest) -> list:
         return [event async for event in endless.answer(ask)]
 
@@ -496,7 +496,7 @@ def test_a_context_may_be_filled_to_its_end(endless, monkeypatch):
     assert last.completion_tokens == 1
 
 
-def test_a_slow_reader_takes_nobodys_place(engine):
+def test_a_slow_reader_blocks_nobody(engine):
     """Once it is written, an answer that is still being read counts no more."""
 
     async def read() -> None:
@@ -511,7 +511,7 @@ def test_a_slow_reader_takes_nobodys_place(engine):
     asyncio.run(asyncio.wait_for(read(), BOUND))
 
 
-def test_words_do_not_wait_for_others_pictures(engine, client, monkeypatch):
+def test_text_requests_do_not_wait_for_image_decoding(engine, client, monkeypatch):
     decode, gate = engine.pictures.decode, threading.Event()
 
     def waiting(files):
@@ -529,7 +529,7 @@ def test_words_do_not_wait_for_others_pictures(engine, client, monkeypatch):
         assert shown.result().choices[0].message.content
 
 
-def test_more_than_may_wait(engine, client, slow):
+def test_a_full_queue_returns_429(engine, client, slow):
     streams = [ask(client, stream=True) for _ in range(10)]
     with pytest.raises(openai.RateLimitError, match="too many requests") as refused:
         ask(client)
@@ -540,7 +540,7 @@ def test_more_than_may_wait(engine, client, slow):
     assert len(words) == 1
 
 
-def test_an_answer_takes_too_long(engine, slow):
+def test_the_answer_timeout_returns_504(engine, slow):
     with (
         running(application(Unclosed(engine), ServingConfig("pocket", answer_timeout=0.3))) as place,
         client_of(place) as client,
@@ -564,7 +564,7 @@ class Unclosed:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
-def test_a_step_that_fails_is_ours(engine, client, error, monkeypatch):
+def test_a_failed_step_returns_500(engine, client, error, monkeypatch):
     ask(client, max_tokens=2)  # so that there is a decoder
     decoder = engine.worker.queue.decoder
 
@@ -580,7 +580,7 @@ def test_a_step_that_fails_is_ours(engine, client, error, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_is_not_finite_is_ours_and_fails_alone(engine, client, stream, monkeypatch, caplog):
+def test_a_non_finite_answer_returns_500_and_fails_alone(engine, client, stream, monkeypatch, caplog):
     expected = ask(client, seed=1).choices[0].message.content
     form = engine.model.memory.form
     monkeypatch.setattr(engine.model.memory, "form", lambda *given: form(*given) * float("nan"))
@@ -608,7 +608,7 @@ def test_stopping_lets_answers_finish(model):
     assert not thread.is_alive() and not engine.worker.alive and not engine.ready()
 
 
-def test_stopping_gives_up_what_takes_too_long(model, monkeypatch):
+def test_stopping_cancels_long_answers(model, monkeypatch):
     engine = Engine(model, batch_size=2)
     step = engine.worker.queue.step
     monkeypatch.setattr(engine.worker.queue, "step", lambda: (time.sleep(0.2), step())[1])

@@ -1,4 +1,4 @@
-"""A choice on its way out: stop strings anywhere, log-probabilities beside their words, invocations in their place."""
+"""Events of a choice: stop strings, log-probabilities, token bytes and invocations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SENTENCE = "Row 1: 2 red, 8 blue. So 27."
 
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("stops", [[], ["red"], ["8 b"], ["So 27.!"], ["zzz", ". S", "blue"], ["R"], ["."]])
-def test_stop_strings_cut_where_they_begin(model, stops, size):
+def test_text_ends_where_a_stop_string_starts(model, stops, size):
     writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, stops)
     events = told(writer, words(model, SENTENCE), size=size)
     places = [SENTENCE.find(stop) for stop in stops if stop in SENTENCE]
@@ -58,7 +58,7 @@ def test_stop_strings_cut_where_they_begin(model, stops, size):
     assert list(writer.read(RowUpdate(0, words(model, "more"), [], [], "cancelled"))) == [] or not places
 
 
-def test_nothing_of_a_stop_string_gets_out_early(model):
+def test_a_partial_stop_string_is_held_back(model):
     writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, ["blue. So 27.!"])
     seen = ""
     for token in words(model, SENTENCE):
@@ -67,7 +67,7 @@ def test_nothing_of_a_stop_string_gets_out_early(model):
     assert text_of(list(writer.read(RowUpdate(0, [], [], [], "length")))) != ""
 
 
-def test_longest_start_against_all_prefixes():
+def test_partial_stop_length_against_all_prefixes():
     stops = ["aab", "abc", "b"]
     for length in range(5):
         for letters in itertools.product("abc", repeat=length):
@@ -76,7 +76,7 @@ def test_longest_start_against_all_prefixes():
             assert partial_stop_length(text, stops) == max(starts, default=0)
 
 
-def test_invocations_stand_where_they_were(model):
+def test_invocations_have_the_right_position_and_offset(model):
     tokens = model.tokens
     first, second = words(model, "Row 1"), words(model, ": 27.")
     ids = [
@@ -104,7 +104,7 @@ def test_invocations_stand_where_they_were(model):
 
 
 @pytest.mark.parametrize("stops", [[], ["blue"]])
-def test_log_probabilities_go_with_their_words(model, stops):
+def test_log_probabilities_arrive_with_their_text(model, stops):
     ids = words(model, SENTENCE)
     tops = [Top(-0.1 * at, [(token, -0.1 * at), (5, float("-inf"))]) for at, token in enumerate(ids)]
     writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, stops, top=2)
@@ -140,7 +140,7 @@ def test_log_probabilities_end_before_a_stop_string(model, stop, size):
     assert joined == (SENTENCE[: place + 1] if stop == "27" else SENTENCE[:place])  # within " 2", which stays
 
 
-def test_a_character_of_several_tokens_comes_out_whole(model):
+def test_a_character_of_several_tokens_is_emitted_once(model):
     tokenizer = model.processor.tokenizer
     ids = words(model, "漢")
     if len(ids) < 2 or tokenizer.decode(ids) != "漢":
@@ -186,7 +186,7 @@ def test_bytes_of_tokens_join_to_the_text(kind, text):
 
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
-def test_a_part_of_a_character_has_its_own_byte(kind):
+def test_part_of_a_character_has_its_own_byte(kind):
     tokenizer = VOCABULARIES[kind]()
     ids = tokenizer.encode("\U0001f642", add_special_tokens=False)[-4:]
     spell = TokenBytes(tokenizer)
@@ -196,7 +196,7 @@ def test_a_part_of_a_character_has_its_own_byte(kind):
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
 @pytest.mark.parametrize("last", ["stop", "length"])
-def test_an_answer_that_ends_within_a_character_has_the_bytes_it_wrote(kind, last):
+def test_an_answer_ending_inside_a_character_has_its_bytes(kind, last):
     tokenizer = VOCABULARIES[kind]()
     ids = tokenizer.encode("a\U0001f642", add_special_tokens=False)[:-2]
     events = told(ChoiceStream(0, tokenizer, NO_MEMORY, top=0), ids, tops=[Top(-1.0, []) for _ in ids], finish=last)
@@ -206,7 +206,7 @@ def test_an_answer_that_ends_within_a_character_has_the_bytes_it_wrote(kind, las
 
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
-def test_a_text_that_continues_a_prompt_keeps_its_space(kind):
+def test_a_continuation_keeps_its_leading_space(kind):
     tokenizer = VOCABULARIES[kind]()
     before, after = (tokenizer.encode(text, add_special_tokens=False) for text in ("x", "x a"))
     assert after[: len(before)] == before

@@ -1,4 +1,4 @@
-"""The application of `guarded_site.py`, listening. Without the extra that it needs, the tests beside this skip."""
+"""Serves the application of `guarded_site.py`. The tests are skipped without the `serve` extra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small application behind the server's guards, for tests of what comes from outside."""
+"""A small application behind the server's guards."""
 
 from __future__ import annotations
 
