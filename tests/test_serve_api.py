@@ -308,7 +308,7 @@ def started(*options: str, **more) -> tuple[subprocess.Popen, str]:
         env={**os.environ, **more},
     )
     line = process.stdout.readline()
-    assert line.startswith("ServingConfig "), line + process.stderr.read()
+    assert line.startswith("Serving "), line + process.stderr.read()
     return process, line.split(" on ")[1].split("/v1")[0]
 
 
