@@ -338,7 +338,7 @@ def test_pictures_that_cannot_be_used(tmp_path, monkeypatch):
     (tmp_path / "empty.png").write_bytes(b"")
     Image.new("RGB", (2, 900)).save(tmp_path / "line.png")
     for name, message in (
-        ("broken.png", "cannot be used: the file breaks off."),
+        ("broken.png", "cannot be used: the file is truncated."),
         ("text.png", "cannot be used: it is not an image, or of a format other than PNG, JPEG, WEBP, GIF, BMP."),
         ("empty.png", "cannot be used: it is empty."),
         ("line.png", "cannot be used: its longer side is more than 200 times its shorter one."),

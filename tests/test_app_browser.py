@@ -101,7 +101,7 @@ def test_own_pictures_good_and_bad(visit, tmp_path):
     page.locator("#ui-composer input[type=file]").set_input_files(tmp_path / "broken.png")
     expect(page.locator("#ui-composer .thumbnail-item")).to_have_count(1)
     ask(page, "What is this?")
-    expect(page.locator(".ui-notice")).to_contain_text("Image broken.png cannot be used: the file breaks off")
+    expect(page.locator(".ui-notice")).to_contain_text("Image broken.png cannot be used: the file is truncated")
     expect(page.locator(".ui-turn")).to_have_count(0)
     page.locator(".ui-notice button").click()
     expect(page.locator(".ui-notice")).to_have_count(0)

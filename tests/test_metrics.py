@@ -1,4 +1,4 @@
-"""What a server counts: read as Prometheus reads it, and with no more labels than there are names in the code."""
+"""The server's metrics, parsed as Prometheus parses them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.connections import ConnectionLimits, uvicorn_settings
 from vismem.serving.engine import Load
 from vismem.serving.errors import ApiError
+from vismem.serving.events import Ended, Event, Invoked, Started, TextDelta
 from vismem.serving.guards import Guards, guarded
-from vismem.serving.metrics import Counted, Metrics
+from vismem.serving.metrics import Metrics, RequestCounter
 from vismem.serving.protocol import InvocationTrace, MemoryUsage
-from vismem.serving.writing import Delta, Ended, Event, Invoked, Started
 
 
 def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
@@ -46,11 +46,11 @@ def idle() -> Load:
 EVENTS: list[Event] = [
     Started(30),
     Invoked(0, InvocationTrace(kind="short", position=0, offset=0, length=8, forced=False)),
-    Delta(0, "a"),
-    Delta(1, "b"),
-    Delta(0, "c"),
+    TextDelta(0, "a"),
+    TextDelta(1, "b"),
+    TextDelta(0, "c"),
     Invoked(1, InvocationTrace(kind="long", position=1, offset=1, length=8, forced=True)),
-    Delta(0, "d"),
+    TextDelta(0, "d"),
     Ended(0, "stop", 5, MemoryUsage(invocation_tokens=2, short_vectors=8)),
     Ended(1, "length", 7, MemoryUsage(invocation_tokens=2, long_vectors=8)),
 ]
@@ -75,7 +75,7 @@ async def drained(events: AsyncIterator[Event]) -> list[Event]:
 
 def test_an_answers_tokens_times_and_memory_are_counted_and_its_events_unchanged() -> None:
     metrics = Metrics(idle)
-    assert asyncio.run(drained(metrics.watched(stream(*EVENTS)))) == EVENTS
+    assert asyncio.run(drained(metrics.watch(stream(*EVENTS)))) == EVENTS
     found = read(metrics)
     tokens = {kind: found["vismem_tokens_total", kind] for kind in ("prompt", "completion", "invocation")}
     assert tokens == {"prompt": 30, "completion": 12, "invocation": 4}
@@ -99,10 +99,10 @@ def test_an_answers_tokens_times_and_memory_are_counted_and_its_events_unchanged
         (RuntimeError("broken"), "error"),
     ],
 )
-def test_answers_that_fail_are_told_apart(error: Exception, outcome: str) -> None:
+def test_failed_answers_are_counted_by_outcome(error: Exception, outcome: str) -> None:
     metrics = Metrics(idle)
     with pytest.raises(type(error)) as caught:
-        asyncio.run(drained(metrics.watched(stream(EVENTS[0], error=error))))
+        asyncio.run(drained(metrics.watch(stream(EVENTS[0], error=error))))
     assert caught.value is error
     found = read(metrics)
     outcomes = {name[1]: value for name, value in found.items() if name[0] == "vismem_answers_total"}
@@ -110,11 +110,11 @@ def test_answers_that_fail_are_told_apart(error: Exception, outcome: str) -> Non
     assert found[("vismem_answer_seconds_count",)] == (outcome != "refused")  # or full queues looked like quick answers
 
 
-def test_an_answer_that_is_given_up_is_closed_and_counted_as_cancelled() -> None:
+def test_an_abandoned_answer_is_closed_and_counted_as_cancelled() -> None:
     metrics, closed = Metrics(idle), []
 
     async def left_early() -> None:
-        async with aclosing(metrics.watched(stream(*EVENTS, closed=closed))) as events:
+        async with aclosing(metrics.watch(stream(*EVENTS, closed=closed))) as events:
             async for _ in events:
                 break
 
@@ -123,7 +123,7 @@ def test_an_answer_that_is_given_up_is_closed_and_counted_as_cancelled() -> None
             yield EVENTS[0]
             await asyncio.Event().wait()
 
-        task = asyncio.create_task(drained(metrics.watched(waits())))
+        task = asyncio.create_task(drained(metrics.watch(waits())))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -135,7 +135,7 @@ def test_an_answer_that_is_given_up_is_closed_and_counted_as_cancelled() -> None
     assert read(metrics)["vismem_answers_total", "cancelled"] == 2
 
 
-def test_rows_are_asked_for_when_the_counts_are_read() -> None:
+def test_rows_are_read_when_the_metrics_are() -> None:
     now = [Load(3, 4)]
     metrics = Metrics(lambda: now[0])
     assert (read(metrics)[("vismem_rows_waiting",)], read(metrics)[("vismem_rows_writing",)]) == (3, 4)
@@ -143,9 +143,9 @@ def test_rows_are_asked_for_when_the_counts_are_read() -> None:
     assert (read(metrics)[("vismem_rows_waiting",)], read(metrics)[("vismem_rows_writing",)]) == (0, 1)
 
 
-def test_two_applications_count_apart() -> None:
+def test_applications_have_separate_metrics() -> None:
     one, other = Metrics(idle), Metrics(idle)
-    one.dropped("slow_head")
+    one.count_drop("slow_head")
     assert read(one)["vismem_refused_total", "slow_head"] == 1
     assert read(other)["vismem_refused_total", "slow_head"] == 0
 
@@ -173,8 +173,8 @@ def site():
         Route("/v1/models/{name:path}", echo),
     ]
     metrics = Metrics(idle)
-    app = Counted(guarded(Starlette(routes=routes), Guards(keys=["sk-right"], max_body=1000)), metrics)
-    with listening(app, **uvicorn_settings(Patience(head=0.3, dropped=metrics.dropped))) as port:
+    app = RequestCounter(guarded(Starlette(routes=routes), Guards(keys=["sk-right"], max_body=1000)), metrics)
+    with listening(app, **uvicorn_settings(ConnectionLimits(head=0.3, on_drop=metrics.count_drop))) as port:
         yield metrics, port, free
         free.set()
 
@@ -213,7 +213,7 @@ def counted(metrics, each: int) -> None:
     until(lambda: all(read(metrics).get(name) == each for name in names))
 
 
-def test_what_clients_write_makes_no_new_labels(site) -> None:
+def test_clients_cannot_create_labels(site) -> None:
     metrics, port, _ = site
     for i in range(30):
         exchanged(port, get(f"/wp-admin/{i}"))
@@ -227,11 +227,11 @@ def test_what_clients_write_makes_no_new_labels(site) -> None:
         exchanged(port, get(f"/v1/models{i}").replace(b"GET", b"BREW%d" % i, 1))
     counted(metrics, 60)
     assert len(read(metrics)) == size
-    metrics.dropped("a reason of nobody's")
+    metrics.count_drop("a reason of nobody's")
     assert read(metrics)["vismem_refused_total", "other"] == 1
 
 
-def test_requests_in_flight_go_up_and_down_again_also_where_clients_leave(site) -> None:
+def test_requests_in_flight_return_to_zero_even_after_disconnects(site) -> None:
     metrics, port, free = site
     with connected(port) as one, connected(port) as other:
         one.sendall(get("/health"))

@@ -299,7 +299,7 @@ def test_a_file_that_is_cut_off_is_refused_wherever(kind: str) -> None:
 
 def test_a_png_ends_with_its_own_end() -> None:
     for missing in range(1, 16):
-        with refused(400, "breaks off"):
+        with refused(400, "is truncated"):
             decoded(KINDS["png"]()[:-missing])
 
 

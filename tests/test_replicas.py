@@ -1,4 +1,4 @@
-"""Two replicas of the pocket model under Ray Serve: the words of one engine, whichever writes; deaths and ends."""
+"""Two replicas of the pocket model under Ray Serve: same answers as one engine, failures, and shutdown."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if importlib.util.find_spec("ray") is None or not Path("/proc/net/tcp").exists()
     pytest.skip("needs Ray Serve (vismem[replicas]) and Linux's /proc", allow_module_level=True)
 
 from vismem.loading import LoadError, load_model
-from vismem.serving.engine import Ask, Engine
+from vismem.serving.engine import Engine, EngineRequest
 from vismem.serving.errors import ApiError
-from vismem.serving.replica import gathered, told
+from vismem.serving.events import Ended, Started, TextDelta
+from vismem.serving.replica import batched_events, error_arguments
 from vismem.serving.replicas import start_replicas
-from vismem.serving.writing import Delta, Ended, Started
 
 pytestmark = pytest.mark.xdist_group("replicas")  # one cluster for all
 PICTURE = {"type": "image", "url": ""}
@@ -28,16 +28,16 @@ SETTINGS = {"batch_size": 2, "suppress_tokens": [3]}  # never an end, so that an
 SMALL = 80 * 2**20  # bytes of shared memory
 
 
-def ask(tokens: int = 12, **more: object) -> Ask:
+def ask(tokens: int = 12, **more: object) -> EngineRequest:
     turn = {"role": "user", "content": [{"type": "text", "text": "Describe the shelf."}]}
-    return Ask([turn], max_tokens=tokens, sampling={"temperature": 1.0}, **more)
+    return EngineRequest([turn], max_tokens=tokens, sampling={"temperature": 1.0}, **more)
 
 
-async def read(engine, asked: Ask) -> tuple[list[str], list[object]]:
+async def read(engine, asked: EngineRequest) -> tuple[list[str], list[object]]:
     """The texts of all choices, and the other events."""
     texts, others = [""] * asked.n, []
     async for event in engine.answer(asked):
-        if isinstance(event, Delta):
+        if isinstance(event, TextDelta):
             texts[event.index] += event.text
         else:
             others.append(event)
@@ -54,7 +54,7 @@ async def until(true, seconds: float = 60.0) -> None:
 async def begun(engine, tokens: int = 3000):
     """An answer that is being written, and will be for long."""
     events = engine.answer(ask(tokens))
-    while not isinstance(await anext(events), Delta):
+    while not isinstance(await anext(events), TextDelta):
         pass
     return events
 
@@ -95,7 +95,7 @@ def listening(pids: set[int]) -> set[str]:
 @pytest.fixture(scope="module")
 def engine():
     earlier = family()
-    found = start_replicas({"device": "cpu"}, 2, threads=1, object_store=SMALL, most_waiting=1, **SETTINGS)
+    found = start_replicas({"device": "cpu"}, 2, threads=1, object_store=SMALL, max_waiting=1, **SETTINGS)
     found.processes = family() - earlier
     yield found
     asyncio.run(found.close())
@@ -103,12 +103,12 @@ def engine():
 
 @pytest.fixture(scope="module")
 def local():
-    found = Engine(load_model(device="cpu").model, most_waiting=1, **SETTINGS)
+    found = Engine(load_model(device="cpu").model, max_waiting=1, **SETTINGS)
     yield found
     asyncio.run(found.close())
 
 
-def test_replicas_write_what_one_engine_writes(engine, local):
+def test_replicas_give_the_same_answers_as_one_engine(engine, local):
     asked = [ask(seed=seed, top=1, invocation="short@0" if seed == 5 else "long@2") for seed in range(4)]
     asked.append(ask(n=2, seed=9, stops=("mint",)))
 
@@ -121,10 +121,10 @@ def test_replicas_write_what_one_engine_writes(engine, local):
     asyncio.run(both())
 
 
-def test_both_write_and_the_load_is_that_of_both(engine):
+def test_both_replicas_work_and_the_load_is_their_sum(engine):
     async def run():
         held = [await begun(engine) for _ in range(4)]  # two rows each: with one of them alone, two would wait
-        assert [place.rows for place in engine.places] == [2, 2]
+        assert [replica.rows for replica in engine.replicas] == [2, 2]
         assert engine.load().writing == 4 and engine.load().waiting == 0
         assert engine.ready()
         for events in held:
@@ -134,7 +134,7 @@ def test_both_write_and_the_load_is_that_of_both(engine):
     asyncio.run(run())
 
 
-def test_an_answer_that_nobody_reads_frees_its_row(engine):
+def test_an_abandoned_answer_frees_its_row(engine):
     async def run():
         for _ in range(3):  # what is left of a round would hold up the next, and two on one replica each other
             held = await asyncio.wait_for(asyncio.gather(*(begun(engine) for _ in range(4))), 8)
@@ -148,7 +148,7 @@ def test_an_answer_that_nobody_reads_frees_its_row(engine):
     asyncio.run(run())
 
 
-def test_what_does_not_fit_is_refused_in_front(engine):
+def test_a_full_queue_is_refused_by_the_server(engine):
     async def run():
         held = [await begun(engine) for _ in range(4)]
         waiting = [asyncio.ensure_future(read(engine, ask(seed=1))) for _ in range(2)]
@@ -164,19 +164,24 @@ def test_what_does_not_fit_is_refused_in_front(engine):
     asyncio.run(run())
 
 
-def test_errors_of_a_replica_cross_intact(engine, local):
-    def told_by(which, asked: Ask) -> dict:
+def test_errors_of_a_replica_arrive_unchanged(engine, local):
+    def told_by(which, asked: EngineRequest) -> dict:
         with pytest.raises(ApiError) as caught:
             asyncio.run(read(which, asked))
         return vars(caught.value)
 
-    for asked in (ask(n=3), ask(n=100), ask(10**6), Ask([{"role": "user", "content": [PICTURE]}], max_tokens=4)):
+    for asked in (
+        ask(n=3),
+        ask(n=100),
+        ask(10**6),
+        EngineRequest([{"role": "user", "content": [PICTURE]}], max_tokens=4),
+    ):
         assert told_by(engine, asked) == told_by(local, asked)
-    assert told(None) is None
-    assert told(ZeroDivisionError("secret"))["message"] == "the server failed; its log has the reason"
+    assert error_arguments(None) is None
+    assert error_arguments(ZeroDivisionError("secret"))["message"] == "the server failed; its log has the reason"
 
 
-def test_messages_hold_what_came_meanwhile_and_closing_them_closes_the_answer():
+def test_events_are_batched_and_closing_closes_the_answer():
     closed = []
 
     async def events(error: bool):
@@ -191,23 +196,23 @@ def test_messages_hold_what_came_meanwhile_and_closing_them_closes_the_answer():
             closed.append(error)
 
     async def run():
-        found = [each async for each in gathered(events(True), lambda: 0.05)]
+        found = [each async for each in batched_events(events(True), lambda: 0.05)]
         assert found[0][0][0] == 0 and len(found) < 5
         assert [number for numbers, _ in found for number in numbers] == list(range(5))
         assert [error is None for _, error in found] == [True] * (len(found) - 1) + [False]
-        async with aclosing(gathered(events(False), lambda: 0.0)) as parts:
+        async with aclosing(batched_events(events(False), lambda: 0.0)) as parts:
             await anext(parts)
         assert closed == [True, False]
 
     asyncio.run(run())
 
 
-def test_the_service_outlives_a_replica(engine):
+def test_the_server_survives_the_death_of_a_replica(engine):
     import ray
 
     async def run():
         held = [await begun(engine), await begun(engine)]
-        assert [place.rows for place in engine.places] == [1, 1]
+        assert [replica.rows for replica in engine.replicas] == [1, 1]
         victim = f"SERVE_REPLICA::{engine.cluster.apps[0]}#"
         actors = [each for each in ray.util.list_named_actors(all_namespaces=True) if each["name"].startswith(victim)]
         ray.kill(ray.get_actor(**actors[0]))
@@ -228,7 +233,7 @@ def test_the_service_outlives_a_replica(engine):
         for seed in range(4):
             assert (await read(engine, ask(seed=seed)))[0][0]
         assert engine.load().writing == engine.load().waiting == 0
-        await until(lambda: all(place.running for place in engine.places))
+        await until(lambda: all(replica.running for replica in engine.replicas))
         held = [await begun(engine), await begun(engine)]
         assert engine.load().writing == 2
         for events in held:
@@ -256,7 +261,7 @@ def test_a_replica_that_cannot_load_its_model_says_why(engine):
     assert engine.ready()
 
 
-def test_the_end_is_orderly_and_leaves_nothing(engine):
+def test_close_is_graceful_and_leaves_nothing_behind(engine):
     async def run():
         short, long = asyncio.ensure_future(read(engine, ask(30))), await begun(engine)
         await until(lambda: engine.load().writing == 2)
@@ -278,7 +283,7 @@ def test_the_end_is_orderly_and_leaves_nothing(engine):
     asyncio.run(until(lambda: not engine.processes & family(), 20))
 
 
-def test_what_cannot_be_had_is_said_in_one_line():
+def test_start_errors_are_one_line():
     import ray
 
     with pytest.raises(ValueError, match="1 replica or more, got 0"):

@@ -1,4 +1,4 @@
-"""The server as its users meet it: OpenAI's own client, many at once, and what goes wrong in between."""
+"""The server through OpenAI's client: answers, concurrency, and failures."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from starlette.requests import Request
 
 from vismem.decoding.policies import read_policy
 from vismem.loading import load_model
-from vismem.serving.engine import Ask, Delta, Ended, Engine, Load, Started
+from vismem.serving.engine import Ended, Engine, EngineRequest, Load, Started, TextDelta
 from vismem.serving.errors import ApiError
 from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.protocol import ChatRequest
-from vismem.serving.server import ClientGone, Serving, application, while_connected
+from vismem.serving.server import ClientDisconnectedError, ServingConfig, application, while_connected
 
 SHELF = Image.open(Path(__file__).parents[1] / "examples" / "shelf.png").convert("RGB")
 QUESTION = "What does row 1 cost with its promotion?"
 BOUND = 60  # seconds after which a test gives up
-HELLO = Ask([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], invocation="off")
+HELLO = EngineRequest([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], invocation="off")
 
 
 @contextmanager
@@ -80,12 +80,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def engine(model):
-    return Engine(model, batch_size=4, most_waiting=6, max_tokens=200)
+    return Engine(model, batch_size=4, max_waiting=6, max_tokens=200)
 
 
 @pytest.fixture(scope="module")
 def address(engine):
-    with running(application(engine, Serving("pocket", answer_timeout=BOUND))) as found:
+    with running(application(engine, ServingConfig("pocket", answer_timeout=BOUND))) as found:
         yield found
 
 
@@ -112,7 +112,7 @@ def own(model, *turns: dict, pictures=(SHELF,), invocation="learned", seed=0, **
 
 
 @pytest.mark.parametrize("invocation", ["learned", "off", "long", "short@0,long@3", "random:0.5"])
-def test_the_words_are_the_models(client, model, invocation):
+def test_text_equals_generate(client, model, invocation):
     found = ask(client, seed=5, extra_body={"vismem": {"invocation": invocation}})
     text, invocations = own(model, invocation=invocation, seed=5)
     choice = found.choices[0]
@@ -131,7 +131,7 @@ def test_the_words_are_the_models(client, model, invocation):
     assert found.usage.total_tokens == found.usage.prompt_tokens + words
 
 
-def test_transparent_pictures_are_what_the_base_makes_of_them(client, model):
+def test_transparent_images_are_handled_as_by_the_base(client, model):
     grey = SHELF.convert("L")
     nothing = Image.new("L", grey.size)
     ink = Image.merge("RGBA", (nothing, nothing, nothing, ImageOps.invert(grey)))
@@ -139,7 +139,7 @@ def test_transparent_pictures_are_what_the_base_makes_of_them(client, model):
     assert answer == own(model, pictures=[ink])[0] != own(model, pictures=[ink.convert("RGB")])[0]
 
 
-def test_a_stream_is_the_answer_in_pieces(client):
+def test_stream_chunks_join_to_the_answer(client):
     whole = ask(client, logprobs=True, top_logprobs=2)
     chunks = list(ask(client, logprobs=True, top_logprobs=2, stream=True, stream_options={"include_usage": True}))
     *parts, last = chunks
@@ -161,14 +161,14 @@ def test_a_stream_is_the_answer_in_pieces(client):
     assert parts[0].model_extra["vismem"].keys() == {"seed", "invocation"}
 
 
-def test_without_a_trace(client):
+def test_the_trace_can_be_turned_off(client):
     quiet = {"vismem": {"trace": False}}
     assert ask(client, extra_body=quiet).choices[0].vismem is None
     chunks = list(ask(client, extra_body=quiet, stream=True))
     assert not any("vismem" in choice.model_extra for chunk in chunks for choice in chunk.choices)
 
 
-def test_choices_draw_from_seeds_in_turn(client, model):
+def test_choice_n_uses_seed_plus_n(client, model):
     settings = {"temperature": 1.3, "top_p": 0.95, "max_tokens": 20}
     found = ask(client, n=3, seed=7, **settings, extra_body={"vismem": {"invocation": "short@1"}})
     sampling = {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "max_new_tokens": 20}
@@ -184,7 +184,7 @@ def test_choices_draw_from_seeds_in_turn(client, model):
     assert again.choices[0].message.content == found.choices[2].message.content
 
 
-def test_a_drawn_seed_gives_the_same_again(client):
+def test_a_returned_seed_reproduces_the_answer(client):
     first = ask(client, temperature=1.5, max_tokens=20)
     assert 0 <= first.vismem["seed"] < 2**53
     second = ask(client, temperature=1.5, max_tokens=20, seed=first.vismem["seed"])
@@ -202,7 +202,7 @@ def test_stop_and_length(client, model):
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens + chosen == 5
 
 
-def test_a_penalty_holds_where_nothing_is_drawn(client, model):
+def test_repetition_penalty_applies_to_greedy_decoding(client, model):
     text, _ = own(model, repetition_penalty=3.0, do_sample=False)
     assert text != own(model)[0]
     found = ask(client, temperature=0, extra_body={"repetition_penalty": 3.0})
@@ -218,10 +218,10 @@ def test_vanilla_is_the_base(client, model):
         ask(client, model="pocket:vanilla", extra_body={"vismem": {"invocation": "learned"}})
 
 
-def test_a_name_that_ends_like_the_vanilla_ones():
+def test_a_model_name_may_end_in_vanilla():
     request = ChatRequest(model="a:vanilla", messages=[{"role": "user", "content": "hi"}])
-    assert Serving("a:vanilla").invocation_for(request) == "learned"
-    assert Serving("a").invocation_for(request) == "off"
+    assert ServingConfig("a:vanilla").invocation_for(request) == "learned"
+    assert ServingConfig("a").invocation_for(request) == "off"
 
 
 def test_several_images_and_turns(client, model):
@@ -244,7 +244,7 @@ def test_several_images_and_turns(client, model):
     assert found.usage.prompt_tokens > alone.usage.prompt_tokens + 32
 
 
-def test_log_probabilities_are_the_models(client, model):
+def test_log_probabilities_equal_the_models(client, model):
     found = ask(client, logprobs=True, top_logprobs=3, temperature=1.0, seed=3, max_tokens=12)
     content = [{"type": "image", "image": SHELF}, {"type": "text", "text": QUESTION}]
     inputs = tiny.prompts(model.processor, [[{"role": "user", "content": content}]])
@@ -275,9 +275,9 @@ def test_models_and_health(client, address):
 WRONG = {
     "no model 'gpt'": {"model": "gpt"},
     "temperature: ": {"temperature": 9},
-    "at most 4 rows": {"n": 5},
+    "at most 4 rows at a time": {"n": 5},
     "unknown policy 'often'": {"extra_body": {"vismem": {"invocation": "often"}}},
-    "max_tokens is 201; this server writes at most 200": {"max_tokens": 201},
+    "max_tokens is 201; this server generates at most 200": {"max_tokens": 201},
     "this server does not support logit_bias": {"logit_bias": {"3": 1}},
     "this server does not support tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
     "top_logprobs needs logprobs": {"top_logprobs": 2},
@@ -311,15 +311,15 @@ WRONG = {
     "messages: is empty": {"messages": []},
     "messages.0.role": {"messages": [{"role": "robot", "content": "hi"}]},
     "messages.0.content.0.image_url": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-    "not images|user turns only": {
+    "only user messages may contain images": {
         "messages": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
     },
-    "the model's own mark <image>": {"messages": [{"role": "user", "content": "<image>"}]},
-    "the model's own mark <ms_I>": {"messages": [{"role": "user", "content": "<ms_I>"}]},
-    "the model's own mark <ms_E>": {
+    "the reserved token <image>": {"messages": [{"role": "user", "content": "<image>"}]},
+    "the reserved token <ms_I>": {"messages": [{"role": "user", "content": "<ms_I>"}]},
+    "the reserved token <ms_E>": {
         "messages": [{"role": "user", "content": [{"type": "text", "text": part} for part in ("<ms", "_E>")]}]
     },
-    "the model's own mark <ml_I>": {
+    "the reserved token <ml_I>": {
         "messages": [
             {
                 "role": "user",
@@ -336,12 +336,12 @@ WRONG = {
         "messages": [{"role": "user", "content": "hi"}],
         "extra_body": {"vismem": {"invocation": "short@0"}},
     },
-    "no Unicode": {"extra_body": {"messages": [{"role": "user", "content": "\ud800"}]}},
+    "not valid Unicode": {"extra_body": {"messages": [{"role": "user", "content": "\ud800"}]}},
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_is_wrong_is_said_in_one_line(client, address, message):
+def test_invalid_requests_get_a_one_line_error(client, address, message):
     body = {"model": "pocket", "messages": [{"role": "user", "content": "hi"}], **WRONG[message]}
     body.update(body.pop("extra_body", {}))
     found = httpx.post(f"{address}/v1/chat/completions", content=json.dumps(body), headers=JSON, timeout=BOUND)
@@ -355,12 +355,12 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", "null", '"text"', "[" * 100_000, '{"model": 1e999}', "\xff\xfe"])
-def test_bodies_that_are_no_request(address, body):
+def test_malformed_bodies_are_refused(address, body):
     found = httpx.post(f"{address}/v1/chat/completions", content=body.encode("latin-1"), headers=JSON, timeout=BOUND)
     assert found.status_code == 400 and found.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_no_such_route(address):
+def test_unknown_routes_and_methods_are_refused(address):
     for method, path, status in [
         ("GET", "/v1", 404),
         ("POST", "/", 405),
@@ -397,14 +397,14 @@ def slow(engine, monkeypatch):
 @pytest.fixture
 def endless(model):
     """An engine with room for three rows, whose answers do not end by themselves."""
-    made = Engine(model, batch_size=2, most_waiting=1, eos_token_id=None)
+    made = Engine(model, batch_size=2, max_waiting=1, eos_token_id=None)
     yield made
     asyncio.run(made.close())
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_row(endless, stream):
-    with running(application(Unclosed(endless), Serving("pocket"))) as place:
+def test_a_disconnected_client_frees_its_row(endless, stream):
+    with running(application(Unclosed(endless), ServingConfig("pocket"))) as place:
         body = json.dumps({"model": "pocket", "messages": [user(QUESTION, SHELF)], "stream": stream})
         with connected(int(place.rpartition(":")[2])) as raw:
             raw.sendall(post("/v1/chat/completions", body.encode()))
@@ -413,10 +413,10 @@ def test_a_client_that_goes_away_frees_its_row(endless, stream):
             if stream:
                 assert raw.recv(1)
         wait_for(lambda: not endless.worker.rows)
-        assert ticket.answers[0].finish == "cancelled" and endless.taken == 0
+        assert ticket.answers[0].finish == "cancelled" and endless.preparing_rows == 0
 
 
-def test_work_for_a_client_that_has_gone_is_given_up():
+def test_work_is_cancelled_when_the_client_disconnects():
     async def disconnected() -> dict:
         await asyncio.sleep(0)  # until the work is begun
         return {"type": "http.disconnect"}
@@ -427,19 +427,19 @@ def test_work_for_a_client_that_has_gone_is_given_up():
         for _ in range(20):
             await asyncio.sleep(0)
         assert work.cancelled()
-        with pytest.raises(ClientGone):
+        with pytest.raises(ClientDisconnectedError):
             await waiting
 
     asyncio.run(give_up())
 
 
-def test_a_choice_that_met_its_stop_string_is_written_no_further(endless):
+def test_a_stop_string_ends_decoding(endless):
     asked = replace(HELLO, n=2, seed=7, sampling={"temperature": 1.3})
 
     async def read() -> None:
         texts = ["", ""]
         async for event in endless.answer(replace(asked, max_tokens=40)):
-            if isinstance(event, Delta):
+            if isinstance(event, TextDelta):
                 texts[event.index] += event.text
         ours, others = texts
         stop = next(ours[at : at + 4] for at in range(len(ours)) if ours[at : at + 4] not in others)
@@ -454,9 +454,9 @@ def test_a_choice_that_met_its_stop_string_is_written_no_further(endless):
     asyncio.run(asyncio.wait_for(read(), BOUND))
 
 
-def test_prompts_in_the_making_take_room(endless):
+def test_prompts_in_preparation_count_as_waiting(endless):
     gate = threading.Event()
-    endless.preparing.submit(gate.wait, BOUND)
+    endless.prompt_thread.submit(gate.wait, BOUND)
 
     async def read() -> None:
         answers = [endless.answer(HELLO) for _ in range(4)]
@@ -469,7 +469,7 @@ def test_prompts_in_the_making_take_room(endless):
             assert endless.load() == Load(3, 0)
             gate.set()
             started = await asyncio.gather(*firsts[:3])
-            assert all(isinstance(event, Started) for event in started) and endless.taken == 0
+            assert all(isinstance(event, Started) for event in started) and endless.preparing_rows == 0
         finally:
             gate.set()
             await asyncio.gather(*firsts, return_exceptions=True)
@@ -479,8 +479,8 @@ def test_prompts_in_the_making_take_room(endless):
     asyncio.run(read())
 
 
-def test_a_context_may_be_filled_to_its_end(endless, monkeypatch):
-    async def read(ask: Ask) -> list:
+def test_prompt_and_answer_may_fill_the_context(endless, monkeypatch):
+    async def read(ask: EngineRequest) -> list:
         return [event async for event in endless.answer(ask)]
 
     started, *_ = asyncio.run(read(replace(HELLO, max_tokens=1)))
@@ -496,7 +496,7 @@ def test_a_context_may_be_filled_to_its_end(endless, monkeypatch):
     assert last.completion_tokens == 1
 
 
-def test_a_slow_reader_takes_nobodys_place(engine):
+def test_a_slow_reader_blocks_nobody(engine):
     """Once it is written, an answer that is still being read counts no more."""
 
     async def read() -> None:
@@ -511,7 +511,7 @@ def test_a_slow_reader_takes_nobodys_place(engine):
     asyncio.run(asyncio.wait_for(read(), BOUND))
 
 
-def test_words_do_not_wait_for_others_pictures(engine, client, monkeypatch):
+def test_text_requests_do_not_wait_for_image_decoding(engine, client, monkeypatch):
     decode, gate = engine.pictures.decode, threading.Event()
 
     def waiting(files):
@@ -529,7 +529,7 @@ def test_words_do_not_wait_for_others_pictures(engine, client, monkeypatch):
         assert shown.result().choices[0].message.content
 
 
-def test_more_than_may_wait(engine, client, slow):
+def test_a_full_queue_returns_429(engine, client, slow):
     streams = [ask(client, stream=True) for _ in range(10)]
     with pytest.raises(openai.RateLimitError, match="too many requests") as refused:
         ask(client)
@@ -540,9 +540,9 @@ def test_more_than_may_wait(engine, client, slow):
     assert len(words) == 1
 
 
-def test_an_answer_takes_too_long(engine, slow):
+def test_the_answer_timeout_returns_504(engine, slow):
     with (
-        running(application(Unclosed(engine), Serving("pocket", answer_timeout=0.3))) as place,
+        running(application(Unclosed(engine), ServingConfig("pocket", answer_timeout=0.3))) as place,
         client_of(place) as client,
     ):
         with pytest.raises(openai.InternalServerError, match=r"not done within 0.3 seconds") as late:
@@ -564,7 +564,7 @@ class Unclosed:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
-def test_a_step_that_fails_is_ours(engine, client, error, monkeypatch):
+def test_a_failed_step_returns_500(engine, client, error, monkeypatch):
     ask(client, max_tokens=2)  # so that there is a decoder
     decoder = engine.worker.queue.decoder
 
@@ -580,11 +580,11 @@ def test_a_step_that_fails_is_ours(engine, client, error, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_is_not_finite_is_ours_and_fails_alone(engine, client, stream, monkeypatch, caplog):
+def test_a_non_finite_answer_returns_500_and_fails_alone(engine, client, stream, monkeypatch, caplog):
     expected = ask(client, seed=1).choices[0].message.content
     form = engine.model.memory.form
     monkeypatch.setattr(engine.model.memory, "form", lambda *given: form(*given) * float("nan"))
-    with pytest.raises(openai.APIError, match="not finite") as failed:
+    with pytest.raises(openai.APIError, match="NaN or infinite") as failed:
         found = ask(client, stream=stream, extra_body={"vismem": {"invocation": "long@2"}})
         list(found)
     assert failed.value.code == "non_finite" and "its long-term memory is not finite" in caplog.text
@@ -595,7 +595,7 @@ def test_an_answer_that_is_not_finite_is_ours_and_fails_alone(engine, client, st
 def test_stopping_lets_answers_finish(model):
     engine = Engine(model, batch_size=2)
     bound = listening_socket("127.0.0.1", 0)
-    server = Server(config_of(application(engine, Serving("pocket")), grace=BOUND))
+    server = Server(config_of(application(engine, ServingConfig("pocket")), grace=BOUND))
     thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
     with client_of(address_of(bound)) as client:
@@ -608,12 +608,12 @@ def test_stopping_lets_answers_finish(model):
     assert not thread.is_alive() and not engine.worker.alive and not engine.ready()
 
 
-def test_stopping_gives_up_what_takes_too_long(model, monkeypatch):
+def test_stopping_cancels_long_answers(model, monkeypatch):
     engine = Engine(model, batch_size=2)
     step = engine.worker.queue.step
     monkeypatch.setattr(engine.worker.queue, "step", lambda: (time.sleep(0.2), step())[1])
     bound = listening_socket("127.0.0.1", 0)
-    server = Server(config_of(application(engine, Serving("pocket")), grace=1))
+    server = Server(config_of(application(engine, ServingConfig("pocket")), grace=1))
     thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
     with client_of(address_of(bound)) as client:

@@ -1,4 +1,4 @@
-"""The whole server: its own description against what it does, the command, and rough handling from outside."""
+"""The whole server: its OpenAPI schema, the command, and hostile clients."""
 
 from __future__ import annotations
 
@@ -27,30 +27,29 @@ from vismem.cli import main
 from vismem.loading import load_model
 from vismem.serving import page
 from vismem.serving.access import AccessLog
-from vismem.serving.checks import hosts_for
-from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.connections import ConnectionLimits
 from vismem.serving.engine import Engine
-from vismem.serving.guards import Guards, guarded
+from vismem.serving.guards import Guards, guarded, hosts_for
 from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
-from vismem.serving.metrics import Counted, Metrics
-from vismem.serving.server import Serving, application
+from vismem.serving.metrics import Metrics, RequestCounter
+from vismem.serving.server import ServingConfig, application
 
 KEY = "open-sesame"
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(load_model().model, batch_size=8, most_waiting=8, max_tokens=60)
+    return Engine(load_model().model, batch_size=8, max_waiting=8, max_tokens=60)
 
 
 @pytest.fixture(scope="module")
 def address(engine):
     """The server as `vismem serve` puts it together."""
     metrics = Metrics(engine.load)
-    app = application(engine, Serving("pocket", answer_timeout=BOUND, keyed=True), metrics)
+    app = application(engine, ServingConfig("pocket", answer_timeout=BOUND, requires_key=True), metrics)
     guards = Guards([KEY], hosts=hosts_for("127.0.0.1"), max_body=2**20, body_timeout=2)
-    patience = Patience(head=2, write=2, connections=150, dropped=metrics.dropped)
-    server = Server(config_of(Counted(guarded(app, guards), metrics), 5, **uvicorn_settings(patience)))
+    limits = ConnectionLimits(head=2, write=2, connections=150, on_drop=metrics.count_drop)
+    server = Server(config_of(RequestCounter(guarded(app, guards), metrics), 5, limits))
     bound = listening_socket("127.0.0.1", 0)
     thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
@@ -78,13 +77,13 @@ EXCLUDED = [positive_data_acceptance]
 
 
 @pytest.mark.parametrize("label", [CHAT, "GET /v1/models", "GET /v1/models/{name}", "GET /health", "GET /metrics"])
-def test_it_does_as_it_is_described(address, label):
+def test_valid_requests_follow_the_openapi_schema(address, label):
     found = operations(address)
     assert len(found) == 5
     run_through(found[label], schemathesis.GenerationMode.POSITIVE, 60)
 
 
-def test_it_refuses_what_is_not_described(address):
+def test_requests_outside_the_openapi_schema_are_refused(address):
     run_through(operations(address)[CHAT], schemathesis.GenerationMode.NEGATIVE, 80)
 
 
@@ -134,14 +133,14 @@ def test_bodies_and_images_that_are_too_large(address, client):
         assert refused.value.status_code in (400, 403)
 
 
-def test_a_text_beyond_the_context_is_not_tokenised(address, client, engine, monkeypatch):
-    monkeypatch.setattr(engine, "_processed", lambda *given: 1 / 0)
+def test_text_beyond_the_context_is_not_tokenized(address, client, engine, monkeypatch):
+    monkeypatch.setattr(engine, "_encode", lambda *given: 1 / 0)
     with pytest.raises(openai.BadRequestError, match="900000 characters") as refused:
         ask(client, {"role": "user", "content": "1" * 900_000})
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_schedules_have_an_end(client):
+def test_the_length_of_schedules_is_limited(client):
     for count, ends in ((64, False), (65, True)):
         plan = {"vismem": {"invocation": ",".join(["long@900"] * count)}}
         if ends:
@@ -151,7 +150,7 @@ def test_schedules_have_an_end(client):
             assert ask(client, user("Hello."), max_tokens=2, extra_body=plan).choices
 
 
-def test_chance_draws_from_seeds_in_turn(client):
+def test_random_policies_use_seed_plus_n(client):
     def tried(**settings):
         found = ask(
             client, user(QUESTION, SHELF), extra_body={"vismem": {"invocation": "random:0.5@anywhere"}}, **settings
@@ -167,23 +166,23 @@ def test_chance_draws_from_seeds_in_turn(client):
     ("field", "value", "message"),
     [
         ("messages", [], "messages: is empty"),
-        ("messages", [{"role": "user", "content": None}], "messages.0.content: must be a text or a list of parts"),
-        ("messages", [{"role": "user", "content": 5}], "messages.0.content: must be a text or a list of parts"),
+        ("messages", [{"role": "user", "content": None}], "messages.0.content: must be a string or a list of parts"),
+        ("messages", [{"role": "user", "content": 5}], "messages.0.content: must be a string or a list of parts"),
         ("stop", "", "stop: is empty"),
     ],
 )
-def test_words_of_our_own_for_what_is_often_wrong(address, field, value, message):
+def test_common_mistakes_have_clear_messages(address, field, value, message):
     body = {"model": "pocket", "messages": [user("Hello.")], field: value}
     answer = httpx.post(f"{address}/v1/chat/completions", json=body, headers=BEARER, timeout=BOUND)
     assert answer.status_code == 400 and answer.json()["error"]["message"] == message
 
 
-def test_fields_of_today_that_change_nothing(client):
+def test_recent_openai_fields_are_accepted(client):
     told = {"safety_identifier": "somebody", "prompt_cache_key": "a"}
     assert ask(client, user("Hello."), max_tokens=2, **told).choices
 
 
-def test_the_limit_of_a_body_is_that_of_its_images_too(monkeypatch):
+def test_max_body_also_limits_images(monkeypatch):
     from vismem.cli import serve as command
 
     monkeypatch.setattr(command, "load", lambda options: load_model())
@@ -193,7 +192,7 @@ def test_the_limit_of_a_body_is_that_of_its_images_too(monkeypatch):
         assert engine.pictures.limits.total_size == most * 2**20
 
 
-def test_paths_that_lead_elsewhere(address):
+def test_path_traversal_is_refused(address):
     host = address.removeprefix("http://")
     for path in [
         "/v1/models/../../etc/passwd",
@@ -263,12 +262,12 @@ def links(page: str) -> list[str]:
     return re.findall("href=[\"']([^\"']+)", page)
 
 
-def test_a_name_is_no_markup_on_the_page(engine):
-    found = page.home(["<b>a</b>"], application(engine, Serving("<b>a</b>")).openapi())
+def test_model_names_are_escaped_on_the_page(engine):
+    found = page.home(["<b>a</b>"], application(engine, ServingConfig("<b>a</b>")).openapi())
     assert "<b>" not in found.body.decode() and "&lt;b&gt;a" in found.body.decode()
 
 
-def test_an_answers_tokens_are_in_its_line(engine):
+def test_the_access_log_has_the_token_counts(engine):
     lines: list[str] = []
 
     async def told(body: dict) -> str:
@@ -284,7 +283,7 @@ def test_an_answers_tokens_are_in_its_line(engine):
         async def send(message: dict) -> None:
             pass
 
-        await AccessLog(application(engine, Serving("pocket")), lines.append)(scope, receive, send)
+        await AccessLog(application(engine, ServingConfig("pocket")), lines.append)(scope, receive, send)
         return lines[-1]
 
     async def both() -> None:
@@ -309,7 +308,7 @@ def started(*options: str, **environment: str) -> Iterator[tuple[Forked, str]]:
 
 
 @pytest.mark.parametrize("logged", [True, False])
-def test_the_command_serves_until_it_is_told_to_stop(tmp_path, logged):
+def test_the_command_serves_until_a_signal(tmp_path, logged):
     (tmp_path / "keys").write_text("# ours\nfirst\nsecond\n")
     options = ["--name", "shelves", "--api-key-file", str(tmp_path / "keys"), "--invocation", "off"]
     options += [] if logged else ["--no-access-log"]
@@ -366,13 +365,13 @@ def test_a_second_signal_ends_the_command_at_once():
         (["--base", "no-such-folder"], 1, "no base no-such-folder"),
     ],
 )
-def test_a_wrong_command_says_why(capsys, options, code, message):
+def test_invalid_options_get_a_one_line_error(capsys, options, code, message):
     assert main(["serve", "--port", "0", *options]) == code
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
 
 
-def test_a_port_that_is_taken(capsys):
+def test_a_port_in_use_is_an_error(capsys):
     with listening_socket("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 1

@@ -1,4 +1,4 @@
-"""What clients really send: answers as history, front ends' own fields, and a reply that is begun for the model."""
+"""What real clients send: answers as history, extra fields of front ends, and messages to continue."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from test_serve import BOUND, JSON, QUESTION, SHELF, ask, client_of, own, runnin
 from vismem.loading import load_model
 from vismem.serving import protocol
 from vismem.serving.engine import Engine
-from vismem.serving.protocol import ChatRequest, Ignored
-from vismem.serving.server import Serving, application
+from vismem.serving.protocol import ChatRequest, UnknownFields
+from vismem.serving.server import ServingConfig, application
 
 TURN = {"role": "user", "content": "Read row 2."}
 
@@ -28,8 +28,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def address(model):
-    engine = Engine(model, batch_size=4, most_waiting=6, max_tokens=200)
-    with running(application(engine, Serving("pocket", answer_timeout=BOUND))) as found:
+    engine = Engine(model, batch_size=4, max_waiting=6, max_tokens=200)
+    with running(application(engine, ServingConfig("pocket", answer_timeout=BOUND))) as found:
         yield found
 
 
@@ -98,7 +98,7 @@ def reassembled(client, *turns, **settings):
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_every_answer_is_taken_back(client, kind):
+def test_answers_can_be_sent_back_as_history(client, kind):
     first = user("Read row 1.", SHELF) if kind == "scheduled" else user("Read row 1.")
     whole = ask(client, first, seed=3, **ANSWERS[kind])
     streamed = reassembled(client, first, seed=3, **ANSWERS[kind])
@@ -128,7 +128,7 @@ def test_every_answer_is_taken_back(client, kind):
         {"content": [], "refusal": "Row 1."},
     ],
 )
-def test_the_assistants_schema_is_openais(client, address, more):
+def test_openais_assistant_fields_are_accepted(client, address, more):
     plain = ask(client, user("Hi."), {"role": "assistant", "content": "Row 1."}, TURN, seed=0, max_tokens=6)
     turn = {"role": "assistant", "content": "Row 1.", **more}
     body = {"model": "pocket", "messages": [user("Hi."), turn, TURN], "seed": 0, "max_tokens": 6}
@@ -141,7 +141,7 @@ def test_the_assistants_schema_is_openais(client, address, more):
 @pytest.mark.parametrize(
     "turn", [{"content": None}, {"content": ""}, {}, {"content": []}, {"content": [], "refusal": ""}]
 )
-def test_a_turn_without_words_is_one(address, turn):
+def test_empty_assistant_messages_are_accepted(address, turn):
     body = {"model": "pocket", "messages": [TURN, {"role": "assistant", **turn}, TURN], "max_tokens": 3}
     assert posted(address, body).status_code == 200
 
@@ -305,14 +305,14 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("form", SHOWN)
-def test_an_image_is_seen_however_it_is_sent(client, form):
+def test_every_form_of_image_part_is_accepted(client, form):
     wanted = ask(client, user("Read row 1.", SHELF), seed=0, max_tokens=12)
     found = ask(client, {"role": "user", "content": [SHOWN[form], PART]}, seed=0, max_tokens=12)
     assert found.choices[0].message.content == wanted.choices[0].message.content
     assert found.usage == wanted.usage
 
 
-def test_a_picture_that_says_it_is_another_is_what_its_bytes_are(client):
+def test_the_media_type_of_an_image_is_ignored(client):
     held = io.BytesIO()
     SHELF.save(held, format="webp", lossless=True)
     url = "data:application/pdf;base64," + base64.urlsafe_b64encode(held.getvalue()).decode().rstrip("=")
@@ -322,7 +322,7 @@ def test_a_picture_that_says_it_is_another_is_what_its_bytes_are(client):
 
 
 def test_unknown_fields_are_logged_once_each(address, monkeypatch, caplog):
-    monkeypatch.setattr(protocol, "ignored", Ignored())
+    monkeypatch.setattr(protocol, "unknown_fields", UnknownFields())
     body = {"model": "pocket", "messages": [{**TURN, "mood": "good"}], "max_tokens": 1, "shelf\n": "secret"}
     with caplog.at_level(logging.WARNING, "vismem"):
         for _ in range(3):
@@ -333,11 +333,11 @@ def test_unknown_fields_are_logged_once_each(address, monkeypatch, caplog):
     ]
 
 
-def test_made_up_fields_fill_neither_log_nor_memory(caplog):
-    noted = Ignored(most=5)
+def test_the_number_of_logged_unknown_fields_is_limited(caplog):
+    noted = UnknownFields(max_names=5)
     with caplog.at_level(logging.WARNING, "vismem"):
         for at in range(1000):
-            noted.note(f"{at}" * 1000, "a request")
+            noted.log(f"{at}" * 1000, "a request")
     assert len(caplog.records) == 6 and caplog.records[-1].getMessage().startswith("ignoring more unknown fields")
     assert sum(map(len, noted.names)) < 1000
 
@@ -345,7 +345,7 @@ def test_made_up_fields_fill_neither_log_nor_memory(caplog):
 # How tokens are drawn.
 
 
-def test_min_p_is_the_models(client, model):
+def test_min_p_equals_generate(client, model):
     said = {"role": "user", "content": [{"type": "text", "text": QUESTION}]}
     texts = set()
     for least in (0.0, 0.5, 1.0):
@@ -357,7 +357,7 @@ def test_min_p_is_the_models(client, model):
 
 
 @pytest.mark.parametrize("off", [-1, 0])
-def test_top_k_that_is_off_cuts_nothing(client, model, monkeypatch, off):
+def test_top_k_off_means_all_tokens(client, model, monkeypatch, off):
     monkeypatch.setattr(model.base.generation_config, "top_k", 1)
     text, _ = own(model, seed=2, do_sample=True, temperature=1.8, top_k=0, max_new_tokens=16)
     found = ask(client, seed=2, temperature=1.8, max_tokens=16, extra_body={"top_k": off})
@@ -365,13 +365,13 @@ def test_top_k_that_is_off_cuts_nothing(client, model, monkeypatch, off):
     assert ask(client, seed=2, temperature=1.8, max_tokens=16).choices[0].message.content != text
 
 
-def test_what_cuts_nothing_off_does_not_make_a_greedy_base_draw(client):
+def test_neutral_truncation_keeps_greedy_decoding(client):
     wanted = ask(client, seed=0).choices[0].message.content
     neutral = {"top_k": -1, "min_p": 0, "top_p": 1}
     assert {ask(client, seed=seed, extra_body=neutral).choices[0].message.content for seed in range(4)} == {wanted}
 
 
-def test_seeds_of_either_sign(client, model):
+def test_negative_and_positive_seeds_reproduce(client, model):
     settings = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12}
     for seed in (-2, -(2**63), 2**63 - 1):
         text, _ = own(model, seed=seed, **settings)
@@ -381,7 +381,7 @@ def test_seeds_of_either_sign(client, model):
     assert len(drawn) == 3 and min(drawn) >= 0
 
 
-def test_an_answer_whose_end_is_ignored_is_as_long_as_it_may_be(client):
+def test_ignore_eos_generates_until_max_tokens(client):
     short = ask(client, max_tokens=100)
     found = ask(client, max_tokens=100, extra_body={"ignore_eos": True})
     assert (short.choices[0].finish_reason, found.choices[0].finish_reason) == ("stop", "length")
@@ -394,7 +394,7 @@ CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
 
 @pytest.mark.parametrize("begun", ["Row 1: 2 red,", "Row 1:", "Row", "Row 1: 2 red, "])
 @pytest.mark.parametrize("more", [CONTINUED, {"continue_final_message": True}])
-def test_an_answer_goes_on_where_the_last_message_ends(client, model, begun, more):
+def test_continue_final_message_continues_the_last_message(client, model, begun, more):
     turns = [user(QUESTION, SHELF), {"role": "assistant", "content": begun}]
     found = ask(client, *turns, seed=0, max_tokens=20, extra_body=more)
     shown = [{"type": "image", "image": SHELF}, {"type": "text", "text": QUESTION}]
@@ -412,7 +412,7 @@ def test_an_answer_goes_on_where_the_last_message_ends(client, model, begun, mor
     assert streamed == found.choices[0].message.content
 
 
-def test_a_reply_of_several_parts_is_gone_on_after_its_last_word(client):
+def test_a_message_of_several_parts_is_continued_at_its_end(client):
     parts = [{"type": "text", "text": "Row 1:"}, {"type": "text", "text": " 2 red,"}, {"type": "text", "text": ""}]
     wanted = ask(
         client, user(QUESTION, SHELF), {"role": "assistant", "content": "Row 1: 2 red,"}, seed=0, extra_body=CONTINUED
@@ -422,13 +422,13 @@ def test_a_reply_of_several_parts_is_gone_on_after_its_last_word(client):
 
 
 @pytest.mark.parametrize("begun", ["", None, []])
-def test_a_reply_that_is_begun_with_nothing_is_an_ordinary_one(client, begun):
+def test_continuing_an_empty_message_starts_a_new_one(client, begun):
     wanted = ask(client, seed=0)
     found = ask(client, user(QUESTION, SHELF), {"role": "assistant", "content": begun}, seed=0, extra_body=CONTINUED)
     assert found.choices[0].message == wanted.choices[0].message and found.usage == wanted.usage
 
 
-def test_without_the_two_fields_a_last_reply_is_history(client):
+def test_by_default_a_last_assistant_message_is_history(client):
     turns = [user(QUESTION, SHELF), {"role": "assistant", "content": "Row 1:"}]
     plain = ask(client, *turns, seed=0, max_tokens=4)
     assert plain.usage == ask(client, *turns, seed=0, max_tokens=4, extra_body={"continue_final_message": False}).usage
@@ -441,15 +441,15 @@ def test_without_the_two_fields_a_last_reply_is_history(client):
 @pytest.mark.parametrize(
     ("turns", "more", "message"),
     [
-        ([TURN], CONTINUED, "needs a last message of the assistant, and this one is of user"),
+        ([TURN], CONTINUED, "needs an assistant message last, not one of role user"),
         (
             [TURN, {"role": "assistant", "content": "Row"}],
             {"continue_final_message": True, "add_generation_prompt": True},
             "continue_final_message needs add_generation_prompt: false",
         ),
-        ([TURN, {"role": "assistant", "content": "Row <ms_I>"}], CONTINUED, "the model's own mark <ms_I>"),
+        ([TURN, {"role": "assistant", "content": "Row <ms_I>"}], CONTINUED, "the reserved token <ms_I>"),
     ],
 )
-def test_replies_that_cannot_be_gone_on_with(client, turns, more, message):
+def test_messages_that_cannot_be_continued_are_refused(client, turns, more, message):
     with pytest.raises(openai.BadRequestError, match=message):
         ask(client, *turns, extra_body=more)

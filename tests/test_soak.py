@@ -1,4 +1,4 @@
-"""The soak of the server, a short one: all kinds of requests, and nothing but the clients' own faults."""
+"""A short soak test of the server: all kinds of requests, and no errors but the clients' own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_short_soak(tmp_path, capsys):
     assert len(found["requests_per_second"]["many"]) == len(found["requests_per_second"]["one"]) == 4
 
 
-def test_what_a_soak_counts_as_a_fault():
+def test_what_the_soak_counts_as_an_error():
     soak = benchmark("serve")
     rest = {"rss_mb": 100.0, "threads": 11, "files": 20}
     assert soak.grown([rest, {"rss_mb": 104.0, "threads": 11, "files": 21}]) == []

@@ -1,4 +1,4 @@
-"""The worker: words do not depend on who else asks, everything ends, and nothing is left behind."""
+"""The worker: tokens do not depend on other requests, every row ends, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tiny
 from vismem import NonFiniteError, Request
 from vismem.decoding.decoder import Decoder
 from vismem.decoding.policies import Forced
-from vismem.serving.worker import Closed, Full, Worker
+from vismem.serving.worker import QueueFullError, Worker, WorkerClosedError
 
 BOUND = 60  # seconds after which a test gives up
 
@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture
 def worker(model):
-    made = Worker(model, batch_size=4, most_waiting=3, record=True, max_new_tokens=12, eos_token_id=None)
+    made = Worker(model, batch_size=4, max_waiting=3, record=True, max_new_tokens=12, eos_token_id=None)
     yield made
     made.close()
 
@@ -48,7 +48,7 @@ def prompt(model, text="look again!", *pictures):
     return tiny.prompts(model.processor, [tiny.message(text, *pictures)])
 
 
-def test_words_are_those_of_generate(model, worker):
+def test_tokens_equal_generate(model, worker):
     asked = [
         Request(prompt(model, "one", tiny.picture(1)), invocation=Forced([(0, 2, "short"), (0, 5, "long")]), top=1),
         Request(prompt(model, "another one"), generation={"do_sample": True}, seed=3),
@@ -81,14 +81,14 @@ def test_several_rows(model, worker):
     assert sorted(ended) == [0, 1, 2]
 
 
-def test_no_more_than_may_wait(model, worker):
+def test_a_full_queue_raises(model, worker):
     hold = threading.Event()
     worker.call(hold.wait, BOUND)
     boxes = [Inbox() for _ in range(7)]
     for box in boxes:
         worker.submit(Request(prompt(model)), box.put)
     assert worker.rows == 7
-    with pytest.raises(Full, match="7 rows are being written or wait; there is room for 3 to wait"):
+    with pytest.raises(QueueFullError, match="7 rows are running or waiting, and at most 4 can run and 3 wait"):
         worker.submit(Request(prompt(model)), print)
     hold.set()
     for box in boxes:
@@ -97,7 +97,7 @@ def test_no_more_than_may_wait(model, worker):
         worker.submit(Request(prompt(model)), print, rows=5)
 
 
-def test_cancel_waiting_and_under_way(model, worker):
+def test_waiting_and_running_rows_can_be_cancelled(model, worker):
     long = {"max_new_tokens": 10_000}
     boxes = [Inbox() for _ in range(6)]
     tickets = [worker.submit(Request(prompt(model), generation=long), box.put) for box in boxes]
@@ -123,7 +123,7 @@ def test_a_bad_request_fails_alone(model, worker):
     assert news.finish == "error" and "2 rows, not 1" in str(news.error)
 
 
-def test_a_failing_listener_costs_its_own_request(model, worker):
+def test_a_failing_listener_cancels_its_request(model, worker):
     def listener(news):
         raise RuntimeError("gone")
 
@@ -135,7 +135,7 @@ def test_a_failing_listener_costs_its_own_request(model, worker):
     assert ticket.answers[0].finish == "cancelled" and worker.rows == 0
 
 
-def test_a_step_that_fails_is_not_the_end(model, worker, monkeypatch):
+def test_the_worker_survives_a_failed_step(model, worker, monkeypatch):
     step = worker.queue.step
 
     def failing():
@@ -158,7 +158,7 @@ def test_a_prompt_that_cannot_be_read_is_logged(model, worker, monkeypatch, capl
     assert isinstance(box.all()[0].error, ZeroDivisionError) and "could not be read: division" in caplog.text
 
 
-def test_an_answer_that_is_not_finite_fails_alone(model, worker, caplog):
+def test_a_non_finite_answer_fails_alone(model, worker, caplog):
     good, bad = Request(prompt(model, "one", tiny.picture(1))), Request(prompt(model, "one", tiny.picture(2)))
     bad.inputs["pixel_values"] = bad.inputs["pixel_values"] * float("nan")
     boxes = Inbox(), Inbox()
@@ -187,7 +187,7 @@ def test_an_error_holds_no_tensors(model, worker, monkeypatch):
         gc.enable()
 
 
-def test_the_end_of_the_thread_is_told(model, monkeypatch):
+def test_the_death_of_the_thread_is_reported(model, monkeypatch):
     worker = Worker(model, max_new_tokens=10_000, eos_token_id=None)
     box = Inbox()
     monkeypatch.setattr(worker.queue, "cancel", lambda _: 1 / 0)  # as on a device that is lost
@@ -197,11 +197,11 @@ def test_the_end_of_the_thread_is_told(model, monkeypatch):
     assert all(isinstance(news.error, ZeroDivisionError) for news in ends)
     worker.close()
     assert not worker.alive
-    with pytest.raises(Closed):
+    with pytest.raises(WorkerClosedError):
         worker.submit(Request(prompt(model)), box.put)
 
 
-def test_the_end_of_the_thread_is_told_to_those_who_called(model, monkeypatch):
+def test_the_death_of_the_thread_fails_pending_calls(model, monkeypatch):
     worker, gate, box = Worker(model, max_new_tokens=10_000, eos_token_id=None), threading.Event(), Inbox()
     monkeypatch.setattr(worker.queue, "cancel", lambda _: 1 / 0)
     ticket = worker.submit(Request(prompt(model)), box.put)
@@ -212,11 +212,11 @@ def test_the_end_of_the_thread_is_told_to_those_who_called(model, monkeypatch):
     gate.set()
     assert isinstance(late.exception(BOUND), ZeroDivisionError) and first.result(BOUND) and given_up.cancelled()
     assert isinstance(box.all()[-1].error, ZeroDivisionError)
-    with pytest.raises(Closed):
+    with pytest.raises(WorkerClosedError):
         worker.call(print)
 
 
-def test_the_end_of_the_thread_is_told_only_of_rows_under_way(model, monkeypatch):
+def test_the_death_of_the_thread_is_reported_only_for_running_rows(model, monkeypatch):
     worker, box = Worker(model, max_new_tokens=10_000, eos_token_id=None), Inbox()
     ticket = worker.submit(Request(prompt(model), generation={"num_return_sequences": 2}), box.put, 2)
     worker.cancel(ticket, 0)
@@ -229,7 +229,7 @@ def test_the_end_of_the_thread_is_told_only_of_rows_under_way(model, monkeypatch
     assert not worker.alive and ends == [(1, "error")]
 
 
-def test_calls_are_made_between_steps(model, worker):
+def test_calls_run_between_steps(model, worker):
     box = Inbox()
     worker.submit(Request(prompt(model), generation={"max_new_tokens": 10_000}), box.put)
     assert worker.call(threading.current_thread).result(BOUND) is worker.thread
@@ -244,14 +244,14 @@ def test_close_lets_rows_finish(model):
     worker.submit(Request(prompt(model)), box.put)
     worker.close(finish_within=BOUND)
     assert box.all()[-1].finish == "length" and not worker.alive
-    with pytest.raises(Closed):
+    with pytest.raises(WorkerClosedError):
         worker.submit(Request(prompt(model)), box.put)
-    with pytest.raises(Closed):
+    with pytest.raises(WorkerClosedError):
         worker.call(print)
     worker.close()
 
 
-def test_close_cancels_what_takes_too_long(model):
+def test_close_cancels_long_rows(model):
     worker = Worker(model, batch_size=1, max_new_tokens=1_000_000, eos_token_id=None)
     boxes = [Inbox(), Inbox()]
     for box in boxes:
@@ -261,7 +261,7 @@ def test_close_cancels_what_takes_too_long(model):
     assert [box.all()[-1].finish for box in boxes] == ["cancelled", "cancelled"]
 
 
-def test_a_second_close_gives_no_more_time(model):
+def test_a_second_close_does_not_extend_the_deadline(model):
     worker, gate, box = Worker(model, max_new_tokens=12, eos_token_id=None), threading.Event(), Inbox()
     worker.call(gate.wait, BOUND)
     worker.submit(Request(prompt(model)), box.put)

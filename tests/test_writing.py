@@ -1,4 +1,4 @@
-"""A choice on its way out: stop strings anywhere, log-probabilities beside their words, invocations in their place."""
+"""Events of a choice: stop strings, log-probabilities, token bytes and invocations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from vismem.decoding.trace import Invocation, Top
 from vismem.pocket import load_base
-from vismem.serving.token_bytes import TokenBytes
-from vismem.serving.worker import News
-from vismem.serving.writing import Delta, Ended, Invoked, Writer, longest_start
+from vismem.serving.events import ChoiceStream, Ended, Invoked, TextDelta, TokenBytes, partial_stop_length
+from vismem.serving.worker import RowUpdate
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +24,19 @@ def model():
     return vismem.VisMem(base, processor, vismem.VisMemConfig.preset("pocket"))
 
 
-def told(writer: Writer, ids: list[int], invocations=(), tops=None, finish="stop", size: int = 1) -> list:
+def told(writer: ChoiceStream, ids: list[int], invocations=(), tops=None, finish="stop", size: int = 1) -> list:
     """The events of an answer whose tokens come `size` at a time."""
     found, waiting = [], list(invocations)
     for start in range(0, len(ids), size):
         part = ids[start : start + size]
         new = [one for one in waiting if start <= one.position < start + size]
         last = finish if start + size >= len(ids) else None
-        found += writer.read(News(0, part, new, tops[start : start + size] if tops else [], last))
+        found += writer.read(RowUpdate(0, part, new, tops[start : start + size] if tops else [], last))
     return found
 
 
 def text_of(events: list) -> str:
-    return "".join(event.text for event in events if isinstance(event, Delta))
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 def words(model, text: str) -> list[int]:
@@ -49,35 +48,35 @@ SENTENCE = "Row 1: 2 red, 8 blue. So 27."
 
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("stops", [[], ["red"], ["8 b"], ["So 27.!"], ["zzz", ". S", "blue"], ["R"], ["."]])
-def test_stop_strings_cut_where_they_begin(model, stops, size):
-    writer = Writer(0, model.processor.tokenizer, model.tokens, stops)
+def test_text_ends_where_a_stop_string_starts(model, stops, size):
+    writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, stops)
     events = told(writer, words(model, SENTENCE), size=size)
     places = [SENTENCE.find(stop) for stop in stops if stop in SENTENCE]
     assert text_of(events) == (SENTENCE[: min(places)] if places else SENTENCE)
     assert writer.stopped == bool(places)
     assert isinstance(events[-1], Ended) and events[-1].finish == "stop"
-    assert list(writer.read(News(0, words(model, "more"), [], [], "cancelled"))) == [] or not places
+    assert list(writer.read(RowUpdate(0, words(model, "more"), [], [], "cancelled"))) == [] or not places
 
 
-def test_nothing_of_a_stop_string_gets_out_early(model):
-    writer = Writer(0, model.processor.tokenizer, model.tokens, ["blue. So 27.!"])
+def test_a_partial_stop_string_is_held_back(model):
+    writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, ["blue. So 27.!"])
     seen = ""
     for token in words(model, SENTENCE):
-        seen += text_of(list(writer.read(News(0, [token], [], []))))
+        seen += text_of(list(writer.read(RowUpdate(0, [token], [], []))))
         assert SENTENCE.startswith(seen) and not seen.endswith("b")  # of blue
-    assert text_of(list(writer.read(News(0, [], [], [], "length")))) != ""
+    assert text_of(list(writer.read(RowUpdate(0, [], [], [], "length")))) != ""
 
 
-def test_longest_start_against_all_prefixes():
+def test_partial_stop_length_against_all_prefixes():
     stops = ["aab", "abc", "b"]
     for length in range(5):
         for letters in itertools.product("abc", repeat=length):
             text = "".join(letters)
             starts = [n for n in range(1, 4) for s in stops if n < len(s) and text.endswith(s[:n])]
-            assert longest_start(text, stops) == max(starts, default=0)
+            assert partial_stop_length(text, stops) == max(starts, default=0)
 
 
-def test_invocations_stand_where_they_were(model):
+def test_invocations_have_the_right_position_and_offset(model):
     tokens = model.tokens
     first, second = words(model, "Row 1"), words(model, ": 27.")
     ids = [
@@ -91,7 +90,7 @@ def test_invocations_stand_where_they_were(model):
     ]
     invocations = [Invocation("short", 0, 16, True), Invocation("long", 2 + len(first), 0, False)]
     for size in (1, 4, 100):
-        writer = Writer(0, model.processor.tokenizer, model.tokens, ["zz"])
+        writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, ["zz"])
         events = told(writer, ids, invocations, size=size)
         found = [event.invocation for event in events if isinstance(event, Invoked)]
         assert [(i.kind, i.position, i.offset, i.length, i.forced) for i in found] == [
@@ -105,12 +104,12 @@ def test_invocations_stand_where_they_were(model):
 
 
 @pytest.mark.parametrize("stops", [[], ["blue"]])
-def test_log_probabilities_go_with_their_words(model, stops):
+def test_log_probabilities_arrive_with_their_text(model, stops):
     ids = words(model, SENTENCE)
     tops = [Top(-0.1 * at, [(token, -0.1 * at), (5, float("-inf"))]) for at, token in enumerate(ids)]
-    writer = Writer(0, model.processor.tokenizer, model.tokens, stops, top=2)
+    writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, stops, top=2)
     events = told(writer, ids, tops=tops)
-    entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+    entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
     joined = "".join(entry.token for entry in entries)
     assert joined.startswith(text_of(events)) and (stops or joined == SENTENCE)
     assert [entry.logprob for entry in entries] == pytest.approx([-0.1 * at for at in range(len(entries))])
@@ -123,8 +122,8 @@ def test_a_special_token_without_a_role_has_neither_text_nor_bytes(model):
     (mark,) = words(model, "<user>")
     assert mark not in tokenizer.all_special_ids
     ids = [mark, *words(model, SENTENCE), mark]
-    events = told(Writer(0, tokenizer, model.tokens, top=0), ids, tops=[Top(-1.0, []) for _ in ids])
-    entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+    events = told(ChoiceStream(0, tokenizer, model.tokens, top=0), ids, tops=[Top(-1.0, []) for _ in ids])
+    entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
     assert text_of(events) == b"".join(bytes(entry.bytes) for entry in entries).decode() == SENTENCE
 
 
@@ -133,21 +132,21 @@ def test_a_special_token_without_a_role_has_neither_text_nor_bytes(model):
 def test_log_probabilities_end_before_a_stop_string(model, stop, size):
     ids = words(model, SENTENCE)
     assert {" blue", ",", " 2", "7"} <= {model.processor.tokenizer.decode(token) for token in ids}
-    writer = Writer(0, model.processor.tokenizer, model.tokens, [stop], top=0)
+    writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, [stop], top=0)
     events = told(writer, ids, tops=[Top(-1.0, []) for _ in ids], size=size)
-    joined = "".join(entry.token for event in events if isinstance(event, Delta) for entry in event.logprobs)
+    joined = "".join(entry.token for event in events if isinstance(event, TextDelta) for entry in event.logprobs)
     place = SENTENCE.index(stop)
     assert text_of(events) == SENTENCE[:place]
     assert joined == (SENTENCE[: place + 1] if stop == "27" else SENTENCE[:place])  # within " 2", which stays
 
 
-def test_a_character_of_several_tokens_comes_out_whole(model):
+def test_a_character_of_several_tokens_is_emitted_once(model):
     tokenizer = model.processor.tokenizer
     ids = words(model, "漢")
     if len(ids) < 2 or tokenizer.decode(ids) != "漢":
         pytest.skip("this tokenizer has the character whole")
-    writer = Writer(0, tokenizer, model.tokens)
-    events = [list(writer.read(News(0, [token], [], []))) for token in ids]
+    writer = ChoiceStream(0, tokenizer, model.tokens)
+    events = [list(writer.read(RowUpdate(0, [token], [], []))) for token in ids]
     assert [text_of(each) for each in events] == [""] * (len(ids) - 1) + ["漢"]
 
 
@@ -175,9 +174,9 @@ def test_bytes_of_tokens_join_to_the_text(kind, text):
     tokenizer = VOCABULARIES[kind]()
     ids = tokenizer.encode(text, add_special_tokens=False)
     alternatives = [(ids[0], -1.0), (ids[-1], -2.0), (tokenizer.eos_token_id, -3.0)]
-    writer = Writer(0, tokenizer, NO_MEMORY, top=3)
+    writer = ChoiceStream(0, tokenizer, NO_MEMORY, top=3)
     events = told(writer, ids, tops=[Top(-1.0, alternatives) for _ in ids])
-    entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+    entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
     assert text_of(events) == text and len(entries) == len(ids)
     assert b"".join(bytes(entry.bytes) for entry in entries).decode() == text
     for entry in entries:
@@ -187,7 +186,7 @@ def test_bytes_of_tokens_join_to_the_text(kind, text):
 
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
-def test_a_part_of_a_character_has_its_own_byte(kind):
+def test_part_of_a_character_has_its_own_byte(kind):
     tokenizer = VOCABULARIES[kind]()
     ids = tokenizer.encode("\U0001f642", add_special_tokens=False)[-4:]
     spell = TokenBytes(tokenizer)
@@ -197,23 +196,23 @@ def test_a_part_of_a_character_has_its_own_byte(kind):
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
 @pytest.mark.parametrize("last", ["stop", "length"])
-def test_an_answer_that_ends_within_a_character_has_the_bytes_it_wrote(kind, last):
+def test_an_answer_ending_inside_a_character_has_its_bytes(kind, last):
     tokenizer = VOCABULARIES[kind]()
     ids = tokenizer.encode("a\U0001f642", add_special_tokens=False)[:-2]
-    events = told(Writer(0, tokenizer, NO_MEMORY, top=0), ids, tops=[Top(-1.0, []) for _ in ids], finish=last)
-    entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+    events = told(ChoiceStream(0, tokenizer, NO_MEMORY, top=0), ids, tops=[Top(-1.0, []) for _ in ids], finish=last)
+    entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
     assert b"".join(bytes(entry.bytes) for entry in entries) == b"a\xf0\x9f"
     assert text_of(events).rstrip("\ufffd") == "a"
 
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
-def test_a_text_that_continues_a_prompt_keeps_its_space(kind):
+def test_a_continuation_keeps_its_leading_space(kind):
     tokenizer = VOCABULARIES[kind]()
     before, after = (tokenizer.encode(text, add_special_tokens=False) for text in ("x", "x a"))
     assert after[: len(before)] == before
     for given, wanted in ((before, " a"), ([], "a" if kind == "byte fallback" else " a")):
         ids = after[len(before) :]
-        writer = Writer(0, tokenizer, NO_MEMORY, top=0, before=given)
+        writer = ChoiceStream(0, tokenizer, NO_MEMORY, top=0, before=given)
         events = told(writer, ids, tops=[Top(-1.0, []) for _ in ids])
-        entries = [entry for event in events if isinstance(event, Delta) for entry in event.logprobs]
+        entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
         assert text_of(events) == "".join(entry.token for entry in entries) == wanted

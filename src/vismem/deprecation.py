@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Modules of 0.1 before its release, and where their contents are now. A package stands for everything below it.
 MOVED = {
@@ -45,8 +49,12 @@ MOVED = {
     "vismem.evaluation.templating": "vismem.analysis.templates",
     "vismem.evaluation.views": "vismem.analysis.image_geometry",
     "vismem.memory.splice": "vismem.reading.splice",
+    "vismem.serving.assembling": "vismem.serving.responses",
+    "vismem.serving.checks": "vismem.serving.guards",
     "vismem.serving.running": "vismem.serving.lifespan",
     "vismem.serving.stripping": "vismem.serving.metadata",
+    "vismem.serving.token_bytes": "vismem.serving.events",
+    "vismem.serving.writing": "vismem.serving.events",
     "vismem.training.figures": "vismem.training.metrics",
 }
 
@@ -69,6 +77,26 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
         return getattr(sys.modules[module], names[name])
 
     return lookup
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets a function take keyword arguments by their old names too.
+
+    Args:
+        **names: old name to new name.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in names.keys() & kwargs:
+                warnings.warn(f"the argument {old} is now {names[old]}", DeprecationWarning, stacklevel=2)
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 class MovedModules(MetaPathFinder, Loader):

@@ -1,4 +1,4 @@
-"""The application of `guarded_site.py`, listening. Without the extra that it needs, the tests beside this skip."""
+"""Serves the application of `guarded_site.py`. The tests are skipped without the `serve` extra."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def port(site, dropped):
     from guarded_site import GUARDS
     from loopback import listening
 
-    from vismem.serving.connections import Patience, uvicorn_settings
+    from vismem.serving.connections import ConnectionLimits, uvicorn_settings
     from vismem.serving.guards import guarded
 
-    patience = Patience(head=0.5, idle=1.0, write=0.5, connections=60, dropped=dropped.append)
-    with listening(guarded(site.app, GUARDS), **uvicorn_settings(patience)) as found:
+    limits = ConnectionLimits(head=0.5, idle=1.0, write=0.5, connections=60, on_drop=dropped.append)
+    with listening(guarded(site.app, GUARDS), **uvicorn_settings(limits)) as found:
         yield found
 
 

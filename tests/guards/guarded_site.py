@@ -1,4 +1,4 @@
-"""A small application behind the server's guards, for tests of what comes from outside."""
+"""A small application behind the server's guards."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from vismem.serving.checks import hosts_for
-from vismem.serving.guards import Guards
+from vismem.serving.guards import Guards, hosts_for
 
 KEY = "sk-one-of-two-keys"
 GUARDS = Guards(
@@ -19,8 +18,8 @@ GUARDS = Guards(
     origins=["https://page.example.org"],
     max_body=100_000,
     body_timeout=0.5,
-    together=250_000,
-    parts=200,
+    max_held=250_000,
+    max_commas=200,
 )
 AUTH = f"Authorization: Bearer {KEY}"
 

@@ -1,4 +1,4 @@
-"""The access log: a line for each request, whatever the request has in it, and for nobody to wait for."""
+"""The access log: one printable line per request, without secrets, never blocking."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from guarded_site import AUTH, GUARDS, Site
 from loopback import PATIENCE, exchanged, get, listening, post, until
 
 from vismem.serving.access import AccessLog, LineWriter, request_line
-from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.connections import ConnectionLimits, uvicorn_settings
 from vismem.serving.guards import guarded
 
 
 def logged(*requests: bytes) -> list[str]:
     """The lines of requests to a small application."""
     lines: list[str] = []
-    with listening(AccessLog(guarded(Site().app, GUARDS), lines.append), **uvicorn_settings(Patience())) as port:
+    with listening(
+        AccessLog(guarded(Site().app, GUARDS), lines.append), **uvicorn_settings(ConnectionLimits())
+    ) as port:
         for request in requests:
             exchanged(port, request)
         until(lambda: len(lines) == len(requests))
@@ -52,16 +54,16 @@ def test_a_request_is_one_line_without_secrets():
     assert not re.search("secret|another|sk-", "".join(lines))
 
 
-def test_bytes_of_any_kind_are_printable():
+def test_any_request_line_is_printable():
     scope = {"method": "G\x1bT" * 100, "path": "", "raw_path": b"/\xff\n\x07?key"}
     shown = request_line(scope)
     assert shown.isprintable() and shown.endswith(r" /\xff\n\x07") and len(shown) < 40
 
 
-def test_a_log_that_nobody_reads_keeps_nobody_waiting():
+def test_a_blocked_log_does_not_block_requests():
     reading, writing = os.pipe()
     try:
-        lines = LineWriter(writing, most=10)
+        lines = LineWriter(writing, max_queued=10)
         for _ in range(50):
             lines("x" * 10**6)  # more than a pipe holds
         lines.close(0.1)

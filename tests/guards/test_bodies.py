@@ -1,4 +1,4 @@
-"""Bodies from outside over real sockets: too large, too slow, too deep, too many."""
+"""Request bodies over real sockets: too large, too slow, too deep, too many."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loopback import connected, error_of, exchanged, get, post, response, rest, 
 from vismem.serving.guards import BodyLimit
 
 
-def test_a_body_within_the_limit_comes_through_whole_either_way(site: Site, port: int) -> None:
+def test_a_body_within_the_limit_arrives_whole(site: Site, port: int) -> None:
     status, headers, body = exchanged(port, post("/v1/echo", b"x" * 100_000, AUTH))
     assert (status, json.loads(body)) == (200, {"bytes": 100_000})
     assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
@@ -27,7 +27,7 @@ def test_a_body_within_the_limit_comes_through_whole_either_way(site: Site, port
     assert (found[0], json.loads(found[2])) == (200, {"bytes": 100_000})
 
 
-def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(site: Site, port: int) -> None:
+def test_a_large_content_length_is_refused_before_the_body(site: Site, port: int) -> None:
     seen = len(site.bodies)
     for length in (100_001, 10**12, 10**19):
         with connected(port) as raw:
@@ -39,7 +39,7 @@ def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(site: Sit
     assert len(site.bodies) == seen
 
 
-def test_a_body_that_lies_or_tells_no_size_is_counted(site: Site, port: int) -> None:
+def test_a_body_with_wrong_or_missing_length_is_limited(site: Site, port: int) -> None:
     seen = len(site.bodies)
     chunk = b"2710\r\n" + b"x" * 10_000 + b"\r\n"
     status, _, body = exchanged(port, post("/v1/echo", chunk * 50, AUTH, "Transfer-Encoding: chunked", length=""))
@@ -47,7 +47,7 @@ def test_a_body_that_lies_or_tells_no_size_is_counted(site: Site, port: int) -> 
     assert len(site.bodies) == seen
 
 
-def test_a_refused_client_that_goes_on_sending_reads_why(port: int) -> None:
+def test_a_refused_client_that_keeps_sending_gets_the_error(port: int) -> None:
     with connected(port) as raw:
         raw.sendall(post("/v1/echo", b"", AUTH, length=5_000_000))
         raw.sendall(b"x" * 5_000_000)
@@ -55,7 +55,7 @@ def test_a_refused_client_that_goes_on_sending_reads_why(port: int) -> None:
     assert status == 413 and "100000 bytes" in error_of(body)["message"]
 
 
-def test_a_body_that_does_not_come_is_given_up(site: Site, port: int) -> None:
+def test_a_body_that_never_arrives_times_out(site: Site, port: int) -> None:
     seen = len(site.bodies)
     for body, headers, length in ((b"{", [], 10), (b"1\r\nx\r\n", ["Transfer-Encoding: chunked"], "")):
         status, headers, told = exchanged(port, post("/v1/echo", body, AUTH, *headers, length=length))
@@ -79,7 +79,7 @@ def test_a_body_that_does_not_come_is_given_up(site: Site, port: int) -> None:
     assert len(site.bodies) == seen
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_reaches_nothing(site: Site, port: int) -> None:
+def test_a_disconnect_inside_the_body_never_reaches_the_application(site: Site, port: int) -> None:
     seen = len(site.bodies)
     with connected(port) as raw:
         raw.sendall(post("/v1/echo", b"{", AUTH, length=100))
@@ -87,7 +87,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_reaches_nothing(site: Si
     assert len(site.bodies) == seen
 
 
-def test_all_bodies_together_have_a_limit_and_give_their_room_back(site: Site, port: int) -> None:
+def test_the_total_of_all_bodies_is_limited_and_released(site: Site, port: int) -> None:
     site.hold = threading.Event()
     seen = len(site.bodies)
     try:
@@ -112,7 +112,7 @@ def test_all_bodies_together_have_a_limit_and_give_their_room_back(site: Site, p
     assert exchanged(port, post("/v1/echo", b"x" * 100_000, AUTH))[0] == 200
 
 
-def test_room_is_given_back_after_every_kind_of_end() -> None:
+def test_held_bytes_are_released_after_every_outcome() -> None:
     async def fails(scope, receive, send) -> None:
         raise RuntimeError("the application fails")
 
@@ -131,14 +131,14 @@ def test_room_is_given_back_after_every_kind_of_end() -> None:
         return sent
 
     async def everything() -> None:
-        limit = BodyLimit(fails, most=10, timeout=0.05, together=10)
+        limit = BodyLimit(fails, max_body=10, timeout=0.05, max_held=10)
         piece = {"type": "http.request", "body": b"12345", "more_body": True}
         await one(limit, {**piece, "more_body": False}, raises=RuntimeError)
         await one(limit, piece, {"type": "http.disconnect"})
         assert (await one(limit, piece, piece, piece))[0]["status"] == 413
         assert (await one(limit, piece))[0]["status"] == 408
         assert limit.held == 0
-        limit = BodyLimit(fails, most=10, timeout=60.0, together=10)
+        limit = BodyLimit(fails, max_body=10, timeout=60.0, max_held=10)
         waiting = asyncio.create_task(one(limit, piece))
         await asyncio.sleep(0.05)
         assert limit.held == 5
@@ -150,14 +150,14 @@ def test_room_is_given_back_after_every_kind_of_end() -> None:
     asyncio.run(everything())
 
 
-def test_a_body_of_very_many_values_is_not_parsed(port: int) -> None:
+def test_a_body_with_too_many_values_is_not_parsed(port: int) -> None:
     status, _, body = exchanged(port, post("/v1/parsed", b'{"anything": [' + b"{}," * 300 + b"{}]}", AUTH))
     assert status == 413 and "200 commas" in error_of(body)["message"]
 
 
 @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"a":', b"}")])
 @pytest.mark.parametrize("depth", [500, 990, 2_000, 9_000])
-def test_deep_json_is_an_error_and_no_crash(port: int, opening: bytes, closing: bytes, depth: int) -> None:
+def test_deeply_nested_json_is_an_error(port: int, opening: bytes, closing: bytes, depth: int) -> None:
     nested = opening * depth + b"1" + closing * depth
     status, _, _ = exchanged(port, post("/v1/parsed", b'{"anything": ' + nested + b"}", AUTH))
     assert status in (200, 400, 422)

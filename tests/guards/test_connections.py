@@ -1,4 +1,4 @@
-"""Connections from outside: slow clients both ways, many at once, and the server's end."""
+"""Connections: slow readers and writers, too many clients, and shutdown."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ pytest.importorskip("uvicorn")
 from guarded_site import AUTH, Site
 from loopback import connected, error_of, exchanged, get, head_of, listening, post, response, rest, until
 
-from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.connections import ConnectionLimits, uvicorn_settings
 from vismem.serving.guards import Guards, guarded
 
 
-def test_a_head_that_does_not_come_ends_the_connection(port: int, dropped: list[str]) -> None:
+def test_slow_headers_end_the_connection(port: int, dropped: list[str]) -> None:
     dropped.clear()
     with connected(port) as raw:
         assert rest(raw) == b""
@@ -41,7 +41,7 @@ def test_a_head_that_does_not_come_ends_the_connection(port: int, dropped: list[
     assert dropped == ["slow_head"] * 3
 
 
-def test_the_next_head_on_a_connection_must_come_in_time_too(port: int, dropped: list[str]) -> None:
+def test_the_next_request_must_arrive_in_time_too(port: int, dropped: list[str]) -> None:
     dropped.clear()
     with connected(port) as raw:
         raw.sendall(get("/health"))
@@ -74,7 +74,7 @@ def test_an_idle_connection_is_closed_and_a_used_one_is_not(port: int, dropped: 
     assert dropped == []
 
 
-def test_a_long_answer_outlives_the_time_for_heads(port: int) -> None:
+def test_a_long_answer_outlives_the_header_timeout(port: int) -> None:
     with connected(port) as raw:
         raw.sendall(get("/v1/stream", AUTH))
         found = 0
@@ -98,16 +98,16 @@ def test_a_client_that_does_not_read_is_dropped_and_its_answer_cancelled(
 
 
 @pytest.mark.parametrize("size", [500_000, 8_000_000])
-def test_a_complete_answer_that_is_not_read_is_dropped_too(port: int, dropped: list[str], size: int) -> None:
+def test_an_unread_complete_answer_is_dropped_too(port: int, dropped: list[str], size: int) -> None:
     dropped.clear()
     with connected(port, receive_buffer=4096) as raw:
         raw.sendall(get(f"/v1/bytes/{size}", AUTH))
         until(lambda: dropped == ["slow_reader"])
 
 
-def test_no_answer_that_is_not_read_keeps_its_connection_whatever_its_size() -> None:
-    patience = Patience(idle=0.2, write=0.2, connections=1)
-    with listening(guarded(Site().app, Guards()), **uvicorn_settings(patience)) as port:
+def test_unread_answers_of_any_size_end_the_connection() -> None:
+    limits = ConnectionLimits(idle=0.2, write=0.2, connections=1)
+    with listening(guarded(Site().app, Guards()), **uvicorn_settings(limits)) as port:
         for size in range(60_000, 400_000, 50_000):  # all taken by the kernel, or all but a little, or not by far
             with connected(port, receive_buffer=4096) as raw:
                 raw.sendall(get(f"/v1/bytes/{size}"))
@@ -129,7 +129,7 @@ def test_a_slow_reader_that_does_read_gets_everything(port: int, dropped: list[s
     assert dropped == []
 
 
-def test_an_answer_may_rest_once_it_was_read(site: Site, port: int, dropped: list[str]) -> None:
+def test_a_pause_in_a_fully_read_answer_is_allowed(site: Site, port: int, dropped: list[str]) -> None:
     dropped.clear()
     site.hold = threading.Event()
     try:
@@ -150,7 +150,7 @@ def test_an_answer_may_rest_once_it_was_read(site: Site, port: int, dropped: lis
     assert dropped == []
 
 
-def test_a_client_that_hangs_up_cancels_its_answer(site: Site, port: int) -> None:
+def test_a_disconnect_cancels_the_answer(site: Site, port: int) -> None:
     begun = site.streaming
     with connected(port) as raw:
         raw.sendall(get("/v1/stream", AUTH))
@@ -159,11 +159,11 @@ def test_a_client_that_hangs_up_cancels_its_answer(site: Site, port: int) -> Non
     until(lambda: site.ended == site.streaming)
 
 
-def test_too_many_connections_are_turned_away_at_once_and_places_come_free(dropped: list[str]) -> None:
+def test_excess_connections_are_rejected_until_one_closes(dropped: list[str]) -> None:
     dropped.clear()
     site = Site()
-    patience = Patience(connections=5, dropped=dropped.append)
-    with listening(guarded(site.app, Guards()), **uvicorn_settings(patience)) as port:
+    limits = ConnectionLimits(connections=5, on_drop=dropped.append)
+    with listening(guarded(site.app, Guards()), **uvicorn_settings(limits)) as port:
         with contextlib.ExitStack() as stack:
             for _ in range(5):
                 raw = stack.enter_context(connected(port))
@@ -180,7 +180,7 @@ def test_too_many_connections_are_turned_away_at_once_and_places_come_free(dropp
 def test_two_hundred_connections_at_once_are_all_answered() -> None:
     site = Site()
     with (
-        listening(guarded(site.app, Guards()), **uvicorn_settings(Patience())) as port,
+        listening(guarded(site.app, Guards()), **uvicorn_settings(ConnectionLimits())) as port,
         contextlib.ExitStack() as stack,
     ):
         open_ones = [stack.enter_context(connected(port)) for _ in range(200)]
@@ -189,7 +189,7 @@ def test_two_hundred_connections_at_once_are_all_answered() -> None:
         assert [response(raw)[0] for raw in open_ones] == [200] * 200
 
 
-def test_a_body_in_crumbs_is_refused(site: Site, port: int, dropped: list[str]) -> None:
+def test_a_body_in_tiny_chunks_is_refused(site: Site, port: int, dropped: list[str]) -> None:
     dropped.clear()
     seen = len(site.bodies)
     with connected(port) as raw:
@@ -199,7 +199,7 @@ def test_a_body_in_crumbs_is_refused(site: Site, port: int, dropped: list[str]) 
     assert len(site.bodies) == seen
 
 
-def test_noise_within_a_refused_body_breaks_nothing(port: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_noise_inside_a_refused_body_is_harmless(port: int, caplog: pytest.LogCaptureFixture) -> None:
     with connected(port) as raw:
         raw.sendall(post("/v1/echo", b"", "Transfer-Encoding: chunked", length=""))
         assert response(raw)[0] == 401
@@ -208,7 +208,7 @@ def test_noise_within_a_refused_body_breaks_nothing(port: int, caplog: pytest.Lo
     assert "Traceback" not in caplog.text and exchanged(port, get("/health"))[0] == 200
 
 
-def test_a_client_that_asks_before_it_sends_is_told(site: Site, port: int) -> None:
+def test_expect_100_continue_is_answered(site: Site, port: int) -> None:
     with connected(port) as raw:
         raw.sendall(post("/v1/echo", b"", AUTH, "Expect: 100-continue", length=10))
         assert raw.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -231,10 +231,10 @@ def test_a_websocket_is_refused(port: int) -> None:
     assert closed == [{"type": "websocket.close", "code": 1003}]
 
 
-def test_a_server_stops_although_clients_hang_on(dropped: list[str]) -> None:
+def test_the_server_stops_despite_open_connections(dropped: list[str]) -> None:
     site = Site()
     with contextlib.ExitStack() as stack:
-        with listening(guarded(site.app, Guards()), **uvicorn_settings(Patience())) as port:
+        with listening(guarded(site.app, Guards()), **uvicorn_settings(ConnectionLimits())) as port:
             silent = [stack.enter_context(connected(port)) for _ in range(5)]
             for raw in silent[1:3]:
                 raw.sendall(b"GET / HTTP")
@@ -244,7 +244,7 @@ def test_a_server_stops_although_clients_hang_on(dropped: list[str]) -> None:
         assert rest(silent[0]) == b""  # `listening` has seen the server end
 
 
-def test_what_is_cut_off_by_the_servers_end_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_cancelled_by_a_shutdown_get_an_error(caplog: pytest.LogCaptureFixture) -> None:
     async def never(scope, receive, send) -> None:
         if scope["path"] == "/v1/stream":
             headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -253,7 +253,7 @@ def test_what_is_cut_off_by_the_servers_end_is_told_so(caplog: pytest.LogCapture
         await asyncio.sleep(1000)
 
     with contextlib.ExitStack() as stack:
-        with listening(guarded(never, Guards()), **uvicorn_settings(Patience())) as port:
+        with listening(guarded(never, Guards()), **uvicorn_settings(ConnectionLimits())) as port:
             waiting, upload, stream = (stack.enter_context(connected(port)) for _ in range(3))
             waiting.sendall(get("/v1/models"))
             upload.sendall(post("/v1/echo", b"x", length=10))
@@ -270,6 +270,6 @@ def test_what_is_cut_off_by_the_servers_end_is_told_so(caplog: pytest.LogCapture
     assert "Exception" not in caplog.text and "without" not in caplog.text
 
 
-def test_sockets_of_the_test_are_loopback_only(port: int) -> None:
+def test_test_sockets_listen_on_loopback_only(port: int) -> None:
     with connected(port) as raw:
         assert raw.family == socket.AF_INET and raw.getpeername()[0] == "127.0.0.1"

@@ -1,4 +1,4 @@
-"""Errors: what they say, here and after they came from another process."""
+"""Errors in OpenAI's format, also when they come from another process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ pytest.importorskip("uvicorn")
 
 
 from vismem.serving.errors import ApiError
-from vismem.serving.replica import told
+from vismem.serving.replica import error_arguments
 
 
-def test_an_error_is_openais_and_crosses_processes() -> None:
+def test_an_error_has_openais_format_and_survives_serialization() -> None:
     error = ApiError(400, 'bad "field"\ud800', code="odd", param="messages", headers={"X-Y": "z"})
-    again = ApiError(**json.loads(json.dumps(told(error))))
+    again = ApiError(**json.loads(json.dumps(error_arguments(error))))
     for each in (error, again):
         assert each.body() == {
             "error": {
@@ -41,7 +41,7 @@ def test_an_error_is_openais_and_crosses_processes() -> None:
         (413, "invalid_request_error", "request_too_large", ("content-type", "application/json")),
     ],
 )
-def test_statuses_have_their_types_codes_and_headers(status, type, code, header) -> None:
+def test_statuses_have_default_types_codes_and_headers(status, type, code, header) -> None:
     error = ApiError(status, "no")
     assert (error.type, error.code) == (type, code)
     assert error.response().headers[header[0]] == header[1]

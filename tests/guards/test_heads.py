@@ -1,4 +1,4 @@
-"""Heads from outside over real sockets: two readings, old versions, noise, other names and origins."""
+"""Request headers over real sockets: ambiguous lengths, old versions, noise, hosts and origins."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ pytest.importorskip("uvicorn")
 from guarded_site import AUTH, Site
 from loopback import connected, error_of, exchanged, get, head_of, listening, post, rest
 
-from vismem.serving.checks import hosts_for
-from vismem.serving.connections import Patience, uvicorn_settings
-from vismem.serving.guards import Guards, guarded
+from vismem.serving.connections import ConnectionLimits, uvicorn_settings
+from vismem.serving.guards import Guards, guarded, hosts_for
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ from vismem.serving.guards import Guards, guarded
         "X: a\r",
     ],
 )
-def test_bodies_of_two_readings_are_refused_and_the_connection_ends(site: Site, port: int, head: str) -> None:
+def test_ambiguous_body_lengths_are_refused(site: Site, port: int, head: str) -> None:
     seen = len(site.bodies)
     hidden = b"0\r\n\r\n" + get("/v1/models", AUTH)
     with connected(port) as raw:
@@ -66,7 +65,7 @@ def test_bodies_of_two_readings_are_refused_and_the_connection_ends(site: Site, 
         b"GET /health HTTP/1.1\r\nHost: local\r\n host\r\n\r\n",
     ],
 )
-def test_lines_that_end_otherwise_or_are_folded_are_refused(port: int, dropped: list[str], head: bytes) -> None:
+def test_loose_line_ends_and_folded_lines_are_refused(port: int, dropped: list[str], head: bytes) -> None:
     dropped.clear()
     with connected(port) as raw:
         raw.sendall(head + get("/health"))
@@ -86,7 +85,7 @@ def test_lines_that_end_otherwise_or_are_folded_are_refused(port: int, dropped: 
         b"1\r\nx\r\n0\r\nX: a\r\n b\r\n\r\n",
     ],
 )
-def test_chunks_are_held_to_the_same(site: Site, port: int, dropped: list[str], chunks: bytes) -> None:
+def test_loose_line_ends_in_chunks_are_refused(site: Site, port: int, dropped: list[str], chunks: bytes) -> None:
     dropped.clear()
     seen = len(site.bodies)
     with connected(port) as raw:
@@ -95,7 +94,7 @@ def test_chunks_are_held_to_the_same(site: Site, port: int, dropped: list[str], 
     assert head_of(answer)[0] == 400 and dropped == ["bad_http"] and len(site.bodies) == seen
 
 
-def test_bare_line_ends_and_folds_are_welcome_within_a_body(site: Site, port: int) -> None:
+def test_loose_line_ends_are_fine_inside_a_body(site: Site, port: int) -> None:
     for body in (b'{\n "a":\r 1}', b"\n\n", b"\r\n x"):
         assert exchanged(port, post("/v1/echo", body, AUTH))[0] == 200
         chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
@@ -108,7 +107,7 @@ def test_other_versions_of_http_are_refused(port: int, request_line: str) -> Non
     assert (status, error_of(body)["code"]) == (505, "bad_http")
 
 
-def test_chunks_with_old_http_are_refused(port: int) -> None:
+def test_chunks_with_http_1_0_are_refused(port: int) -> None:
     request = post("/v1/echo", b"0\r\n\r\n", AUTH, "Transfer-Encoding: chunked", length="")
     assert exchanged(port, request.replace(b"HTTP/1.1", b"HTTP/1.0"))[0] == 400
 
@@ -124,7 +123,7 @@ def test_chunks_with_old_http_are_refused(port: int) -> None:
         b"\0" * 1000 + b"\r\n\r\n",
     ],
 )
-def test_what_is_no_http_is_told_so_in_json(port: int, dropped: list[str], noise: bytes) -> None:
+def test_non_http_gets_a_json_error(port: int, dropped: list[str], noise: bytes) -> None:
     dropped.clear()
     with connected(port) as raw:
         raw.sendall(noise)
@@ -151,14 +150,14 @@ def test_many_and_large_headers_are_refused(port: int, headers: list[str]) -> No
     assert error_of(body)["code"] in ("bad_http", "headers_too_large")
 
 
-def test_heads_within_the_limits_are_taken(port: int) -> None:
+def test_headers_within_the_limits_are_accepted(port: int) -> None:
     assert exchanged(port, get("/health", *[f"X-{i}: y" for i in range(90)]))[0] == 200
     assert exchanged(port, get("/health", f"X: {'y' * 12_000}"))[0] == 200
     assert exchanged(port, get("/health", *[f"X-{i}: y" for i in range(100)]))[0] == 431
     assert exchanged(port, get("/" + "x" * 20_000))[0] in (400, 431)
 
 
-def test_only_plain_json_is_taken(port: int) -> None:
+def test_only_uncompressed_json_is_accepted(port: int) -> None:
     for header in ("Content-Type: text/plain", "Content-Type: application/x-www-form-urlencoded", "Content-Type: x"):
         status, _, body = exchanged(port, post("/v1/echo", b"{}", AUTH, header))
         assert (status, error_of(body)["code"]) == (415, "unsupported_media_type")
@@ -192,20 +191,20 @@ def test_only_plain_json_is_taken(port: int) -> None:
         ("", 403),
     ],
 )
-def test_only_the_servers_own_names_are_answered(port: int, host: str, status: int) -> None:
+def test_unknown_host_names_are_refused(port: int, host: str, status: int) -> None:
     found = exchanged(port, get("/health", host=host))
     assert found[0] == status
     assert status == 200 or error_of(found[2])["code"] == "forbidden"
 
 
-def test_which_names_a_server_has() -> None:
+def test_hosts_for_an_address() -> None:
     assert hosts_for("0.0.0.0") is None and hosts_for("::") is None
     assert hosts_for("0.0.0.0", ["model.example.org"]) == ["model.example.org"]
     for address in ("127.0.0.1", "::1", "localhost", "127.0.0.2"):
         assert "localhost" in (hosts_for(address) or [])
 
 
-def test_other_pages_may_not_use_the_server_but_allowed_ones_may(site: Site, port: int) -> None:
+def test_only_allowed_origins_may_use_the_server(site: Site, port: int) -> None:
     seen = len(site.bodies)
     for origin in (
         "https://evil.example.org",
@@ -226,9 +225,9 @@ def test_other_pages_may_not_use_the_server_but_allowed_ones_may(site: Site, por
     assert exchanged(port, preflight.replace(b"page", b"evil"))[0] == 400
 
 
-def test_without_allowed_pages_there_is_no_cors() -> None:
+def test_without_allowed_origins_there_is_no_cors() -> None:
     site = Site()
-    with listening(guarded(site.app, Guards()), **uvicorn_settings(Patience())) as port:
+    with listening(guarded(site.app, Guards()), **uvicorn_settings(ConnectionLimits())) as port:
         status, headers, _ = exchanged(port, get("/health", "Origin: https://page.example.org"))
         assert status == 403 and not any(name.startswith("access-control") for name in headers)
         assert exchanged(port, get("/v1/models", host="any.example.org"))[0] == 200

@@ -1,4 +1,4 @@
-"""Keys: who is let in, and that no key is written down."""
+"""API keys: which are accepted, and that none is logged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytest.importorskip("uvicorn")
 from guarded_site import AUTH, GUARDS, KEY, Site
 from loopback import error_of, exchanged, get, post
 
-from vismem.serving.checks import read_keys
+from vismem.serving.guards import read_keys
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ from vismem.serving.checks import read_keys
         [f"Cookie: key={KEY}"],
     ],
 )
-def test_without_a_right_key_nothing_is_answered(site: Site, port: int, headers: list[str]) -> None:
+def test_requests_without_a_valid_key_are_refused(site: Site, port: int, headers: list[str]) -> None:
     seen = len(site.bodies)
     for request in (get("/v1/models", *headers), post("/v1/echo", b"{}", *headers), get("/nowhere", *headers)):
         status, answered, body = exchanged(port, request)
@@ -45,7 +45,7 @@ def test_without_a_right_key_nothing_is_answered(site: Site, port: int, headers:
     assert len(site.bodies) == seen
 
 
-def test_every_key_opens_and_health_needs_none(port: int) -> None:
+def test_every_key_is_accepted_and_health_needs_none(port: int) -> None:
     for key in (KEY, "sk-the-other-key"):
         assert exchanged(port, get("/v1/models", f"authorization: bearer  {key}"))[0] == 200
     assert exchanged(port, get("/health"))[0] == 200
@@ -69,7 +69,7 @@ def test_keys_come_from_options_file_and_environment(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", " ", "two words", "schl\u00fcssel", "a\tb", "a\x7fb", "secret,\n"])
-def test_keys_that_cannot_be_sent_are_refused_and_not_told(tmp_path, key: str) -> None:
+def test_invalid_keys_are_refused_without_revealing_them(tmp_path, key: str) -> None:
     if "," in key:
         with pytest.raises(ValueError, match="VISMEM_API_KEY") as caught:
             read_keys((), None, {"VISMEM_API_KEY": key})
@@ -84,7 +84,7 @@ def test_keys_that_cannot_be_sent_are_refused_and_not_told(tmp_path, key: str) -
         read_keys((), tmp_path / "none")
 
 
-def test_no_key_is_written_down(port: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_are_never_logged(port: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         exchanged(port, get("/v1/models", AUTH))
         exchanged(port, get("/v1/models", f"Authorization: Bearer {KEY}x"))

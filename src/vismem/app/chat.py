@@ -25,11 +25,11 @@ from vismem.decoding.policies import Policy
 from vismem.decoding.prepare import context_of
 from vismem.decoding.queue import Request
 from vismem.loading import Loaded
-from vismem.serving.engine import COLDEST
+from vismem.serving.engine import MIN_TEMPERATURE
 from vismem.serving.errors import ApiError
 from vismem.serving.pictures import PictureLimits, Pictures
-from vismem.serving.prompts import inputs_of, marks_of
-from vismem.serving.worker import Closed, Full, Worker
+from vismem.serving.prompts import chat_inputs, reserved_texts
+from vismem.serving.worker import QueueFullError, Worker, WorkerClosedError
 
 MOST_PICTURES = 8  # of a conversation
 MOST_PIXELS, ALL_PIXELS = 36_000_000, 72_000_000  # of a picture, of a conversation's
@@ -58,7 +58,7 @@ class Studio:
         self.worker = Worker(self.model, batch_size, most_waiting, record=True)
         # Fast tokenizers are not to be used by two threads at a time: the model's is the worker's.
         self.processor, self.asking = copy.deepcopy(self.model.processor), threading.Lock()
-        self.context, self.marks = context_of(self.model.base), marks_of(self.model)
+        self.context, self.marks = context_of(self.model.base), reserved_texts(self.model)
         self.visitors: OrderedDict[str, Conversation] = OrderedDict()
         self.visiting, self.looking = threading.RLock(), threading.Lock()  # events come in threads of their own
 
@@ -124,10 +124,10 @@ class Studio:
             try:
                 for side, each in plan:
                     turn.replies.append(self.begin(side, each, inputs, settings))
-            except (Full, Closed) as error:
+            except (QueueFullError, WorkerClosedError) as error:
                 self.stop(turn)
                 waits = "The model is busy with other questions: ask again in a moment."
-                raise Refused(waits if isinstance(error, Full) else "The viewer is being stopped.") from error
+                raise Refused(waits if isinstance(error, QueueFullError) else "The viewer is being stopped.") from error
             for earlier in conversation.turns:
                 for reply in earlier.replies:
                     reply.tidy()
@@ -153,10 +153,10 @@ class Studio:
         return bool(seen)
 
     def begin(self, side: Side, policy: str | Policy, inputs: dict[str, Tensor], settings: Settings) -> Reply:
-        """Queues one answer. Raises Full or Closed."""
+        """Queues one answer. Raises QueueFullError or WorkerClosedError."""
         reply = Reply(side, self.model.processor.tokenizer, self.model.tokens)
         generation: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "num_beams": 1, "do_sample": False}
-        if settings.temperature >= COLDEST:
+        if settings.temperature >= MIN_TEMPERATURE:
             generation |= {"do_sample": True, "temperature": settings.temperature}
         request = Request(dict(inputs), invocation=policy, seed=settings.seed, generation=generation)
         reply.inputs, reply.ticket = inputs, self.worker.submit(request, reply.read)
@@ -169,7 +169,7 @@ class Studio:
             Refused: if the processor does not take it.
         """
         try:
-            return inputs_of(self.model, messages, self.processor)
+            return chat_inputs(self.model, messages, self.processor)
         except Exception as error:  # templates and processors raise what they like
             raise Refused(f"The model's processor does not take this: {one_line(error)}") from error
 
@@ -201,7 +201,7 @@ class Studio:
             if reply.inspection is None or reply.inspection.cancelled():
                 try:
                     reply.inspection = self.worker.call(find)
-                except Closed as error:
+                except WorkerClosedError as error:
                     raise Refused("The viewer is being stopped.") from error
                 reply.inspection.add_done_callback(forget)
             return reply.inspection

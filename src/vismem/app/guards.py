@@ -20,9 +20,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vismem.serving.access import request_line
-from vismem.serving.checks import Check, Hosts, Origins, digest, hosts_for
 from vismem.serving.errors import ApiError, refuse
-from vismem.serving.guards import BodyLimit
+from vismem.serving.guards import BodyLimit, Check, Hosts, Origins, digest, hosts_for
 
 log = logging.getLogger(__name__)
 UPLOAD = "/gradio_api/upload"
@@ -107,7 +106,7 @@ class Sizes:
     """Bounds what is sent: files by the length that browsers tell, everything else by what comes."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.small = app, BodyLimit(app, LARGEST_BODY, together=64 * 2**20, parts=MOST_PARTS)
+        self.app, self.small = app, BodyLimit(app, LARGEST_BODY, max_held=64 * 2**20, max_commas=MOST_PARTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].rstrip("/") != UPLOAD:

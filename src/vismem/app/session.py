@@ -25,7 +25,7 @@ from vismem.decoding.markers import Piece, joined
 from vismem.decoding.policies import Forced, Policy, read_policy, schedule_of
 from vismem.decoding.trace import Invocation
 from vismem.serving.protocol import bounded_policy
-from vismem.serving.worker import Finish, News, Ticket
+from vismem.serving.worker import Finish, RowUpdate, Ticket
 
 Side = Literal["memory", "vanilla"]
 MOST_TOKENS = 4096  # of an answer
@@ -130,7 +130,7 @@ class Reply:
         if self.over.is_set() and not self.inspectable:
             self.inputs, self.ticket = {}, None
 
-    def read(self, news: News) -> None:
+    def read(self, news: RowUpdate) -> None:
         """Takes the news of a step, as a worker's listener."""
         for token in news.tokens:
             if token in self.marks.kind_of:

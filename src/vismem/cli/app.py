@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         if find_spec(name) is None:
             raise Failure(f'the viewer needs {name}: pip install "vismem[app]"')
 
-    from vismem.serving.checks import is_loopback
+    from vismem.serving.guards import is_loopback
     from vismem.serving.lifespan import Server, address_of, config_of, serve
 
     password = read_password(options.password_file, os.environ)

@@ -126,9 +126,9 @@ def check_schedule(text: str, sighted: bool) -> None:
 
 def prompt(model, question: str, images: list) -> dict:
     """The processor's tensors for one question about those images, on the model's device."""
-    from vismem.serving.prompts import inputs_of, marks_of
+    from vismem.serving.prompts import chat_inputs, reserved_texts
 
-    for mark in marks_of(model):
+    for mark in reserved_texts(model):
         if mark in question:
             raise Misuse(
                 f"the question has the model's own mark {mark} in it; leave that out: images are named as files, "
@@ -136,7 +136,7 @@ def prompt(model, question: str, images: list) -> dict:
             )
     shown = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
-    return inputs_of(model, messages)
+    return chat_inputs(model, messages)
 
 
 def write(model, inputs: dict, options: argparse.Namespace, streamer: Streamer | None = None) -> Answer:

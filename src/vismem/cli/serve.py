@@ -139,12 +139,11 @@ def run(options: argparse.Namespace) -> int:
         raise Failure('replicas need Ray Serve: pip install "vismem[replicas]"')
 
     from vismem.serving.access import AccessLog, LineWriter
-    from vismem.serving.checks import hosts_for, is_loopback, read_keys
-    from vismem.serving.connections import Patience, uvicorn_settings
-    from vismem.serving.guards import Guards, guarded
+    from vismem.serving.connections import ConnectionLimits
+    from vismem.serving.guards import Guards, guarded, hosts_for, is_loopback, read_keys
     from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
-    from vismem.serving.metrics import Counted, Metrics
-    from vismem.serving.server import Serving, application
+    from vismem.serving.metrics import Metrics, RequestCounter
+    from vismem.serving.server import ServingConfig, application
 
     log_to_stderr(logging.INFO if options.debug else logging.WARNING, "%(levelname)s: %(message)s")
     keys = read_keys(options.api_key, options.api_key_file, os.environ)
@@ -153,21 +152,23 @@ def run(options: argparse.Namespace) -> int:
     engine = engine_of(options)
     metrics = Metrics(engine.load)
     name = options.name or name_of(options)
-    app = application(engine, Serving(name, options.invocation, options.answer_timeout, bool(keys)), metrics)
+    app = application(engine, ServingConfig(name, options.invocation, options.answer_timeout, bool(keys)), metrics)
     guards = Guards(
         keys,
         hosts=hosts_for(here, options.allow_host),
         origins=options.allow_origin,
         max_body=options.max_body * MIB,
         body_timeout=options.body_timeout,
-        together=max(8 * options.max_body, 256) * MIB,
+        max_held=max(8 * options.max_body, 256) * MIB,
     )
-    patience = Patience(write=options.body_timeout, connections=options.max_connections, dropped=metrics.dropped)
-    outermost: ASGIApp = Counted(guarded(app, guards), metrics)
+    limits = ConnectionLimits(
+        write=options.body_timeout, connections=options.max_connections, on_drop=metrics.count_drop
+    )
+    outermost: ASGIApp = RequestCounter(guarded(app, guards), metrics)
     lines = LineWriter(sys.stdout.fileno()) if options.access_log else None
     if lines is not None:
         outermost = AccessLog(outermost, lines)
-    config = config_of(outermost, options.grace, **uvicorn_settings(patience))
+    config = config_of(outermost, options.grace, limits)
     if not keys and not is_loopback(here):
         say(f"note: without --api-key, whoever reaches {here} can ask")
     line = f"Serving {name} on {address_of(bound)}/v1 - Ctrl-C stops it"
@@ -185,7 +186,7 @@ def engine_of(options: argparse.Namespace):
 
     settings = {
         "batch_size": options.batch_size,
-        "most_waiting": options.max_waiting,
+        "max_waiting": options.max_waiting,
         "context": options.max_context,
         "max_tokens": options.max_tokens,
         "pictures": PictureLimits(

@@ -1,1 +1,1 @@
-"""A model behind an interface that many use at once: a thread that owns it, and an OpenAI-compatible server."""
+"""An OpenAI-compatible server, and the worker thread that owns its model."""

@@ -1,4 +1,4 @@
-"""The access log: one line for each request, without texts, keys and query strings."""
+"""The access log: one line per request, without message texts, keys or query strings."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LONGEST_PATH = 200  # characters of a path that are logged
-MOST_LINES = 10_000  # that may wait to be written
+MAX_PATH = 200  # characters of a path that are logged
+MAX_QUEUED = 10_000  # lines
 
 
 class AccessLog:
-    """Writes a line when a request is over: time, method, path, status, seconds, and tokens of prompt and answer.
+    """Logs time, method, path, status, seconds, and prompt and completion tokens when a request ends.
 
     Args:
         app: the guarded application.
-        write: takes each line, without its end.
+        write: called with each line, without its newline.
     """
 
     def __init__(self, app: ASGIApp, write: Callable[[str], None]) -> None:
@@ -30,56 +30,56 @@ class AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begin, status = time.perf_counter(), "-"  # of those who leave before they are answered
+        start, status = time.perf_counter(), "-"  # stays "-" if the client leaves before a response starts
 
-        async def noted(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
             await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, send_and_record)
         finally:
             line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {request_line(scope)} {status}"
-            line += f" {time.perf_counter() - begin:.3f}s"
-            assembly = scope.get("state", {}).get("assembly")
-            if assembly is not None and assembly.prompt_tokens:
-                line += f" {assembly.prompt_tokens}+{assembly.completion_tokens} tokens"
+            line += f" {time.perf_counter() - start:.3f}s"
+            builder = scope.get("state", {}).get("response")
+            if builder is not None and builder.prompt_tokens:
+                line += f" {builder.prompt_tokens}+{builder.completion_tokens} tokens"
             self.write(line)
 
 
 def request_line(scope: Scope) -> str:
-    """Method and path of a request in printable ASCII, without the query."""
-    path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogateescape")
-    shown = ascii(path.partition(b"?")[0].decode("latin-1"))[1:-1]
-    cut = shown[:LONGEST_PATH] + ("..." if len(shown) > LONGEST_PATH else "")
-    return f"{ascii(scope['method'])[1:-1][:16]} {cut}"
+    """Method and path in printable ASCII, without the query string."""
+    raw_path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogateescape")
+    path = ascii(raw_path.partition(b"?")[0].decode("latin-1"))[1:-1]
+    path = path[:MAX_PATH] + ("..." if len(path) > MAX_PATH else "")
+    return f"{ascii(scope['method'])[1:-1][:16]} {path}"
 
 
 class LineWriter:
-    """Writes lines in a thread of its own, so that a log which nobody reads keeps nobody waiting.
+    """Writes lines from its own thread, so that a blocked log file or pipe does not block requests.
 
-    Lines are dropped where too many wait.
+    Drops lines while the queue is full.
 
     Args:
-        descriptor: of the file.
-        most: lines that may wait.
+        descriptor: of the open file.
+        max_queued: lines that may be queued.
     """
 
-    def __init__(self, descriptor: int, most: int = MOST_LINES) -> None:
+    def __init__(self, descriptor: int, max_queued: int = MAX_QUEUED) -> None:
         self.descriptor = descriptor
-        self.lines: queue.Queue[str | None] = queue.Queue(most)
+        self.lines: queue.Queue[str | None] = queue.Queue(max_queued)
         self.thread = threading.Thread(target=self._run, name="vismem-access-log", daemon=True)
         self.thread.start()
 
     def __call__(self, line: str) -> None:
-        """Writes a line, soon."""
+        """Queues a line."""
         with contextlib.suppress(queue.Full):
             self.lines.put_nowait(line)
 
     def close(self, seconds: float = 1.0) -> None:
-        """Waits at most that long until all is written."""
+        """Waits up to `seconds` for each of: room in the queue, and the last write."""
         try:
             self.lines.put(None, timeout=seconds)
         except queue.Full:
@@ -90,7 +90,7 @@ class LineWriter:
         try:
             while (line := self.lines.get()) is not None:
                 rest = line.encode() + b"\n"
-                while rest:  # the system's own call: a lock of Python's files would be held while it waits
+                while rest:  # os.write, because a Python file object holds its lock while it blocks
                     rest = rest[os.write(self.descriptor, rest) :]
-        except OSError:  # whoever read it has gone
+        except OSError:  # the reader closed the pipe
             return

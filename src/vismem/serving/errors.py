@@ -1,6 +1,7 @@
-"""Errors in OpenAI's form: one exception that says everything about its response.
+"""Errors in OpenAI's format.
 
-`raise` it in a route: `server.py` hands it to `response()`. In pure ASGI, `await refuse(error, scope, receive, send)`.
+Raise `ApiError` in a route, where `server.py` turns it into a response. In plain ASGI, call
+`await refuse(error, scope, receive, send)`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-LINGER = 2.0  # seconds that a refused client may go on sending, so that it reads the refusal before the connection ends
+LINGER = 2.0  # seconds for which the rest of a refused body is read, so that the client gets to read the refusal
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {
@@ -34,15 +35,15 @@ HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: 
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        status: of HTTP.
+        status: the HTTP status.
         message: one line for the client: what, why, what to do.
-        type: OpenAI's kind of error; by default the usual one for the status.
-        code: a word for programs; by default the usual one for the status.
-        param: the field of the request that is wrong, e.g. "messages".
-        headers: more headers of the response; 401, 429 and 503 have theirs unless given here.
+        type: OpenAI's error type; by default the usual one for the status.
+        code: a machine-readable code; by default the usual one for the status.
+        param: the request field at fault, e.g. "messages".
+        headers: extra response headers; 401, 429 and 503 have defaults.
     """
 
     def __init__(
@@ -65,25 +66,26 @@ class ApiError(Exception):
         """OpenAI's error object."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def content(self) -> bytes:
-        """The same as JSON; plain ASCII, whatever the message has in it."""
-        return json.dumps(self.body()).encode("ascii")
-
     def response(self) -> Response:
-        """A response, which is an ASGI application at the same time."""
-        return Response(self.content(), self.status, self.headers, "application/json")
+        """A Starlette response. Its JSON is ASCII, so any message can be encoded."""
+        return Response(json.dumps(self.body()).encode("ascii"), self.status, self.headers, "application/json")
 
 
 def stopping() -> ApiError:
-    """The server is being stopped."""
+    """The server is shutting down."""
     return ApiError(503, "the server is stopping; try again when it is back")
 
 
-async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with an error, and ends the connection where a body is still on its way.
+def internal_error() -> ApiError:
+    """An unexpected exception, whose details stay in the log."""
+    return ApiError(500, "the server failed; its log has the reason")
 
-    A client that is cut off while it sends may never see the answer. So the answer goes out whole, what still comes is
-    thrown away for at most `LINGER` seconds, and only then is the response called complete.
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends an error, and closes the connection if the request has a body.
+
+    A client that is cut off while sending may never read the response. So the response is sent in full, the rest of the
+    body is read and discarded for at most `LINGER` seconds, and only then is the response completed.
     """
     response = error.response()
     if not has_body(Headers(scope=scope)):
@@ -99,5 +101,5 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
 
 
 def has_body(headers: Headers) -> bool:
-    """Whether a request says that a body follows its head."""
+    """Whether the headers announce a body."""
     return "transfer-encoding" in headers or headers.get("content-length", "0").strip("0") != ""

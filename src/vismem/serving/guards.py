@@ -1,29 +1,32 @@
-"""What stands between the network and the application: each guard is a small piece of pure ASGI.
+"""ASGI guards around the application: Host, Origin, headers, API keys, bodies.
 
-`guarded` puts them around an application in their order: what needs no body is settled before one is read, and a key is
-asked for before memory is given. What happens below a request - heads that never come, clients that do not read,
-too many connections - is seen in `connections.py`.
+`guarded` applies them in order: whatever can be decided from the headers is decided before a body is read, and the API
+key is checked before memory is spent on one. Slow clients and the number of connections are handled in
+`connections.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import override
 
-from vismem.serving.checks import ApiKeys, Hosts, Origins, WellFormed
 from vismem.serving.errors import ApiError, has_body, refuse, stopping
 
-SMALL_BODY = (
-    16 * 2**10
-)  # bytes; there is room for such ones always, else a few large ones that stall shut all others out
-FAREWELL = 1.0  # seconds in which a client takes the last that it is told
+PUBLIC = ("/health",)  # paths that need no key
+SMALL_BODY = 16 * 2**10  # bytes that are accepted beyond `max_held`, so that stalled uploads do not block text requests
+SHUTDOWN_TIMEOUT = 1.0  # seconds that a client has to read the shutdown error
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -37,14 +40,15 @@ class Guards:
     """How an application is guarded.
 
     Args:
-        keys: API keys of which a request must have one; none asks for no key.
-        hosts: names that a `Host` header may have (`"*.example.org"` for all below one); None for any. See `hosts_for`.
-        origins: web pages' origins that may use the server from a browser, e.g. "https://example.org"; "*" for all.
-        max_body: most bytes of a body.
-        body_timeout: seconds in which a body must have come.
-        together: most bytes of all bodies that are held at once; small ones are taken beyond it.
-        parts: most commas in a body: every value of JSON costs the parser far more memory than it has bytes.
-        max_headers, max_head: most headers, and most bytes of them.
+        keys: accepted API keys; if empty, no key is needed.
+        hosts: accepted `Host` names (`"*.example.org"` for subdomains), or None for any. See `hosts_for`.
+        origins: web origins that may use the server from a browser, e.g. "https://example.org"; "*" for all.
+        max_body: bytes per body.
+        body_timeout: seconds for a body to arrive.
+        max_held: bytes of all bodies held at the same time; small bodies are accepted beyond it.
+        max_commas: commas per body. Each JSON value costs the parser far more memory than it has bytes.
+        max_headers: headers per request.
+        max_head: bytes of all headers of a request.
     """
 
     keys: Sequence[str] = field(default=(), repr=False)
@@ -52,15 +56,15 @@ class Guards:
     origins: Sequence[str] = ()
     max_body: int = 32 * 2**20
     body_timeout: float = 30.0
-    together: int = 256 * 2**20
-    parts: int = 50_000
+    max_held: int = 256 * 2**20
+    max_commas: int = 50_000
     max_headers: int = 100
     max_head: int = 16 * 2**10
 
 
 def guarded(app: ASGIApp, guards: Guards) -> ASGIApp:
     """The application with its guards around it."""
-    app = BodyLimit(app, guards.max_body, guards.body_timeout, guards.together, guards.parts)
+    app = BodyLimit(app, guards.max_body, guards.body_timeout, guards.max_held, guards.max_commas)
     if guards.keys:
         app = ApiKeys(app, guards.keys)
     app = WellFormed(app, guards.max_headers, guards.max_head)
@@ -75,19 +79,217 @@ def guarded(app: ASGIApp, guards: Guards) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
-    return SafeHeaders(Ending(app))
+    return SafeHeaders(ShutdownNotice(app))
+
+
+class Check:
+    """A guard that only reads the request's headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """The error to refuse the request with, or None to let it through."""
+        raise NotImplementedError
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self.wrong(scope, Headers(scope=scope)) if scope["type"] == "http" else None
+        if error is None:
+            await self.app(scope, receive, send)
+        else:
+            await refuse(error, scope, receive, send)
+
+
+class WellFormed(Check):
+    """Refuses ambiguous requests that proxies may parse differently, oversized headers, and bodies other than JSON."""
+
+    def __init__(self, app: ASGIApp, max_headers: int, max_head: int) -> None:
+        super().__init__(app)
+        self.max_headers, self.max_head = max_headers, max_head
+
+    @override
+    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
+        if scope["http_version"] not in ("1.0", "1.1"):
+            return ApiError(505, "this server speaks HTTP/1.1", code="bad_http")
+        size = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
+        size += sum(len(name) + len(value) + 4 for name, value in headers.raw)
+        if len(headers.raw) > self.max_headers:
+            return ApiError(431, f"the request has {len(headers.raw)} headers; the limit is {self.max_headers}")
+        if size > self.max_head:
+            return ApiError(431, f"the headers have {size} bytes; the limit is {self.max_head}")
+        if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
+            return ApiError(400, "send either Content-Length or, with HTTP/1.1, Transfer-Encoding")
+        if not has_body(headers):
+            return None
+        if headers.get("content-encoding", "identity").strip().lower() != "identity":
+            return ApiError(415, "compressed bodies are not supported; send the body without Content-Encoding")
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            return ApiError(415, "the body must be JSON; send it with Content-Type: application/json")
+        return None
+
+
+class Hosts(Check):
+    """Refuses unknown `Host` names, through which a web page could reach the server by DNS rebinding."""
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        super().__init__(app)
+        self.allowed = [name.lower() for name in allowed]
+
+    @override
+    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
+        given = headers.getlist("host")
+        name = _host_name(given[0]) if len(given) == 1 else None
+        if name is not None and any(_matches(name, allowed) for allowed in self.allowed):
+            return None
+        return ApiError(403, "this server does not answer to that Host; allow it with --allow-host")
+
+
+def hosts_for(address: str, allowed: Sequence[str] = ()) -> list[str] | None:
+    """The `Host` names to accept, or None for any.
+
+    Args:
+        address: the address that the server listens on.
+        allowed: further names.
+
+    Returns:
+        On a loopback address, loopback's names and `allowed`; elsewhere `allowed`, or None if that is empty.
+    """
+    if is_loopback(address):
+        return ["localhost", "*.localhost", "loopback", *allowed]
+    return list(allowed) or None
+
+
+def is_loopback(name: str) -> bool:
+    """Whether `name` is `localhost` or a loopback address."""
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _matches(name: str, allowed: str) -> bool:
+    if allowed == "loopback":
+        return is_loopback(name)
+    if allowed.startswith("*."):
+        return name.endswith(allowed[1:]) and len(name) > len(allowed) - 1
+    return name == allowed.strip("[]")
+
+
+def _host_name(value: str) -> str | None:
+    """The name in a `Host` header, without the port, or None if the header is malformed."""
+    value = value.strip().lower()
+    if value.startswith("["):
+        name, closed, port = value[1:].partition("]")
+        if not closed or (port and not port.startswith(":")):
+            return None
+        port = port[1:]
+    else:
+        name, _, port = value.partition(":")
+    return name if name and (not port or port.isdecimal()) else None
+
+
+class Origins(Check):
+    """Refuses requests sent by web pages of other origins."""
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str] = ()) -> None:
+        super().__init__(app)
+        self.allowed = [origin.lower() for origin in allowed]
+
+    @override
+    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
+        for origin in headers.getlist("origin"):
+            own = origin.lower().partition("://")[2] == headers.get("host", "").lower() != ""
+            if not own and origin.lower() not in self.allowed and "*" not in self.allowed:
+                return ApiError(403, "pages of this origin may not use the server; allow it with --allow-origin")
+        return None
+
+
+class ApiKeys(Check):
+    """Requires one of several API keys, compared in constant time."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], public: Sequence[str] = PUBLIC) -> None:
+        super().__init__(app)
+        self.digests = [digest(key.encode()) for key in keys]
+        self.public = public
+
+    @override
+    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
+        if scope["path"] in self.public:
+            return None
+        given = headers.getlist("authorization")
+        scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        found = digest(key.strip().encode("latin-1"))
+        known = sum(hmac.compare_digest(found, each) for each in self.digests)  # `any` would stop at the match
+        if scheme.lower() == "bearer" and known:
+            return None
+        if not given:
+            return ApiError(401, "no API key; send it as Authorization: Bearer KEY")
+        return ApiError(401, "the API key is not one of this server's")
+
+
+def digest(key: bytes) -> bytes:
+    """A hash of a secret, so that comparing two takes equally long whatever their lengths."""
+    return hashlib.sha256(key).digest()
+
+
+def read_keys(
+    given: Sequence[str] = (), file: Path | None = None, environ: Mapping[str, str] | None = None
+) -> list[str]:
+    """Collects API keys.
+
+    Args:
+        given: keys from the command line.
+        file: one key per line; empty lines and lines starting with # are skipped.
+        environ: environment variables; `VISMEM_API_KEY` holds one key, or several separated by commas.
+
+    Raises:
+        ValueError: if a key is empty or cannot be sent in a header, or the file is unreadable or has no key. The
+            message never contains a key.
+    """
+    keys = [("an API key on the command line", key) for key in given]
+    if "VISMEM_API_KEY" in (environ or {}):
+        keys += [("an API key in VISMEM_API_KEY", key) for key in (environ or {})["VISMEM_API_KEY"].split(",")]
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read API keys from {file}: {getattr(error, 'strerror', None) or error}") from None
+        found = [(f"an API key in {file}", line) for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise ValueError(f"there is no API key in {file}; write one per line")
+        keys += found
+    for place, key in keys:
+        if not key.strip() or not key.isascii() or not key.strip().isprintable() or " " in key.strip():
+            raise ValueError(f"{place} is empty or cannot be sent in a header; use letters and digits")
+    return list(dict.fromkeys(key.strip() for _, key in keys))
 
 
 class BodyLimit:
-    """Reads each body before anything answers it: at most so large, in so much time, and no more of all together.
+    """Reads each body before the application sees it, within limits of size, time and total memory.
 
-    The application gets it in one piece. It counts as held until that is done.
+    The application gets the body in one piece, which counts as held until the application returns.
+
+    Args:
+        app: the application.
+        max_body: bytes per body.
+        timeout: seconds for a body to arrive.
+        max_held: bytes of all bodies held at the same time; a body of at most `SMALL_BODY` is accepted beyond it.
+        max_commas: commas per body.
     """
 
     def __init__(
-        self, app: ASGIApp, most: int, timeout: float = 30.0, together: int = 256 * 2**20, parts: int = 50_000
+        self,
+        app: ASGIApp,
+        max_body: int,
+        timeout: float = 30.0,
+        max_held: int = 256 * 2**20,
+        max_commas: int = 50_000,
     ) -> None:
-        self.app, self.most, self.timeout, self.together, self.parts = app, most, timeout, together, parts
+        self.app, self.max_body, self.timeout = app, max_body, timeout
+        self.max_held, self.max_commas = max_held, max_commas
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +298,7 @@ class BodyLimit:
             return
         body = bytearray()
         try:
-            whole = await self._read(scope, receive, body)
+            complete = await self._read(scope, receive, body)
         except ApiError as error:
             self.held -= len(body)
             body.clear()
@@ -109,20 +311,20 @@ class BodyLimit:
         content: list[bytes] = [bytes(body)]
         body.clear()
 
-        async def replayed() -> Message:
+        async def replay() -> Message:
             return {"type": "http.request", "body": content.pop(), "more_body": False} if content else await receive()
 
         try:
-            if whole:  # else the client has gone
-                await self.app(scope, replayed, send)
+            if complete:  # otherwise the client has disconnected
+                await self.app(scope, replay, send)
         finally:
             self.held -= size
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
-        told = Headers(scope=scope).get("content-length", "0")
-        if not told.isdecimal() or len(told) > 20:
-            raise ApiError(400, "Content-Length is no number of bytes")
-        if int(told) > self.most:
+        announced = Headers(scope=scope).get("content-length", "0")
+        if not announced.isdecimal() or len(announced) > 20:
+            raise ApiError(400, "Content-Length must be a number of bytes")
+        if int(announced) > self.max_body:
             raise self._too_large()
         with anyio.move_on_after(self.timeout):
             more = True
@@ -131,59 +333,62 @@ class BodyLimit:
                 if message["type"] == "http.disconnect":
                     return False
                 piece, more = message.get("body", b""), message.get("more_body", False)
-                if len(body) + len(piece) > self.most:
+                if len(body) + len(piece) > self.max_body:
                     raise self._too_large()
-                if self.held + len(piece) > self.together and len(body) + len(piece) > SMALL_BODY:
-                    raise ApiError(503, "the server holds as many requests as it can; try again in a moment")
+                if self.held + len(piece) > self.max_held and len(body) + len(piece) > SMALL_BODY:
+                    raise ApiError(503, "the server is holding as many requests as it can; try again in a moment")
                 body += piece
                 self.held += len(piece)
-            if body.count(b",") > self.parts:
+            if body.count(b",") > self.max_commas:
                 raise ApiError(
-                    413, f"the body has more than {self.parts} commas, which separate values in JSON; send less at once"
+                    413,
+                    f"the body has more than {self.max_commas} commas, so too many JSON values; send less at once",
                 )
             return True
-        raise ApiError(408, f"the body did not come within {self.timeout:g} seconds")
+        raise ApiError(408, f"the body did not arrive within {self.timeout:g} seconds")
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self.most} bytes, the limit; send fewer or smaller images")
+        return ApiError(413, f"the body has more than {self.max_body} bytes, the limit; send fewer or smaller images")
 
 
-class Ending:
-    """Tells those whose requests are cut off, because the server ends, that it does: what is not begun by its status,
-    a stream by its last event."""
+class ShutdownNotice:
+    """Sends an error to clients whose requests are cancelled by a shutdown.
+
+    A request without a response yet gets status 503; a stream gets the error as its last event.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun: list[Message] = []
+        started: list[Message] = []
 
-        async def noted(message: Message) -> None:
-            if not begun:
-                begun.append(message)
+        async def send_and_record(message: Message) -> None:
+            if not started:
+                started.append(message)
             await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, send_and_record)
         except asyncio.CancelledError:
             if scope["type"] != "http":
                 raise
             task = asyncio.current_task()
             assert task is not None
-            timer = asyncio.get_running_loop().call_later(FAREWELL, task.cancel)  # of a client that does not read
+            timer = asyncio.get_running_loop().call_later(SHUTDOWN_TIMEOUT, task.cancel)  # for clients that do not read
             with contextlib.suppress(asyncio.CancelledError):
                 response = stopping().response()
                 response.headers["Connection"] = "close"
-                if not begun:
+                if not started:
                     await response(scope, receive, send)
-                elif "text/event-stream" in Headers(raw=begun[0]["headers"]).get("content-type", ""):
+                elif "text/event-stream" in Headers(raw=started[0]["headers"]).get("content-type", ""):
                     event = b"data: " + bytes(response.body) + b"\n\n"
                     await send({"type": "http.response.body", "body": event, "more_body": False})
             timer.cancel()
 
 
 class SafeHeaders:
-    """Tells browsers not to guess at, keep, run or frame what is answered. Refuses what is not plain HTTP."""
+    """Adds headers that keep browsers from sniffing, caching, running or framing responses. Refuses WebSockets."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -193,11 +398,11 @@ class SafeHeaders:
             await send({"type": "websocket.close", "code": 1003})
             return
 
-        async def safe(message: Message) -> None:
+        async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in SAFE_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        await self.app(scope, receive, safe)
+        await self.app(scope, receive, send_safely)

@@ -1,7 +1,7 @@
-"""A listening server: sockets, signals, and an orderly end.
+"""Listening sockets, signals and graceful shutdown.
 
-The first signal (Ctrl-C, SIGTERM) closes the door: no new connections, new requests on open ones are refused, answers
-under way may finish for a while. A second one ends at once. Nothing of that hangs.
+On the first signal (Ctrl-C, SIGTERM) the server accepts no new connections, refuses new requests on open ones, and
+gives running answers a while to finish. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from typing_extensions import override
 
-from vismem.serving.connections import Patience, uvicorn_settings
+from vismem.serving.connections import ConnectionLimits, uvicorn_settings
 
 log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, whose signals are an orderly end and not a crash.
+    """uvicorn's server, with callbacks and a graceful shutdown that cannot hang.
 
     Args:
-        config: uvicorn's.
-        on_start: called once it answers.
-        on_stop: called when the first signal comes.
+        config: uvicorn's configuration.
+        on_start: called once the server accepts requests.
+        on_stop: called on the first signal.
     """
 
     def __init__(
@@ -39,18 +40,19 @@ class Server(uvicorn.Server):
         self.on_start, self.on_stop = on_start, on_stop
         self.loop: asyncio.AbstractEventLoop | None = None
 
+    @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to answer."""
         await super().startup(sockets)
         self.loop = asyncio.get_running_loop()
         if self.started:
             self.on_start()
 
+    @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal ends in order, the second at once."""
+        """Shuts down gracefully on the first signal, at once on the second."""
         if self.should_exit:
             self.force_exit = True
-            logging.disable()  # what is cut off now is no news
+            logging.disable()  # errors of aborted requests are expected
             if self.loop is not None:
                 self.loop.call_soon_threadsafe(self._abort)
         else:
@@ -58,64 +60,64 @@ class Server(uvicorn.Server):
             self.on_stop()
 
     def _abort(self) -> None:
-        """Ends all connections: since Python 3.12 a server is closed only once there are none."""
+        """Aborts all connections: since Python 3.12 a server closes only once there are none."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens, so that a port in use is found out before a model is loaded.
+    """A listening socket, opened before the model loads so that a port in use fails early.
 
     Args:
-        host: an address, or a name of one.
-        port: 0 for any that is free.
+        host: an address or a host name.
+        port: 0 for any free port.
 
     Raises:
-        ValueError: if that cannot be; says why.
+        ValueError: if the address cannot be listened on.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        found = socket.socket(family, kind, protocol)
+        bound = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ValueError(f"cannot listen on {host}: {error.strerror or error}") from error
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(2048)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(2048)
     except OSError as error:
-        found.close()
+        bound.close()
         raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
-    found.setblocking(False)
-    return found
+    bound.setblocking(False)
+    return bound
 
 
 def address_of(bound: socket.socket) -> str:
-    """Where a socket can be reached, as a web address."""
+    """The URL of a bound socket."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(server: Server, bound: socket.socket) -> None:
-    """Serves until a signal comes, and then ends in order."""
+    """Serves until a signal arrives."""
     asyncio.run(server.serve(sockets=[bound]))
 
 
-def config_of(app: Any, grace: float, **more: Any) -> uvicorn.Config:
-    """uvicorn's settings: quiet but for what goes wrong, and with connections as in `connections.py`.
+def config_of(app: Any, grace: float, limits: ConnectionLimits | None = None) -> uvicorn.Config:
+    """uvicorn's configuration: logs errors only, and limits connections.
 
     Args:
-        app: the application, with its guards.
-        grace: seconds that answers under way may take when the server ends.
-        **more: of `uvicorn.Config`.
+        app: the guarded application.
+        grace: seconds that running answers have to finish on shutdown.
+        limits: on connections.
     """
     return uvicorn.Config(
         app,
-        log_level="error",  # a warning for each malformed request would let anyone fill the log
+        log_level="error",  # warnings would let clients flood the log with malformed requests
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(round(grace), 1),
         lifespan="on",
-        **{**uvicorn_settings(Patience()), **more},
+        **uvicorn_settings(limits or ConnectionLimits()),
     )

@@ -1,8 +1,8 @@
-"""An image file without all that is not the picture: texts, profiles, thumbnails, EXIF but for the orientation.
+"""Strips metadata from image files: texts, profiles, thumbnails, and EXIF except for the orientation.
 
-Metadata is where small files become large: a directory of EXIF may name the same ten megabytes a thousand times, and
-Pillow copies them a thousand times; comments in crumbs are joined one by one. Nothing of that reaches Pillow here.
-A file is walked part by part, never decoded; what does not look like its format is left for Pillow to refuse.
+Metadata can make small files expand: an EXIF directory may refer to the same ten megabytes a thousand times, and Pillow
+copies them each time; comments in tiny pieces are joined one by one. None of that reaches Pillow here. A file is
+walked part by part, never decoded; anything that does not match its format is left for Pillow to refuse.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections.abc import Iterator
 
 from vismem.data.images import ORIENTATION, BadImage
 
-MOST_PARTS = 20_000  # of a file; PNG by the common encoders has one in 8 kB
-MOST_SCANS = 100  # of a JPEG: each goes over all of the picture, however few bytes it has
+MAX_PARTS = 20_000  # per file; common PNG encoders write one per 8 kB
+MAX_SCANS = 100  # per JPEG; each covers the whole image, however few bytes it has
 PNG, PNG_KEPT = b"\x89PNG\r\n\x1a\n", (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 WEBP_KEPT = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
-WEBP_METADATA = 0x2C  # flags of VP8X: profile, EXIF, XMP
-JPEG_KEPT = (0xE0, 0xEE)  # of the application's segments, those that tell the colours' meaning: JFIF, Adobe
-PNG_XMP, JPEG_XMP = b"XML:com.adobe.xmp\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # the former not compressed
+WEBP_METADATA = 0x2C  # VP8X flags: profile, EXIF, XMP
+JPEG_KEPT = (0xE0, 0xEE)  # application segments that define the colour space: JFIF, Adobe
+PNG_XMP, JPEG_XMP = b"XML:com.adobe.xmp\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # in PNG only if uncompressed
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
 def stripped(file: bytes) -> tuple[bytes, int]:
-    """The picture's own parts of a file, and its orientation by EXIF, else by XMP (1 to 8; 1 is upright).
+    """Returns a file without metadata, and its orientation from EXIF, or else from XMP (1 to 8; 1 is upright).
 
     Args:
-        file: PNG, JPEG, WebP, GIF; any other comes back as it is.
+        file: PNG, JPEG, WebP or GIF; any other format is returned unchanged.
 
     Raises:
-        BadImage: if it has more parts than pictures have, or breaks off within one.
+        BadImage: if the file is truncated, or has implausibly many parts.
     """
     try:
         if file.startswith(PNG):
@@ -42,7 +42,7 @@ def stripped(file: bytes) -> tuple[bytes, int]:
         if file.startswith((b"GIF87a", b"GIF89a")):
             return _gif(file), 1
     except (struct.error, IndexError) as error:
-        raise BadImage("the file breaks off") from error
+        raise BadImage("the file is truncated") from error
     return file, 1
 
 
@@ -52,7 +52,7 @@ def _png(file: bytes) -> tuple[bytes, int]:
         length, kind = struct.unpack_from(">I4s", file, at)
         end = at + 12 + length
         if end > len(file):
-            raise BadImage("the file breaks off")
+            raise BadImage("the file is truncated")
         if kind in PNG_KEPT:
             kept.append(file[at:end])
         elif kind == b"eXIf":
@@ -70,13 +70,13 @@ def _jpeg(file: bytes) -> tuple[bytes, int]:
     for _ in _parts():
         fill, marker = file[at], file[at + 1]
         if fill != 0xFF:
-            raise BadImage("something that is no JPEG stands in the file")
-        if marker == 0xFF:  # bytes that fill up
+            raise BadImage("the file contains data that is not JPEG")
+        if marker == 0xFF:  # padding
             at += 1
             continue
         if marker == 0xDA:
-            if file.count(b"\xff\xda", at) > MOST_SCANS:
-                raise BadImage(f"it has more than {MOST_SCANS} scans")
+            if file.count(b"\xff\xda", at) > MAX_SCANS:
+                raise BadImage(f"it has more than {MAX_SCANS} scans")
             return b"".join(kept) + file[at:], orientation_of(exif, xmp)
         (length,) = struct.unpack_from(">H", file, at + 2)
         segment = file[at : at + 2 + length]
@@ -111,37 +111,37 @@ def _webp(file: bytes) -> tuple[bytes, int]:
 
 
 def _gif(file: bytes) -> bytes:
-    """Up to the first picture an image in it stays; what comes later is not read."""
+    """Keeps everything from the first image on; Pillow reads only that image."""
     at = 13 + (3 * 2 ** ((file[10] & 7) + 1) if file[10] & 0x80 else 0)
     kept = [file[:at]]
     for _ in _parts():
         if file[at] == 0x2C:
             return b"".join(kept) + file[at:]
         if file[at] != 0x21:
-            raise BadImage("there is no picture in the file")
+            raise BadImage("the file has no image")
         begin, at = at, at + 2
         for _ in _parts():
             size = file[at]
             at += 1 + size
             if not size:
                 break
-        if file[begin + 1] == 0xF9:  # which colour is transparent
+        if file[begin + 1] == 0xF9:  # the transparent colour
             kept.append(file[begin:at])
     raise AssertionError
 
 
 def _parts() -> Iterator[int]:
-    yield from range(MOST_PARTS)
-    raise BadImage(f"the file has more than {MOST_PARTS} parts")
+    yield from range(MAX_PARTS)
+    raise BadImage(f"the file has more than {MAX_PARTS} parts")
 
 
 def orientation_of(exif: bytes, xmp: bytes = b"") -> int:
-    """Reads the orientation from EXIF data, which begin with a TIFF header, else from XMP; 1 if neither has one."""
-    said = XMP_ORIENTATION.search(xmp)
-    return _by_exif(exif) or (int(said[1]) if said else 1)
+    """The orientation in EXIF data (starting at the TIFF header), or else in XMP; 1 if neither has one."""
+    match = XMP_ORIENTATION.search(xmp)
+    return _exif_orientation(exif) or (int(match[1]) if match else 1)
 
 
-def _by_exif(exif: bytes) -> int | None:
+def _exif_orientation(exif: bytes) -> int | None:
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
         return None

@@ -1,13 +1,14 @@
-"""What the server counts for Prometheus, in a registry of its own: requests, answers, tokens, memory, refusals.
+"""Prometheus metrics: requests, answers, tokens, memory, refusals.
 
-Every label has few values: what clients write never becomes one.
+Label values come from fixed lists, never from clients.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -15,7 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vismem.serving.errors import ApiError
-from vismem.serving.writing import Delta, Ended, Event, Invoked, Started
+from vismem.serving.events import Ended, Event, Invoked, Started, TextDelta
 
 if TYPE_CHECKING:
     from vismem.serving.engine import Load
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 ROUTES = (
     "/v1/chat/completions",
     "/v1/models",
-    "/v1/models/{name}",
     "/health",
     "/metrics",
     "/openapi.json",
     "/docs",
     "/",
 )
+MODEL_ROUTE = "/v1/models/{name}"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REFUSALS = {
     400: "invalid",
@@ -46,44 +47,38 @@ REFUSALS = {
     504: "timeout",
 }
 DROPS = ("slow_head", "slow_reader", "connections", "bad_http")
-WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-LENGTHS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """Counts of one application.
+    """The metrics of one application, in their own registry.
 
     Args:
-        load: how many rows wait and are written; asked whenever the counts are read.
+        load: returns the number of waiting and running rows; called whenever the metrics are read.
     """
 
     def __init__(self, load: Callable[[], Load]) -> None:
-        own = self.registry = CollectorRegistry()
-        self.requests = Counter("vismem_requests", "Requests answered.", ["route", "method", "status"], registry=own)
-        self.in_flight = Gauge("vismem_requests_in_flight", "Requests being answered.", registry=own)
-        self.refused = Counter("vismem_refused", "Requests and connections refused.", ["reason"], registry=own)
-        waiting = Gauge("vismem_rows_waiting", "Rows that wait for a place.", registry=own)
-        waiting.set_function(lambda: load().waiting)
-        writing = Gauge("vismem_rows_writing", "Rows being written.", registry=own)
-        writing.set_function(lambda: load().writing)
-        self.answers = Counter("vismem_answers", "Answers by how they ended.", ["outcome"], registry=own)
-        self.first = Histogram(
-            "vismem_time_to_first_token_seconds", "From the request to its first text.", buckets=WAITS, registry=own
+        registry = self.registry = CollectorRegistry()
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.requests = counter("vismem_requests", "Requests answered.", ["route", "method", "status"])
+        self.in_flight = gauge("vismem_requests_in_flight", "Requests being answered.")
+        self.refused = counter("vismem_refused", "Requests and connections refused.", ["reason"])
+        gauge("vismem_rows_waiting", "Rows waiting for the batch.").set_function(lambda: load().waiting)
+        gauge("vismem_rows_writing", "Rows being decoded.").set_function(lambda: load().writing)
+        self.answers = counter("vismem_answers", "Answers by outcome.", ["outcome"])
+        self.first_text = histogram(
+            "vismem_time_to_first_token_seconds", "From a request to its first text.", buckets=FIRST_TOKEN_BUCKETS
         )
-        self.gap = Histogram(
-            "vismem_inter_token_seconds", "Between two pieces of text of a choice.", buckets=GAPS, registry=own
+        self.gap = histogram("vismem_inter_token_seconds", "Between two text deltas of a choice.", buckets=GAP_BUCKETS)
+        self.duration = histogram(
+            "vismem_answer_seconds", "From a request to the end of its answer.", buckets=DURATION_BUCKETS
         )
-        self.total = Histogram(
-            "vismem_answer_seconds", "From the request to the end of its answer.", buckets=LENGTHS, registry=own
-        )
-        self.tokens = Counter(
-            "vismem_tokens",
-            "Tokens of prompts and of completions, tokens that invoke and end memory, and memory vectors.",
-            ["kind"],
-            registry=own,
-        )
-        self.invocations = Counter("vismem_invocations", "Invocations of memory.", ["kind", "forced"], registry=own)
+        help_text = "Prompt and completion tokens, invocation and end tokens, and memory vectors."
+        self.tokens = counter("vismem_tokens", help_text, ["kind"])
+        self.invocations = counter("vismem_invocations", "Memory invocations.", ["kind", "forced"])
         for outcome in ("done", "cancelled", "timeout", "refused", "error"):
             self.answers.labels(outcome)
         for kind in ("prompt", "completion", "invocation", "short", "long"):
@@ -95,21 +90,21 @@ class Metrics:
             self.refused.labels(reason)
 
     def render(self) -> tuple[bytes, str]:
-        """The counts as Prometheus reads them, and their content type."""
+        """The metrics in Prometheus' text format, and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
-    def dropped(self, reason: str) -> None:
-        """Counts a connection that was ended; for `Patience.dropped`."""
+    def count_drop(self, reason: str) -> None:
+        """Counts a dropped connection; for `ConnectionLimits.on_drop`."""
         self.refused.labels(reason if reason in DROPS else "other").inc()
 
-    async def watched(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-        """The same events, counted. Closing this closes them, and counts a cancelled answer."""
-        begin, outcome = time.perf_counter(), "cancelled"
-        last: dict[int, float] = {}
+    async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        """Yields the events and counts them. Closing it closes `events` and counts a cancelled answer."""
+        start, outcome = time.perf_counter(), "cancelled"
+        last: dict[int, float] = {}  # when each choice had its last text
         try:
-            async with aclosing(events) as each:
-                async for event in each:
-                    self._count(event, begin, last)
+            async with aclosing(events):
+                async for event in events:
+                    self._count(event, start, last)
                     yield event
             outcome = "done"
         except ApiError as error:
@@ -121,15 +116,15 @@ class Metrics:
         finally:
             self.answers.labels(outcome).inc()
             if outcome != "refused":
-                self.total.observe(time.perf_counter() - begin)
+                self.duration.observe(time.perf_counter() - start)
 
-    def _count(self, event: Event, begin: float, last: dict[int, float]) -> None:
+    def _count(self, event: Event, start: float, last: dict[int, float]) -> None:
         now = time.perf_counter()
         if isinstance(event, Started):
             self.tokens.labels("prompt").inc(event.prompt_tokens)
-        elif isinstance(event, Delta):
+        elif isinstance(event, TextDelta):
             if not last:
-                self.first.observe(now - begin)
+                self.first_text.observe(now - start)
             elif event.index in last:
                 self.gap.observe(now - last[event.index])
             last[event.index] = now
@@ -142,19 +137,16 @@ class Metrics:
             self.tokens.labels("long").inc(event.memory.long_vectors)
 
 
-class Counted:
-    """Counts every request that goes through, and what became of it. Stands outside all guards.
+class RequestCounter:
+    """Counts every request and its status. Goes outside the guards, so refused requests count too.
 
     Args:
         app: the guarded application.
-        metrics: where to count.
-        routes: paths that are counted by name; one in braces stands for any last part.
+        metrics: what to count with.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[str] = ROUTES) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
-        self.exact = frozenset(route for route in routes if "{" not in route)
-        self.open = [route for route in routes if "{" in route]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -162,7 +154,7 @@ class Counted:
             return
         status = 0
 
-        async def noted(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -171,15 +163,16 @@ class Counted:
         metrics, method = self.metrics, scope["method"] if scope["method"] in METHODS else "other"
         metrics.in_flight.inc()
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, send_and_record)
         finally:
             metrics.in_flight.dec()
-            metrics.requests.labels(self.route(scope["path"]), method, str(status) if status else "none").inc()
+            metrics.requests.labels(route_of(scope["path"]), method, str(status) if status else "none").inc()
             if status in REFUSALS:
                 metrics.refused.labels(REFUSALS[status]).inc()
 
-    def route(self, path: str) -> str:
-        """The name under which a path is counted."""
-        if path in self.exact:
-            return path
-        return next((route for route in self.open if path.startswith(route.partition("{")[0])), "other")
+
+def route_of(path: str) -> str:
+    """The route label of a path."""
+    if path in ROUTES:
+        return path
+    return MODEL_ROUTE if path.startswith("/v1/models/") else "other"

@@ -1,4 +1,4 @@
-"""Two small pages for those who open the server in a browser: what it is, and what it takes. Nothing else is loaded."""
+"""Two static pages for browsers: an overview of the server, and the fields of a chat request."""
 
 from __future__ import annotations
 
@@ -18,36 +18,33 @@ STYLE = (
 
 
 def home(names: Sequence[str], schema: dict[str, Any]) -> HTMLResponse:
-    """What this server is.
+    """The overview page.
 
     Args:
-        names: of its models.
-        schema: its OpenAPI description.
+        names: of the served models.
+        schema: the OpenAPI schema.
     """
     models = "".join(f"<li><code>{escape(name)}</code></li>" for name in names)
     return page(
         f"<h1>VisMem {escape(__version__)}</h1>"
-        f"<p>{escape(schema['info']['description'])} Point an OpenAI client at <code>/v1</code> of this address.</p>"
+        f"<p>{escape(schema['info']['description'])} "
+        "Point an OpenAI client at this address, path <code>/v1</code>.</p>"
         f"<h2>Models</h2><ul>{models}</ul><h2>Paths</h2>{paths(schema)}"
-        '<p>More in <a href="/docs">/docs</a>, and for programs in <a href="/openapi.json">/openapi.json</a>.</p>'
+        '<p>Fields: <a href="/docs">/docs</a>. Schema: <a href="/openapi.json">/openapi.json</a>.</p>'
     )
 
 
 def reference(schema: dict[str, Any]) -> HTMLResponse:
-    """What this server takes: its paths, and the fields of a chat request."""
+    """The reference page: paths, and the fields of a chat request."""
+    default = "As in OpenAI's API."
     fields = "".join(
-        f"<tr><td><code>{escape(name)}</code></td><td>{escape(described(field))}</td></tr>"
+        f"<tr><td><code>{escape(name)}</code></td><td>{escape(field.get('description', default))}</td></tr>"
         for name, field in schema["components"]["schemas"]["ChatRequest"]["properties"].items()
     )
     return page(
         f'<p><a href="/">VisMem</a></p><h1>Paths</h1>{paths(schema)}<h1>Fields of a chat request</h1>'
-        f"<table>{fields}</table><p>Types and answers are in <a href='/openapi.json'>/openapi.json</a>.</p>"
+        f"<table>{fields}</table><p>Types and responses are in <a href='/openapi.json'>/openapi.json</a>.</p>"
     )
-
-
-def described(field: dict[str, Any]) -> str:
-    """A field's description, or what it is like with OpenAI."""
-    return field.get("description", "As with OpenAI.")
 
 
 def paths(schema: dict[str, Any]) -> str:
@@ -61,7 +58,7 @@ def paths(schema: dict[str, Any]) -> str:
 
 
 def page(body: str) -> HTMLResponse:
-    """A page with that body."""
+    """An HTML page."""
     head = f'<meta charset="utf-8"><title>VisMem</title><style>{STYLE}</style>'
     content = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
     return HTMLResponse(content, headers={"Content-Security-Policy": POLICY})

@@ -1,8 +1,8 @@
-"""Images of requests: from a data URI or an allowed web address to a decoded picture, within limits.
+"""Images of requests: fetches data URIs and allowed web addresses, and decodes them, within limits.
 
-Fetching waits on the network and runs on the event loop; `decode` is work for the processor and belongs in a thread.
-Which addresses are fetched at all is in `addresses.py`, what of a file is looked at in `stripping.py`, and how that
-becomes a picture in `vismem.data.images`.
+`fetch` waits for the network and runs on the event loop; `decode` keeps the CPU busy and belongs in a thread.
+`addresses.py` decides which addresses may be fetched, `metadata.py` strips a file to its pixels, and
+`vismem.data.images` decodes it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from vismem.serving.addresses import Address, Place, Resolve, is_public, place_o
 from vismem.serving.errors import ApiError
 from vismem.serving.metadata import stripped
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whose decoders can be reached from outside; of GIF the first frame
-MOST_STRETCHED = 200  # a line of many pixels, made as wide as models want pictures, is many times its size
-MOST_HEAD = 256  # characters of a data URI before its data
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whose decoders clients can reach; of a GIF only the first frame
+MAX_ASPECT_RATIO = 200  # a one-pixel line resized to a model's minimum width becomes huge
+MAX_URI_PREFIX = 256  # characters of a data URI before its data
 
 
 @dataclass(frozen=True)
 class PictureLimits:
-    """What images may be, and where they may come from.
+    """Limits on images, and the hosts they may be fetched from.
 
     Args:
-        count: most images of a request.
-        size: most bytes of an image's file.
-        total_size: most bytes of all files of a request.
-        pixels: most pixels of an image.
-        total_pixels: most pixels of all images of a request.
-        hosts: that images are fetched from, see `read_hosts`; none refuses every web address.
-        timeout: seconds for one fetch, name look-up and redirects included.
-        redirects: most of them; each is looked at like the first address.
+        count: images per request.
+        size: bytes per file.
+        total_size: bytes of all files of a request.
+        pixels: pixels per image.
+        total_pixels: pixels of all images of a request.
+        hosts: hosts that images may be fetched from, see `read_hosts`; if empty, web addresses are refused.
+        timeout: seconds per fetch, including name resolution and redirects.
+        redirects: per fetch; each target is checked like the first address.
 
     Raises:
-        ValueError: if a host is not written as hosts are.
+        ValueError: if a host is malformed.
     """
 
     count: int = 8
@@ -60,12 +60,12 @@ class PictureLimits:
 
 
 class Pictures:
-    """Gets images.
+    """Fetches and decodes images.
 
     Args:
-        limits: on them.
-        find: looks a host's addresses up.
-        permitted: which of these may be connected to.
+        limits: the limits.
+        find: resolves a host's addresses.
+        permitted: whether an address may be connected to.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Pictures:
         self.hosts = read_hosts(limits.hosts)
 
     async def fetch(self, urls: Sequence[str]) -> list[bytes]:
-        """The files of all images of a request, in order; not decoded.
+        """The undecoded files of a request's images, in order.
 
         Raises:
-            ApiError: if there are too many, or one is too large, refused, or cannot be had.
+            ApiError: if there are too many, or one is too large, not allowed or not available.
         """
         if len(urls) > self.limits.count:
             raise ApiError(
@@ -94,11 +94,11 @@ class Pictures:
         return files
 
     def decode(self, files: Sequence[bytes]) -> list[Image.Image]:
-        """Pictures of these files, as `vismem.data.images.open_image` makes them. Sizes are checked before decoding.
+        """Decodes files with `vismem.data.images.open_image`. Sizes are checked before decoding.
 
         Raises:
-            ApiError: if one is no whole image of the `FORMATS`, or hardly more than a line, or has too many pixels, or
-                all have.
+            ApiError: if a file is not a complete image in one of the `FORMATS`, is extremely narrow, or there are too
+                many pixels.
         """
         pictures, left = [], self.limits.total_pixels
         for file in files:
@@ -109,46 +109,46 @@ class Pictures:
                 raise self._too_many_pixels() from error
             except BadImage as error:
                 raise _bad(str(error).replace("image in bytes", "it")) from error
-            if max(picture.size) > MOST_STRETCHED * min(picture.size):
-                raise _bad(f"its longer side is more than {MOST_STRETCHED} times its shorter one")
+            if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
+                raise _bad(f"its longer side is more than {MAX_ASPECT_RATIO} times its shorter one")
             left -= picture.width * picture.height
             pictures.append(turned(picture, orientation))
         return pictures
 
-    async def _file(self, url: str, most: int) -> bytes:
+    async def _file(self, url: str, max_size: int) -> bytes:
         url = url.strip()  # as browsers do
         if url[:5].lower() == "data:":
-            return await asyncio.to_thread(self._from_data, url, most)
+            return await asyncio.to_thread(self._from_data, url, max_size)
         try:
             with anyio.fail_after(self.limits.timeout):
-                return await self._from_web(read_url(url, self.hosts), most)
+                return await self._from_web(read_url(url, self.hosts), max_size)
         except TimeoutError:
-            raise _unavailable(f"it did not come within {self.limits.timeout:g} seconds") from None
+            raise _unavailable(f"it did not arrive within {self.limits.timeout:g} seconds") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _unavailable(f"its host did not send it ({type(error).__name__})") from None
 
-    def _from_data(self, uri: str, most: int) -> bytes:
-        if len(uri) > 4 * (most + MOST_HEAD):  # three bytes are four characters, or up to twelve where percent-encoded
+    def _from_data(self, uri: str, max_size: int) -> bytes:
+        if len(uri) > 4 * (max_size + MAX_URI_PREFIX):  # base64: 4 characters for 3 bytes, or 12 percent-encoded
             raise self._too_large()
         try:
             file = read_data_uri(uri)
         except BadImage as error:
             raise _bad(str(error)) from None
-        if len(file) > most:
+        if len(file) > max_size:
             raise self._too_large()
         return file
 
-    async def _from_web(self, url: httpx.URL, most: int) -> bytes:
+    async def _from_web(self, url: httpx.URL, max_size: int) -> bytes:
         for _ in range(self.limits.redirects + 1):
             place = await place_of(url, self.find, self.permitted)
-            found = await self._get(place, most)
+            found = await self._get(place, max_size)
             if isinstance(found, bytes):
                 return found
             url = read_url(found, self.hosts)
         raise _unavailable(f"it is more than {self.limits.redirects} redirects away")
 
-    async def _get(self, place: Place, most: int) -> bytes | str:
-        """A file, or the address where it is said to be."""
+    async def _get(self, place: Place, max_size: int) -> bytes | str:
+        """The file, or the URL that its host redirects to."""
         host = place.url.netloc.decode("ascii")
         request = httpx.Request(
             "GET",
@@ -161,7 +161,7 @@ class Pictures:
             },
             extensions={"sni_hostname": place.url.host, "timeout": httpx.Timeout(self.limits.timeout).as_dict()},
         )
-        # A transport and no client: no proxies, passwords and cookies, and redirects are followed by nobody but us.
+        # A bare transport uses no proxies, credentials or cookies, and leaves redirects to us.
         async with httpx.AsyncHTTPTransport(verify=_tls(), trust_env=False) as transport:
             response = await transport.handle_async_request(request)
             try:
@@ -170,40 +170,38 @@ class Pictures:
                 if response.status_code != 200:
                     raise _unavailable(f"its host answered {response.status_code}")
                 if response.headers.get("content-encoding", "identity").lower() != "identity":
-                    raise _unavailable("its host sent it compressed, which was not asked for")
-                return await self._read(response, most)
+                    raise _unavailable("its host sent it compressed, although uncompressed data was requested")
+                return await self._read(response, max_size)
             finally:
                 await response.aclose()
 
-    async def _read(self, response: httpx.Response, most: int) -> bytes:
-        told = response.headers.get("content-length", "")
-        if told.isdecimal() and int(told) > most:
+    async def _read(self, response: httpx.Response, max_size: int) -> bytes:
+        announced = response.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > max_size:
             raise self._too_large()
         file = bytearray()
         async for piece in response.aiter_raw(65536):
             file += piece
-            if len(file) > most:
+            if len(file) > max_size:
                 raise self._too_large()
         return bytes(file)
 
     def _too_large(self) -> ApiError:
-        message = (
-            f"an image's file has more than {self.limits.size} bytes, or all have more than {self.limits.total_size}; "
-            "make them smaller"
-        )
-        return ApiError(413, message, code="image_too_large", param="messages")
+        limits = f"{self.limits.size} bytes, or all have more than {self.limits.total_size}"
+        return _over_limit(f"an image's file has more than {limits}; make them smaller")
 
     def _too_many_pixels(self) -> ApiError:
-        message = (
-            f"an image has more than {self.limits.pixels} pixels, or all have more than {self.limits.total_pixels}; "
-            "make them smaller"
-        )
-        return ApiError(413, message, code="image_too_large", param="messages")
+        limits = f"{self.limits.pixels} pixels, or all have more than {self.limits.total_pixels}"
+        return _over_limit(f"an image has more than {limits}; make them smaller")
 
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context()
+
+
+def _over_limit(message: str) -> ApiError:
+    return ApiError(413, message, code="image_too_large", param="messages")
 
 
 def _bad(why: str) -> ApiError:

@@ -1,4 +1,4 @@
-"""Prompts of conversations: their tensors, how many tokens they may have, and which texts are the model's own."""
+"""Prompt tensors of a conversation, and the texts that no message may contain."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from vismem.deprecation import renamed
 from vismem.model import VisMem
 from vismem.tokens import END_TOKENS, INVOCATION_TOKENS
 
 
-def inputs_of(
+def chat_inputs(
     model: VisMem,
     messages: list[dict[str, Any]],
     processor: Any = None,
@@ -22,13 +23,13 @@ def inputs_of(
 
     Args:
         model: the model.
-        messages: its turns, with pictures in their places.
-        processor: the model's by default; a copy of it where another thread uses that.
-        opens_turn: end with the beginning of an assistant's turn.
-        continues: end within the last turn, after its last word.
+        messages: chat messages, with PIL images.
+        processor: a copy of the model's, if another thread is using that one.
+        opens_turn: append the start of an assistant message.
+        continues: leave the last message open, so that it is continued.
 
     Raises:
-        Exception: whatever a template or a processor raises for messages that it does not take.
+        Exception: whatever the chat template or processor raises for messages that it does not support.
     """
     inputs = (processor or model.processor).apply_chat_template(
         messages,
@@ -41,10 +42,13 @@ def inputs_of(
     return dict(inputs.to(model.device, dtype=model.dtype))
 
 
-def marks_of(model: VisMem) -> list[str]:
-    """Texts that stand for images, videos and memory in a prompt, which no message may have in its words."""
+def reserved_texts(model: VisMem) -> list[str]:
+    """Special tokens that stand for images, videos and memory, and must not appear in a message's text."""
     processor = model.processor
     image = processor.tokenizer.convert_ids_to_tokens(model.backbone.image_token_id)
-    marks = [image, *(getattr(processor, name, None) for name in ("image_token", "video_token"))]
-    memory = [table[kind] for table in (INVOCATION_TOKENS, END_TOKENS) for kind in table]
-    return list(dict.fromkeys(mark for mark in [*marks, *memory] if isinstance(mark, str) and mark))
+    vision = [image, *(getattr(processor, name, None) for name in ("image_token", "video_token"))]
+    texts = [*vision, *INVOCATION_TOKENS.values(), *END_TOKENS.values()]
+    return list(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
+
+
+__getattr__ = renamed(__name__, {"inputs_of": "chat_inputs", "marks_of": "reserved_texts"})

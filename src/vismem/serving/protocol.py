@@ -1,8 +1,7 @@
-"""What goes over the wire: OpenAI's chat completions, with one more field, `vismem`, in request and answer.
+"""The request and response schemas: OpenAI's chat completions, with an extra field `vismem` in both.
 
-Requests are checked here as far as that needs no model. Null means "not given", everywhere. A field that nobody here
-knows is ignored, with one line in the log; a field that would change the answer and cannot be honoured is refused by
-its name.
+Requests are validated here as far as possible without a model. Null always means "not given". Unknown fields are
+ignored and logged once; known fields that would change the answer but are not supported are refused by name.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from vismem.config import Kind
 from vismem.decoding.policies import SPELLINGS, Forced, Policy, read_policy
 
-MOST_STOPS = 16
-MOST_CHOICES = 128
-MOST_TOPS = 20
-MOST_PLACED = 64  # invocations of a schedule; each forms a memory, whatever else a request asks for
-MOST_NAMES = 100  # unknown fields that get a line in the log; clients can make up any number of them
-SHOWN = 64  # characters of a client's own word that are logged or quoted
+MAX_STOPS = 16
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+MAX_SCHEDULED = 64  # invocations in a schedule, each of which forms a memory
+MAX_UNKNOWN_FIELDS = 100  # that are logged; clients can make up any number
+MAX_NAME = 64  # characters of a client's field name that are logged or quoted
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("a text with half a surrogate pair is no Unicode") from None
+        raise ValueError("text with an unpaired surrogate is not valid Unicode") from None
     return text
 
 
@@ -53,56 +52,56 @@ Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
-class Ignored:
-    """Logs the names of ignored fields, each once, and no more than `most` of them.
+class UnknownFields:
+    """Logs each unknown field name once, up to a limit.
 
     Args:
-        most: names that are remembered.
+        max_names: names that are logged and remembered.
     """
 
-    def __init__(self, most: int = MOST_NAMES) -> None:
-        self.most = most
+    def __init__(self, max_names: int = MAX_UNKNOWN_FIELDS) -> None:
+        self.max_names = max_names
         self.names: set[str] = set()
         self.lock = threading.Lock()
 
-    def note(self, name: str, where: str) -> None:
-        """Logs a field of an object called `where`, if it has not been logged yet."""
-        shown = name[:SHOWN]
+    def log(self, name: str, where: str) -> None:
+        """Logs a field of the object described by `where`, unless its name was logged before."""
+        name = name[:MAX_NAME]
         with self.lock:
-            if shown in self.names or len(self.names) > self.most:
+            if name in self.names or len(self.names) > self.max_names:
                 return
-            self.names.add(shown)
-            full = len(self.names) > self.most
+            self.names.add(name)
+            full = len(self.names) > self.max_names
         if full:
-            log.warning("ignoring more unknown fields; their names are not logged any more")
+            log.warning("ignoring more unknown fields; their names are no longer logged")
         else:
-            log.warning("ignoring the unknown field %r of %s", shown, where)
+            log.warning("ignoring the unknown field %r of %s", name, where)
 
 
-ignored = Ignored()
+unknown_fields = UnknownFields()
 
 
 class Lenient(BaseModel):
-    """An object of a client: null counts as not given, unknown fields are ignored."""
+    """Base of the request objects: null counts as not given, unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _given(cls, value: Any) -> Any:
+    def _drop_nulls_and_unknown(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         for name in value.keys() - cls.model_fields.keys():
-            ignored.note(str(name), (cls.__doc__ or cls.__name__).partition(".")[0].lower())
-        return {name: each for name, each in value.items() if each is not None}
+            unknown_fields.log(str(name), (cls.__doc__ or cls.__name__).partition(".")[0].lower())
+        return {name: item for name, item in value.items() if item is not None}
 
 
 @dataclass(frozen=True, init=False)
 class Unsupported:
-    """Annotates a field that would change the answer and is not honoured, so that it may only ask for nothing.
+    """Annotates an unsupported field: only values without effect are accepted.
 
     Args:
-        *neutral: values that ask for nothing, beside null, false, everything empty, and objects of such values.
+        *neutral: values without effect, besides null, false, empty values, and objects of such values.
     """
 
     neutral: tuple[Any, ...]
@@ -111,9 +110,9 @@ class Unsupported:
         object.__setattr__(self, "neutral", neutral)
 
     def check(self, value: Any) -> None:
-        """Raises PydanticCustomError for a value that asks for something."""
+        """Raises PydanticCustomError for a value that would have an effect."""
         if isinstance(value, dict):
-            value = {name: each for name, each in value.items() if not _is_empty(each)}
+            value = {name: item for name, item in value.items() if not _is_empty(item)}
         if not _is_empty(value) and (isinstance(value, bool) or value not in self.neutral):
             raise PydanticCustomError("unsupported", "this server does not support it")
 
@@ -122,8 +121,8 @@ class Unsupported:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         empty: list[Any] = [None, False, "", [], {}]
-        nothing = {"type": "object", "additionalProperties": {"enum": empty}}
-        return {"anyOf": [{"enum": [*empty, *self.neutral]}, nothing], "description": "Not supported."}
+        without_effect = {"type": "object", "additionalProperties": {"enum": empty}}
+        return {"anyOf": [{"enum": [*empty, *self.neutral]}, without_effect], "description": "Not supported."}
 
 
 def _is_empty(value: Any) -> bool:
@@ -131,7 +130,7 @@ def _is_empty(value: Any) -> bool:
 
 
 Refused = Annotated[Any, Unsupported()]
-Accepted = Annotated[Any, Field(description="Accepted, and without effect.")]
+Accepted = Annotated[Any, Field(description="Accepted, but has no effect.")]
 
 
 # The request.
@@ -145,14 +144,14 @@ class TextPart(Lenient):
 
 
 class RefusalPart(Lenient):
-    """A refusal part, which stands for its text."""
+    """A refusal part, read as text."""
 
     type: Literal["refusal"]
     refusal: Text
 
 
 class ImageUrl(Lenient):
-    """An image address: a data URI, or a web address where the server has been told to fetch from that host."""
+    """An image URL: a data URI, or a web address on a host that the server may fetch from."""
 
     url: str = Field(min_length=1, examples=["data:image/png;base64,iVBORw0KGgo..."])
     detail: Accepted = None
@@ -167,7 +166,7 @@ class ImagePart(Lenient):
 
     @property
     def url(self) -> str:
-        """Where the image is."""
+        """The image's URL."""
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
@@ -175,7 +174,7 @@ PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal":
 PARTS |= {"image_url": "image", "input_image": "image"}
 
 
-def _kind_of_part(value: Any) -> str | None:
+def _part_type(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return PARTS.get(kind) if isinstance(kind, str) else None
 
@@ -183,7 +182,7 @@ def _kind_of_part(value: Any) -> str | None:
 Part = Annotated[
     Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")] | Annotated[ImagePart, Tag("image")],
     Discriminator(
-        _kind_of_part,
+        _part_type,
         custom_error_type="unsupported_part",
         custom_error_message="a part must be of type text or image_url",
     ),
@@ -192,26 +191,26 @@ Part = Annotated[
 
 def _role(value: Any) -> Any:
     if value in ("tool", "function"):
-        raise PydanticCustomError("unsupported_role", "this server does not support tools, so there are no such turns")
+        raise PydanticCustomError("unsupported_role", "this server does not support tools, nor messages of this role")
     return value
 
 
 class Message(Lenient):
-    """A message. Images may stand in user turns only; what an answer of this server has in it is taken back."""
+    """A message. Only user messages may contain images. A message from an answer can be sent back unchanged."""
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_role)]
     content: list[Part | Text] | Text | None = Field(
         default=None,
         validate_default=True,
-        description="Of an assistant's turn it may be missing or empty, which is a turn without words.",
+        description="May be missing or empty in an assistant message.",
     )
-    refusal: Text | None = Field(default=None, description="Stands in for the content of an assistant's turn.")
+    refusal: Text | None = Field(default=None, description="Used as the content of an assistant message without one.")
     tool_calls: Refused = None
     function_call: Refused = None
     audio: Refused = None
     images: Refused = None
     videos: Refused = None
-    # What answers have beside their words: nothing of it goes into a prompt.
+    # Fields of answers that are not part of a prompt.
     name: Accepted = None
     annotations: Accepted = None
     parsed: Accepted = None
@@ -223,53 +222,52 @@ class Message(Lenient):
 
     @field_validator("content")
     @classmethod
-    def _only_assistants_are_silent(cls, content: Any, info: ValidationInfo) -> Any:
+    def _require_content(cls, content: Any, info: ValidationInfo) -> Any:
         if info.data.get("role") != "assistant":
             if content is None:
-                raise PydanticCustomError("no_content", "must be a text or a list of parts")
+                raise PydanticCustomError("no_content", "must be a string or a list of parts")
             if content == []:
                 raise PydanticCustomError("no_content", "is empty")
         return content
 
     @model_validator(mode="after")
-    def _images_are_shown_by_users(self) -> Message:
+    def _images_only_from_users(self) -> Message:
         shown = isinstance(self.content, list) and any(isinstance(part, ImagePart) for part in self.content)
         if shown and self.role != "user":
-            raise ValueError(f"images may stand in user turns only, not in a turn of {self.role}")
+            raise ValueError(f"only user messages may contain images, not a message of role {self.role}")
         return self
 
 
 def bounded_policy(text: str, seed: int = 0) -> str | Policy:
-    """As `read_policy`, for texts of others. Raises ValueError for schedules of more than `MOST_PLACED` too."""
+    """As `read_policy` for untrusted text: also raises ValueError for schedules longer than `MAX_SCHEDULED`."""
     policy = read_policy(text, seed)
-    if isinstance(policy, Forced) and (placed := len(list(policy.schedule))) > MOST_PLACED:
-        raise ValueError(f"a schedule may have {MOST_PLACED} invocations, not {placed}")
+    if isinstance(policy, Forced) and (count := len(list(policy.schedule))) > MAX_SCHEDULED:
+        raise ValueError(f"a schedule may have {MAX_SCHEDULED} invocations, not {count}")
     return policy
 
 
-def _policy(text: str) -> str:
+def _check_policy(text: str) -> str:
     bounded_policy(text)
     return text
 
 
 class Memory(Lenient):
-    """The field vismem: who invokes memory, and whether the answer tells of it."""
+    """The field vismem: when memory is invoked, and whether the answer lists the invocations."""
 
-    invocation: Annotated[str, AfterValidator(_policy), Field(max_length=4096)] | None = Field(
+    invocation: Annotated[str, AfterValidator(_check_policy), Field(max_length=4096)] | None = Field(
         default=None,
-        description=f"One of: {SPELLINGS}. By default the server's own, which is learned unless it was started with "
-        "another.",
+        description=f"One of: {SPELLINGS}. The default is set with the server's --invocation.",
         examples=["learned", "off", "short@0,long@12"],
     )
     trace: bool | None = Field(
-        default=None, description="Whether the answer's own field `vismem` lists each invocation; true by default."
+        default=None, description="Whether each choice's field `vismem` lists its invocations; true by default."
     )
 
 
 class StreamOptions(Lenient):
     """Stream options."""
 
-    include_usage: bool | None = Field(default=None, description="Count tokens in a last chunk.")
+    include_usage: bool | None = Field(default=None, description="Send the token counts in a last chunk.")
     include_obfuscation: Accepted = None
 
 
@@ -279,23 +277,23 @@ class ChatRequest(Lenient):
     model: str = Field(max_length=512)
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(
-        None, ge=1, description="Most tokens of each choice: words, and the model's own invocations."
+        None, ge=1, description="Maximum tokens per choice: text, and invocations sampled by the model."
     )
-    max_completion_tokens: int | None = Field(default=None, ge=1, description="The same by its newer name.")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="The newer name of max_tokens.")
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False, description="0 is greedy.")
     top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="0 is greedy.")
     top_k: int | None = Field(
         default=None,
         ge=-1,
         le=2**31 - 1,
-        description="Not OpenAI's: the likeliest tokens to draw from; -1 and 0 are all of them.",
+        description="Not OpenAI's: sample from this many likeliest tokens; -1 and 0 mean all.",
     )
     min_p: float | None = Field(
         default=None,
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="Not OpenAI's: tokens less likely than this part of the likeliest one are not drawn.",
+        description="Not OpenAI's: drop tokens less likely than this fraction of the likeliest one.",
     )
     repetition_penalty: float | None = Field(
         default=None, ge=0.1, le=10, allow_inf_nan=False, description="Not OpenAI's."
@@ -304,23 +302,27 @@ class ChatRequest(Lenient):
         default=None,
         ge=-(2**63),
         lt=2**63,
-        description="Choice n draws from `seed + n`. Without one, and with -1, one is drawn and told in the answer.",
+        description="Choice n is sampled with `seed + n`. If missing or -1, the server picks it.",
     )
-    stop: Stop | Annotated[list[Stop | None], Field(max_length=MOST_STOPS)] | None = None
-    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
+    stop: Stop | Annotated[list[Stop | None], Field(max_length=MAX_STOPS)] | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: bool | None = Field(default=None, description="Of the words, before temperature and truncation.")
-    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOPS)
-    ignore_eos: bool | None = Field(default=None, description="vLLM's: write up to the most tokens there may be.")
+    logprobs: bool | None = Field(
+        default=None, description="Return log-probabilities of the text tokens, before temperature and truncation."
+    )
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    ignore_eos: bool | None = Field(
+        default=None, description="vLLM's: ignore the end token and generate until max_tokens."
+    )
     add_generation_prompt: bool | None = Field(
-        default=None, description="vLLM's: begin an assistant's turn after the messages; true by default."
+        default=None, description="vLLM's: start an assistant message after the given ones; true by default."
     )
     continue_final_message: bool | None = Field(
-        default=None, description="vLLM's: continue the last message, an assistant's, instead of a new turn."
+        default=None, description="vLLM's: continue the last message, which must be the assistant's."
     )
     vismem: Memory | None = None
-    # What would change the answer.
+    # Fields that would change the answer.
     tools: Refused = None
     functions: Refused = None
     tool_choice: Annotated[Any, Unsupported("none", "auto")] = None
@@ -354,7 +356,7 @@ class ChatRequest(Lenient):
     regex: Refused = None
     ebnf: Refused = None
     grammar: Refused = None
-    # What changes no answer.
+    # Fields that do not affect the answer.
     parallel_tool_calls: Accepted = None
     metadata: Accepted = None
     prediction: Accepted = None
@@ -367,29 +369,30 @@ class ChatRequest(Lenient):
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens are one setting; give one of them")
+            raise ValueError("max_tokens and max_completion_tokens differ; give only one of them")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options needs stream: true")
         if self.continue_final_message:
             if self.add_generation_prompt:
-                raise ValueError("continue_final_message needs add_generation_prompt: false, as no new turn begins")
+                raise ValueError(
+                    "continue_final_message needs add_generation_prompt: false, because it starts no new message"
+                )
             if self.messages[-1].role != "assistant":
                 raise ValueError(
-                    "continue_final_message needs a last message of the assistant, and this one is of "
-                    f"{self.messages[-1].role}"
+                    f"continue_final_message needs an assistant message last, not one of role {self.messages[-1].role}"
                 )
         return self
 
     @property
     def stops(self) -> list[str]:
-        """The stop strings."""
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else [stop for stop in self.stop or [] if stop is not None]
 
     @property
     def invocation(self) -> str | None:
-        """The policy that was asked for."""
+        """The requested policy, if any."""
         return None if self.vismem is None else self.vismem.invocation
 
     @property
@@ -405,12 +408,12 @@ class InvocationTrace(BaseModel):
     """One invocation of memory.
 
     Args:
-        kind: of the memory.
-        position: index of the invocation token among the choice's tokens, memory tokens counted.
-        offset: how many characters of the choice's text stand before it.
-        length: vectors inserted; 0 where the policy let this kind form nothing.
-        forced: whether a policy put it in, rather than the model.
-        logprob: of the invocation token, where the model sampled it and log-probabilities were asked for.
+        kind: "short" or "long".
+        position: index of the invocation token among the choice's tokens, including memory tokens.
+        offset: number of characters of the choice's text before it.
+        length: number of vectors inserted; 0 if the policy does not let this kind form memory.
+        forced: whether a policy inserted it, rather than the model sampling it.
+        logprob: of the invocation token, if the model sampled it and log-probabilities were requested.
     """
 
     kind: Kind
@@ -422,13 +425,13 @@ class InvocationTrace(BaseModel):
 
 
 class Trace(BaseModel):
-    """What memory did in a choice; in a chunk of a stream, what is new."""
+    """The memory invocations of a choice; in a stream, the new ones."""
 
     invocations: list[InvocationTrace]
 
 
 class TopLogprob(BaseModel):
-    """A token that might have been written."""
+    """An alternative token."""
 
     token: str
     logprob: float
@@ -436,20 +439,20 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A token that was written."""
+    """A sampled token and its alternatives."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChoiceLogprobs(BaseModel):
-    """Of a choice's tokens."""
+    """Log-probabilities of a choice's tokens."""
 
     content: list[TokenLogprob] | None = None
     refusal: None = None
 
 
 class AnswerMessage(BaseModel):
-    """The turn that was written."""
+    """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -460,7 +463,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class Choice(BaseModel):
-    """One answer."""
+    """One of the n answers."""
 
     index: int
     message: AnswerMessage
@@ -470,11 +473,11 @@ class Choice(BaseModel):
 
 
 class MemoryUsage(BaseModel):
-    """Memory, counted apart: none of it is in the other counts.
+    """What memory used; not included in the other counts.
 
     Args:
-        invocation_tokens: invocation and end tokens.
-        short_vectors, long_vectors: memory vectors read.
+        invocation_tokens: number of invocation and end tokens.
+        short_vectors, long_vectors: number of memory vectors inserted.
     """
 
     invocation_tokens: int = 0
@@ -483,7 +486,7 @@ class MemoryUsage(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of the prompt, images included, and of all choices."""
+    """Tokens of the prompt, including images, and of all choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -492,14 +495,14 @@ class Usage(BaseModel):
 
 
 class Provenance(BaseModel):
-    """How to get the same answer again."""
+    """What reproduces the answer."""
 
-    seed: int = Field(description="Of the first choice.")
+    seed: int = Field(description="The first choice's seed.")
     invocation: str
 
 
 class ChatCompletion(BaseModel):
-    """An answer as a whole."""
+    """A complete answer."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -511,14 +514,14 @@ class ChatCompletion(BaseModel):
 
 
 class Delta(BaseModel):
-    """What is new in a choice."""
+    """New content of a choice."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChunkChoice(BaseModel):
-    """A choice in a chunk."""
+    """A choice in a stream chunk."""
 
     index: int
     delta: Delta
@@ -528,7 +531,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """A piece of a streamed answer."""
+    """A chunk of a streamed answer."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -540,7 +543,7 @@ class ChatChunk(BaseModel):
 
 
 class Model(BaseModel):
-    """A model to ask."""
+    """A served model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -549,14 +552,14 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """All models to ask."""
+    """The served models."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class Health(BaseModel):
-    """Whether requests are answered, and how many rows there are."""
+    """Whether the server accepts requests, and how many rows are waiting and being decoded."""
 
     status: Literal["ok", "stopping", "failed"]
     waiting: int
@@ -564,7 +567,7 @@ class Health(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What went wrong."""
+    """The error itself."""
 
     message: str
     type: str
@@ -573,6 +576,6 @@ class ErrorBody(BaseModel):
 
 
 class Error(BaseModel):
-    """An error in OpenAI's form."""
+    """An error in OpenAI's format."""
 
     error: ErrorBody

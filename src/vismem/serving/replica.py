@@ -1,6 +1,6 @@
-"""One of several engines, in a process of its own: what it does there, and the messages that it sends.
+"""A replica: an engine in its own process, and the updates that it sends to the server.
 
-Who starts such processes and asks them is `replicas.py`'s matter.
+`replicas.py` starts replicas and sends them requests.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from vismem.serving.engine import Ask, Engine, Event
-from vismem.serving.errors import ApiError
+from vismem.serving.engine import Engine, EngineRequest, Event
+from vismem.serving.errors import ApiError, internal_error
 
-PACE = 0.002  # seconds between two messages of a replica: many small ones keep Ray, and the server, from all else
+PACE = 0.002  # seconds between updates, per running answer: many small messages would saturate Ray and the server
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Message:
-    """What a replica sends: all that happened to an answer since the message before.
+class ReplicaUpdate:
+    """What happened to an answer since the previous update.
 
     Args:
-        writing: rows that the replica is writing, of all answers.
+        writing: rows that the replica is decoding, of all answers.
         events: of this answer.
-        error: keywords of the `ApiError` that it failed with; then it is the last message.
-        notes: warnings and errors that its log got since its last message, whatever answer they are about.
+        error: keywords of the `ApiError` that ended it; then this is the last update.
+        warnings: lines of the replica's log since its previous update, whichever answer they belong to.
     """
 
     writing: int
     events: list[Event]
     error: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Replica:
-    """A model and its engine, in a process that Ray Serve keeps.
+    """A model and its engine, in a process managed by Ray Serve.
 
     Args:
         load: keywords of `load_model`.
-        threads: torch threads, or None for torch's own choice.
+        threads: torch threads, or None for torch's default.
         engine: keywords of `Engine`.
     """
 
@@ -52,76 +52,73 @@ class Replica:
 
         from vismem.loading import load_model
 
-        keep_to_loopback()
+        bind_to_loopback()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         if threads is not None:
             torch.set_num_threads(threads)
         self.engine = Engine(load_model(**load).model, **engine)
-        self.answers = 0  # under way
-        self.notes: deque[str] = deque(maxlen=100)
-        logging.getLogger("vismem").addHandler(Notebook(self.notes))
+        self.running = 0  # answers
+        self.warnings: deque[str] = deque(maxlen=100)
+        logging.getLogger("vismem").addHandler(WarningBuffer(self.warnings))
 
     def check_health(self) -> None:
-        """Called by Ray now and then, which starts another replica where this raises."""
+        """Called by Ray, which replaces a replica for which this raises."""
         if not self.engine.ready():
             raise RuntimeError("the thread that owns the model has ended")
 
-    async def answer(self, ask: Ask) -> AsyncGenerator[Message, None]:
-        """An answer, as messages; Ray cancels this where the caller has gone."""
-        async with aclosing(gathered(self.engine.answer(ask), lambda: PACE * self.answers)) as parts:
-            self.answers += 1
+    async def answer(self, request: EngineRequest) -> AsyncGenerator[ReplicaUpdate, None]:
+        """The updates of an answer. Ray cancels this when the caller is gone."""
+        async with aclosing(batched_events(self.engine.answer(request), lambda: PACE * self.running)) as batches:
+            self.running += 1
             try:
-                async for events, error in parts:
-                    yield self._message(events, told(error))
+                async for events, error in batches:
+                    warnings = [self.warnings.popleft() for _ in range(len(self.warnings))]
+                    yield ReplicaUpdate(self.engine.load().writing, events, error_arguments(error), warnings)
             finally:
-                self.answers -= 1
-
-    def _message(self, events: list[Event], error: dict[str, Any] | None) -> Message:
-        notes = [self.notes.popleft() for _ in range(len(self.notes))]
-        return Message(self.engine.load().writing, events, error, notes)
+                self.running -= 1
 
 
-def keep_to_loopback() -> None:
-    """Before a replica answers, Ray Serve opens a port on all addresses, for a kind of calls that are not used here."""
-    from ray.serve._private import replica
+def bind_to_loopback() -> None:
+    """Keeps Ray Serve's gRPC port, which is not used here, from listening on all addresses."""
+    from ray.serve._private import replica  # Ray 2.60.0 has no setting for this address
 
     bind = replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
-class Notebook(logging.Handler):
-    """Keeps what should be read where the server's log is, not in a file of Ray's."""
+class WarningBuffer(logging.Handler):
+    """Collects warnings and errors for the server's log, as Ray keeps a replica's log in a file of its own."""
 
-    def __init__(self, notes: deque[str]) -> None:
+    def __init__(self, lines: deque[str]) -> None:
         super().__init__(logging.WARNING)
-        self.notes = notes
+        self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.notes.append(self.format(record))
+        self.lines.append(self.format(record))
 
 
-def told(error: Exception | None) -> dict[str, Any] | None:
-    """An error as it crosses to another process: keywords of `ApiError`."""
+def error_arguments(error: Exception | None) -> dict[str, Any] | None:
+    """Keywords of the `ApiError` for an exception, which can be sent to another process."""
     if error is None:
         return None
     if not isinstance(error, ApiError):
         log.error("an answer failed", exc_info=error)
-        error = ApiError(500, "the server failed; its log has the reason")
+        error = internal_error()
     names = ("status", "message", "type", "code", "param", "headers")
     return {name: getattr(error, name) for name in names}
 
 
-async def gathered(
+async def batched_events(
     events: AsyncGenerator[Event, None], pause: Callable[[], float]
 ) -> AsyncGenerator[tuple[list[Event], Exception | None], None]:
-    """The same events in lists: the first as soon as it is there, later ones with what came within a pause.
+    """Yields the events in lists: the first event at once, later ones together with all that arrived during a pause.
 
-    An error of theirs comes with the last list. Closing this closes `events`.
+    An exception of `events` comes with the last list. Closing this generator closes `events`.
 
     Args:
-        events: them.
-        pause: how many seconds are to pass between two lists.
+        events: the events.
+        pause: returns the seconds to wait after each list.
     """
     queue: asyncio.Queue[Event | None] = asyncio.Queue()
     failure: list[Exception] = []

@@ -1,7 +1,7 @@
-"""The thread that owns a model: requests of any threads go into its queue, and what each step wrote comes back as news.
+"""The thread that owns a model: any thread can submit requests, and gets an update for each decoding step.
 
-Nobody else touches the model while a worker has it; what must, as an analysis of a finished answer, is called in its
-thread, between two steps. Text, images and HTTP are for others.
+Nothing else may use the model while a worker owns it. Other work on the model, such as inspecting a finished answer,
+goes through `Worker.call`, which runs it between two steps. The worker knows nothing of text, image files or HTTP.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from vismem.decoding.output import NonFiniteError
 from vismem.decoding.queue import Answer, Request, RequestQueue
 from vismem.decoding.trace import Invocation, Top
+from vismem.deprecation import renamed, renamed_arguments
 from vismem.model import VisMem
 
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -27,25 +28,25 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
-class Full(Exception):
-    """As many rows wait as may; ask again later."""
+class QueueFullError(Exception):
+    """Too many rows are waiting; try again later."""
 
 
-class Closed(Exception):
-    """The worker takes no more requests."""
+class WorkerClosedError(Exception):
+    """The worker accepts no more requests."""
 
 
 @dataclass(frozen=True)
-class News:
-    """What one step did for one row of a request.
+class RowUpdate:
+    """What one decoding step did to one row of a request.
 
     Args:
         index: the row within the request.
-        tokens: its new tokens, invocation and end ids among them.
-        invocations: those of its invocations that began and ended in this step.
+        tokens: its new tokens, including invocation and end ids.
+        invocations: its invocations that finished in this step.
         tops: for each token what the request's `top` asks for; empty without it.
-        finish: how the row ended, or None as long as it goes on.
-        error: what went wrong, with `"error"`.
+        finish: how the row ended, or None while it is running.
+        error: what went wrong, if `finish` is "error".
     """
 
     index: int
@@ -58,38 +59,38 @@ class News:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that was taken.
+    """A submitted request.
 
     Args:
         request: the request.
-        rows: how many answers it has.
-        listener: is told of every step that wrote something for it.
-        answers: the queue's answers, once the worker has them.
+        rows: number of rows that it decodes.
+        listener: called with each `RowUpdate`.
+        answers: the queue's answers, once the worker has queued the request.
     """
 
     request: Request
     rows: int
-    listener: Callable[[News], object]
+    listener: Callable[[RowUpdate], object]
     answers: list[Answer] = field(default_factory=list)
-    told: list[tuple[int, int]] = field(default_factory=list)  # tokens and invocations that the listener knows of
-    over: set[int] = field(default_factory=set)  # rows whose end it knows of
+    reported: list[tuple[int, int]] = field(default_factory=list)  # tokens and invocations reported for each row
+    finished: set[int] = field(default_factory=set)  # rows whose end was reported
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
-    """What the worker's thread is to do between two steps, and who waits for it."""
+class Task:
+    """A call for the worker's thread, and the future of its result if somebody waits for it."""
 
-    do: Callable[[], None]
+    run: Callable[[], None]
     future: Future[Any] | None = None
 
 
 class Worker:
-    """Decodes requests of many threads in one live batch, in a thread of its own.
+    """Decodes requests from any thread in one continuous batch, in its own thread.
 
     Args:
         model: the `VisMem`.
-        batch_size: rows at a time.
-        most_waiting: rows that may wait beside them.
+        batch_size: rows decoded at the same time.
+        max_waiting: further rows that may wait.
         record: keep what `Answer.rollout` needs.
         **generation: generation keywords for all requests, as for `RequestQueue`.
 
@@ -102,75 +103,80 @@ class Worker:
         >>> worker.close(finish_within=10)
     """
 
+    @renamed_arguments(most_waiting="max_waiting")
     def __init__(
-        self, model: VisMem, batch_size: int = 16, most_waiting: int = 64, *, record: bool = False, **generation: Any
+        self, model: VisMem, batch_size: int = 16, max_waiting: int = 64, *, record: bool = False, **generation: Any
     ) -> None:
-        if most_waiting < 0:
-            raise ValueError(f"most_waiting must be 0 or more, got {most_waiting}")
-        self.model, self.most_waiting = model, most_waiting
+        if max_waiting < 0:
+            raise ValueError(f"max_waiting must be 0 or more, got {max_waiting}")
+        self.model, self.max_waiting = model, max_waiting
         self.queue = RequestQueue(model, batch_size, record=record, **generation)
-        self.orders: deque[Order] = deque()  # what other threads want done between two steps
+        self.tasks: deque[Task] = deque()  # run between two steps
         self.awake = threading.Condition()
-        self.tickets: dict[Ticket, None] = {}  # in the order in which they came
+        self.tickets: dict[Ticket, None] = {}  # in order of submission
         self.closing, self.deadline = False, float("inf")
         self.thread = threading.Thread(target=self._run, name="vismem-worker", daemon=True)
         self.thread.start()
 
-    # From any thread.
+    # Called from any thread.
 
     @property
     def rows(self) -> int:
-        """Rows that wait or are being written."""
+        """Number of rows waiting or being decoded."""
         with self.awake:
-            return sum(ticket.rows - len(ticket.over) for ticket in self.tickets)
+            return sum(ticket.rows - len(ticket.finished) for ticket in self.tickets)
 
     @property
     def writing(self) -> int:
-        """Rows that are being written."""
+        """Number of rows being decoded."""
         return len(self.queue.answers)
 
     @property
     def alive(self) -> bool:
-        """Whether requests are still worked on."""
+        """Whether the thread is running."""
         return self.thread.is_alive()
 
-    def submit(self, request: Request, listener: Callable[[News], object], rows: int = 1) -> Ticket:
+    def submit(self, request: Request, listener: Callable[[RowUpdate], object], rows: int = 1) -> Ticket:
         """Queues a request.
 
         Args:
             request: the request.
-            listener: is called with `News` in the worker's thread, which waits for it; its own errors end the request.
-            rows: how many answers the request has: its prompts times `num_return_sequences`.
+            listener: called with each `RowUpdate` in the worker's thread, which blocks until it returns. If it raises,
+                the request is cancelled.
+            rows: number of rows of the request: its prompts times `num_return_sequences`.
 
         Raises:
-            Closed: if the worker takes no more.
-            Full: if there is no room for these rows even to wait.
+            WorkerClosedError: if the worker accepts no more requests.
+            QueueFullError: if too many rows are waiting.
             ValueError: if the request has more rows than the batch.
         """
         ticket = Ticket(request, rows, listener)
-        if rows > self.queue.batch_size:
-            raise ValueError(f"a request of {rows} rows does not fit a batch of {self.queue.batch_size}")
+        size = self.queue.batch_size
+        if rows > size:
+            raise ValueError(f"a request of {rows} rows does not fit a batch of {size}")
         with self.awake:
             if self.closing or not self.alive:
-                raise Closed("the worker takes no more requests")
-            held = sum(other.rows - len(other.over) for other in self.tickets)
-            if held + rows > self.queue.batch_size + self.most_waiting:
-                raise Full(f"{held} rows are being written or wait; there is room for {self.most_waiting} to wait")
+                raise WorkerClosedError("the worker accepts no more requests")
+            held = sum(other.rows - len(other.finished) for other in self.tickets)
+            if held + rows > size + self.max_waiting:
+                raise QueueFullError(
+                    f"{held} rows are running or waiting, and at most {size} can run and {self.max_waiting} wait"
+                )
             self.tickets[ticket] = None
-            self._order(Order(lambda: self._enter(ticket)))
+            self._add(Task(lambda: self._enqueue(ticket)))
         return ticket
 
     def cancel(self, ticket: Ticket, row: int | None = None) -> None:
-        """Gives a request up, or one row of it, waiting or under way; what ended is left as it is."""
+        """Cancels a request, or one of its rows. Finished rows stay as they are."""
         with self.awake:
             part = slice(None) if row is None else slice(row, row + 1)
-            self._order(Order(lambda: self.queue.cancel(ticket.answers[part])))
+            self._add(Task(lambda: self.queue.cancel(ticket.answers[part])))
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Runs a function in the worker's thread, between two steps.
 
         Raises:
-            Closed: if the worker takes no more.
+            WorkerClosedError: if the worker accepts no more calls.
         """
         future: Future[R] = Future()
 
@@ -183,12 +189,12 @@ class Worker:
 
         with self.awake:
             if self.closing or not self.alive:
-                raise Closed("the worker takes no more calls")
-            self._order(Order(run, future))
+                raise WorkerClosedError("the worker accepts no more calls")
+            self._add(Task(run, future))
         return future
 
     def close(self, finish_within: float = 0.0) -> None:
-        """Takes nothing more, lets rows finish for that many seconds, cancels the rest, and waits for the thread."""
+        """Accepts no more requests, gives rows that many seconds to finish, cancels the rest, and joins the thread."""
         with self.awake:
             self.closing = True
             self.deadline = min(self.deadline, time.monotonic() + finish_within)
@@ -196,58 +202,58 @@ class Worker:
         if threading.current_thread() is not self.thread:
             self.thread.join()
 
-    def _order(self, order: Order) -> None:
-        self.orders.append(order)
+    def _add(self, task: Task) -> None:
+        self.tasks.append(task)
         self.awake.notify()
 
-    # In the worker's thread.
+    # Called in the worker's thread.
 
     def _run(self) -> None:
         try:
-            while self._orders_are_done():
+            while self._run_tasks():
                 if self.tickets and time.monotonic() >= self.deadline:
                     self.queue.clear()
                 elif len(self.queue):
                     self._step()
-                self._tell()
-        except BaseException as error:  # as when a device is lost
+                self._report()
+        except BaseException as error:  # e.g. a lost device
             log.exception("the thread that owns the model ends: %s", error)
             with self.awake:
                 self.closing = True
-                orders, self.orders = self.orders, deque()
-            for order in orders:
-                if order.future is not None and order.future.set_running_or_notify_cancel():
-                    order.future.set_exception(error)
+                tasks, self.tasks = self.tasks, deque()
+            for task in tasks:
+                if task.future is not None and task.future.set_running_or_notify_cancel():
+                    task.future.set_exception(error)
             for ticket in self.tickets:
-                for index in set(range(ticket.rows)) - ticket.over:
+                for index in set(range(ticket.rows)) - ticket.finished:
                     with suppress(Exception):
-                        ticket.listener(News(index, [], [], [], "error", error))
+                        ticket.listener(RowUpdate(index, [], [], [], "error", error))
 
-    def _orders_are_done(self) -> bool:
-        """Does what was ordered, and waits as long as there is nothing to do. False if there never will be."""
+    def _run_tasks(self) -> bool:
+        """Runs the tasks, and waits while there is nothing to do. Returns False once the worker should end."""
         while True:
             with self.awake:
-                while not (self.orders or self.tickets or self.closing):
+                while not (self.tasks or self.tickets or self.closing):
                     self.awake.wait()
-                if not self.orders:
+                if not self.tasks:
                     return bool(self.tickets)
-                order = self.orders.popleft()
-            order.do()
+                task = self.tasks.popleft()
+            task.run()
 
-    def _enter(self, ticket: Ticket) -> None:
-        ticket.told = [(0, 0)] * ticket.rows
+    def _enqueue(self, ticket: Ticket) -> None:
+        ticket.reported = [(0, 0)] * ticket.rows
         try:
             ticket.answers = self.queue.submit(ticket.request)
             if len(ticket.answers) != ticket.rows:
                 self.queue.cancel(ticket.answers)
-                raise ValueError(f"the request has {len(ticket.answers)} rows, not {ticket.rows} as was said")
-        except Exception as error:  # as prompts that say nothing of ids
+                raise ValueError(f"the request has {len(ticket.answers)} rows, not {ticket.rows} as submitted")
+        except Exception as error:  # e.g. inputs without input_ids
             ticket.answers = [Answer(ticket.request, row, "error", error) for row in range(ticket.rows)]
 
     def _step(self) -> None:
         try:
             errors = {id(answer.error): answer.error for answer in self.queue.step()}
-        except Exception as error:  # the rows that it met have ended with it
+        except Exception as error:  # the queue has ended the rows it affects
             log.exception("a step failed: %s", error)
         else:
             for found in errors.values():
@@ -256,29 +262,37 @@ class Worker:
                 elif found is not None and not isinstance(found, ValueError):
                     log.error("a prompt could not be read: %s", found, exc_info=found)
 
-    def _tell(self) -> None:
-        """Tells the listeners what is new, and forgets requests that are over."""
+    def _report(self) -> None:
+        """Calls the listeners with what is new, and forgets finished requests."""
         for ticket in list(self.tickets):
             for index, answer in enumerate(ticket.answers):
-                if index in ticket.over:
+                if index in ticket.finished:
                     continue
-                (tokens, met), finish = ticket.told[index], answer.finish
+                (tokens, invocations), finish = ticket.reported[index], answer.finish
                 if len(answer.tokens) == tokens and finish is None:
                     continue
-                ticket.told[index] = len(answer.tokens), len(answer.invocations)
-                if answer.error is not None:  # else it would keep all tensors that it met, in circles
+                ticket.reported[index] = len(answer.tokens), len(answer.invocations)
+                if answer.error is not None:  # its traceback would keep tensors alive, in reference cycles
                     answer.error.__traceback__ = None
-                news = News(
-                    index, answer.tokens[tokens:], answer.invocations[met:], answer.tops[tokens:], finish, answer.error
+                update = RowUpdate(
+                    index,
+                    answer.tokens[tokens:],
+                    answer.invocations[invocations:],
+                    answer.tops[tokens:],
+                    finish,
+                    answer.error,
                 )
                 if finish is not None:
                     with self.awake:
-                        ticket.over.add(index)
+                        ticket.finished.add(index)
                 try:
-                    ticket.listener(news)
+                    ticket.listener(update)
                 except Exception:
-                    log.exception("a listener failed; its request is given up")
+                    log.exception("a listener failed; its request is cancelled")
                     self.queue.cancel(ticket.answers)
-            if ticket.answers and len(ticket.over) == len(ticket.answers):
+            if ticket.answers and len(ticket.finished) == len(ticket.answers):
                 with self.awake:
                     del self.tickets[ticket]
+
+
+__getattr__ = renamed(__name__, {"Closed": "WorkerClosedError", "Full": "QueueFullError", "News": "RowUpdate"})

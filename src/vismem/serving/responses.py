@@ -1,4 +1,4 @@
-"""Requests as what an engine is asked, and an engine's events as what OpenAI's clients read: one piece, or chunks."""
+"""Converts chat requests to engine requests, and an engine's events to OpenAI responses: whole, or streamed chunks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from vismem.serving.engine import Ask
+from vismem.serving.engine import EngineRequest
+from vismem.serving.events import Ended, Event, Invoked, Started, TextDelta
 from vismem.serving.protocol import (
     AnswerMessage,
     ChatChunk,
@@ -32,19 +33,17 @@ from vismem.serving.protocol import (
     Trace,
     Usage,
 )
-from vismem.serving.writing import Delta as New
-from vismem.serving.writing import Ended, Event, Invoked, Started
 
 DONE = b"data: [DONE]\n\n"
-DRAWN = -1  # as a seed: one that is drawn, as without any
+RANDOM_SEED = -1  # what clients send to have a seed picked
 
 
-def ask_of(request: ChatRequest, invocation: str) -> Ask:
-    """What an engine is asked; without a seed in the request one is drawn.
+def engine_request(request: ChatRequest, invocation: str) -> EngineRequest:
+    """The engine's form of a chat request. Picks a seed if the request has none.
 
     Args:
         request: the request.
-        invocation: who invokes memory.
+        invocation: the policy, as `read_policy` reads it.
     """
     sampling = {
         name: value
@@ -55,15 +54,15 @@ def ask_of(request: ChatRequest, invocation: str) -> Ask:
         sampling["top_k"] = 0
     if request.ignore_eos:
         sampling["eos_token_id"] = None
-    turns = [turn_of(message) for message in request.messages]
-    # After an empty last turn nothing is to be continued: a new turn begins with the same tokens.
-    continues = bool(request.continue_final_message and turns[-1]["content"][0]["text"])
+    messages = [chat_message(message) for message in request.messages]
+    # An empty last message has nothing to continue; a new message starts with the same tokens.
+    continues = bool(request.continue_final_message and messages[-1]["content"][0]["text"])
     if request.continue_final_message and not continues:
-        turns.pop()
-    return Ask(
-        messages=turns,
+        messages.pop()
+    return EngineRequest(
+        messages=messages,
         n=request.n or 1,
-        seed=random.SystemRandom().randrange(2**53) if request.seed in (None, DRAWN) else request.seed,
+        seed=random.SystemRandom().randrange(2**53) if request.seed in (None, RANDOM_SEED) else request.seed,
         stops=tuple(request.stops),
         top=(request.top_logprobs or 0) if request.logprobs else None,
         invocation=invocation,
@@ -75,12 +74,12 @@ def ask_of(request: ChatRequest, invocation: str) -> Ask:
     )
 
 
-def turn_of(message: Message) -> dict[str, Any]:
-    """A turn as processors take it, with addresses in the places of images. An assistant's words are one text."""
+def chat_message(message: Message) -> dict[str, Any]:
+    """A message as chat templates take it, with URLs in place of images. An assistant's parts become one text."""
     content = message.content or message.refusal or ""
     given = [content] if isinstance(content, str) else content
     parts = [
-        {"type": "image", "url": part.url} if isinstance(part, ImagePart) else {"type": "text", "text": words_of(part)}
+        {"type": "image", "url": part.url} if isinstance(part, ImagePart) else {"type": "text", "text": part_text(part)}
         for part in given
     ]
     if message.role == "assistant":
@@ -88,7 +87,7 @@ def turn_of(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": parts}
 
 
-def words_of(part: TextPart | RefusalPart | str) -> str:
+def part_text(part: TextPart | RefusalPart | str) -> str:
     """The text of a part."""
     if isinstance(part, str):
         return part
@@ -96,8 +95,8 @@ def words_of(part: TextPart | RefusalPart | str) -> str:
 
 
 @dataclass
-class Parts:
-    """What there is of one choice."""
+class CollectedChoice:
+    """A choice so far."""
 
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -105,29 +104,28 @@ class Parts:
     finish: FinishReason = "stop"
 
 
-class Assembly:
-    """One answer on its way out.
+class ResponseBuilder:
+    """Builds the response of one request, and counts its tokens.
 
     Args:
-        request: what was asked over the wire.
-        ask: what the engine was asked.
+        request: the client's request.
+        engine_request: what the engine was given.
     """
 
-    def __init__(self, request: ChatRequest, ask: Ask) -> None:
-        self.request, self.ask = request, ask
+    def __init__(self, request: ChatRequest, engine_request: EngineRequest) -> None:
+        self.request, self.engine_request = request, engine_request
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self.traced = request.traced
         self.prompt_tokens = self.completion_tokens = 0
         self.memory = MemoryUsage()
 
     @property
     def provenance(self) -> Provenance:
-        """How to get the same answer again."""
-        return Provenance(seed=self.ask.seed, invocation=self.ask.invocation)
+        """What reproduces the answer."""
+        return Provenance(seed=self.engine_request.seed, invocation=self.engine_request.invocation)
 
     @property
     def usage(self) -> Usage:
-        """What was counted so far."""
+        """The counts so far."""
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
@@ -136,7 +134,7 @@ class Assembly:
         )
 
     def count(self, event: Event) -> None:
-        """Adds what an event says to the usage."""
+        """Adds an event to the usage."""
         if isinstance(event, Started):
             self.prompt_tokens = event.prompt_tokens
         elif isinstance(event, Ended):
@@ -144,27 +142,27 @@ class Assembly:
             for name, value in event.memory.model_dump().items():
                 setattr(self.memory, name, getattr(self.memory, name) + value)
 
-    async def whole(self, events: AsyncGenerator[Event, None]) -> ChatCompletion:
-        """The answer in one piece."""
-        parts = [Parts() for _ in range(self.ask.n)]
+    async def completion(self, events: AsyncGenerator[Event, None]) -> ChatCompletion:
+        """The whole answer."""
+        collected = [CollectedChoice() for _ in range(self.engine_request.n)]
         async for event in events:
             self.count(event)
-            if isinstance(event, New):
-                parts[event.index].text.append(event.text)
-                parts[event.index].logprobs += event.logprobs or []
+            if isinstance(event, TextDelta):
+                collected[event.index].text.append(event.text)
+                collected[event.index].logprobs += event.logprobs or []
             elif isinstance(event, Invoked):
-                parts[event.index].invocations.append(event.invocation)
+                collected[event.index].invocations.append(event.invocation)
             elif isinstance(event, Ended):
-                parts[event.index].finish = event.finish
+                collected[event.index].finish = event.finish
         choices = [
             Choice(
                 index=index,
-                message=AnswerMessage(content="".join(part.text)),
-                logprobs=None if self.ask.top is None else ChoiceLogprobs(content=part.logprobs),
-                finish_reason=part.finish,
-                vismem=Trace(invocations=part.invocations) if self.traced else None,
+                message=AnswerMessage(content="".join(choice.text)),
+                logprobs=None if self.engine_request.top is None else ChoiceLogprobs(content=choice.logprobs),
+                finish_reason=choice.finish,
+                vismem=Trace(invocations=choice.invocations) if self.request.traced else None,
             )
-            for index, part in enumerate(parts)
+            for index, choice in enumerate(collected)
         ]
         return ChatCompletion(
             id=self.id,
@@ -176,17 +174,17 @@ class Assembly:
         )
 
     async def chunks(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events, without the last one that says it is done."""
+        """The answer as server-sent events, without the closing `DONE`."""
         async for event in events:
             self.count(event)
             if isinstance(event, Started):
-                begun = [ChunkChoice(index=i, delta=Delta(role="assistant", content="")) for i in range(self.ask.n)]
-                for choice in begun:
-                    yield self.chunk(choice, vismem=self.provenance if choice.index == 0 else None)
-            elif isinstance(event, New):
+                for index in range(self.engine_request.n):
+                    first = ChunkChoice(index=index, delta=Delta(role="assistant", content=""))
+                    yield self.chunk(first, vismem=self.provenance if index == 0 else None)
+            elif isinstance(event, TextDelta):
                 logprobs = None if event.logprobs is None else ChoiceLogprobs(content=event.logprobs)
                 yield self.chunk(ChunkChoice(index=event.index, delta=Delta(content=event.text), logprobs=logprobs))
-            elif isinstance(event, Invoked) and self.traced:
+            elif isinstance(event, Invoked) and self.request.traced:
                 trace = Trace(invocations=[event.invocation])
                 yield self.chunk(ChunkChoice(index=event.index, delta=Delta(), vismem=trace))
             elif isinstance(event, Ended):
@@ -196,19 +194,18 @@ class Assembly:
             yield self.chunk(usage=self.usage)
 
     def chunk(self, *choices: ChunkChoice, usage: Usage | None = None, vismem: Provenance | None = None) -> bytes:
-        """One server-sent event."""
-        made = ChatChunk(
+        """A chunk as a server-sent event."""
+        chunk = ChatChunk(
             id=self.id,
             created=self.created,
             model=self.request.model,
             choices=list(choices),
             usage=usage,
             vismem=vismem,
-        )
-        found = made.model_dump(exclude_none=True)
-        for choice in found["choices"]:
+        ).model_dump(exclude_none=True)
+        for choice in chunk["choices"]:
             choice.setdefault("finish_reason", None)
-        return server_sent(found)
+        return server_sent(chunk)
 
 
 def server_sent(value: Any) -> bytes:
