@@ -20,7 +20,7 @@ from torch import Tensor
 from vismem.analysis.findings import Inspection
 from vismem.analysis.inspection import inspect_answer
 from vismem.app.session import Conversation, Refused, Reply, Settings, Side, Turn, one_line
-from vismem.data.images import BadImage, read_file
+from vismem.data.images import BadImageError, read_file
 from vismem.decoding.policies import Policy
 from vismem.decoding.prepare import context_of
 from vismem.decoding.queue import Request
@@ -28,7 +28,7 @@ from vismem.loading import Loaded
 from vismem.serving.engine import COLDEST
 from vismem.serving.errors import ApiError
 from vismem.serving.pictures import PictureLimits, Pictures
-from vismem.serving.prompts import inputs_of, marks_of
+from vismem.serving.prompts import inputs_of, placeholders_of
 from vismem.serving.worker import Closed, Full, Worker
 
 MOST_PICTURES = 8  # of a conversation
@@ -58,7 +58,7 @@ class Studio:
         self.worker = Worker(self.model, batch_size, most_waiting, record=True)
         # Fast tokenizers are not to be used by two threads at a time: the model's is the worker's.
         self.processor, self.asking = copy.deepcopy(self.model.processor), threading.Lock()
-        self.context, self.marks = context_of(self.model.base), marks_of(self.model)
+        self.context, self.marks = context_of(self.model.base), placeholders_of(self.model)
         self.visitors: OrderedDict[str, Conversation] = OrderedDict()
         self.visiting, self.looking = threading.RLock(), threading.Lock()  # events come in threads of their own
 
@@ -264,7 +264,7 @@ def read_picture(path: str | Path, name: str | None = None, left: int = ALL_PIXE
     try:
         with DECODING:  # one at a time: while it is decoded a picture takes many times its size
             return Pictures(PictureLimits(pixels=max(min(MOST_PIXELS, left), 1))).decode([read_file(Path(path))])[0]
-    except BadImage as error:
+    except BadImageError as error:
         raise Refused(f"Image {name} is no longer here: drop it in again.") from error
     except ApiError as error:
         if error.status == 413 and left < MOST_PIXELS:

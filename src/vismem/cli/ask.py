@@ -126,9 +126,9 @@ def check_schedule(text: str, sighted: bool) -> None:
 
 def prompt(model, question: str, images: list) -> dict:
     """The processor's tensors for one question about those images, on the model's device."""
-    from vismem.serving.prompts import inputs_of, marks_of
+    from vismem.serving.prompts import inputs_of, placeholders_of
 
-    for mark in marks_of(model):
+    for mark in placeholders_of(model):
         if mark in question:
             raise Misuse(
                 f"the question has the model's own mark {mark} in it; leave that out: images are named as files, "

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from vismem.data import BadRow, Row, reward_columns, row_inputs
+from vismem.data import BadRowError, Row, reward_columns, row_inputs
 from vismem.decoding.policies import After, Policy, Random
 from vismem.decoding.queue import Answer, Request
 from vismem.escaping import visible
@@ -104,7 +104,7 @@ def asked(
     for row in rows:
         try:
             inputs = row_inputs(model.processor, row, context_of(model))
-        except BadRow as error:
+        except BadRowError as error:
             failed(Record.failed(row.id, str(error), kept(row, keep)))
             continue
         inputs = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
@@ -119,7 +119,7 @@ def answerable(model: VisMem, rows: Sequence[Row]) -> tuple[list[Row], list[Reco
         try:
             row_inputs(model.processor, row, context_of(model))
             found.append(row)
-        except BadRow as error:
+        except BadRowError as error:
             failed.append(Record.failed(row.id, str(error)))
     return found, failed
 

@@ -23,7 +23,7 @@ from vismem.decoding.queue import Request
 from vismem.model import VisMem
 from vismem.serving.errors import ApiError, stopping
 from vismem.serving.pictures import PictureLimits, Pictures
-from vismem.serving.prompts import inputs_of, marks_of
+from vismem.serving.prompts import inputs_of, placeholders_of
 from vismem.serving.worker import Closed, Full, News, Worker
 from vismem.serving.writing import Delta, Ended, Event, Invoked, Started, Writer
 
@@ -130,7 +130,7 @@ class Engine:
         self.preparing = ThreadPoolExecutor(1, thread_name_prefix="vismem-prompts")
         self.decoding = ThreadPoolExecutor(1, thread_name_prefix="vismem-pictures")
         self.room, self.taken = batch_size + most_waiting, 0  # taken: rows whose prompts are being made
-        self.marks = marks_of(model)
+        self.marks = placeholders_of(model)
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """See `Answering`."""

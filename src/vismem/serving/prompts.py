@@ -41,7 +41,7 @@ def inputs_of(
     return dict(inputs.to(model.device, dtype=model.dtype))
 
 
-def marks_of(model: VisMem) -> list[str]:
+def placeholders_of(model: VisMem) -> list[str]:
     """Texts that stand for images, videos and memory in a prompt, which no message may have in its words."""
     processor = model.processor
     image = processor.tokenizer.convert_ids_to_tokens(model.backbone.image_token_id)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vismem.training.rewards.answers import completion_text, prompt_text
-from vismem.training.rewards.errors import FAILURES, JudgeError, RowFailure
+from vismem.training.rewards.errors import FAILURES, JudgeError, RowError
 from vismem.training.rewards.imports import import_function
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def judge(
             if on_failure == "none":
                 logger.warning("the judge gave no score for row %d of the batch: %s", row, error)
                 return None
-            raise RowFailure(row) from error
+            raise RowError(row) from error
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         answers = columns.get("references") or columns.get("answer") or [None] * len(completions)
