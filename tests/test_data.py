@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 
 from vismem.data import BadDataError, Row, Rows, StreamingRows, load_dataset_rows, prompt_inputs, reward_columns
 from vismem.data.converters import convert_mulberry, convert_visual_cot, main
-from vismem.data.images import BadImage, open_image
+from vismem.data.images import BadImageError, open_image
 
 
 def png(seed: int = 0, size=(32, 32)) -> bytes:
@@ -187,13 +187,13 @@ BAD_LINES = [
     ({"prompt": "?", "answer": " "}, "`answer` is empty"),
     ({"prompt": "?", "answer": []}, "`answer` is empty"),
     ({"prompt": "?", "answer": float("inf")}, "must be a finite number"),
-    ({"prompt": "?", "answer": True}, "must be a text or a number, or a list of them, not bool"),
+    ({"prompt": "?", "answer": True}, "must be a string or a number, or a list of them, not bool"),
     ({"prompt": " ", "answer": "1"}, "`prompt` is empty"),
     ({"prompt": [], "answer": "1"}, "non-empty list of chat messages"),
     ({"prompt": {"role": "user"}, "answer": "1"}, "non-empty list of chat messages"),
     ({"prompt": ["hello"], "answer": "1"}, "must have a `role`"),
     ({"prompt": [{"role": "robot", "content": "?"}], "answer": "1"}, "must have a `role`"),
-    ({"prompt": [{"role": "user", "content": 5}], "answer": "1"}, "content must be a text or a list of parts"),
+    ({"prompt": [{"role": "user", "content": 5}], "answer": "1"}, "content must be a string or a list of parts"),
     ({"prompt": [{"role": "user", "content": [{"type": "video"}]}], "answer": "1"}, "not 'video'"),
     ({"prompt": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "answer": "1"}, "ends with"),
     ({"prompt": [{"role": "system", "content": "?"}], "images": ["images/0.png"], "answer": "1"}, "no user message"),
@@ -257,7 +257,7 @@ BAD_IMAGES = {
 def test_images_that_are_cut_off_are_bad_whatever_pillow_was_told(tmp_path, monkeypatch):
     """lmms-eval, once imported, has Pillow fill up what is missing."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with pytest.raises(BadImage, match="broken"):
+    with pytest.raises(BadImageError, match="broken"):
         open_image(png()[: len(png()) // 2], tmp_path)
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
@@ -398,9 +398,9 @@ def test_sources_that_are_not_there(folder):
         with pytest.raises(BadDataError, match="no such file or folder"):
             load_dataset_rows(name)
     (folder / "t.csv").write_text("a")
-    with pytest.raises(BadDataError, match="of no known kind"):
+    with pytest.raises(BadDataError, match="has an unsupported type"):
         load_dataset_rows(folder / "t.csv")
-    with pytest.raises(BadDataError, match=r"not one of datasets\.save_to_disk"):
+    with pytest.raises(BadDataError, match=r"not written by datasets\.save_to_disk"):
         load_dataset_rows(folder)
 
 
@@ -502,7 +502,7 @@ def test_prompt_inputs_errors(family):
     with pytest.raises(ValueError, match="at least one row"):
         prompt_inputs(processor, [])
     prompt = [{"role": "user", "content": [{"type": "text", "text": f"What is {processor.image_token}?"}]}]
-    with pytest.raises(ValueError, match=r"rows\[0\]: the prompt's text holds the processor's image mark"):
+    with pytest.raises(ValueError, match=r"rows\[0\]: the prompt's text contains the processor's image token"):
         prompt_inputs(processor, [Row("rows[0]", prompt, [], "x", "x", {})])
 
     def refuse(*arguments, **options):
@@ -636,7 +636,7 @@ def test_converters_write_whole_files_or_none(tmp_path, images):
         convert_visual_cot(source, out, images, max_bad_rows=0)
     with pytest.raises(BadDataError, match=r"t\.json\[1\]: no such image"):
         convert_visual_cot(source, out, images, strict=True)
-    with pytest.raises(BadDataError, match="no such folder"):
+    with pytest.raises(BadDataError, match="no such image folder"):
         convert_visual_cot(source, out, tmp_path / "gone")
     with pytest.raises(BadDataError, match="no such file"):
         convert_visual_cot(tmp_path / "gone.json", out, images)

@@ -20,7 +20,7 @@ from transformers.image_transforms import convert_to_rgb
 from vismem import cli
 from vismem.cli.images import read_images
 from vismem.data import images, load_dataset_rows, prompt_inputs
-from vismem.data.images import BadImage, NoImageFileError, open_image, to_rgb
+from vismem.data.images import BadImageError, NoImageFileError, open_image, to_rgb
 
 RAMP = np.linspace(0, 65535, 4096).astype(np.uint16).reshape(64, 64)
 TWIN = (RAMP // 256).astype(np.uint8)  # what OpenCV makes of it
@@ -191,7 +191,7 @@ def test_pictures_with_alpha_and_16_bits_are_turned_too(kind: str, orientation: 
     exif[0x0112] = orientation
     picture = {"RGBA": colours(), "TIFF": colours(), "P": palettes()["P, index"], "I;16": Image.fromarray(RAMP[:9])}
     file = file_of(picture[kind], "TIFF" if kind == "TIFF" else "PNG", exif=exif.tobytes())
-    wanted = images.turned(to_rgb(picture[kind]), orientation)
+    wanted = images.upright(to_rgb(picture[kind]), orientation)
     assert open_image(file).size == wanted.size and open_image(file).tobytes() == wanted.tobytes()
     assert open_image(Image.open(io.BytesIO(file))).tobytes() == wanted.tobytes()
 
@@ -272,7 +272,7 @@ def test_integers_and_floats_without_a_file() -> None:
 def test_values_of_no_known_range_are_refused(values: np.ndarray, words: str, tmp_path: Path) -> None:
     Image.fromarray(values).save(tmp_path / "depth.tiff")
     for value, name in ((tmp_path / "depth.tiff", "depth.tiff"), (Image.fromarray(values), "image")):
-        with pytest.raises(BadImage) as caught:
+        with pytest.raises(BadImageError) as caught:
             open_image(value)
         assert f"{name} has" in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
 
@@ -294,7 +294,7 @@ def test_pictures_are_not_changed_by_being_read() -> None:
         before, info = picture.tobytes(), dict(picture.info)
         found = open_image(picture)
         assert found is not picture and picture.tobytes() == before and picture.info == info
-    with pytest.raises(BadImage, match="image has no pixels"):
+    with pytest.raises(BadImageError, match="image has no pixels"):
         open_image(Image.new("RGB", (0, 3)))
 
 
@@ -323,7 +323,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch: pytest.Monke
         for value in (name, Path(name), {"bytes": None, "path": name}, f"file://{name}"):
             with pytest.raises(NoImageFileError, match=words):
                 open_image(value, tmp_path)
-    with pytest.raises(BadImage, match="cannot read image"):
+    with pytest.raises(BadImageError, match="cannot read image"):
         open_image("loop.png", tmp_path)
 
 
@@ -342,7 +342,7 @@ def test_a_file_that_becomes_a_pipe_when_it_is_opened(tmp_path: Path, monkeypatc
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's /proc")
 def test_files_that_the_system_makes_up_are_empty() -> None:
     for name in ("/proc/self/pagemap", "/proc/self/maps", "/proc/version"):
-        with pytest.raises(BadImage, match=f"{name} is empty"):
+        with pytest.raises(BadImageError, match=f"{name} is empty"):
             open_image(name)
 
 
@@ -352,11 +352,11 @@ def test_files_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(images, "MOST_BYTES", size)
     assert open_image("a.png", tmp_path).size == (41, 33)
     monkeypatch.setattr(images, "MOST_BYTES", size - 1)
-    with pytest.raises(BadImage, match=r"a\.png is larger than 0 MiB, the limit"):
+    with pytest.raises(BadImageError, match=r"a\.png is larger than 0 MiB, the limit"):
         open_image("a.png", tmp_path)
     with (tmp_path / "sparse.png").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(BadImage, match="is larger than"):
+    with pytest.raises(BadImageError, match="is larger than"):
         open_image("sparse.png", tmp_path)
 
 

@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 from vismem.data import BadDataError, load_dataset_rows, reward_columns
-from vismem.data.layouts import BadRow
+from vismem.data.layouts import BadRowError
 from vismem.data.rows import Draft, read_row
 from vismem.training.rewards import load_rewards
 
@@ -217,28 +217,28 @@ def test_datasets_that_make_or_hold_images_in_their_own_way(tmp_path, caplog):
     assert caplog.text.count("`img` looks like an image but is not read; if it is one: columns={images: img}") == 1
 
 
-MARKED = [
-    ({"prompt": "<image> and <image>?", "images": ["a.png"]}, "<image> stands in the prompt twice, but"),
-    ({"prompt": "What does <image> do?"}, "<image> stands in the prompt once, but the row has 0 images"),
+UNREADABLE = [
+    ({"prompt": "<image> and <image>?", "images": ["a.png"]}, "the prompt contains <image> twice, but"),
+    ({"prompt": "What does <image> do?"}, "the prompt contains <image> once, but the row has 0 images"),
     ({"prompt": "<image>?", "images": ["a.png", "b.png"]}, "once, but the row has 2 images"),
     (
         {"prompt": [{"role": "user", "content": [{"type": "image"}, "<image>?"]}], "image": "a"},
         "both image parts and the text <image>",
     ),
     ({"prompt": "<video>What happens?"}, "the prompt has <video>: VisMem takes images and text"),
-    ({"messages": said("?", "See <image>.")}, "the reply's text holds <image>"),
+    ({"messages": said("?", "See <image>.")}, "the reply's text contains <image>"),
     ({"prompt": "?", "videos": ["a.mp4"]}, "`videos` cannot be read"),
     ({"prompt": "?", "video": "a.mp4"}, "`video` cannot be read"),
-    ({"prompt": "<|image_pad|>?"}, "holds <|image_pad|>"),
-    ({"prompt": "<image_soft_token>?"}, "holds <image_soft_token>"),
+    ({"prompt": "<|image_pad|>?"}, "contains <|image_pad|>"),
+    ({"prompt": "<image_soft_token>?"}, "contains <image_soft_token>"),
     ({"prompt": "half \ud800"}, r"half of a surrogate pair"),
     ({"prompt": "?", "note": {"deep": ["\udfff"]}}, r"half of a surrogate pair"),
     ({"question": "", "label": 1}, "`question` is empty"),
     ({"img": "a.png", "gt": "b"}, "no `prompt`; the row has `img`, `gt`"),
-    ({"instruction": "Add.", "input": 5}, "`input` must be a text"),
+    ({"instruction": "Add.", "input": 5}, "`input` must be a string"),
     ({"query": "?", "history": [["a"]]}, "`history` must be a list of pairs"),
     ({"conversations": [{"from": ["human"], "value": "?"}]}, "must have a `role`"),
-    ({"messages": [*said("?"), {"role": "assistant"}]}, "last message of `messages` must be a text"),
+    ({"messages": [*said("?"), {"role": "assistant"}]}, "last message of `messages` must be text"),
     ({"prompt": "?", "answer": 10**5000}, "too many digits"),
     ({"prompt": "?", "answers": [None, ""]}, "`answers` is empty"),
     ({"prompt": "?", "answers": [{"score": 1}]}, "not an object without `answer`"),
@@ -247,14 +247,14 @@ MARKED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("raw", "problem"), MARKED)
-def test_what_cannot_be_read_says_so(raw, problem):
-    with pytest.raises(BadRow) as caught:
+@pytest.mark.parametrize(("raw", "problem"), UNREADABLE)
+def test_unreadable_rows_name_the_problem(raw, problem):
+    with pytest.raises(BadRowError) as caught:
         read_row({**({} if "gt" in raw or "label" in raw or "answers" in raw else {"answer": "x"}), **raw})
     assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_missing_is_named_and_the_nearest_column_suggested():
+def test_a_missing_column_suggests_the_nearest_one():
     for raw, hint in [
         ({"question": "?", "img": "a", "gt": "b"}, "no `answer`; the row has `question`, `img`, `gt`; if `gt` is it"),
         ({"questions": "?", "answer": "b"}, "if `questions` is it: columns={prompt: questions}"),
@@ -262,19 +262,19 @@ def test_what_is_missing_is_named_and_the_nearest_column_suggested():
         ({"prompt": "?", "gold_answer": "b"}, "columns={answer: gold_answer}"),
         ({"x": "?", "answer": "b"}, "name it: columns={prompt: NAME}"),
     ]:  # fmt: skip
-        with pytest.raises(BadRow) as caught:
+        with pytest.raises(BadRowError) as caught:
             read_row(raw)
         assert hint in str(caught.value)
 
 
-def test_columns_that_hold_nothing():
-    """What tables put where a row has no value, and what pandas makes of turns by columns."""
+def test_columns_without_a_value():
+    """NaN as tables store it, and turns by column as pandas stores them."""
     turns = {"from": np.array(["human", "gpt"], dtype=object), "value": np.array(["<image>?", "1"], dtype=object)}
     draft = read_row({"prompt": np.float32("nan"), "conversations": turns, "images": [], "image": "a.png"})
     assert draft.prompt[0]["content"][0]["type"] == "image" and draft.answer == "1" and draft.sources == ["a.png"]
 
 
-def test_what_is_no_image_is_found_when_the_rows_are_opened():
+def test_values_that_are_not_images_are_reported_on_loading():
     for value in (5, ["a.png"], {"path": None, "bytes": None}, np.zeros((2, 2, 3)), 10**5000):
         rows = load_dataset_rows([{"prompt": "?", "answer": 1, "images": [value]}, {"prompt": "?", "answer": 1}])
         ((row_id, problem),) = rows.reports.found
@@ -282,14 +282,14 @@ def test_what_is_no_image_is_found_when_the_rows_are_opened():
         assert ("PIL.Image.fromarray" in problem) == isinstance(value, np.ndarray)
 
 
-def test_nesting_without_end():
+def test_nesting_too_deep():
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
     loop: dict = {"prompt": "?", "answer": "x"}
     loop["self"] = loop
     for raw in ({"prompt": "?", "answer": "x", "deep": deep}, loop):
-        with pytest.raises(BadRow, match="nested too deeply"):
+        with pytest.raises(BadRowError, match="nested too deeply"):
             read_row(raw)
     while deep:
         deep = deep[0]  # freed from the outside: Python frees so deep a list by recursion
@@ -324,6 +324,6 @@ def test_any_values_give_a_row_or_a_bad_row():
             draft = read_row(raw, names)
             draft.find(Path("/nowhere"))
             good += 1
-        except BadRow as error:
+        except BadRowError as error:
             assert str(error) and "\n" not in str(error) and str(error).isprintable()
     assert good > 100

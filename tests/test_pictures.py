@@ -23,7 +23,7 @@ import numpy as np
 from PIL import GifImagePlugin, Image, ImageFile, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
-from vismem.data.images import BadImage, TooManyPixels, open_image
+from vismem.data.images import BadImageError, TooManyPixelsError, open_image
 from vismem.serving.errors import ApiError
 from vismem.serving.metadata import orientation_of, stripped
 from vismem.serving.pictures import FORMATS, PictureLimits, Pictures
@@ -284,7 +284,7 @@ def test_only_the_formats_named_are_known() -> None:
     assert FORMATS == ("PNG", "JPEG", "WEBP", "GIF", "BMP")
     for form in ("PPM", "TIFF", "EPS"):
         file = b"P6 10 10 255\n" + bytes(300) if form == "PPM" else file_of(scene(), form)
-        with pytest.raises(BadImage, match="of a format other than PNG, JPEG"):
+        with pytest.raises(BadImageError, match="of a format other than PNG, JPEG"):
             open_image(file, Path(), formats=FORMATS)
     assert open_image(b"P6 10 10 255\n" + bytes(300), Path()).size == (10, 10)
 
@@ -448,6 +448,6 @@ def test_mutilated_files_are_refused_or_decoded_but_nothing_else() -> None:
 
 
 def test_data_keeps_its_own_limits() -> None:
-    with pytest.raises(TooManyPixels, match="100 pixels"):
+    with pytest.raises(TooManyPixelsError, match="100 pixels"):
         open_image(png(11, 10), Path(), most_pixels=100)
     assert open_image(png(10, 10), Path(), most_pixels=100).size == (10, 10)

@@ -25,7 +25,7 @@ def saved(request, tmp_path):
 
 
 def rewrite(folder, change_config=lambda config: None, change_state=lambda state: None) -> None:
-    """Changes a checkpoint and makes its checksums fit, as a crafted one would have them."""
+    """Modifies a checkpoint and updates its checksums, as in a crafted file."""
     state, record = load_file(folder / WEIGHTS_FILE), json.loads((folder / CONFIG_FILE).read_text())
     change_state(state), change_config(record["config"])
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -48,7 +48,7 @@ SIZES += [("short_length", 8), ("long_length", 32), ("memory_init", "learned"), 
 
 
 @pytest.mark.parametrize(("name", "value"), SIZES)
-def test_sizes_are_held_against_the_weights_before_anything_is_built(saved, name, value, monkeypatch):
+def test_sizes_are_compared_with_the_weights_before_anything_is_built(saved, name, value, monkeypatch):
     built = []
     monkeypatch.setattr("vismem.model.memory_of", lambda *given: (built.append(given), memory_of(*given))[1])
     rewrite(saved[1], lambda config: config.update({name: value}))
@@ -56,7 +56,7 @@ def test_sizes_are_held_against_the_weights_before_anything_is_built(saved, name
         load(saved)
     assert not built and "\n" not in str(caught.value) and str(saved[1]) in str(caught.value)
     if name not in ("builder_heads", "content"):
-        assert f"{name} is {value!r} there" in str(caught.value)
+        assert f"{name} is {value!r} in the config" in str(caught.value)
 
 
 WRONG = [("short_length", 8.0), ("long_length", True), ("token_noise", 1e400), ("delimiters", "abc"), ("delimiters", 5)]
@@ -65,14 +65,14 @@ for _name in ("query_length", "builder_layers", "builder_heads", "builder_width"
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: repr(value)[:20])
-def test_wrong_types_of_sizes_are_refused_by_name(name, value):
+def test_sizes_of_the_wrong_type_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"VisMemConfig.{name} must be"):
         vismem.VisMemConfig(**{name: value})
 
 
 @pytest.mark.parametrize("value", [10**400, "x" * 10**6, ["x"] * 10**5])
 @pytest.mark.parametrize("name", ["query_length", "short_length", "content"])
-def test_wrong_values_are_shown_short(name, value):
+def test_long_values_are_shortened_in_messages(name, value):
     with pytest.raises(ValueError, match=rf"VisMemConfig.{name} must be .*\.\.\.$") as caught:
         vismem.VisMemConfig(**{name: value})
     assert len(str(caught.value)) < 200
@@ -101,11 +101,11 @@ def test_weights_that_are_not_finite_are_refused_by_name(saved, part, value):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
 def test_weights_that_are_not_floating_are_refused_by_name(saved, dtype):
     rewrite(saved[1], change_state=lambda state: state.update({"tokens.end": state["tokens.end"].to(dtype)}))
-    with pytest.raises(ValueError, match=r"tensor tokens.end is .*, not floating"):
+    with pytest.raises(ValueError, match=r"tensor tokens.end is .*, not floating point"):
         load(saved)
 
 
-def test_weights_that_overflow_in_the_dtype_asked_for_are_refused(saved):
+def test_weights_that_overflow_in_the_requested_dtype_are_refused(saved):
     rewrite(saved[1], change_state=lambda state: state["tokens.end"].fill_(1e6))
     assert load(saved).tokens.end.max() == 1e6
     with pytest.raises(ValueError, match=r"loaded as float16: tensor tokens.end has"):
@@ -115,7 +115,7 @@ def test_weights_that_overflow_in_the_dtype_asked_for_are_refused(saved):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 64, (2**62).to_bytes(8, "little") + b"{}", b"\x08" + b"\0" * 7 + b"{" * 8]
 )
-def test_a_header_that_makes_no_sense_is_refused(saved, content):
+def test_invalid_headers_are_refused(saved, content):
     folder = saved[1]
     rewrite(folder)
     (folder / WEIGHTS_FILE).write_bytes(content)
@@ -124,7 +124,7 @@ def test_a_header_that_makes_no_sense_is_refused(saved, content):
     del record["record_sha256"]
     record["record_sha256"] = digest(record)
     (folder / CONFIG_FILE).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load(saved)
 
 
@@ -138,15 +138,15 @@ def test_a_memory_that_is_not_finite_is_not_saved_over_a_good_one(saved):
     assert {path.name: path.read_bytes() for path in saved[1].iterdir()} == before
 
 
-def test_soft_prompts_have_sizes_too(tmp_path):
+def test_sizes_of_soft_prompts_are_checked(tmp_path):
     tiny.equip("idefics3", content="soft").save_pretrained(tmp_path)
     assert load(("idefics3", tmp_path)).memory_config.content == "soft"
     rewrite(tmp_path, lambda config: config.update(short_length=32))
-    with pytest.raises(ValueError, match="short_length is 32 there, and 4 in the weights"):
+    with pytest.raises(ValueError, match="short_length is 32 in the config, but 4 in the weights"):
         load(("idefics3", tmp_path))
 
 
-def test_adapters_are_looked_at_as_memories_are(tmp_path):
+def test_adapters_are_checked_like_memories(tmp_path):
     model = tiny.equip("idefics3")
     adapter_of(model)
     save_adapter(model.base, tmp_path)

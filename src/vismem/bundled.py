@@ -1,4 +1,4 @@
-"""The pocket model that ships with the package: its name, and where its files are."""
+"""The pocket model that ships with the package: its name and its files."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ BASE_PATH, MEMORY_PATH = WEIGHTS / "base", WEIGHTS / "memory"
 
 
 def is_pocket(name: str) -> bool:
-    """Whether a base's name means the pocket model, also as recorded on another machine."""
+    """Whether a base's name refers to the pocket model, including its path on another machine."""
     return name == POCKET or Path(name).parts[-4:] == ("vismem", *BASE_PATH.parts[-3:])

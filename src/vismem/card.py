@@ -1,4 +1,4 @@
-"""The model card of a memory: `README.md` with the hub's front matter, the run's figures, and how to use it."""
+"""The model card of a memory: `README.md` with the hub's front matter, training metrics and a usage example."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vismem.escaping import visible
 if TYPE_CHECKING:
     from vismem.model import VisMem
 
-FIGURES = ("reward", "baseline", "improvement", "loss")  # of a stage, as they are logged
-CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")  # a hub repository's folder on this machine
+METRICS = ("reward", "baseline", "improvement", "loss")  # logged by a stage
+HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")  # a hub repository in the local cache
 
 USE = """```python
 import vismem
@@ -43,11 +43,11 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
 
     Args:
         model: the memory with its base.
-        name: what the memory is loaded by: its folder, or its repository on the hub.
+        name: the folder or hub repository that the memory is loaded from.
         base: the base's name: a hub repository, a folder, `"pocket"`, or empty.
-        facts: the base's family and sizes, in words.
+        facts: the base's family and sizes, as text.
         trained: number of trained parameters.
-        tags: besides those that every memory has.
+        tags: additional tags.
     """
     config, hub = model.memory_config, hub_name(base)
     shown = cell(hub or Path(base).name or facts.partition(" ")[0])
@@ -56,18 +56,18 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
     if hub:
         front |= {"base_model": hub, "base_model_relation": "adapter"}
     front["tags"] = list(dict.fromkeys(["vismem", "latent-memory", facts.partition(" ")[0], *tags]))
-    made = [
+    settings = [
         ("query vectors K", config.query_length),
         ("LoRA", f"r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}, query and value"),
         ("start of memory", config.memory_init),
     ]
     if config.content == "soft":
-        made = [("content", "learned constants (soft prompts), the same for every image and question")]
+        settings = [("content", "learned constants (soft prompts), the same for every image and question")]
     rows: list[tuple[str, Any]] = [
         ("base", f"`{shown}`, {facts}"),
         ("short-term vectors N_s", config.short_length),
         ("long-term vectors N_l", config.long_length),
-        *made,
+        *settings,
         ("parameters of the memory", f"{trained:,} ({100 * trained / total:.2f} % of the base)"),
     ]
     quoted = visible(json.dumps(name, ensure_ascii=False))
@@ -76,7 +76,7 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# Latent vision memory for {shown}",
         "Short-term and long-term latent vision memory ([VisMem](https://arxiv.org/abs/2511.11007)) for a frozen\n"
-        "vision-language model. These files hold the memory only; the base is loaded by its name and is not changed.",
+        "vision-language model. These files hold only the memory; the base is loaded by name and stays unchanged.",
         "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]),
         "## Training",
         training(model.history),
@@ -84,34 +84,36 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
         USE.format(arguments=arguments),
     ]
     if base and not hub and base != "pocket":
-        parts.append("The base was loaded from a folder. Elsewhere, pass your copy of it as `base=` and `processor=`.")
+        parts.append(
+            "The base was loaded from a local folder. On another machine, pass your copy as `base=` and `processor=`."
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def training(history: Sequence[dict[str, Any]]) -> str:
-    """A table of the training stages behind a memory, with the figures that each logged last."""
+    """A table of the memory's training stages, with the last metrics each one logged."""
     if not history:
         return "This memory has not been trained."
-    names = [name for name in FIGURES if any(name in stage.get("figures", {}) for stage in history)]
+    names = [name for name in METRICS if any(name in stage.get("figures", {}) for stage in history)]
     lines = [["stage", "steps", "seed", "data", "rewards", *names]]
     for stage in history:
         plain = [cell(stage.get(name, "")) for name in ("stage", "steps", "seed", "data")]
-        figures = stage.get("figures", {})
-        values = [f"{figures[name]:.4g}" if name in figures else "" for name in names]
+        metrics = stage.get("figures", {})
+        values = [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
         lines.append([*plain, cell(", ".join(stage.get("rewards", ()))), *values])
     shown = ["| " + " | ".join(line) + " |" for line in lines]
     table = "\n".join([shown[0], "|" + "---|" * len(lines[0]), *shown[1:]])
-    return f"{table}\n\nFigures are the last that were logged in training, on training prompts."
+    return f"{table}\n\nMetrics are the last ones logged during training, on training prompts."
 
 
 def cell(value: object) -> str:
-    """A value as text that does not break a line or a table."""
+    """A value as text that does not break a line or a table cell."""
     return visible(str(value)).replace("|", "\\|")
 
 
 def hub_name(base: str) -> str:
-    """The hub repository that a base's name means, or an empty string."""
-    if found := CACHED.search(Path(base).as_posix()):
+    """The hub repository of a base's name, or an empty string."""
+    if found := HUB_CACHE.search(Path(base).as_posix()):
         return f"{found[1]}/{found[2]}"
     if base.count("/") != 1 or Path(base).expanduser().is_dir():
         return ""

@@ -1,8 +1,8 @@
-"""Checkpoints: a JSON record, one safetensors file with what was trained, and a model card; the base only by name.
+"""Checkpoints: a JSON record, a safetensors file with the trained weights, and a model card.
 
-None of them is unpickled. Weights carry a checksum, and the record names the base they were made for, so a damaged file
-or another base is refused with one line that names both sides. A save that is killed leaves the old memory or the new
-one, never a mix. The model card is in `card.py`.
+The base is named, not copied, and nothing is unpickled. The record holds the weights' checksum and the base's sizes,
+so a damaged file or a different base is refused with a message that names both sides. A save that is killed leaves the
+old memory or the new one, never a mix.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What a memory needs its base to be."""
+    """The properties of a base that a memory depends on."""
 
     model_type: str
     hidden_size: int
@@ -51,17 +51,17 @@ class BaseFacts:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What `vismem_config.json` says.
+class CheckpointRecord:
+    """The content of `vismem_config.json`.
 
     Args:
         config: of the memory.
-        base_name: the base's name as it was given: a hub repository, a folder, or `"pocket"`.
-        base: what the base must be.
-        token_ids: of the four tokens.
+        base_name: the base's name: a hub repository, a folder, or `"pocket"`.
+        base: the properties that the base must have.
+        token_ids: of the four memory tokens.
         sha256: checksum of the weights.
-        base_folders: where the base was, if it was a folder: its absolute path, and its path from the memory's folder.
-        history: the training stages behind the weights, oldest first, with their figures.
+        base_folders: for a base in a local folder, its absolute path and its path relative to the memory's folder.
+        history: the memory's training stages, oldest first, with their metrics.
     """
 
     config: VisMemConfig
@@ -74,20 +74,20 @@ class Record:
 
 
 def facts_of(base: nn.Module) -> BaseFacts:
-    """The facts of a base model that a memory depends on."""
+    """Reads a base model's facts."""
     backbone = backbone_of(base)
     rows = backbone.embeddings.weight.shape[0]
     return BaseFacts(backbone.model_type, backbone.hidden_size, backbone.vision_size, rows)
 
 
 def recorded_name(base: nn.Module) -> str:
-    """The name by which a checkpoint remembers its base; the pocket model's is the same on every machine."""
+    """The base's name as a checkpoint records it; the pocket model has the same name on every machine."""
     name: str = getattr(base, "name_or_path", "")
     return POCKET if name and Path(name).expanduser().resolve() == BASE_PATH.resolve() else name
 
 
 def base_folders(base: nn.Module, folder: Path) -> list[str]:
-    """The absolute path of a base that was loaded from a folder, and its path from the memory's `folder`."""
+    """For a base loaded from a folder, its absolute path and its path relative to the memory's `folder`."""
     name = recorded_name(base)
     if not name or name == POCKET or not Path(name).expanduser().is_dir():
         return []
@@ -98,57 +98,55 @@ def base_folders(base: nn.Module, folder: Path) -> list[str]:
         return [absolute]
 
 
-def base_location(record: Record, folder: Path) -> str:
-    """Where to load a memory's base from: a folder that is there, or else the recorded name.
+def base_location(record: CheckpointRecord, folder: Path) -> str:
+    """Where to load a memory's base from: an existing folder, or else the recorded name.
 
     Args:
-        record: of the memory.
-        folder: of the memory.
+        record, folder: of the memory.
 
     Raises:
-        OSError: if the base was a folder and is in none of the places where it could be; names them.
+        OSError: if the base was in a local folder that is not found; names the folders tried.
     """
     if record.base_name == POCKET:
         return str(BASE_PATH)
-    places = [folder / place for place in record.base_folders]  # an absolute path stays as it is
-    places.append(Path(record.base_name).expanduser())
-    for place in places:
-        if (place / "config.json").is_file():
-            return str(place)
+    candidates = [folder / path for path in record.base_folders]  # joining keeps an absolute path
+    candidates.append(Path(record.base_name).expanduser())
+    for path in candidates:
+        if (path / "config.json").is_file():
+            return str(path)
     if record.base_folders:
-        tried = ", ".join(dict.fromkeys(os.path.normpath(os.path.abspath(place)) for place in places))
+        tried = ", ".join(dict.fromkeys(os.path.abspath(path) for path in candidates))
         raise OSError(
             f"the base {record.base_name} of memory {folder} is in none of {tried}; "
-            "say where it is with base= (--base on the command line)"
+            "pass its path as base= (--base on the command line)"
         )
     return record.base_name
 
 
 def token_ids(model: VisMem) -> dict[str, int]:
-    """Id of each of the model's four tokens, by `"short_invocation"`, `"short_end"`, ..."""
+    """The ids of the model's four memory tokens, by `"short_invocation"`, `"short_end"`, ..."""
     tables = {"invocation": model.tokens.invocation_ids, "end": model.tokens.end_ids}
     return {f"{kind}_{part}": index for part, table in tables.items() for kind, index in table.items()}
 
 
 def trained_state(model: VisMem) -> dict[str, torch.Tensor]:
-    """The tensors that a checkpoint holds: `memory.*` and `tokens.*`."""
+    """The tensors in a checkpoint: `memory.*` and `tokens.*`."""
     parts = {"memory": model.memory, "tokens": model.tokens}
     return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
 
 
 def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()) -> None:
-    """Writes a checkpoint of `model` into `folder`.
-
-    Killed at any moment, it leaves one whole memory: the one that was there, or the new one.
+    """Saves a checkpoint to `folder`; killed at any point, it leaves the old checkpoint or the new one.
 
     Args:
         model: the model.
-        folder: made if it is not there.
-        name: what the model card calls the memory; by default the folder.
-        tags: further tags of the model card.
+        folder: created if necessary.
+        name: the memory's name in the model card; defaults to the folder.
+        tags: additional tags for the model card.
 
     Raises:
-        ValueError: if `folder` is a file. DiskFullError: if there is no room.
+        ValueError: if `folder` is a file, or a tensor is not finite.
+        DiskFullError: if the disk is full.
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
@@ -175,37 +173,37 @@ def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()
 
 
 def _fits(folder: Path) -> Callable[[bytes], bool]:
-    """Whether a record is that of the weights which are in the folder now."""
+    """A function that tells whether a record's content belongs to the weights currently in the folder."""
 
     def fits(content: bytes) -> bool:
         try:
-            named = json.loads(content)["sha256"]
+            expected = json.loads(content)["sha256"]
         except (ValueError, KeyError, TypeError):
             return False
-        return (folder / WEIGHTS_FILE).is_file() and files.sha256(folder / WEIGHTS_FILE) == named
+        return (folder / WEIGHTS_FILE).is_file() and files.sha256(folder / WEIGHTS_FILE) == expected
 
     return fits
 
 
 def _record_of(folder: Path) -> bytes | None:
-    """The record of the memory in a folder, also after a save that was killed; None if there is none."""
-    return files.matching(folder / CONFIG_FILE, _fits(folder))
+    """Reads a folder's record, even after a save was killed; None if there is none."""
+    return files.read_matching(folder / CONFIG_FILE, _fits(folder))
 
 
 def digest(record: dict[str, Any]) -> str:
-    """The checksum of a record's values, whatever their order or layout in the file."""
+    """The checksum of a record's values, independent of their order and layout in the file."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def locate(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder of a checkpoint: that of `name`, or a download of the hub repository of that name.
+    """Resolves a checkpoint to a local folder, downloading it from the hub if necessary.
 
     Args:
-        name: a memory's folder, a folder with one memory in it, such as a run's, or a hub repository.
+        name: a memory's folder, a folder containing exactly one (such as a run's), or a hub repository.
         revision, token: for the hub.
 
     Raises:
-        OSError: if there is no such folder and no such repository can be had, or the folder has no memory or several.
+        OSError: if there is no such folder or repository, or the folder contains no memory or several.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -218,35 +216,36 @@ def locate(name: str | Path, revision: str | None = None, token: str | None = No
         return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise OSError(f"no checkpoint {name}: no such folder, and it cannot be had from the hub ({reason})") from error
+        raise OSError(f"no checkpoint {name}: no such folder, and the hub download failed ({reason})") from error
 
 
 def find_memory(folder: Path) -> Path:
-    """`folder` itself, or the one folder with a memory up to two levels below it: a run's, or that of its last stage.
+    """`folder` itself, or the only memory up to two levels below it, such as that of a run.
 
     Raises:
-        OSError: if there is no memory, or there are several; names them.
+        OSError: if there is no memory, or several; names them.
     """
     if _record_of(folder) is not None:
         return folder
-    found = [place for place in files.folders_with(folder, WEIGHTS_FILE) if _record_of(place) is not None]
+    found = [path for path in files.folders_with(folder, WEIGHTS_FILE) if _record_of(path) is not None]
     if len(found) == 1:
         return found[0]
     if found:
         raise OSError(f"{folder} holds several memories; name one of {', '.join(map(str, found))}")
     hint = ""
     if files.partial_path(folder / CONFIG_FILE).is_file() or files.partial_path(folder / WEIGHTS_FILE).is_file():
-        hint = "; a save into it was stopped before it was whole, so save the memory again"
+        hint = "; a save into it was interrupted, so save the memory again"
     elif (folder / "trainer_state.json").is_file():
-        hint = f"; a run resumes from it, and writes its memory to {folder.parent / 'memory'} at the end"
+        hint = f"; it is a training checkpoint, whose run writes its memory to {folder.parent / 'memory'} at the end"
     raise OSError(f"{folder} is not a VisMem checkpoint: it has no {CONFIG_FILE}{hint}")
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> CheckpointRecord:
     """Reads and checks `vismem_config.json`.
 
     Raises:
-        OSError: if it is missing. ValueError: if it is not what `save` writes.
+        OSError: if it is missing.
+        ValueError: if `save` did not write it.
     """
     path, content = folder / CONFIG_FILE, _record_of(folder)
     if content is None:
@@ -256,8 +255,8 @@ def read_record(folder: Path) -> Record:
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']} is not {FORMAT}, the one this version reads")
         if values.pop("record_sha256") != digest(values):
-            raise ValueError("its checksum does not fit; change settings on the model and save it again")
-        return Record(
+            raise ValueError("its checksum does not match; to change settings, change them on the model and save it")
+        return CheckpointRecord(
             VisMemConfig.from_dict(values["config"]),
             str(values["base_name"]),
             BaseFacts(**values["base"]),
@@ -271,12 +270,12 @@ def read_record(folder: Path) -> Record:
         raise ValueError(f"{path} is damaged or not a VisMem record: {reason}") from error
 
 
-def read_whole(folder: Path) -> tuple[Record, bytes]:
-    """Reads the record and the weights of one save, also while another process saves into the folder.
+def read_checkpoint(folder: Path) -> tuple[CheckpointRecord, bytes]:
+    """Reads matching record and weights, even while another process saves to the folder.
 
     Raises:
         OSError: if either is missing.
-        ValueError: if the record is not what `save` writes, or the checksum of the weights is not the one in it.
+        ValueError: if `save` did not write the record, or the weights do not match its checksum.
     """
     path, before = folder / WEIGHTS_FILE, None
     while True:
@@ -284,17 +283,17 @@ def read_whole(folder: Path) -> tuple[Record, bytes]:
         try:
             weights = path.read_bytes()
         except FileNotFoundError as error:
-            raise OSError(f"{folder} is not a whole checkpoint: it has no {WEIGHTS_FILE}") from error
-        found = (record.sha256, hashlib.sha256(weights).hexdigest())
-        if found[0] == found[1]:
+            raise OSError(f"{folder} is not a complete checkpoint: it has no {WEIGHTS_FILE}") from error
+        sums = (record.sha256, hashlib.sha256(weights).hexdigest())
+        if sums[0] == sums[1]:
             return record, weights
-        if found == before:  # not changed by a save between the two reads
-            raise ValueError(f"{path} is damaged: its checksum is not the one in {CONFIG_FILE}; get the file again")
-        before = found
+        if sums == before:  # the same twice: no save in between
+            raise ValueError(f"{path} is damaged: it does not match the checksum in {CONFIG_FILE}; get the file again")
+        before = sums
 
 
-def check_base(record: Record, base: nn.Module, folder: Path) -> None:
-    """Raises ValueError if a checkpoint was made for another kind of base; names both."""
+def check_base(record: CheckpointRecord, base: nn.Module, folder: Path) -> None:
+    """Raises ValueError if a checkpoint was made for a different base; names both."""
     found = facts_of(base)
     if found != record.base:
         raise ValueError(
@@ -303,11 +302,11 @@ def check_base(record: Record, base: nn.Module, folder: Path) -> None:
         )
 
 
-def read_weights(weights: bytes, folder: Path, record: Record, base: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors in the bytes of `vismem.safetensors`.
+def read_weights(weights: bytes, folder: Path, record: CheckpointRecord, base: nn.Module) -> dict[str, torch.Tensor]:
+    """Parses `vismem.safetensors`.
 
     Raises:
-        ValueError: if it is no safetensors file, or its tensors do not have the sizes that the record gives.
+        ValueError: if it is not a safetensors file, or its tensors do not have the sizes in the record.
     """
     path = folder / WEIGHTS_FILE
     state = read_state(weights, path)
@@ -315,12 +314,12 @@ def read_weights(weights: bytes, folder: Path, record: Record, base: nn.Module) 
     return state
 
 
-def load_weights(model: VisMem, state: dict[str, torch.Tensor], folder: Path, record: Record) -> None:
+def load_weights(model: VisMem, state: dict[str, torch.Tensor], folder: Path, record: CheckpointRecord) -> None:
     """Copies a checkpoint's tensors into an equipped model.
 
     Raises:
-        ValueError: if the tensors or the token ids differ, or a tensor is not floating, or not finite in the dtype that
-            it is loaded in.
+        ValueError: if the tensors or the token ids differ, or a tensor is not floating point, or not finite in the
+            dtype it is loaded in.
     """
     path = folder / WEIGHTS_FILE
     if token_ids(model) != record.token_ids:

@@ -1,10 +1,10 @@
-"""Names that moved: the old ones work for one release, with a `DeprecationWarning` that gives the new one."""
+"""Deprecated names: they work for one release, with a `DeprecationWarning` that gives the new name."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Modules of 0.1 before its release, and where their contents are now. A package stands for everything below it.
+# Old module name -> new name. An entry for a package also covers its submodules.
 MOVED = {
     "vismem.app.findings": "vismem.analysis.findings",
     "vismem.app.inspection": "vismem.analysis.inspection",
@@ -60,14 +60,14 @@ MOVED = {
 
 
 def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
-    """Returns a module's `__getattr__` that knows old names.
+    """Returns a module's `__getattr__` that resolves old names.
 
     Args:
         module: the module's `__name__`.
-        names: old name to new name, both of that module.
+        names: old name -> new name, both in that module.
 
     Example:
-        >>> __getattr__ = renamed(__name__, {"LoadError": "LoadError"})
+        >>> __getattr__ = renamed(__name__, {"CannotLoad": "LoadError"})
     """
 
     def lookup(name: str) -> Any:
@@ -100,9 +100,9 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Imports a module by its old name as the module under its new one."""
+    """Imports a moved module by its old name; both names refer to the same module."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, *_unused: object) -> ModuleSpec | None:
         return None if self.new_name(name) is None else ModuleSpec(name, self)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -110,7 +110,7 @@ class MovedModules(MetaPathFinder, Loader):
         assert new is not None  # by find_spec
         warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
         module = import_module(new)
-        self.own_spec = module.__spec__  # the import system is about to replace it
+        self.own_spec = module.__spec__  # the import system is about to overwrite it
         return module
 
     def exec_module(self, module: ModuleType) -> None:
@@ -118,7 +118,7 @@ class MovedModules(MetaPathFinder, Loader):
 
     @staticmethod
     def new_name(name: str) -> str | None:
-        """The new name of a module that moved, else None."""
+        """The new name of a moved module, else None."""
         old, rest = name, ""
         while old not in MOVED:
             old, dot, last = old.rpartition(".")

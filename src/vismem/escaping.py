@@ -1,19 +1,19 @@
-"""Text from elsewhere - answers, file names, settings, messages - made safe to print on a terminal."""
+"""Makes untrusted text (answers, file names, settings, messages) safe to print on a terminal."""
 
 from __future__ import annotations
 
 import re
 
-# C0 and C1 control characters, what turns the direction of writing, separators of lines, and halves of characters.
+# C0 and C1 controls, bidirectional controls, line separators, and surrogates.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""`text` with control characters shown as Python writes them, so that a terminal does not obey them.
+    r"""Escapes control characters as in Python string literals.
 
     Args:
-        text: from anywhere.
-        keep: control characters that stay, such as a newline.
+        text: any text.
+        keep: control characters to leave alone, such as a newline.
 
     Example:
         >>> visible("\x1b[31m.png")

@@ -1,8 +1,8 @@
-"""Files that survive a crash: written beside their place, flushed to the disk, then renamed into it.
+"""Crash-safe files: written to a temporary file in the same folder, flushed to disk, then renamed.
 
-`replacing` is the only way in which this package replaces a file. A process may be killed between any two of its system
-calls: the old file or the new one is there, whole. `write_pair` does the same for two files of which the second names
-the first by its checksum. A full disk is a `DiskFullError`, and `locked` keeps two runs out of one folder.
+The package replaces files only with `replacing`: if the process is killed at any point, either the old or the new file
+is there, complete. `write_pair` does the same for two files of which the second holds the first's checksum. A full disk
+raises `DiskFullError`, and `locked` keeps two runs from writing to one folder.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-PARTIAL = ".partial"  # the ending of what is still being written
-LOCK, OWNER = ".lock", ".lock.json"  # within a locked folder: filelock's file, and who holds it
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have none
+PARTIAL = ".partial"  # suffix of unfinished files
+LOCK, OWNER = ".lock", ".lock.json"  # in a locked folder: filelock's file, and its holder
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # file systems without locks
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit exceeded"}
 
 
 class DiskFullError(OSError):
-    """The disk, a quota or a limit on file sizes is full; names the folder and its file system."""
+    """The disk, a quota or a file size limit is exhausted; names the folder and its file system."""
 
 
 class FolderInUseError(OSError):
-    """Another run is writing into the folder; names its process and host."""
+    """Another run is writing to the folder; names its process and host."""
 
 
 def partial_path(path: Path) -> Path:
-    """Where the next version of `path` is written, in the same folder."""
+    """The temporary path for the next version of `path`, in the same folder."""
     return path.with_name(path.name + PARTIAL)
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields the path to write to; when the block ends well, that file becomes `path`.
+    """Yields a temporary path to write to, which replaces `path` if the block succeeds.
 
-    The folder is made if it is missing. When the block raises, `path` stays as it was and nothing is left behind.
+    Creates the folder if necessary. If the block raises, `path` is unchanged and the temporary file is removed.
 
     Raises:
-        DiskFullError: if there is no room.
+        DiskFullError: if the disk is full.
 
     Example:
         >>> with replacing("plot.png") as partial:
@@ -68,36 +68,36 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a whole file, or leaves the one that is there."""
+    """Replaces a file atomically."""
     with replacing(path) as partial:
         partial.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a whole file of UTF-8 text, or leaves the one that is there."""
+    """Replaces a UTF-8 text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
-    """Writes a whole JSON file, or leaves the one that is there."""
+    """Replaces a JSON file atomically."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_pair(first: tuple[Path, bytes], second: tuple[Path, bytes], fits: Callable[[bytes], bool]) -> None:
-    """Replaces two files of one folder that belong together.
+    """Replaces two files in one folder that belong together.
 
-    Killed at any moment, the folder holds the old or the new pair: `first`, with either `second` or the version of it
-    that still waits at its partial path. `matching` finds which.
+    If the process is killed at any point, the folder holds the old or the new pair: `first`, and a matching `second`
+    either at its path or still at its temporary path. `read_matching` returns it.
 
     Args:
         first, second: path and new content.
-        fits: whether some content of `second` belongs to the `first` that is on the disk now.
+        fits: whether some content of `second` matches the `first` currently on disk.
     """
     folder, pending = first[0].parent, partial_path(second[0])
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if pending.is_file() and fits(pending.read_bytes()):
-            os.replace(pending, second[0])  # the last step of a save that was interrupted
+            os.replace(pending, second[0])  # finishes an interrupted save
         try:
             for path, content in (first, second):
                 partial_path(path).write_bytes(content)
@@ -112,18 +112,18 @@ def write_pair(first: tuple[Path, bytes], second: tuple[Path, bytes], fits: Call
         sync(folder)
 
 
-def matching(path: Path, fits: Callable[[bytes], bool]) -> bytes | None:
-    """The content of the second file of a pair: of the version that fits the first, else whatever is at `path`.
+def read_matching(path: Path, fits: Callable[[bytes], bool]) -> bytes | None:
+    """Reads the second file of a pair: the version that fits the first, else whatever is at `path`.
 
-    None where neither is there, or only an unfinished version.
+    Returns None if there is neither, or only an unfinished version.
     """
-    content, found = _content(partial_path(path)), _content(path)  # in this order: the one becomes the other
-    if content is None:
-        return found
-    return content if (found is None or not fits(found)) and fits(content) else found
+    pending, current = _read(partial_path(path)), _read(path)  # in this order, as a save renames one to the other
+    if pending is None:
+        return current
+    return pending if (current is None or not fits(current)) and fits(pending) else current
 
 
-def _content(path: Path) -> bytes | None:
+def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -131,7 +131,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or the entries of a folder, to the disk."""
+    """Flushes a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -143,7 +143,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, read a piece at a time."""
+    """The SHA-256 checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
@@ -152,7 +152,7 @@ def sha256(path: Path) -> str:
 
 
 def folders_with(folder: Path, name: str) -> list[Path]:
-    """Folders one or two levels below `folder` that have a file of that name."""
+    """Folders one or two levels below `folder` that contain a file called `name`."""
     return sorted({path.parent for below in ("*", "*/*") for path in folder.glob(f"{below}/{name}")})
 
 
@@ -166,10 +166,10 @@ def _unlink(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns what libraries raise on a full disk into `DiskFullError`.
+    """Converts the errors that libraries raise on a full disk to `DiskFullError`.
 
-    torch and safetensors report a failed write in words of their own, so when anything but an `OSError` comes out of
-    the block, a small write to the folder shows whether the disk was the cause.
+    torch and safetensors do not raise `OSError` for a failed write: safetensors quotes the error number, and after a
+    failed `torch.save` a small write to the folder shows whether the disk is the cause.
     """
     try:
         yield
@@ -179,23 +179,23 @@ def disk_errors(folder: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else _errno_of(folder, error)
         if number not in FULL:
             raise
-        place = next((p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()), folder)
-        mount = next(p for p in (place, *place.parents) if os.path.ismount(p) or p == p.parent)
+        existing = next((p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()), folder)
+        mount = next(p for p in (existing, *existing.parents) if os.path.ismount(p) or p == p.parent)
         raise DiskFullError(f"{FULL[number]} on {mount} (writing to {folder})") from error
 
 
 def _errno_of(folder: Path, error: Exception) -> int | None:
-    """The system's error behind a library's, or None if writing was not the problem."""
-    if said := re.search(r"os error (\d+)", str(error)):  # safetensors
-        return int(said[1])
-    if "inline_container" not in str(error):  # torch.save, which does not say why a write failed
+    """The error number behind a library's error, or None if it is not about writing."""
+    if quoted := re.search(r"os error (\d+)", str(error)):  # safetensors
+        return int(quoted[1])
+    if "inline_container" not in str(error):  # torch.save, which does not report why a write failed
         return None
     probe = folder / f"probe{PARTIAL}"
     try:
         probe.write_bytes(b"\0" * 2**16)
         sync(probe)
-    except OSError as found:
-        return found.errno
+    except OSError as full:
+        return full.errno
     finally:
         _unlink(probe)
     return errno.EFBIG
@@ -206,12 +206,12 @@ def _errno_of(folder: Path, error: Exception) -> int | None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keeps other processes and threads out of a folder while the context lasts; nested use is fine.
+    """Locks a folder against other processes and threads; reentrant.
 
-    The kernel drops the lock with its process, so a run that was killed locks nobody out.
+    The kernel releases the lock when the process ends, so a killed run does not block the next one.
 
     Raises:
-        FolderInUseError: at once, if another run holds the folder.
+        FolderInUseError: immediately, if another run holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -227,7 +227,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
-        log.warning("%s cannot be locked (%s); make sure that no other run writes there", folder, error)
+        log.warning("%s cannot be locked (%s); make sure that no other run writes to it", folder, error)
         yield
         return
     try:
@@ -242,7 +242,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 def _holder(owner: Path) -> str:
     try:
-        found = json.loads(owner.read_bytes())
-        return f"process {found['pid']} on {found['host']}"
+        holder = json.loads(owner.read_bytes())
+        return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "its process is not known"
+        return "process unknown"

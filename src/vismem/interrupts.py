@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in long runs: both stop the run, and say how to continue it."""
+"""Ctrl-C and SIGTERM: both stop a long run with a message on how to resume it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ CTRL_C, TERMINATED = 130, 143  # exit codes: 128 and the signal's number
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was stopped from outside.
+    """The run was stopped by Ctrl-C or a signal.
 
     Args:
-        message: what stopped it, and how to continue.
+        message: what stopped the run, and how to resume it.
         code: the exit code.
-        advised: whether the message says how to continue.
+        advised: whether the message explains how to resume.
     """
 
-    def __init__(self, message: str, code: int = CTRL_C, advised: bool = False) -> None:
+    def __init__(self, message: str, code: int = CTRL_C, *, advised: bool = False) -> None:
         super().__init__(message)
         self.code, self.advised = code, advised
 
 
 @contextlib.contextmanager
-def advising(advice: Callable[[], str], replace: bool = False) -> Iterator[None]:
-    """Adds to an interrupt how to continue.
+def advising(advice: Callable[[], str], *, replace: bool = False) -> Iterator[None]:
+    """Adds advice on resuming to an interrupt.
 
     Args:
-        advice: called when there is an interrupt.
-        replace: also where advice was given further in.
+        advice: called only on an interrupt.
+        replace: replace advice that an inner context has given.
     """
     try:
         yield
@@ -44,9 +44,9 @@ def advising(advice: Callable[[], str], replace: bool = False) -> Iterator[None]
 
 @contextlib.contextmanager
 def termination_interrupts() -> Iterator[None]:
-    """Lets SIGTERM stop what runs inside as Ctrl-C does."""
+    """Makes SIGTERM interrupt the block as Ctrl-C does."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(_number: int, _frame: Any) -> None:
         raise Interrupted("terminated", TERMINATED)
 
     try:

@@ -1,7 +1,7 @@
-"""JSON Lines as this package writes them: one object a line, split at `\\n` alone, safe to append to after a crash.
+"""JSON Lines: one object per line, split at `\\n` only, safe to append to after a crash.
 
-Texts may hold U+2028, U+0085 and other characters that `str.splitlines` takes for line ends, so files are read as
-bytes. A process that dies while it appends leaves a cut last line; readers drop it, and the next append replaces it.
+Files are read as bytes, because text may contain U+2028, U+0085 and other characters that `str.splitlines` splits at.
+A process killed while appending leaves a truncated last line; readers ignore it, and the next append replaces it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from vismem.files import disk_errors, write_bytes
 
 
 class BrokenLineError(ValueError):
-    """A line, other than a cut last one, that is no JSON object; names file and line."""
+    """A line other than a truncated last one is not a JSON object; names file and line."""
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The whole objects of a file. A cut last line is left out, and blank lines are skipped.
+    """Reads a file's objects. Skips blank lines and a truncated last line.
 
     Raises:
-        BrokenLineError: if any other line is no JSON object.
+        BrokenLineError: if any other line is not a JSON object.
     """
     path = Path(path)
     lines, found = path.read_bytes().split(b"\n"), []
@@ -33,7 +33,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
             continue
         try:
             entry = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
+        except (ValueError, RecursionError) as error:  # ValueError includes invalid UTF-8
             if number == last:
                 break
             raise BrokenLineError(f"{path}, line {number} is not JSON ({error}); repair or delete the file") from error
@@ -44,11 +44,11 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def dumps(entries: Iterable[dict[str, Any]]) -> bytes:
-    """Objects as lines of UTF-8."""
-    return b"".join(_dumped(entry) + b"\n" for entry in entries)
+    """Encodes objects as lines of UTF-8."""
+    return b"".join(_encode(entry) + b"\n" for entry in entries)
 
 
-def _dumped(entry: dict[str, Any]) -> bytes:
+def _encode(entry: dict[str, Any]) -> bytes:
     try:
         return json.dumps(entry, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half of a surrogate pair
@@ -56,17 +56,17 @@ def _dumped(entry: dict[str, Any]) -> bytes:
 
 
 def write(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
-    """Writes a whole file, unless it holds these lines already."""
+    """Replaces a file atomically, unless its content is the same."""
     path, content = Path(path), dumps(entries)
     if not path.is_file() or path.read_bytes() != content:
         write_bytes(path, content)
 
 
 def append(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
-    """Adds objects to the end of a file, on lines of their own; makes the file if need be, and drops a cut last line.
+    """Appends objects to a file, creating it if necessary; drops a truncated last line first.
 
     Raises:
-        DiskFullError: if there is no room.
+        DiskFullError: if the disk is full.
     """
     path, content = Path(path), dumps(entries)
     with disk_errors(path.parent):
@@ -81,15 +81,15 @@ def append(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
 
 
 def _last_line(file: BinaryIO) -> tuple[int, bytes]:
-    """Offset and content of the last line of a file."""
+    """Offset and content of a file's last line."""
     end, size = file.seek(0, os.SEEK_END), 2**16
     while True:
         start = max(end - size, 0)
         file.seek(start)
-        piece = file.read(end - start)
-        cut = piece.rfind(b"\n", 0, -1)
-        if cut >= 0 or not start:
-            return start + cut + 1, piece[cut + 1 :]
+        tail = file.read(end - start)
+        newline = tail.rfind(b"\n", 0, -1)
+        if newline >= 0 or not start:
+            return start + newline + 1, tail[newline + 1 :]
         size *= 2
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from vismem.analysis.findings import Inspection
 from vismem.analysis.inspection import inspect_answer
 from vismem.app.session import Conversation, Refused, Reply, Settings, Side, Turn, one_line
-from vismem.data.images import BadImage, read_file
+from vismem.data.images import BadImageError, read_file
 from vismem.decoding.policies import Policy
 from vismem.decoding.prepare import context_of
 from vismem.decoding.queue import Request
@@ -264,7 +264,7 @@ def read_picture(path: str | Path, name: str | None = None, left: int = ALL_PIXE
     try:
         with DECODING:  # one at a time: while it is decoded a picture takes many times its size
             return Pictures(PictureLimits(pixels=max(min(MOST_PIXELS, left), 1))).decode([read_file(Path(path))])[0]
-    except BadImage as error:
+    except BadImageError as error:
         raise Refused(f"Image {name} is no longer here: drop it in again.") from error
     except ApiError as error:
         if error.status == 413 and left < MOST_PIXELS:

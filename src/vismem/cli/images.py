@@ -19,7 +19,7 @@ def read_images(names: list[str]) -> list[Image]:
         Misuse: if a path names no regular file, or standard input is named twice or has nothing piped into it.
         Failure: if an image cannot be read, is no whole image, or is beyond the limits of `vismem.data.images`.
     """
-    from vismem.data.images import BadImage, NoImageFileError, open_image
+    from vismem.data.images import BadImageError, NoImageFileError, open_image
 
     if names.count("-") > 1:
         raise Misuse("standard input (-) can be read once only")
@@ -27,7 +27,7 @@ def read_images(names: list[str]) -> list[Image]:
         return [open_image(_standard_input() if name == "-" else Path(name)) for name in names]
     except NoImageFileError as error:
         raise Misuse(str(error)) from error
-    except BadImage as error:
+    except BadImageError as error:
         raise Failure(str(error)) from error
 
 

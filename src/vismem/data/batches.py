@@ -1,4 +1,4 @@
-"""Rows as a batch: a processor's tensors for their prompts, and columns for the rewards."""
+"""Batches of rows: the processor's tensors for their prompts, and the columns for the rewards."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
-from vismem.data.rows import BadRow, Row
+from vismem.data.rows import BadRowError, Row
 
-_MARKS = ("image_token", "video_token", "boi_token", "fake_image_token", "audio_token")  # attributes of processors
+_PLACEHOLDERS = ("image_token", "video_token", "boi_token", "fake_image_token", "audio_token")  # processor attributes
 
 
 def prompt_inputs(processor: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """The tensors of the rows' prompts, padded on the left, ready for `generate`.
+    """Encodes the rows' prompts, padded on the left, ready for `generate`.
 
     Args:
-        processor: of a vision-language model, with a chat template and a pad token. Its settings are left as they were.
-        rows: at least one; rows with and without images can be mixed where the processor can.
+        processor: of a vision-language model, with a chat template and a pad token. Its settings do not change.
+        rows: at least one. Rows with and without images may be mixed if the processor supports it.
 
     Returns:
-        what the processor makes: "input_ids" and "attention_mask" [rows, longest prompt], and its image tensors.
+        The processor's output: "input_ids" and "attention_mask" [rows, longest prompt], and its image tensors.
 
     Raises:
-        ValueError: if there is no row, no chat template or no pad token, or a text holds the processor's own image
-            mark, or the processor refuses the batch; the message names the rows.
+        ValueError: if `rows` is empty, the chat template or pad token is missing, a text contains the processor's
+            image token, or the processor rejects the batch. The message names the rows.
 
     Example:
         >>> inputs = prompt_inputs(processor, [rows[0], rows[1]])  # doctest: +SKIP
@@ -34,42 +34,42 @@ def prompt_inputs(processor: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
     conversations = []
     for row in rows:
         try:
-            conversations.append(conversation(row, processor))
-        except BadRow as error:
+            conversations.append(row_messages(row, processor))
+        except BadRowError as error:
             raise ValueError(f"{row.id}: {error}") from error
     try:
-        return encoded(processor, conversations)
-    except BadRow as error:
+        return encode(processor, conversations)
+    except BadRowError as error:
         names = ", ".join(row.id for row in rows)
         mixed = len({bool(row.images) for row in rows}) == 2
-        hint = "; rows with and without images are mixed here: try them in separate batches" if mixed else ""
+        hint = "; the batch has mixed rows with and without images, so try them in separate batches" if mixed else ""
         raise ValueError(f"{names}: {error}{hint}") from error
 
 
 def row_inputs(processor: Any, row: Row, context: int | None = None) -> dict[str, Tensor]:
-    """The tensors of one row's prompt.
+    """Encodes one row's prompt.
 
     Args:
         processor: as for `prompt_inputs`.
         row: the row.
-        context: tokens that the model takes at most, the first one of its reply included; None for any number.
+        context: the model's context length in tokens, including the first token of the reply; None for no limit.
 
     Raises:
-        BadRow: if the processor refuses the row, or its prompt is too long; says why, not which row.
+        BadRowError: if the processor rejects the row, or the prompt is too long. The message does not name the row.
         ValueError: if the processor has no chat template or no pad token.
     """
-    inputs = encoded(processor, [conversation(row, processor)])
+    inputs = encode(processor, [row_messages(row, processor)])
     length = inputs["input_ids"].shape[1]
     if context is not None and length >= context:
-        raise BadRow(f"the prompt has {length:,} tokens, and the model takes {context:,} with its reply")
+        raise BadRowError(f"the prompt has {length:,} tokens, and the model takes {context:,} with its reply")
     return inputs
 
 
-def encoded(processor: Any, conversations: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
-    """The processor's tensors for some conversations, padded on the left.
+def encode(processor: Any, conversations: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
+    """Encodes conversations with the processor's chat template, padded on the left.
 
     Raises:
-        BadRow: if the processor refuses them.
+        BadRowError: if the processor rejects them.
         ValueError: if it has no chat template or no pad token.
     """
     tokenizer = processor.tokenizer
@@ -82,7 +82,7 @@ def encoded(processor: Any, conversations: list[list[dict[str, Any]]]) -> dict[s
     side = tokenizer.padding_side
     tokenizer.padding_side = "left"
     try:
-        found = processor.apply_chat_template(
+        inputs = processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
@@ -92,37 +92,37 @@ def encoded(processor: Any, conversations: list[list[dict[str, Any]]]) -> dict[s
         )
     except MemoryError:
         raise
-    except Exception as error:  # processors raise what they like
-        raise BadRow(f"{type(processor).__name__} cannot encode it: {error or type(error).__name__}") from error
+    except Exception as error:  # processors raise any type
+        raise BadRowError(f"{type(processor).__name__} cannot encode it: {error or type(error).__name__}") from error
     finally:
         tokenizer.padding_side = side
-    return dict(found)
+    return dict(inputs)
 
 
-def marks_of(processor: Any) -> list[str]:
-    """The texts that a processor takes for images, videos or sounds."""
-    found = (getattr(processor, name, None) for name in _MARKS)
-    return list(dict.fromkeys(mark for mark in found if isinstance(mark, str) and mark))
+def placeholders_of(processor: Any) -> list[str]:
+    """The processor's placeholder tokens for images, videos and audio."""
+    tokens = (getattr(processor, name, None) for name in _PLACEHOLDERS)
+    return list(dict.fromkeys(token for token in tokens if isinstance(token, str) and token))
 
 
-def conversation(row: Row, processor: Any = None) -> list[dict[str, Any]]:
-    """The row's messages with its pictures in their parts.
+def row_messages(row: Row, processor: Any = None) -> list[dict[str, Any]]:
+    """The row's messages with its images filled in.
 
     Raises:
-        BadRow: if a text holds one of the processor's own marks.
+        BadRowError: if a text contains one of the processor's placeholder tokens.
     """
-    marks = marks_of(processor)
-    pictures = iter(row.images)
+    placeholders = placeholders_of(processor)
+    images = iter(row.images)
     messages = []
     for message in row.prompt:
         parts = []
         for part in message["content"]:
             if part["type"] == "image":
-                part = {"type": "image", "image": next(pictures)}
-            elif found := [mark for mark in marks if mark in part["text"]]:
-                raise BadRow(
-                    f"the prompt's text holds the processor's image mark {found[0]}; "
-                    "write an image part there instead, or take it out"
+                part = {"type": "image", "image": next(images)}
+            elif found := [token for token in placeholders if token in part["text"]]:
+                raise BadRowError(
+                    f"the prompt's text contains the processor's image token {found[0]}; "
+                    "write an image part there instead, or remove it"
                 )
             parts.append(part)
         messages.append({**message, "content": parts})
@@ -130,10 +130,10 @@ def conversation(row: Row, processor: Any = None) -> list[dict[str, Any]]:
 
 
 def reward_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """The columns that rewards are called with: id, answer and every other column, None where a row has it not.
+    """The columns passed to rewards: id, answer, references and all others; None where a row lacks a column.
 
-    `answer` is one text for each row, `references` a list of all its reference answers. A dataset's own `id` column
-    stays as it is.
+    `answer` holds one string per row, `references` the list of all its reference answers. A dataset's own `id` column
+    takes precedence.
     """
     names = dict.fromkeys(name for row in rows for name in row.columns)
     columns: dict[str, list[Any]] = {"id": [row.id for row in rows], "answer": [row.answer for row in rows]}

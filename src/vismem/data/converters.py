@@ -1,8 +1,8 @@
-"""Public data sets into our JSON Lines: Visual-CoT and Mulberry-SFT, from the files that their authors published.
+"""Converts Visual-CoT and Mulberry-SFT, as their authors published them, to our JSON Lines.
 
     python -m vismem.data.converters visual-cot viscot_363k.json out.jsonl --image-root DIR
 
-The images stay where they are; the output names them by paths relative to itself. It is written whole or not at all.
+Images stay where they are; the output refers to them by paths relative to itself. It is written atomically.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from vismem import files, jsonl
-from vismem.data.dataset import Reports
-from vismem.data.layouts import TAKEN, read_messages, split_marks
-from vismem.data.rows import BadDataError, BadRow, read_row
+from vismem.data.dataset import BadRowLog, check_limits
+from vismem.data.layouts import OWN_COLUMNS, read_messages, split_placeholders
+from vismem.data.rows import BadDataError, BadRowError, read_row
 from vismem.data.sources import JsonArray, JsonLines, find_source
 from vismem.escaping import visible
 
@@ -39,26 +39,27 @@ def convert_visual_cot(
     max_bad_rows: int | None = 10,
     limit: int | None = None,
 ) -> int:
-    """Visual-CoT (`viscot_363k.json`, or a file of its benchmark) as rows with the question alone.
+    """Converts Visual-CoT (`viscot_363k.json`, or a file of its benchmark) to rows with the plain question.
 
-    The request for a bounding box and the turns about the region are left out; the regions go to the column
-    `bboxes`, a list of [x1, y1, x2, y2] in pixels. Rows without a region (LLaVA's own, as in `viscot_mixed_2m.json`)
-    keep their turns; the last reply is the answer.
+    Drops the request for a bounding box and the turns about the region; the regions go to the column `bboxes`, a list
+    of [x1, y1, x2, y2] in pixels. Rows without a region (LLaVA's, as in `viscot_mixed_2m.json`) keep their turns, and
+    their last reply is the answer.
 
     Args:
         source: the JSON or JSON Lines file.
-        out_jsonl: the file to write; its folder must exist.
-        image_root: the folder that the file's image paths start from (the one that holds `cot/`).
-        strict, max_bad_rows, limit: as in `load_dataset_rows`. A row whose image file is not there is bad.
+        out_jsonl: the file to write.
+        image_root: the folder that the image paths start from (the one that contains `cot/`).
+        strict, max_bad_rows, limit: as in `load_dataset_rows`. A row whose image file is missing is bad.
 
     Returns:
-        the number of rows written.
+        The number of rows written.
 
     Raises:
-        BadDataError: if the source cannot be read, has no good row, or more bad ones than allowed.
+        BadDataError: if the source cannot be read, has no good row, or more than `max_bad_rows` bad ones.
         ValueError: if `limit` is below 1 or `max_bad_rows` below 0.
     """
-    return _convert(source, out_jsonl, image_root, _visual_cot, strict, max_bad_rows, limit)
+    log = BadRowLog(Path(source).name, strict=strict, max_bad_rows=max_bad_rows)
+    return _convert(source, out_jsonl, image_root, _visual_cot, log, limit)
 
 
 def convert_mulberry(
@@ -70,11 +71,13 @@ def convert_mulberry(
     max_bad_rows: int | None = 10,
     limit: int | None = None,
 ) -> int:
-    """Mulberry-SFT (`mulberry_sft.json`) as rows: the whole reasoning is the completion, its final answer the answer.
+    """Converts Mulberry-SFT (`mulberry_sft.json`): the completion is the full reasoning, the answer its final answer.
 
-    Args, returns and raises as `convert_visual_cot`; `image_root` is the folder unpacked from `mulberry_images.tar`.
+    Arguments, return value and errors as for `convert_visual_cot`; `image_root` is the folder unpacked from
+    `mulberry_images.tar`.
     """
-    return _convert(source, out_jsonl, image_root, _mulberry, strict, max_bad_rows, limit)
+    log = BadRowLog(Path(source).name, strict=strict, max_bad_rows=max_bad_rows)
+    return _convert(source, out_jsonl, image_root, _mulberry, log, limit)
 
 
 def _visual_cot(record: dict[str, Any]) -> dict[str, Any]:
@@ -86,16 +89,16 @@ def _visual_cot(record: dict[str, Any]) -> dict[str, Any]:
     for region in regions:
         match = _REGION.search(region)
         if match is None:
-            raise BadRow(f"no region [x1, y1, x2, y2] after ### in {region[-100:]!r}")
+            raise BadRowError(f"no region [x1, y1, x2, y2] after ### in {region[-100:]!r}")
         try:
             bboxes.append([float(number) if "." in number else int(number) for number in match.groups()])
         except ValueError as error:
-            raise BadRow(f"the region must hold numbers, got {region[-100:]!r}") from error
+            raise BadRowError(f"the region must hold numbers, got {region[-100:]!r}") from error
     *prompt, reply = messages
     if regions:
         question = next((message for message in messages if message["role"] == "user"), None)
         if question is None:
-            raise BadRow("no turn of the human")
+            raise BadRowError("no human turn")
         prompt = [{**question, "content": _REGION_REQUEST.sub("", question["content"])}]
     others = {name: value for name, value in record.items() if name not in ("image", "conversations")}
     whole = [image for image in images if "###" not in image]
@@ -111,7 +114,7 @@ def _mulberry(record: dict[str, Any]) -> dict[str, Any]:
     if len(answer) > 1 and answer[0] == answer[-1] and answer[0] in "'\"":
         answer = answer[1:-1].strip()
     if not answer:
-        raise BadRow("the assistant's text has no final answer after 'The final answer is:'")
+        raise BadRowError("the assistant's text has no final answer after 'The final answer is:'")
     others = {name: value for name, value in record.items() if name not in ("messages", "images")}
     return _row(prompt, reply, answer, _paths(record.get("images")), others)
 
@@ -120,35 +123,35 @@ def _row(
     prompt: list[dict[str, Any]], reply: dict[str, Any], answer: str, images: list[str], columns: dict[str, Any]
 ) -> dict[str, Any]:
     if reply.get("role") != "assistant":
-        raise BadRow("the last turn is not the model's")
-    content = [{**message, "content": split_marks(message["content"])} for message in prompt]
-    others = {name: value for name, value in columns.items() if name not in TAKEN}
+        raise BadRowError("the last turn is not the assistant's")
+    content = [{**message, "content": split_placeholders(message["content"])} for message in prompt]
+    others = {name: value for name, value in columns.items() if name not in OWN_COLUMNS}
     return {"prompt": content, "images": images, "answer": answer.strip(), "completion": reply["content"], **others}
 
 
 def _messages(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """A record's turns, at least two, each with a text."""
+    """A record's turns: at least two, each with one text."""
     turns = record.get(name)
     if not isinstance(turns, list) or len(turns) < 2:
-        raise BadRow(f"`{name}` must be a list of at least two turns")
+        raise BadRowError(f"`{name}` must be a list of at least two turns")
     messages = read_messages(turns, name)
     if not all(len(message["content"]) == 1 and message["content"][0]["type"] == "text" for message in messages):
-        raise BadRow(f"each turn of `{name}` must have one text")
+        raise BadRowError(f"each turn of `{name}` must have one text")
     return [{"role": message["role"], "content": message["content"][0]["text"]} for message in messages]
 
 
 def _paths(value: Any) -> list[str]:
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise BadRow("the images must be a path or a list of paths")
+        raise BadRowError("the images must be a path or a list of paths")
     return paths
 
 
 def _records(source: Path) -> Iterator[tuple[str, Any]]:
-    """Each record's id and content, or a BadRow in its place."""
+    """Yields each record's id, and its content or a BadRowError."""
     found = find_source(source, "train", streaming=True)
     if not isinstance(found, JsonLines) and not isinstance(getattr(found, "rows", None), JsonArray):
-        raise BadDataError(f"{source} is neither a JSON array nor JSON Lines, the layouts that are converted")
+        raise BadDataError(f"{source} is neither a JSON array nor JSON Lines")
     for number, record in found.stream():
         yield found.row_id(number), record
 
@@ -158,45 +161,43 @@ def _convert(
     out_jsonl: str | Path,
     image_root: str | Path,
     convert: Callable[[dict[str, Any]], dict[str, Any]],
-    strict: bool,
-    max_bad_rows: int | None,
+    log: BadRowLog,
     limit: int | None,
 ) -> int:
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be 1 or more, or None for all rows, got {limit}")
-    if max_bad_rows is not None and max_bad_rows < 0:
-        raise ValueError(f"max_bad_rows must be 0 or more, or None for any number, got {max_bad_rows}")
+    check_limits(log.max_bad_rows, limit)
     source, out, root = Path(source), Path(out_jsonl), Path(image_root)
     if not root.is_dir():
-        raise BadDataError(f"no such folder of images: {root}")
+        raise BadDataError(f"no such image folder: {root}")
     if not source.is_file():
         raise BadDataError(f"no such file: {source}")
     base = os.path.relpath(root.absolute(), out.absolute().parent)
-    reports, title = Reports(source.name, strict, max_bad_rows), visible(f"converting {source.name}")
+    title = visible(f"converting {source.name}")
     written = 0
     with files.replacing(out) as partial:
         with partial.open("wb") as file:
             for row_id, record in tqdm(_records(source), desc=title, unit=" rows", delay=2):
                 try:
-                    if isinstance(record, BadRow):
+                    if isinstance(record, BadRowError):
                         raise record
                     if not isinstance(record, dict):
-                        raise BadRow(f"a record must be an object, not {type(record).__name__}")
+                        raise BadRowError(f"a record must be an object, not {type(record).__name__}")
                     row = convert(record)
                     row["images"] = [image.lstrip("/") for image in row["images"]]
                     read_row(row).find(root)
                     row["images"] = [Path(base, image).as_posix() for image in row["images"]]
                     line = jsonl.dumps([row])
-                except (BadRow, RecursionError) as error:
-                    nested = "nested too deeply to be written"
-                    reports.add(row_id, str(error) if isinstance(error, BadRow) else nested)
+                except BadRowError as error:
+                    log.add(row_id, str(error))
+                    continue
+                except RecursionError:
+                    log.add(row_id, "nested too deeply to be written")
                     continue
                 file.write(line)
                 written += 1
                 if written == limit:
                     break
         if not written:
-            raise reports.nothing()
+            raise log.no_good_row()
     return written
 
 
@@ -209,15 +210,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("layout", choices=CONVERTERS)
     parser.add_argument("source", help="the published JSON or JSON Lines file")
     parser.add_argument("out", help="the JSON Lines file to write")
-    parser.add_argument("--image-root", required=True, metavar="DIR", help="the folder that image paths start from")
+    parser.add_argument("--image-root", required=True, metavar="DIR", help="folder that image paths are relative to")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
-    parser.add_argument(
-        "--max-bad-rows", type=int, default=10, metavar="N", help="how many are skipped; -1 for any number"
-    )
+    parser.add_argument("--max-bad-rows", type=int, default=10, metavar="N", help="bad rows to skip; -1 for no limit")
     parser.add_argument("--limit", type=int, metavar="N", help="write at most N rows, 1 or more")
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
-        parser.error(f"--limit must be 1 or more, got {options.limit}; leave it out for all rows")
+        parser.error(f"--limit must be 1 or more, got {options.limit}; omit it for all rows")
     most = None if options.max_bad_rows < 0 else options.max_bad_rows
     try:
         written = CONVERTERS[options.layout](

@@ -1,8 +1,8 @@
 """Rows as torch datasets: map-style (`Rows`) and streamed (`StreamingRows`), with bad rows reported and skipped.
 
-Both read lazily and open images when a row is asked for. Shuffling, batching and sharding over processes are the
-trainer's; a DataLoader's workers are taken care of here. A row is bad if it cannot be read, if its images cannot be
-opened, or if the check that `checked` adds refuses it: all three are counted and replaced alike.
+Both read lazily and open images when a row is accessed. The trainer shuffles, batches and shards over processes;
+sharding over DataLoader workers happens here. A row is bad if it cannot be read, its images cannot be opened, or the
+check added by `checked` rejects it.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from vismem.data.layouts import check_columns, unread_image
-from vismem.data.rows import BadDataError, BadRow, Row, read_row
+from vismem.data.rows import BadDataError, BadRowError, Row, read_row
 from vismem.data.sources import JsonLines, Stream, Table, find_source
 from vismem.escaping import visible
 
 logger = logging.getLogger(__name__)
 
 
-Check = Callable[[Row], object]  # raises BadRow for a row that cannot be used
+Check = Callable[[Row], object]  # raises BadRowError
 Source = JsonLines | Table | Stream
 
 
-class Reports:
-    """Counts bad rows, warns of each, and gives up when there are too many.
+class BadRowLog:
+    """Counts bad rows, logs a warning for each, and raises when there are too many.
 
     Args:
         name: the source, for messages.
-        strict: give up at the first.
-        max_bad_rows: how many are skipped; None for any number.
+        strict: raise at the first bad row.
+        max_bad_rows: how many to skip before raising; None for no limit.
 
     Attributes:
-        found: ids and problems of the bad rows.
+        found: (id, problem) of each bad row.
     """
 
-    def __init__(self, name: str, strict: bool, max_bad_rows: int | None) -> None:
-        self.name, self.strict, self.most = name, strict, max_bad_rows
+    def __init__(self, name: str, *, strict: bool, max_bad_rows: int | None) -> None:
+        self.name, self.strict, self.max_bad_rows = name, strict, max_bad_rows
         self.found: list[tuple[str, str]] = []
 
     @property
@@ -50,37 +50,36 @@ class Reports:
         return len(self.found)
 
     def add(self, row_id: str, problem: str) -> None:
-        """Raises BadDataError if this bad row is one too many."""
+        """Records a bad row. Raises BadDataError if there are now too many."""
         if self.strict:
             raise BadDataError(f"{row_id}: {problem}; fix the row, or skip bad rows with strict=False")
         self.found.append((row_id, problem))
-        if self.most is not None and self.count > self.most:
-            raise BadDataError(
-                f"{self.count} bad rows in {self.name}, more than max_bad_rows={self.most}{self._last()}"
-            )
+        if self.max_bad_rows is not None and self.count > self.max_bad_rows:
+            limit = f"max_bad_rows={self.max_bad_rows}"
+            raise BadDataError(f"{self.count} bad rows in {self.name}, more than {limit}{self._last()}")
         logger.warning("skipped a bad row: %s: %s", row_id, problem)
 
-    def nothing(self, left: str = "") -> BadDataError:
-        """The error that no row is good."""
+    def no_good_row(self, left: str = "") -> BadDataError:
+        """The error to raise when no row is good."""
         return BadDataError(f"{self.name} has no good row{left} ({self.count} bad){self._last()}")
 
     def _last(self) -> str:
-        """What is wrong with the last three bad rows."""
+        """The last three bad rows and their problems, for messages."""
         last: dict[str, list[str]] = {}
         for row_id, problem in self.found[-3:]:
             last.setdefault(problem, []).append(row_id)
-        said = "; ".join(f"{', '.join(ids)}: {problem}" for problem, ids in last.items())
-        return f"; the last: {said}" if said else ""
+        text = "; ".join(f"{', '.join(ids)}: {problem}" for problem, ids in last.items())
+        return f"; the last: {text}" if text else ""
 
-    def copy(self) -> Reports:
-        """Reports that count on from here by themselves."""
-        found = copy.copy(self)
-        found.found = list(self.found)
-        return found
+    def copy(self) -> BadRowLog:
+        """A copy that counts independently from here on."""
+        log = copy.copy(self)
+        log.found = list(self.found)
+        return log
 
 
-def opened(raw: Any, row_id: str, source: Source, columns: Mapping[str, str] | None, check: Check | None) -> Row:
-    """The row that a source's entry holds, with its images. Raises BadRow."""
+def open_row(raw: Any, row_id: str, source: Source, columns: Mapping[str, str] | None, check: Check | None) -> Row:
+    """Reads a source's entry and opens its images. Raises BadRowError."""
     row = raw if isinstance(raw, Row) else read_row(raw, columns).open(row_id, source.folder)
     if check is not None:
         check(row)
@@ -88,16 +87,16 @@ def opened(raw: Any, row_id: str, source: Source, columns: Mapping[str, str] | N
 
 
 class Rows(Dataset[Row]):
-    """Rows by index. Made by `load_dataset_rows`.
+    """A map-style dataset of rows; create it with `load_dataset_rows`.
 
-    A row that turns out to be bad when it is read is replaced by the next good one, always the same. `Rows[i]` does
+    A row that proves bad when read is replaced by the next good one. The replacement is deterministic: `rows[i]` does
     not depend on what was read before.
     """
 
     def __init__(
         self,
         source: JsonLines | Table,
-        reports: Reports,
+        reports: BadRowLog,
         limit: int | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> None:
@@ -110,24 +109,23 @@ class Rows(Dataset[Row]):
             length = len(source.rows)
             self._keys = self._numbers = range(length if limit is None else min(limit, length))
         else:
-            self._keys, self._numbers = self._scanned(limit)
+            self._keys, self._numbers = self._scan(limit)
         if not self._keys:
-            raise reports.nothing()
+            raise reports.no_good_row()
 
-    def _scanned(self, limit: int | None) -> tuple[array[int], array[int]]:
-        """Keys and numbers of the rows that can be read and whose image files are there."""
+    def _scan(self, limit: int | None) -> tuple[array[int], array[int]]:
+        """Keys and numbers of the rows that are readable and whose image files exist."""
         keys, numbers, source = array("q"), array("q"), self.source
+        warned = False
 
-        said = False
-
-        def look(raw: Any) -> None:
-            nonlocal said
+        def check(raw: Any) -> None:
+            nonlocal warned
             if isinstance(raw, Row):
                 return
             draft = read_row(raw, self.columns)
             draft.find(source.folder)
-            if not (said or draft.sources) and (name := unread_image(draft.columns)):
-                said = True
+            if not (warned or draft.sources) and (name := unread_image(draft.columns)):
+                warned = True
                 logger.warning(
                     "%s: `%s` looks like an image but is not read; if it is one: columns={images: %s}",
                     source.name,
@@ -136,7 +134,7 @@ class Rows(Dataset[Row]):
                 )
 
         title = visible(f"reading {source.name}")
-        for key, number, problem in tqdm(source.scan(look), desc=title, unit=" rows", delay=2):
+        for key, number, problem in tqdm(source.scan(check), desc=title, unit=" rows", delay=2):
             if problem is not None:
                 self.reports.add(source.row_id(number), problem)
                 continue
@@ -150,7 +148,7 @@ class Rows(Dataset[Row]):
         return len(self._keys)
 
     def __getitem__(self, index: int) -> Row:
-        """The row at `index`, or the next good one. Raises IndexError, or BadDataError if too many are bad."""
+        """The row at `index`, or the next good one. Raises IndexError, or BadDataError if too many rows are bad."""
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.source.name}")
@@ -158,42 +156,43 @@ class Rows(Dataset[Row]):
             row = self._read((index + step) % len(self))
             if row is not None:
                 return row
-        raise self.reports.nothing(" left")
+        raise self.reports.no_good_row(" left")
 
-    def _read(self, place: int) -> Row | None:
-        """The row at a place; None, and a report when it is first met, if it is bad."""
-        if place in self._bad:
+    def _read(self, index: int) -> Row | None:
+        """The row at `index`, or None if it is bad; a bad row is reported the first time."""
+        if index in self._bad:
             return None
-        row_id = self.source.row_id(self._numbers[place])
+        row_id = self.source.row_id(self._numbers[index])
         try:
-            raw = self.source.fetch(self._keys[place])
-            return opened(raw, row_id, self.source, self.columns, self._check)
-        except BadRow as error:
-            self._bad.add(place)
+            raw = self.source.fetch(self._keys[index])
+            return open_row(raw, row_id, self.source, self.columns, self._check)
+        except BadRowError as error:
+            self._bad.add(index)
             self.reports.add(row_id, str(error))
             return None
 
     def good(self) -> Iterator[Row]:
-        """Every good row once, in order; bad ones are reported and left out."""
-        yield from (row for place in range(len(self)) if (row := self._read(place)) is not None)
+        """Yields every good row once, in order; bad rows are reported and skipped."""
+        yield from (row for index in range(len(self)) if (row := self._read(index)) is not None)
 
     def checked(self, check: Check) -> Rows:
-        """The same rows, of which those are bad too that `check` refuses by a BadRow."""
-        found = copy.copy(self)
-        found._check, found._bad, found.reports = check, set(self._bad), self.reports.copy()
-        return found
+        """The same rows with one more check: a row is also bad if `check` raises BadRowError."""
+        rows = copy.copy(self)
+        rows._check, rows._bad, rows.reports = check, set(self._bad), self.reports.copy()
+        return rows
 
 
 class StreamingRows(IterableDataset[Row]):
-    """Rows in order, without an index. Made by `load_dataset_rows(..., streaming=True)`.
+    """An iterable dataset of rows; create it with `load_dataset_rows(..., streaming=True)`.
 
-    Each DataLoader worker reads its own part and counts its own bad rows, starting from 0 in every epoch. A bad row
-    is left out where it is met, so that a stream gives the same rows however often it is read.
+    Each DataLoader worker reads its own share and counts its own bad rows, from 0 in every epoch. Bad rows are
+    skipped, so every pass over a stream yields the same rows.
     """
 
     def __init__(
         self,
         source: Source,
+        *,
         strict: bool = False,
         max_bad_rows: int | None = 10,
         limit: int | None = None,
@@ -204,29 +203,29 @@ class StreamingRows(IterableDataset[Row]):
         self._check: Check | None = None
 
     def checked(self, check: Check) -> StreamingRows:
-        """The same rows, of which those are bad too that `check` refuses by a BadRow."""
-        found = copy.copy(self)
-        found._check = check
-        return found
+        """The same rows with one more check: a row is also bad if `check` raises BadRowError."""
+        rows = copy.copy(self)
+        rows._check = check
+        return rows
 
     def __iter__(self) -> Iterator[Row]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         left = None if self.limit is None else len(range(worker, self.limit, workers))
-        reports = Reports(self.source.name, self.strict, self.max_bad_rows)
-        own = getattr(self.source, "shards_itself", False)
-        given = 0
         if left == 0:
             return
-        for place, (number, raw) in enumerate(self.source.stream()):
-            if not own and place % workers != worker:
+        reports = BadRowLog(self.source.name, strict=self.strict, max_bad_rows=self.max_bad_rows)
+        shards_itself = isinstance(self.source, Stream) and self.source.shards_itself
+        given = 0
+        for index, (number, raw) in enumerate(self.source.stream()):
+            if not shards_itself and index % workers != worker:
                 continue
             row_id = self.source.row_id(number)
-            if own and info:  # a shard's indices start from 0 in every worker
+            if shards_itself and info:  # a shard's indices start from 0 in every worker
                 row_id = f"{row_id}, worker {worker}"
             try:
-                row = opened(raw, row_id, self.source, self.columns, self._check)
-            except BadRow as error:
+                row = open_row(raw, row_id, self.source, self.columns, self._check)
+            except BadRowError as error:
                 reports.add(row_id, str(error))
                 continue
             yield row
@@ -234,7 +233,15 @@ class StreamingRows(IterableDataset[Row]):
             if given == left:
                 return
         if not given and workers == 1:
-            raise reports.nothing()
+            raise reports.no_good_row()
+
+
+def check_limits(max_bad_rows: int | None, limit: int | None) -> None:
+    """Raises ValueError if either number is out of range."""
+    if max_bad_rows is not None and max_bad_rows < 0:
+        raise ValueError(f"max_bad_rows must be 0 or more, or None for no limit, got {max_bad_rows}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 or more, or None for all rows, got {limit}")
 
 
 def load_dataset_rows(
@@ -247,36 +254,33 @@ def load_dataset_rows(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Rows | StreamingRows:
-    """Rows from a file, a folder, the hub, or memory, in any layout of `docs/data.md`.
+    """Loads rows from a file, a folder, the hub, or memory, in any layout of `docs/data.md`.
 
     Args:
-        source: a .jsonl, .json or .parquet file, a folder of `datasets.save_to_disk`, a hub dataset (`name` or
+        source: a .jsonl, .json or .parquet file, a folder written by `save_to_disk`, a hub dataset (`name` or
             `name:config`), a `datasets.Dataset` or `IterableDataset`, a list of dictionaries, or a torch dataset or
-            list of `Row`s. What `load_dataset_rows` made is returned as it is.
-        split: which part of a hub dataset or of a saved dictionary of datasets; files have none.
+            list of `Row`s. `Rows` and `StreamingRows` are returned unchanged.
+        split: the split of a hub dataset or a saved `DatasetDict`; files have none.
         strict: raise at the first bad row instead of skipping it.
-        max_bad_rows: how many bad rows are skipped, with a warning each, before it is an error; None for any number.
-        streaming: read in order, without an index; always so for an `IterableDataset`.
-        limit: at most this many good rows.
-        columns: names of columns that differ, from ours to the source's: `{"prompt": "q", "answer": "gt"}`.
+        max_bad_rows: how many bad rows to skip, with a warning each, before raising; None for no limit.
+        streaming: read in order, without an index; always true for an `IterableDataset`.
+        limit: maximum number of good rows.
+        columns: maps our column names to the source's where they differ: `{"prompt": "q", "answer": "gt"}`.
 
     Raises:
-        BadDataError: if the source cannot be read, has no good row, or more bad ones than allowed.
-        ValueError: if `max_bad_rows` or `limit` is out of range, or `columns` is no mapping of texts.
+        BadDataError: if the source cannot be read, has no good row, or more than `max_bad_rows` bad ones.
+        ValueError: if `max_bad_rows` or `limit` is out of range, or `columns` does not map strings to strings.
 
     Example:
         >>> rows = load_dataset_rows([{"prompt": "1 + 1?", "answer": 2}])
         >>> rows[0].answer
         '2'
     """
-    if max_bad_rows is not None and max_bad_rows < 0:
-        raise ValueError(f"max_bad_rows must be 0 or more, or None for no limit, got {max_bad_rows}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be 1 or more, or None for all rows, got {limit}")
+    check_limits(max_bad_rows, limit)
     check_columns(columns)
     if isinstance(source, (Rows, StreamingRows)):
         return source
-    found = find_source(source, split, streaming, columns)
+    found = find_source(source, split, streaming=streaming, columns=columns)
     if streaming or isinstance(found, Stream):
-        return StreamingRows(found, strict, max_bad_rows, limit, columns)
-    return Rows(found, Reports(found.name, strict, max_bad_rows), limit, columns)
+        return StreamingRows(found, strict=strict, max_bad_rows=max_bad_rows, limit=limit, columns=columns)
+    return Rows(found, BadRowLog(found.name, strict=strict, max_bad_rows=max_bad_rows), limit, columns)

@@ -1,8 +1,8 @@
-"""The one way in for pictures: from a path, bytes, a data URI or a PIL image to an upright 8-bit RGB picture.
+"""Opens images: a path, bytes, a data URI or a PIL image becomes an upright 8-bit RGB image.
 
-Every reader of VisMem opens pictures here, so that training, evaluation, `ask`, the server and the viewer see the same
-pixels. Transparent pictures are laid on white, as transformers' `convert_to_rgb` does; pictures of more than 8 bits are
-scaled to 8 bits, where Pillow's `convert` would clip them.
+Training, evaluation, `ask`, the server and the viewer all open images here, so they see the same pixels. Transparency
+is composited on white, as in transformers' `convert_to_rgb`; more than 8 bits per channel are scaled to 8, where
+Pillow's `convert` would clip.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-MOST_PIXELS = 89_478_485  # Pillow's own line between a large photograph and a decompression bomb
+from vismem.deprecation import renamed
+
+MOST_PIXELS = 89_478_485  # Pillow's threshold for a decompression bomb
 BASE64 = re.compile(rb"[A-Za-z0-9+/]+")
 FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
-MOST_BYTES = 512 * 2**20  # of a file; no picture of MOST_PIXELS that people keep comes near
-STRIP = 2**21  # pixels that are converted at once, so that a large picture is not in memory several times
+MOST_BYTES = 512 * 2**20  # of a file; far above any realistic image of MOST_PIXELS
+STRIP = 2**21  # pixels converted at once, so a large image is not in memory several times
 
-ORIENTATION = 0x0112  # EXIF's tag
-TURNS = {  # by EXIF orientation
+ORIENTATION = 0x0112  # the EXIF tag
+TRANSPOSES = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,12 +42,12 @@ TURNS = {  # by EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # for modes whose colours are multiplied by their alpha
+STRAIGHT_ALPHA = {"La": "LA", "RGBa": "RGBA"}  # by mode with premultiplied alpha
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-KEYED = ("1", "L", "P", "RGB", "I", *SIXTEEN_BITS)  # modes without alpha in which one value may mean "transparent"
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags
+COLOR_KEYED = ("1", "L", "P", "RGB", "I", *SIXTEEN_BITS)  # modes without alpha where one value may be transparent
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
 HALF_LEVEL = 0.5 / 255
-KINDS_OF_FILES = {
+FILE_TYPES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -55,21 +57,21 @@ KINDS_OF_FILES = {
 Levels = Callable[[NDArray[Any]], NDArray[Any]]
 
 
-class BadImage(ValueError):
-    """An image that cannot be used; the message says which and why."""
+class BadImageError(ValueError):
+    """The image cannot be used; the message says which and why."""
 
 
-class TooManyPixels(BadImage):
-    """An image that is larger than images may be."""
+class TooManyPixelsError(BadImageError):
+    """The image has more pixels than allowed."""
 
 
-class NoImageFileError(BadImage):
-    """A path that names nothing, or something other than a regular file."""
+class NoImageFileError(BadImageError):
+    """The path does not exist or is not a regular file."""
 
 
 @contextmanager
 def whole_images() -> Iterator[None]:
-    """Lets Pillow refuse files that are cut off; other libraries (lmms-eval) tell it for good to fill them up."""
+    """Makes Pillow reject truncated files; other libraries (lmms-eval) make it accept them globally."""
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -80,20 +82,20 @@ def whole_images() -> Iterator[None]:
 def open_image(
     value: Any, folder: Path = Path(), most_pixels: int = MOST_PIXELS, formats: Sequence[str] | None = None
 ) -> Image.Image:
-    """Opens one picture: bounded, upright, 8-bit RGB, transparency on white (`to_rgb`). The first frame of animations.
+    """Opens an image as upright 8-bit RGB with transparency on white (`to_rgb`); the first frame of an animation.
 
     Args:
         value: a path (relative to `folder`, or absolute), a `data:image/...;base64,` URI, bytes, a PIL image, or a
-            dictionary with "bytes" or "path", as `datasets.Image` gives.
-        folder: what relative paths start from.
-        most_pixels: the most that an image may have, checked before it is decoded.
-        formats: of files, by Pillow's names; None for all it knows.
+            dictionary with "bytes" or "path" as from `datasets.Image`.
+        folder: base of relative paths.
+        most_pixels: maximum number of pixels, checked before decoding.
+        formats: allowed file formats, by Pillow's names; None for all.
 
     Raises:
-        NoImageFileError: if there is no such file, or it is a folder, a device, a pipe or a socket.
-        TooManyPixels: if it has more than `most_pixels` pixels.
-        BadImage: if it is no whole image, of another format, larger than `MOST_BYTES`, or its values have no known
-            range.
+        NoImageFileError: if the file does not exist or is not a regular file.
+        TooManyPixelsError: if the image has more than `most_pixels` pixels.
+        BadImageError: if the image is broken or truncated, of another format, larger than `MOST_BYTES`, or the range
+            of its values is unknown.
 
     Example:
         >>> ink = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
@@ -103,30 +105,27 @@ def open_image(
     """
     if isinstance(value, Image.Image):
         with whole_images():
-            return turned(*_converted(value, "image", most_pixels))
+            return upright(*_convert(value, "image", most_pixels))
     if isinstance(value, dict):
         content, value = value.get("bytes"), value.get("path")
         if content is not None:
             if not isinstance(content, (bytes, bytearray, memoryview)):
-                raise BadImage(f"the `bytes` of an image must be bytes, not {_short(content)}")
+                raise BadImageError(f"the `bytes` of an image must be bytes, not {_short(content)}")
             return _decode(bytes(content), f"image {value or 'in bytes'}", most_pixels, formats)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _decode(bytes(value), "image in bytes", most_pixels, formats)
     if isinstance(value, str) and value.startswith("data:"):
         return _decode(read_data_uri(value), "image in a data URI", most_pixels, formats)
     path = _path(value, folder)
-    return _decode(read_file(path), f"image {_named(path)}", most_pixels, formats)
+    return _decode(read_file(path), f"image {_short_path(path)}", most_pixels, formats)
 
 
 def check_image_file(value: Any, folder: Path = Path()) -> None:
-    """Checks what can be known of a picture without opening it: that its file is there, or that it may be an image.
-
-    Args:
-        value, folder: as of `open_image`.
+    """Checks an image without opening it: its file exists, or its type is supported. Arguments as for `open_image`.
 
     Raises:
-        NoImageFileError: if nothing is there, or something other than a regular file, also by a link.
-        BadImage: if it is a web address, cannot be reached, is larger than `MOST_BYTES`, or is no kind of image.
+        NoImageFileError: if the file does not exist or, after following links, is not a regular file.
+        BadImageError: if it is a web address, inaccessible, larger than `MOST_BYTES`, or of an unsupported type.
     """
     if isinstance(value, dict):
         if value.get("bytes") is not None:
@@ -141,29 +140,31 @@ def check_image_file(value: Any, folder: Path = Path()) -> None:
 
 
 def _path(value: Any, folder: Path) -> Path:
-    """The path that a value names. Raises BadImage for a web address, and for what is neither path nor image."""
+    """The value as a path. Raises BadImageError for a web address or an unsupported type."""
     if not isinstance(value, (str, Path)) or not str(value):
-        known = "a path, bytes, a data URI, a picture or a dictionary of these"
-        array = "; make a picture of an array: PIL.Image.fromarray" if hasattr(value, "shape") else ""
-        raise BadImage(f"an image must be {known}, not {_short(value)}{array}")
+        types = "a path, bytes, a data URI, a PIL image or a dictionary of these"
+        hint = "; convert an array with PIL.Image.fromarray" if hasattr(value, "shape") else ""
+        raise BadImageError(f"an image must be {types}, not {_short(value)}{hint}")
     name = str(value)
     if name.startswith(("http://", "https://")):
-        raise BadImage(f"image {_short(name)} is a web address, which is not fetched; download it and give its path")
+        raise BadImageError(
+            f"image {_short(name)} is a web address, which is not fetched; download it and give its path"
+        )
     return folder / name.removeprefix("file://")
 
 
 def read_data_uri(uri: str) -> bytes:
-    """The bytes of a `data:` URI, whatever type it claims, or none.
+    """Decodes a `data:` URI of any media type, or none.
 
-    The data may be base64 by either alphabet, with or without padding, with blanks in it, and percent-encoded. Without
-    `;base64` it is read as base64 if it looks like it, which no image file does.
+    Accepts both base64 alphabets, with or without padding, whitespace and percent-encoding. Without `;base64`, data
+    that looks like base64 is decoded as such; no image file does.
 
     Raises:
-        BadImage: if there is no comma, or the data are not base64 although they should be.
+        BadImageError: if there is no comma, or the data is not valid base64.
     """
     head, comma, body = uri.partition(",")
     if not comma:
-        raise BadImage(f"the data URI {_short(head)} has no comma; it must be data:[TYPE];base64,DATA")
+        raise BadImageError(f"the data URI {_short(head)} has no comma; it must be data:[TYPE];base64,DATA")
     plain = unquote_to_bytes(body)
     coded = b"".join(plain.split()).translate(FROM_URL_SAFE).rstrip(b"=")
     named = any(part.strip().lower() == "base64" for part in head.split(";")[1:])
@@ -172,128 +173,129 @@ def read_data_uri(uri: str) -> bytes:
     try:
         return base64.b64decode(coded + b"=" * (-len(coded) % 4), validate=True)
     except binascii.Error as error:
-        raise BadImage(f"the data URI is not valid base64: {error}") from error
+        raise BadImageError(f"the data URI is not valid base64: {error}") from error
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a regular file of at most `MOST_BYTES`.
+    """Reads a regular file of at most `MOST_BYTES`.
 
-    A path comes from a user's data: a device has no end, and a pipe keeps its reader waiting. Neither is opened.
+    Paths come from user data, so devices (endless) and pipes (blocking) are never opened.
 
     Raises:
-        NoImageFileError: if nothing is there, or something other than a regular file, also by a link.
-        BadImage: if it cannot be read, or is larger than that.
+        NoImageFileError: if the file does not exist or, after following links, is not a regular file.
+        BadImageError: if it cannot be read or is too large.
     """
     with _file_errors(path):
         _check_file(os.stat(path), path)
-        with open(path, "rb", opener=_open_without_waiting) as file:
+        with open(path, "rb", opener=_open_nonblocking) as file:
             status = os.fstat(file.fileno())
             _check_file(status, path)
-            return file.read(status.st_size)  # no more: files of /proc say that they are empty, and some have no end
+            return file.read(status.st_size)  # no more: files in /proc report size 0, and some are endless
 
 
 @contextmanager
 def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except BadImage:
+    except BadImageError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NoImageFileError(f"no such image: {_named(path)}") from error
+        raise NoImageFileError(f"no such image: {_short_path(path)}") from error
     except (OSError, ValueError) as error:
-        raise BadImage(f"cannot read image {_named(path)}: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise BadImageError(f"cannot read image {_short_path(path)}: {reason}") from error
 
 
 def _check_file(status: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = KINDS_OF_FILES.get(stat.S_IFMT(status.st_mode), "something else")
-        raise NoImageFileError(f"image {_named(path)} is {kind}, not a regular file")
+        kind = FILE_TYPES.get(stat.S_IFMT(status.st_mode), "something else")
+        raise NoImageFileError(f"image {_short_path(path)} is {kind}, not a regular file")
     if status.st_size > MOST_BYTES:
-        raise BadImage(f"image {_named(path)} is larger than {MOST_BYTES // 2**20} MiB, the limit")
+        raise BadImageError(f"image {_short_path(path)} is larger than {MOST_BYTES // 2**20} MiB, the limit")
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # should it have become a pipe since it was checked
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # in case it became a pipe after the check
 
 
 def _decode(content: bytes, name: str, most_pixels: int, formats: Sequence[str] | None) -> Image.Image:
     if not content:
-        raise BadImage(f"{name} is empty")
+        raise BadImageError(f"{name} is empty")
     try:
         with warnings.catch_warnings(), whole_images():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_converted` draws the line
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_convert` enforces the limit
             with Image.open(BytesIO(content), formats=None if formats is None else tuple(formats)) as image:
-                picture, orientation = _converted(image, name, most_pixels)
-    except BadImage:
+                picture, orientation = _convert(image, name, most_pixels)
+    except BadImageError:
         raise
     except Image.UnidentifiedImageError as error:
-        known = f"other than {', '.join(formats)}" if formats else "that Pillow does not know"
-        raise BadImage(f"{name} is not an image, or of a format {known}") from error
+        allowed = f"other than {', '.join(formats)}" if formats else "that Pillow does not know"
+        raise BadImageError(f"{name} is not an image, or of a format {allowed}") from error
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(name, most_pixels) from error
-    except Exception as error:  # Pillow's decoders raise many kinds, from OSError to struct.error
-        raise BadImage(f"{name} is broken: {error or type(error).__name__}") from error
-    del image  # a large picture is not to be there twice while it is turned
-    return turned(picture, orientation)
+    except Exception as error:  # Pillow's decoders raise many types, from OSError to struct.error
+        raise BadImageError(f"{name} is broken: {error or type(error).__name__}") from error
+    del image  # do not hold a large image twice while it is rotated
+    return upright(picture, orientation)
 
 
-def _converted(image: Image.Image, name: str, most_pixels: int) -> tuple[Image.Image, int]:
-    """The picture in RGB as it lies in its file, and its orientation."""
+def _convert(image: Image.Image, name: str, most_pixels: int) -> tuple[Image.Image, int]:
+    """The image in RGB, not yet rotated, and its orientation."""
     if image.width * image.height > most_pixels:
         raise _too_many_pixels(name, most_pixels)
     return to_rgb(image, name), _orientation(image)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation by EXIF or XMP, 1 to 8; 1 where there is none. For loaded pictures: Pillow turns TIFF itself."""
+    """The EXIF or XMP orientation, 1 to 8 (default 1). Load the image first: Pillow rotates TIFF itself."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # Pillow's parser raises many kinds
+    except Exception:  # Pillow's parser raises many types
         return 1
 
 
-def turned(picture: Image.Image, orientation: int) -> Image.Image:
-    """The picture upright, where `orientation` (EXIF's, 1 to 8) says how it lies."""
-    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+def upright(picture: Image.Image, orientation: int) -> Image.Image:
+    """Rotates and flips a picture according to its EXIF `orientation`, 1 to 8."""
+    return picture.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else picture
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """A new 8-bit RGB picture of an image in any of Pillow's modes, in the image's own size and orientation.
+    """Converts an image in any Pillow mode to a new 8-bit RGB image of the same size and orientation.
 
-    Transparency (an alpha channel, straight or premultiplied, of the picture or of its palette, or one transparent
-    value) is laid on white. Integers of 16 bits lose their low byte, as in OpenCV; integers in mode I count as 8 bits
-    where none is above 255 and no file says otherwise. Floats are in 0..1, or whole numbers in 0..255.
+    Transparency (straight or premultiplied alpha, a palette's alpha, or one transparent value) is composited on white.
+    16-bit integers lose their low byte, as in OpenCV; mode I counts as 8 bits if no value is above 255 and the file
+    does not say otherwise. Floats must be in 0..1, or whole numbers in 0..255.
 
     Args:
-        image: the image; decoded here if it was not.
-        name: of it, for messages.
+        image: the image; decoded here if necessary.
+        name: for messages.
 
     Raises:
-        BadImage: if it is broken, has no pixels, or values whose range is not known: negative or 32-bit integers,
-            other floats.
+        BadImageError: if the image is broken or has no pixels, or its range is unknown (negative or 32-bit integers,
+            other floats).
 
     Example:
         >>> to_rgb(Image.new("I;16", (1, 1), 0x80FF)).getpixel((0, 0))
         (128, 128, 128)
     """
     if not (image.width and image.height):
-        raise BadImage(f"{name} has no pixels")
+        raise BadImageError(f"{name} has no pixels")
     try:
-        key = _transparent_value(image)  # before it is loaded, while Pillow still knows the file's depth
+        key = _transparent_value(image)  # before loading, while Pillow still knows the file's bit depth
         image.load()
         levels = _levels(image)
         picture = Image.new("RGB", image.size)
         for top, strip in _strips(image):
             picture.paste(_strip_to_rgb(strip, key, levels), (0, top))
         return picture
-    except BadImage as error:
-        raise BadImage(f"{name} {error}") from error
+    except BadImageError as error:
+        raise BadImageError(f"{name} {error}") from error
     except Exception as error:
-        raise BadImage(f"{name} is broken: {error or type(error).__name__}") from error
+        raise BadImageError(f"{name} is broken: {error or type(error).__name__}") from error
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Top and content of each strip of at most `STRIP` pixels, or of one row."""
+    """Yields top and content of each strip of at most `STRIP` pixels, or one row."""
     rows = max(STRIP // image.width, 1)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -307,8 +309,8 @@ def _strip_to_rgb(strip: Image.Image, key: Any, levels: Levels | None) -> Image.
             grey[values == key] = 255
         return Image.fromarray(grey).convert("RGB")
     strip.info = {} if key is None else {"transparency": key}
-    if strip.mode in STRAIGHT:
-        strip = strip.convert(STRAIGHT[strip.mode])
+    if strip.mode in STRAIGHT_ALPHA:
+        strip = strip.convert(STRAIGHT_ALPHA[strip.mode])
     if strip.has_transparency_data:
         strip = strip.convert("RGBA")
         strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
@@ -316,13 +318,13 @@ def _strip_to_rgb(strip: Image.Image, key: Any, levels: Levels | None) -> Image.
 
 
 def _transparent_value(image: Image.Image) -> Any:
-    """The value that means "transparent", or a palette's alphas as bytes; None where there is neither.
+    """The transparent value, or a palette's alphas as bytes; None without either.
 
-    Pillow gives the value as it stands in the file, but scales the pixels of 2, 4 and 16 bits to 8.
+    Pillow returns the value as stored in the file, but scales pixels of 2, 4 and 16 bits to 8.
     """
     key = image.info.get("transparency")
     wanted: Any = {"P": (int, bytes), "RGB": tuple}.get(image.mode, int)
-    if image.mode not in KEYED or not isinstance(key, wanted):
+    if image.mode not in COLOR_KEYED or not isinstance(key, wanted):
         return None
     stored = getattr(image, "tile", None)
     match stored[0][3] if stored and image.format == "PNG" else None:
@@ -336,10 +338,10 @@ def _transparent_value(image: Image.Image) -> Any:
 
 
 def _levels(image: Image.Image) -> Levels | None:
-    """How the values of a picture of more than 8 bits become 0 to 255; None for other modes.
+    """A function that maps values of more than 8 bits to 0..255; None for other modes.
 
     Raises:
-        BadImage: if their range is not known.
+        BadImageError: if the range of the values is unknown.
     """
     if image.mode not in ("I", "F", *SIXTEEN_BITS):
         return None
@@ -352,7 +354,7 @@ def _levels(image: Image.Image) -> Levels | None:
     else:
         extrema: Any = image.getextrema()
         low, high = extrema
-        if bits not in (12, 16):  # mode I of these formats is 16 bits, of others whatever its values need
+        if bits not in (12, 16):  # mode I is 16 bits in these formats, and unspecified in others
             bits = 16 if high > 255 or image.format in ("PNG", "PPM", "JPEG2000") else 8
         if low < 0 or high >= 2**bits:
             raise _unknown_range("integers", str(low), str(high))
@@ -369,29 +371,29 @@ def _float_levels(image: Image.Image) -> Levels:
     for _, strip in _strips(image):
         values = np.asarray(strip)
         if not np.isfinite(values).all():
-            raise BadImage("has values that are not finite; replace them, and scale the others to 0..1 or to 8 bits")
+            raise BadImageError("has values that are not finite; replace them, and scale the rest to 0..1 or to 8 bits")
         low, high = min(low, values.min()), max(high, values.max())
         whole = whole and bool((values == np.rint(values)).all())
     if low >= -HALF_LEVEL and high <= 1 + HALF_LEVEL:
         return lambda values: np.rint(np.clip(values, 0, 1) * 255)
-    if whole and low >= 0 and high <= 255:  # as Pillow makes them of 8 bits
+    if whole and low >= 0 and high <= 255:  # as Pillow converts 8 bits
         return lambda values: values
     raise _unknown_range("floats", f"{low:g}", f"{high:g}")
 
 
-def _unknown_range(kind: str, low: str, high: str) -> BadImage:
+def _unknown_range(kind: str, low: str, high: str) -> BadImageError:
     known = "0..1, or whole numbers in 0..255" if kind == "floats" else "0..65535"
-    return BadImage(
-        f"has {kind} from {low} to {high}, and nothing says which is black and which is white: "
-        f"scale them to {known}, or save the picture with 8 bits"
+    return BadImageError(
+        f"has {kind} from {low} to {high}, and their black and white points are unknown: "
+        f"scale them to {known}, or save the image with 8 bits"
     )
 
 
-def _too_many_pixels(name: str, most: int) -> TooManyPixels:
-    return TooManyPixels(f"{name} has more than {most:,} pixels, the limit; make it smaller first")
+def _too_many_pixels(name: str, most: int) -> TooManyPixelsError:
+    return TooManyPixelsError(f"{name} has more than {most:,} pixels, the limit; resize it first")
 
 
-def _named(path: Path) -> str:
+def _short_path(path: Path) -> str:
     text = str(path)
     return text if len(text) <= 200 else f"{text[:97]}...{text[-100:]}"
 
@@ -402,3 +404,6 @@ def _short(value: Any) -> str:
     except ValueError:  # Python's limit on the digits of an integer
         text = type(value).__name__
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+__getattr__ = renamed(__name__, {"BadImage": "BadImageError", "TooManyPixels": "TooManyPixelsError"})

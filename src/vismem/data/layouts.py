@@ -1,7 +1,7 @@
-"""The field's layouts of a row: where each keeps its messages, its images and its reference answers.
+"""Dataset layouts: where each keeps its messages, images and reference answers.
 
-Reads TRL's, LLaVA's and ShareGPT's, verl's and EasyR1's, LLaMA-Factory's and ms-swift's columns, and those of question
-answering sets. Works on plain values; `rows.py` makes a row of what is found here.
+Supports the columns of TRL, LLaVA and ShareGPT, verl and EasyR1, LLaMA-Factory, ms-swift, and common question
+answering datasets. Works on plain values; `rows.py` builds rows from the result.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from typing import Any
 
 from PIL import Image
 
-IMAGE_MARK = "<image>"
-CONVERSATIONS = ("messages", "conversations", "conversation", "texts")  # these may end with the reply
+from vismem.deprecation import renamed
+
+IMAGE_PLACEHOLDER = "<image>"
+CONVERSATIONS = ("messages", "conversations", "conversation", "texts")  # may end with the reply
 QUESTIONS = ("problem", "question", "query", "instruction", "text")
 PROMPTS = ("prompt", *CONVERSATIONS, *QUESTIONS)
 ANSWERS = ("answer", "answers", "references", "ground_truth", "solution")
-LABELS = ("label", "labels", "target")  # answers where a row has no reference reply
-REPLIES = {"query": "response", "instruction": "output"}  # reference replies, by the prompt's column
-TAKEN = ("prompt", "images", "image", "answer", "references", "completion")
+LABELS = ("label", "labels", "target")  # answers of rows without a reference reply
+REPLIES = {"query": "response", "instruction": "output"}  # prompt column -> reply column
+OWN_COLUMNS = ("prompt", "images", "image", "answer", "references", "completion")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
-# Texts that some family's tokenizer or processor takes for an image, a video or a memory.
-MARKS = re.compile(
+# Text that some model's tokenizer or processor reads as an image, a video or a memory.
+PLACEHOLDERS = re.compile(
     r"<(?:image|video|audio|image_soft_token|start_of_image|end_of_image|fake_token_around_image|global-img|IMG_CONTEXT"
     r"|\|(?:image_pad|video_pad|vision_pad|vision_start|vision_end)\||m[sl]_[IE])>"
 )
-_MEMORY_MARK = re.compile("<m[sl]_[IE]>")
-_INSIDE = ("image", "path", "url", "base64", "image_url")  # where an image part may hold its image
-_LIKELY = {  # names that people give to columns
+_MEMORY_TOKEN = re.compile("<m[sl]_[IE]>")
+_IMAGE_KEYS = ("image", "path", "url", "base64", "image_url")  # of an image part
+_LIKELY = {  # common column names
     "prompt": (*PROMPTS, "input", "user", "request", "q"),
     "answer": ("gt", "gold", *ANSWERS, *LABELS, "output", "response", "reply", "caption", "chosen", "ans", "a"),
     "images": ("images", "image", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "image_path", "file"),
 }
 
 
-class BadRow(ValueError):
-    """One row that cannot be used; the message says why in one line, not where."""
+class BadRowError(ValueError):
+    """The row cannot be used; the message gives the reason in one line, without the row's id."""
 
     def __init__(self, message: str) -> None:
         line = " ".join(message.split())
@@ -49,49 +51,48 @@ class BadRow(ValueError):
 
 
 def check_columns(columns: Any) -> None:
-    """Raises ValueError if a setting `columns` is neither None nor a mapping of texts to texts."""
-    texts = columns.items() if isinstance(columns, Mapping) else () if columns is None else [(columns, None)]
-    if not all(isinstance(text, str) and text for pair in texts for text in pair):
+    """Raises ValueError unless `columns` is None or maps non-empty strings to non-empty strings."""
+    if columns is None:
+        return
+    names = [name for pair in columns.items() for name in pair] if isinstance(columns, Mapping) else [None]
+    if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"columns must map our names to the data's, as {{prompt: question}}, got {columns!r}")
 
 
-def renamed(raw: Mapping[str, Any], columns: Mapping[str, str] | None) -> Mapping[str, Any]:
-    """The row with its columns under our names.
+def rename_columns(raw: Mapping[str, Any], columns: Mapping[str, str] | None) -> Mapping[str, Any]:
+    """Renames a row's columns to our names. Raises BadRowError if one is missing.
 
     Args:
         raw: the row.
-        columns: from our names to the row's.
-
-    Raises:
-        BadRow: if the row lacks one of them.
+        columns: maps our names to the row's.
     """
     if not columns:
         return raw
     for ours, theirs in columns.items():
         if theirs not in raw:
-            raise BadRow(f"no column `{theirs}`, which `columns` names for {ours}; {listed(raw)}")
+            raise BadRowError(f"no column `{theirs}`, which `columns` names for {ours}; {describe_columns(raw)}")
     hidden = {*columns, *columns.values()} | ({"image", "images"} if {"image", "images"} & {*columns} else set())
     rest = {name: value for name, value in raw.items() if name not in hidden}
     return {**{ours: raw[theirs] for ours, theirs in columns.items()}, **rest}
 
 
 def missing(what: str, names: Iterable[Any]) -> str:
-    """Says that a row has no prompt or no answer, what it has, and how to name the column."""
+    """The message for a row without prompt or answer: which columns it has, and how to name the right one."""
     names = [str(name) for name in names]
     near = nearest(what, names)
     hint = f"; if `{near}` is it: columns={{{what}: {near}}}" if near else f"; name it: columns={{{what}: NAME}}"
-    return f"no `{what}`; {listed(names)}" + (hint if names else "")
+    return f"no `{what}`; {describe_columns(names)}" + (hint if names else "")
 
 
-def listed(names: Iterable[Any]) -> str:
+def describe_columns(names: Iterable[Any]) -> str:
     """A row's columns, for messages."""
-    found = [f"`{str(name)[:40]}`" for name in names]
-    more = f" and {len(found) - 12} more" if len(found) > 12 else ""
-    return f"the row has {', '.join(found[:12])}{more}" if found else "the row has no columns"
+    quoted = [f"`{str(name)[:40]}`" for name in names]
+    more = f" and {len(quoted) - 12} more" if len(quoted) > 12 else ""
+    return f"the row has {', '.join(quoted[:12])}{more}" if quoted else "the row has no columns"
 
 
 def nearest(what: str, names: Sequence[str]) -> str | None:
-    """The column that is most likely meant by `what`, or None."""
+    """The column most likely to be `what`, or None."""
     others = {name for key, likely in _LIKELY.items() if key != what for name in likely}
     free = {name.casefold(): name for name in names if name.casefold() not in others}
     for likely in _LIKELY[what]:
@@ -105,31 +106,31 @@ def nearest(what: str, names: Sequence[str]) -> str | None:
     return next((free[key] for key in free if difflib.get_close_matches(key, close, 1, 0.75)), None)
 
 
-def absent(value: Any) -> bool:
-    """Whether a column holds nothing: None, or the nan that tables have in its place."""
+def is_missing(value: Any) -> bool:
+    """Whether a value is None, or the NaN that tables use for it."""
     return value is None or (isinstance(value, Real) and value != value)
 
 
 def _filled(row: Mapping[str, Any]) -> list[str]:
-    """The columns that hold something."""
-    return [name for name, value in row.items() if not absent(value)]
+    """The columns with a value."""
+    return [name for name, value in row.items() if not is_missing(value)]
 
 
 def plain(value: Any) -> Any:
-    """Arrays and their numbers as Python's own lists and numbers; anything else as it is."""
+    """Converts NumPy arrays and scalars to Python lists and numbers; returns anything else unchanged."""
     if type(value).__module__ == "numpy" and (value.dtype.kind == "O" or value.ndim < 2):
         return [plain(one) for one in value.tolist()] if value.ndim else value.item()
     return value
 
 
 def check_unicode(value: Any) -> None:
-    """Raises BadRow for a text, at any depth, that cannot be written as UTF-8."""
+    """Raises BadRowError if a string, at any depth, cannot be encoded as UTF-8."""
     if isinstance(value, str):
         try:
             value.isascii() or value.encode()
         except UnicodeEncodeError as error:
             half = value[error.start]
-            raise BadRow(f"a text holds {half!r}, half of a surrogate pair, which is no character") from error
+            raise BadRowError(f"a string contains {half!r}, half of a surrogate pair") from error
     elif isinstance(value, Mapping):
         for name, inner in value.items():
             check_unicode(name)
@@ -143,47 +144,47 @@ def check_unicode(value: Any) -> None:
 
 
 def read_conversation(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
-    """The messages of a row's prompt, their contents as lists of parts, and the reference reply if it has one.
+    """Reads the prompt's messages, with contents as lists of parts, and the reference reply if there is one.
 
-    A conversation's last assistant message is its reply; what comes before it is the prompt.
+    In a conversation, the last assistant message is the reply and everything before it is the prompt.
 
     Raises:
-        BadRow: if there is no prompt, or it is not one.
+        BadRowError: if the prompt is missing or malformed.
     """
-    name = next((name for name in PROMPTS if not absent(row.get(name))), None)
+    name = next((name for name in PROMPTS if not is_missing(row.get(name))), None)
     if name is None:
-        raise BadRow(missing("prompt", _filled(row)))
+        raise BadRowError(missing("prompt", _filled(row)))
     messages = read_messages(row[name], name)
-    if name == "instruction" and not absent(row.get("input")):
+    if name == "instruction" and not is_missing(row.get("input")):
         if not isinstance(row["input"], str):
-            raise BadRow(f"`input` must be a text, not {type(row['input']).__name__}")
+            raise BadRowError(f"`input` must be a string, not {type(row['input']).__name__}")
         if row["input"].strip():
             messages[-1]["content"].append({"type": "text", "text": "\n" + row["input"]})
     if name in REPLIES:
         messages = [*_history(row.get("history")), *messages]
     system = row.get("system") if name in (*CONVERSATIONS, *REPLIES) else None
-    if not absent(system) and system != "":
+    if not is_missing(system) and system != "":
         if not isinstance(system, str):
-            raise BadRow(f"`system` must be a text, not {type(system).__name__}")
+            raise BadRowError(f"`system` must be a string, not {type(system).__name__}")
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     reply = None
     if messages[-1]["role"] == "assistant":
         if name not in CONVERSATIONS:
-            raise BadRow(f"`{name}` ends with the assistant's message; put a reference reply into `completion`")
+            raise BadRowError(f"`{name}` ends with an assistant message; put a reference reply into `completion`")
         reply = _text_of(messages.pop(), name)
-    given = next((one for one in ("completion", REPLIES.get(name)) if one and not absent(row.get(one))), None)
+    given = next((one for one in ("completion", REPLIES.get(name)) if one and not is_missing(row.get(one))), None)
     if given is not None:
         reply = read_reply(row[given], given)
     if not any(part["type"] == "image" or part["text"].strip() for one in messages for part in one["content"]):
-        raise BadRow(f"`{name}` is empty" + (" before the assistant's message" if reply is not None else ""))
+        raise BadRowError(f"`{name}` is empty" + (" before the assistant message" if reply is not None else ""))
     if not any(message["role"] == "user" for message in messages):
-        raise BadRow(f"`{name}` has no user message")
+        raise BadRowError(f"`{name}` has no user message")
     return messages, reply
 
 
 def read_messages(value: Any, name: str) -> list[dict[str, Any]]:
-    """Chat messages from a text, from messages, or from turns as LLaVA, ShareGPT and the Cauldron have them."""
+    """Reads chat messages from a string, a list of messages, or turns as in LLaVA, ShareGPT and the Cauldron."""
     value = plain(value)
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
@@ -192,18 +193,18 @@ def read_messages(value: Any, name: str) -> list[dict[str, Any]]:
         if columns and all(isinstance(column, list) for column in columns):
             value = [dict(zip(value, turn, strict=False)) for turn in zip(*columns, strict=False)]
     if not isinstance(value, (list, tuple)) or not value:
-        raise BadRow(f"`{name}` must be a text or a non-empty list of chat messages")
+        raise BadRowError(f"`{name}` must be a string or a non-empty list of chat messages")
     messages = []
     for turn in value:
         if not isinstance(turn, Mapping):
-            raise BadRow(f"a message of `{name}` must have a `role` and a `content`, got {type(turn).__name__}")
+            raise BadRowError(f"a message of `{name}` must have a `role` and a `content`, got {type(turn).__name__}")
         if all(isinstance(turn.get(role), str) for role in ("user", "assistant")):
             messages += [{"role": role, "content": read_parts(turn[role])} for role in ("user", "assistant")]
             continue
         role = turn.get("from") if turn.get("role") is None else turn.get("role")
         role = ROLE_NAMES.get(role, role) if isinstance(role, str) else None
         if role not in ROLES:
-            raise BadRow(f"a message of `{name}` must have a `role` among {', '.join(ROLES)} (or human, gpt)")
+            raise BadRowError(f"a message of `{name}` must have a `role` among {', '.join(ROLES)} (or human, gpt)")
         kept = {key: inner for key, inner in turn.items() if inner is not None and key in ("name", "tool_calls")}
         content = turn.get("value") if turn.get("content") is None else turn.get("content")
         messages.append({"role": role, **kept, "content": read_parts(content)})
@@ -211,58 +212,58 @@ def read_messages(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _history(history: Any) -> list[dict[str, Any]]:
-    """Earlier turns, as pairs of a query and its response."""
+    """Reads earlier turns from (query, response) pairs."""
     history = plain(history)
-    if absent(history):
+    if is_missing(history):
         return []
     if not isinstance(history, (list, tuple)):
-        raise BadRow("`history` must be a list of pairs of texts")
+        raise BadRowError("`history` must be a list of pairs of strings")
     found = []
     for pair in map(plain, history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise BadRow("`history` must be a list of pairs of texts")
+            raise BadRowError("`history` must be a list of pairs of strings")
         found += [{"role": r, "content": read_parts(t)} for r, t in zip(("user", "assistant"), pair, strict=True)]
     return found
 
 
 def read_parts(content: Any) -> list[dict[str, Any]]:
-    """A message's content as parts: {"type": "text", "text": ...} and {"type": "image"}, with "image" if given."""
+    """Reads message content as parts: {"type": "text", "text": ...} and {"type": "image"}, with "image" if given."""
     content = plain(content)
     if content is None:
         return []
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
-        raise BadRow("a message's content must be a text or a list of parts")
+        raise BadRowError("a message's content must be a string or a list of parts")
     parts: list[dict[str, Any]] = []
     for part in content:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind is None and isinstance(part, Mapping):  # parts without a type, as Qwen's own examples have them
+        if kind is None and isinstance(part, Mapping):  # parts without a type, as in Qwen's examples
             kind = next((one for one in ("image", "text") if part.get(one) is not None), None)
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         elif isinstance(kind, str) and kind in ("image", "image_url"):
-            value = next((part[name] for name in _INSIDE if part.get(name) is not None), None)
+            value = next((part[name] for name in _IMAGE_KEYS if part.get(name) is not None), None)
             if isinstance(value, Mapping) and "url" in value:  # the OpenAI layout
                 value = value["url"]
             if isinstance(value, str) and part.get("base64") is value:
                 value = "data:image;base64," + value
             parts.append({"type": "image"} if value is None else {"type": "image", "image": value})
         else:
-            raise BadRow(f"a part of a message must be of type 'text' or 'image', not {str(kind)[:40]!r}")
+            raise BadRowError(f"a part of a message must be of type 'text' or 'image', not {str(kind)[:40]!r}")
     return parts
 
 
 def _text_of(message: Mapping[str, Any], name: str) -> str:
     if not message["content"] or any(part["type"] != "text" for part in message["content"]):
-        raise BadRow(f"the assistant's last message of `{name}` must be a text")
+        raise BadRowError(f"the assistant's last message of `{name}` must be text")
     return "".join(part["text"] for part in message["content"])
 
 
 def read_reply(value: Any, name: str) -> str:
-    """A reference reply: a text, or one message of the assistant."""
+    """Reads a reference reply: a string, or one assistant message."""
     value = plain(value)
     if isinstance(value, str):
         return value
@@ -272,33 +273,33 @@ def read_reply(value: Any, name: str) -> str:
         message = read_messages(value, name)[0]
         if message["role"] == "assistant":
             return _text_of(message, name)
-    raise BadRow(f"`{name}` must be a text, or one message of the assistant with text alone")
+    raise BadRowError(f"`{name}` must be a string, or one assistant message with text only")
 
 
 # Images.
 
 
 def read_images(row: Mapping[str, Any]) -> list[Any]:
-    """What `images` or `image` holds, as a list."""
+    """The value of `images` or `image`, as a list."""
     many, one = (
-        [] if absent(found) else list(found) if isinstance(found, (list, tuple)) else [found]
+        [] if is_missing(found) else list(found) if isinstance(found, (list, tuple)) else [found]
         for found in (plain(row.get("images")), plain(row.get("image")))
     )
     if many and one:
-        raise BadRow("both `images` and `image`; give one of them")
+        raise BadRowError("both `images` and `image` are given; keep one of them")
     sources = many or one
-    if any(absent(source) or (isinstance(source, str) and not source) for source in sources):
-        raise BadRow("an entry of `images` is empty")
+    if any(is_missing(source) or (isinstance(source, str) and not source) for source in sources):
+        raise BadRowError("an entry of `images` is empty")
     for name in ("videos", "audios", "video", "audio"):
         value = plain(row.get(name))
         unread = isinstance(value, (str, bytes, list, tuple, Mapping)) and len(value) > 0
         if unread and (name in ("videos", "audios") or not sources):
-            raise BadRow(f"`{name}` cannot be read: VisMem takes images and text")
+            raise BadRowError(f"`{name}` cannot be read: VisMem takes images and text only")
     return sources
 
 
 def unread_image(columns: Mapping[str, Any]) -> str | None:
-    """The name of a column that looks like an image, among those that are not read as one; or None."""
+    """The name of the first unread column that looks like an image, or None."""
     for name, value in columns.items():
         first = value[0] if isinstance(value, list) and value else value
         named = isinstance(first, str) and first.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"))
@@ -308,46 +309,44 @@ def unread_image(columns: Mapping[str, Any]) -> str | None:
 
 
 def place_images(messages: list[dict[str, Any]], count: int) -> None:
-    """Puts an image part in the place of each `<image>`, or all of them before the first user text without any.
+    """Replaces each `<image>` with an image part; without any, puts all images first in the first user message.
 
     Args:
-        messages: of the prompt, one of them the user's; changed in place.
-        count: images of the row.
+        messages: the prompt, with at least one user message; modified in place.
+        count: number of images in the row.
 
     Raises:
-        BadRow: if there are not as many places as images, or a text holds another mark.
+        BadRowError: if the numbers of placeholders and images differ, or a text contains another placeholder.
     """
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    marks = sum(part.get("text", "").count(IMAGE_MARK) for message in messages for part in message["content"])
-    if marks and places:
-        raise BadRow(f"the prompt has both image parts and the text {IMAGE_MARK}; take the text out")
-    if marks and marks != count:
-        raise BadRow(f"{IMAGE_MARK} stands in the prompt {_times(marks)}, but the row has {_images(count)}")
-    if places and places != count:
-        raise BadRow(f"{places} image parts in the prompt, but {_images(count)}")
-    if marks:
+    contents = [part for message in messages for part in message["content"]]
+    parts = sum(part["type"] == "image" for part in contents)
+    placeholders = sum(part.get("text", "").count(IMAGE_PLACEHOLDER) for part in contents)
+    images = "1 image" if count == 1 else f"{count} images"
+    if placeholders and parts:
+        raise BadRowError(f"the prompt has both image parts and the text {IMAGE_PLACEHOLDER}; remove the text")
+    if placeholders and placeholders != count:
+        times = {1: "once", 2: "twice"}.get(placeholders, f"{placeholders} times")
+        raise BadRowError(f"the prompt contains {IMAGE_PLACEHOLDER} {times}, but the row has {images}")
+    if parts and parts != count:
+        raise BadRowError(f"{parts} image parts in the prompt, but {images}")
+    if placeholders:
         for message in messages:
-            parts = [split_marks(part["text"]) if part["type"] == "text" else [part] for part in message["content"]]
-            message["content"] = [part for several in parts for part in several]
-    elif count and not places:
+            message["content"] = [
+                new
+                for part in message["content"]
+                for new in (split_placeholders(part["text"]) if part["type"] == "text" else [part])
+            ]
+    elif count and not parts:
         first = next(message for message in messages if message["role"] == "user")
         first["content"] = [{"type": "image"} for _ in range(count)] + first["content"]
     for message in messages:
         for part in message["content"]:
-            check_marks(part.get("text", ""), "prompt")
+            check_placeholders(part.get("text", ""), "prompt")
 
 
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
-
-
-def split_marks(text: str) -> list[dict[str, Any]]:
-    """A text as parts, image parts in the place of `<image>`, without the line break that follows one."""
-    first, *rest = text.split(IMAGE_MARK)
+def split_placeholders(text: str) -> list[dict[str, Any]]:
+    """Splits text into parts, replacing each `<image>` and the line break after it with an image part."""
+    first, *rest = text.split(IMAGE_PLACEHOLDER)
     parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first.strip() or not rest else []
     for piece in rest:
         parts.append({"type": "image"})
@@ -357,67 +356,72 @@ def split_marks(text: str) -> list[dict[str, Any]]:
     return parts
 
 
-def check_marks(text: str, where: str) -> None:
-    """Raises BadRow if a text holds what a model takes for an image, a video or, in a prompt, a memory."""
-    for found in MARKS.findall(text):
+def check_placeholders(text: str, where: str) -> None:
+    """Raises BadRowError if a text contains a placeholder for images or videos or, in a prompt, a memory token."""
+    for found in PLACEHOLDERS.findall(text):
         if found in ("<video>", "<audio>"):
-            raise BadRow(f"the {where} has {found}: VisMem takes images and text, no video and no audio")
-        if where == "prompt" or not _MEMORY_MARK.fullmatch(found):  # replies may name their invocations
-            raise BadRow(f"the {where}'s text holds {found}, which models take for something else than text")
+            raise BadRowError(f"the {where} has {found}: VisMem takes images and text, not video or audio")
+        if where == "prompt" or not _MEMORY_TOKEN.fullmatch(found):  # replies may contain invocations
+            raise BadRowError(f"the {where}'s text contains {found}, which models do not read as text")
 
 
 # Answers.
 
 
 def read_references(row: Mapping[str, Any], reply: str | None) -> tuple[str, list[str]]:
-    """The reference answer and all reference answers: of several the most frequent one, and each of them once.
+    """Reads the reference answer (the most frequent one of several) and the list of distinct reference answers.
 
     Raises:
-        BadRow: if there is none, or it is neither a text nor a number.
+        BadRowError: if there is none, or it is neither a string nor a number.
     """
     for name in (*ANSWERS, *(LABELS if reply is None else ())):
-        if not absent(row.get(name)):
+        if not is_missing(row.get(name)):
             found = _references(row[name], name)
-            if name == "answer" and not absent(row.get("references")):
+            if name == "answer" and not is_missing(row.get("references")):
                 return found[0], list(dict.fromkeys(_references(row["references"], "references")))
             return Counter(found).most_common(1)[0][0], list(dict.fromkeys(found))
         if name == "ground_truth" and isinstance(row.get("reward_model"), Mapping):
             truth = row["reward_model"].get("ground_truth")
-            if not absent(truth):
+            if not is_missing(truth):
                 found = _references(truth, "reward_model.ground_truth")
                 return Counter(found).most_common(1)[0][0], list(dict.fromkeys(found))
-    if reply is None and not absent(row.get("response")):
+    if reply is None and not is_missing(row.get("response")):
         reply = read_reply(row["response"], "response")
     if reply is None:
-        raise BadRow(missing("answer", _filled(row)))
+        raise BadRowError(missing("answer", _filled(row)))
     if not reply.strip():
-        raise BadRow("the reference reply is empty")
+        raise BadRowError("the reference reply is empty")
     return reply, [reply]
 
 
 def _references(value: Any, name: str) -> list[str]:
     value = plain(value)
-    if isinstance(value, Mapping):  # an annotator's answer as VQA has it, or SQuAD's list of texts
-        inside = next((key for key in ("answer", "text", "target") if not absent(value.get(key))), None)
+    if isinstance(value, Mapping):  # an annotator's answer as in VQA, or SQuAD's list of texts
+        inside = next((key for key in ("answer", "text", "target") if not is_missing(value.get(key))), None)
         if inside is None:
-            raise BadRow(f"`{name}` must be a text, a number or a list of them, not an object without `answer`")
+            raise BadRowError(f"`{name}` must be a string, a number or a list of them, not an object without `answer`")
         return _references(value[inside], name)
     if isinstance(value, (list, tuple)):
-        given = [inner for inner in value if not absent(inner) and not (isinstance(inner, str) and not inner.strip())]
+        given = [
+            inner for inner in value if not is_missing(inner) and not (isinstance(inner, str) and not inner.strip())
+        ]
         found = [one for inner in given for one in _references(inner, name)]
         if not found:
-            raise BadRow(f"`{name}` is empty")
+            raise BadRowError(f"`{name}` is empty")
         return found
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise BadRow(f"`{name}` must be a text or a number, or a list of them, not {type(value).__name__}")
+        raise BadRowError(f"`{name}` must be a string or a number, or a list of them, not {type(value).__name__}")
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise BadRow(f"`{name}` must be a finite number, not {value}")
+            raise BadRowError(f"`{name}` must be a finite number, not {value}")
         value = int(value) if value.is_integer() and abs(value) < 2**53 else value
     try:
         text = str(value)
-    except ValueError as error:  # Python's limit on the digits of an integer
-        raise BadRow(f"`{name}` has too many digits") from error
+    except ValueError as error:  # Python limits the digits of an integer
+        raise BadRowError(f"`{name}` has too many digits") from error
     if not text.strip():
-        raise BadRow(f"`{name}` is empty")
+        raise BadRowError(f"`{name}` is empty")
     return [text]
+
+
+__getattr__ = renamed(__name__, {"BadRow": "BadRowError"})

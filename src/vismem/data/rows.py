@@ -1,6 +1,6 @@
-"""What a row is, and how one is made from the dictionary that a file or a dataset holds.
+"""The `Row` dataclass, and reading one from the dictionary in a file or dataset.
 
-Where the columns are is known to `layouts.py`. Images stay as given until `Draft.open`.
+`layouts.py` knows where each layout keeps its columns. Images are not opened before `Draft.open`.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from typing import Any
 
 from PIL import Image
 
-from vismem.data.images import BadImage, check_image_file, open_image
+from vismem.data.images import BadImageError, check_image_file, open_image
 from vismem.data.layouts import (
-    TAKEN,
-    BadRow,
-    check_marks,
+    OWN_COLUMNS,
+    BadRowError,
+    check_placeholders,
     check_unicode,
     place_images,
     read_conversation,
     read_images,
     read_references,
-    renamed,
+    rename_columns,
 )
+from vismem.deprecation import renamed
 
-__all__ = ["BadDataError", "BadRow", "Draft", "Row", "read_row"]
+__all__ = ["BadDataError", "BadRowError", "Draft", "Row", "read_row"]
 
 
 class BadDataError(ValueError):
-    """A source that cannot be used, or one with too many bad rows.
+    """The source cannot be read, or has too many bad rows.
 
-    A DataLoader hands on its worker's whole traceback as the message; the error itself is what that ends with.
+    A DataLoader re-raises a worker's error with the whole traceback as its message; only the last part is kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -43,13 +44,13 @@ class Row:
     """One example.
 
     Args:
-        id: where it came from: "file.jsonl:12" (file and line), or "name[12]" (dataset and index).
-        prompt: chat messages; every content is a list of parts, and {"type": "image"} stands where an image goes.
-        images: as many RGB pictures as `prompt` has image parts, in their order.
-        answer: the reference answer; of several the most frequent one.
-        completion: the reference reply, for supervised warm-up; the answer where the source has none.
-        columns: all other columns, untouched, for the rewards.
-        references: all reference answers, where there are several.
+        id: its origin: "file.jsonl:12" (file and line) or "name[12]" (dataset and index).
+        prompt: chat messages; every content is a list of parts, with {"type": "image"} for each image.
+        images: RGB images, one for each image part of `prompt`, in the same order.
+        answer: the reference answer; the most frequent one if there are several.
+        completion: the reference reply for supervised training; equals `answer` if the source has none.
+        columns: all other columns, unchanged, for the rewards.
+        references: all reference answers if there are several, else empty.
     """
 
     id: str
@@ -63,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Draft:
-    """A row whose images are not opened yet; `sources` are as the row gave them."""
+    """A row whose images are not open yet; `sources` are their paths, bytes or whatever the row holds."""
 
     prompt: list[dict[str, Any]]
     sources: list[Any]
@@ -73,61 +74,65 @@ class Draft:
     references: list[str]
 
     def find(self, folder: Path) -> None:
-        """Looks whether the image files are there, without opening them. Raises BadRow."""
+        """Checks that the image files exist, without opening them. Raises BadRowError."""
         try:
             for source in self.sources:
                 check_image_file(source, folder)
-        except BadImage as error:
-            raise BadRow(str(error)) from error
+        except BadImageError as error:
+            raise BadRowError(str(error)) from error
 
     def open(self, row_id: str, folder: Path) -> Row:
-        """The row with its images; relative paths start from `folder`. Raises BadRow."""
+        """Opens the images; relative paths start at `folder`. Raises BadRowError."""
         try:
             images = [open_image(source, folder) for source in self.sources]
-        except BadImage as error:
-            raise BadRow(str(error)) from error
+        except BadImageError as error:
+            raise BadRowError(str(error)) from error
         return Row(row_id, self.prompt, images, self.answer, self.completion, self.columns, self.references)
 
 
 def read_row(raw: Any, columns: Mapping[str, str] | None = None) -> Draft:
-    """Checks a dictionary and brings it into shape.
+    """Reads a row from a dictionary in any layout of `docs/data.md`.
 
     Args:
-        raw: the dictionary, in one of the layouts of `docs/data.md`.
-        columns: from our names of columns to the dictionary's.
+        raw: the dictionary.
+        columns: maps our column names to the dictionary's.
 
     Raises:
-        BadRow: if the prompt or the answer is missing or malformed, images and their places do not match, or a text
-            holds what a model takes for an image.
+        BadRowError: if the prompt or the answer is missing or malformed, the images do not match their placeholders,
+            or a text contains a model's image token.
     """
-    if isinstance(raw, BadRow):
+    if isinstance(raw, BadRowError):
         raise raw
     if not isinstance(raw, Mapping):
-        raise BadRow(f"a row must be an object with `prompt` and `answer`, not {type(raw).__name__}")
+        raise BadRowError(f"a row must be an object with `prompt` and `answer`, not {type(raw).__name__}")
     try:
         return _read(raw, columns)
     except RecursionError as error:
-        raise BadRow("nested too deeply to be read") from error
+        raise BadRowError("nested too deeply to be read") from error
 
 
 def _read(raw: Mapping[Any, Any], columns: Mapping[str, str] | None) -> Draft:
     for name in raw:
         if not isinstance(name, str):
-            raise BadRow(f"a column's name must be a text, not {type(name).__name__}")
+            raise BadRowError(f"a column's name must be a string, not {type(name).__name__}")
     check_unicode(raw)
-    row = renamed(raw, columns)
+    row = rename_columns(raw, columns)
     messages, reply = read_conversation(row)
     sources = read_images(row)
-    inside = [part.pop("image") for message in messages for part in message["content"] if part.get("image") is not None]
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if inside and sources:
-        raise BadRow("images stand both in the prompt's parts and in `images`; give them in one place")
-    if inside and len(inside) != places:
-        raise BadRow(f"{places} image parts in the prompt, but only {len(inside)} of them hold an image")
-    sources = inside or sources
+    parts = [part for message in messages for part in message["content"]]
+    inline = [part.pop("image") for part in parts if part.get("image") is not None]
+    count = sum(part["type"] == "image" for part in parts)
+    if inline and sources:
+        raise BadRowError("images are both in the prompt's parts and in `images`; give them in one place")
+    if inline and len(inline) != count:
+        raise BadRowError(f"{count} image parts in the prompt, but only {len(inline)} of them hold an image")
+    sources = inline or sources
     place_images(messages, len(sources))
     answer, references = read_references(row, reply)
     completion = answer if reply is None else reply
-    check_marks(completion, "reply")
-    others = {name: value for name, value in row.items() if name not in TAKEN}
+    check_placeholders(completion, "reply")
+    others = {name: value for name, value in row.items() if name not in OWN_COLUMNS}
     return Draft(messages, sources, answer, completion, others, references if len(references) > 1 else [])
+
+
+__getattr__ = renamed(__name__, {"BadRow": "BadRowError"})

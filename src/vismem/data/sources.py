@@ -1,7 +1,7 @@
-"""Where rows come from: JSON Lines by byte offset, and tables (lists and `datasets`), each as raw dictionaries.
+"""Sources of raw rows: JSON Lines by byte offset, tables (lists and `datasets`), and streams.
 
-A source names its rows and hands them out; whether a row is good is decided by its reader. `datasets` is imported
-only for what needs it, so that JSON files work without it.
+A source yields raw dictionaries and their ids; its reader decides which rows are good. `datasets` is imported only
+when needed, so JSON files work without it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from vismem.data.layouts import ANSWERS, CONVERSATIONS, LABELS, PROMPTS, REPLIES, missing
-from vismem.data.rows import BadDataError, BadRow
+from vismem.data.rows import BadDataError, BadRowError
 
 FILES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_CHUNK = 2**20
-_LONGEST = 2**28
+_CHUNK = 2**20  # bytes
+_MAX_ELEMENT = 2**28  # characters of an element of a JSON array
 
 
-def no_package(package: str, needed_for: str) -> BadDataError:
+def missing_package(package: str, needed_for: str) -> BadDataError:
     return BadDataError(f"{needed_for} needs the package {package}: pip install 'vismem[train]'")
 
 
@@ -32,17 +32,17 @@ def _object(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8: {error.reason} at byte {error.start}") from error
+        raise BadRowError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"not valid JSON: {error}") from error
+        raise BadRowError(f"not valid JSON: {error}") from error
 
 
-Check = Callable[[Any], object]  # raises BadRow
+Check = Callable[[Any], object]  # raises BadRowError
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A file with one JSON object a line. Keys are byte offsets, numbers are line numbers from 1."""
+    """A file with one JSON object per line. Keys are byte offsets; numbers are line numbers, from 1."""
 
     path: Path
 
@@ -73,20 +73,20 @@ class JsonLines:
                 offset += len(line)
 
     def scan(self, check: Check) -> Iterator[tuple[int, int, str | None]]:
-        """Each line's offset and number, and what `check` finds wrong with it."""
+        """Yields each line's offset and number, and the problem `check` finds or None."""
         for number, offset, line in self._lines():
             try:
                 check(_object(line))
                 yield offset, number, None
-            except BadRow as error:
+            except BadRowError as error:
                 yield offset, number, str(error)
 
     def stream(self) -> Iterator[tuple[int, Any]]:
-        """Each line's number, and its content or a BadRow."""
+        """Yields each line's number, and its content or a BadRowError."""
         for number, _, line in self._lines():
             try:
                 yield number, _object(line)
-            except BadRow as error:
+            except BadRowError as error:
                 yield number, error
 
 
@@ -94,7 +94,7 @@ class JsonLines:
 class Table:
     """A list of dictionaries, a `datasets.Dataset`, or a torch dataset of `Row`s. Keys and numbers are indices.
 
-    `trusted`: rows are made when they are asked for, so they are not looked at before.
+    `trusted`: rows are created on access, so they are not scanned first.
     """
 
     rows: Any
@@ -108,18 +108,18 @@ class Table:
     def fetch(self, key: int) -> Any:
         try:
             return self.rows[key]
-        except Exception as error:  # what a dataset's decoders and transforms raise
-            raise BadRow(f"cannot be read: {type(error).__name__}: {error}") from error
+        except Exception as error:  # a dataset's decoders and transforms raise any type
+            raise BadRowError(f"cannot be read: {type(error).__name__}: {error}") from error
 
     def scan(self, check: Check) -> Iterator[tuple[int, int, str | None]]:
-        """Each row's index and what `check` finds wrong with it; a dataset's pictures are not decoded for it."""
+        """Yields each row's key and number, and the problem `check` finds or None; does not decode images."""
         plain = not hasattr(self.rows, "features") or _transforms(self.rows)
         texts = None if plain else _without_bytes(self.rows)
         for index in range(len(self.rows)):
             try:
                 check(self.fetch(index) if texts is None else next(texts))
                 yield index, index, None
-            except BadRow as error:
+            except BadRowError as error:
                 yield index, index, str(error)
 
     def stream(self) -> Iterator[tuple[int, Any]]:
@@ -128,7 +128,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows that can only be read in order. `shards_itself`: it gives each DataLoader worker its own part."""
+    """Rows that can only be read in order. `shards_itself`: it gives each DataLoader worker its own share."""
 
     rows: Iterable[Any]
     name: str
@@ -144,12 +144,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class JsonArray:
-    """A file that is one JSON array of objects, read piece by piece."""
+    """A file with one JSON array of objects, read in chunks."""
 
     path: Path
 
     def __iter__(self) -> Iterator[Any]:
-        """Each element, or a BadRow where one is nested too deeply. Bytes that are no UTF-8 become surrogates."""
+        """Yields each element, or a BadRowError for one that cannot be parsed. Invalid UTF-8 becomes surrogates."""
         decoder, text, done, started = json.JSONDecoder(), "", False, False
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             while True:
@@ -163,13 +163,13 @@ class JsonArray:
                 try:
                     found, end = decoder.raw_decode(text)
                 except RecursionError:
-                    found, end = BadRow("nested too deeply to be read"), _end_of(text)
+                    found, end = BadRowError("nested too deeply to be read"), _end_of(text)
                 except json.JSONDecodeError as error:
-                    if done or len(text) > _LONGEST:
+                    if done or len(text) > _MAX_ELEMENT:
                         raise BadDataError(f"{self.path} is not a whole JSON array: {error}") from error
-                except ValueError as error:  # Python's limit on the digits of an integer
-                    found, end = BadRow(f"not valid JSON: {error}"), _end_of(text)
-                if end and (end < len(text) or done):  # a number at the very end might go on
+                except ValueError as error:  # Python limits the digits of an integer
+                    found, end = BadRowError(f"not valid JSON: {error}"), _end_of(text)
+                if end and (end < len(text) or done):  # a number at the end may continue
                     yield found
                     text = text[end:]
                     continue
@@ -180,7 +180,7 @@ class JsonArray:
 
 
 def _end_of(text: str) -> int:
-    """Where the JSON object or array that a text begins with ends; 0 if it goes on after the text."""
+    """Index after the JSON object or array at the start of `text`; 0 if it is incomplete."""
     depth = 0
     for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text, re.DOTALL):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found.group(), 0)
@@ -190,22 +190,20 @@ def _end_of(text: str) -> int:
 
 
 def find_source(
-    source: Any, split: str, streaming: bool, columns: Mapping[str, str] | None = None
+    source: Any, split: str, *, streaming: bool, columns: Mapping[str, str] | None = None
 ) -> JsonLines | Table | Stream:
-    """The source behind what a user named.
-
-    Args:
-        source, split, streaming, columns: as for `load_dataset_rows`.
+    """The source for a path, a hub name, a dataset or a list; arguments as for `load_dataset_rows`.
 
     Raises:
-        BadDataError: if there is no such file or dataset, or it is of no known kind; the message says what is.
+        BadDataError: if there is no such file or dataset, or its type is not supported.
     """
     if isinstance(source, (str, Path)):
-        found = _named(str(source), split, streaming)
+        found = _from_name(str(source), split, streaming=streaming)
     elif isinstance(source, (list, tuple)):
         found = Table(source, "rows", Path())
     elif isinstance(source, Mapping):  # a DatasetDict
-        return find_source(_split_of(source, split, "the dataset"), split, streaming, columns)
+        dataset = _split_of(source, split, "the dataset")
+        return find_source(dataset, split, streaming=streaming, columns=columns)
     elif hasattr(source, "column_names"):
         name = str(getattr(source, "split", None) or "dataset")
         found = (Table if hasattr(source, "__len__") else Stream)(source, name, Path())
@@ -217,18 +215,18 @@ def find_source(
         raise BadDataError(
             f"cannot read rows from {type(source).__name__}; give a path, a hub name, a datasets.Dataset, or a list"
         )
-    return _prepared(found, columns or {}) if hasattr(getattr(found, "rows", None), "column_names") else found
+    return _prepare(found, columns or {}) if hasattr(getattr(found, "rows", None), "column_names") else found
 
 
-def _named(source: str, split: str, streaming: bool) -> JsonLines | Table | Stream:
+def _from_name(source: str, split: str, *, streaming: bool) -> JsonLines | Table | Stream:
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, split)
     if path.is_file():
         if path.suffix not in FILES:
-            raise BadDataError(f"{path} is of no known kind; rows are read from {', '.join(FILES)} files")
+            raise BadDataError(f"{path} has an unsupported type; rows are read from {', '.join(FILES)} files")
         if path.suffix == ".parquet":
-            return _parquet(path, streaming)
+            return _parquet(path, streaming=streaming)
         if path.suffix == ".json" and _first_byte(path) == b"[":
             rows = JsonArray(path)
             where = (path.name, path.absolute().parent)
@@ -236,7 +234,7 @@ def _named(source: str, split: str, streaming: bool) -> JsonLines | Table | Stre
         return JsonLines(path)
     if path.suffix in FILES or path.is_absolute() or not _HUB_NAME.fullmatch(source):
         raise BadDataError(f"no such file or folder: {source}")
-    return _hub(source, split, streaming)
+    return _hub(source, split, streaming=streaming)
 
 
 def _first_byte(path: Path) -> bytes:
@@ -246,41 +244,41 @@ def _first_byte(path: Path) -> bytes:
 
 def _folder(path: Path, split: str) -> Table | Stream:
     if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise BadDataError(f"the folder {path} is not one of datasets.save_to_disk; name a file in it instead")
+        raise BadDataError(f"the folder {path} was not written by datasets.save_to_disk; name a file in it instead")
     try:
         from datasets import load_from_disk
     except ImportError as error:
-        raise no_package("datasets", f"reading {path}") from error
+        raise missing_package("datasets", f"reading {path}") from error
     found = load_from_disk(str(path))
     if isinstance(found, Mapping):
         found = _split_of(found, split, str(path))
     return _table(found, path.name, path)
 
 
-def _parquet(path: Path, streaming: bool) -> Table | Stream:
+def _parquet(path: Path, *, streaming: bool) -> Table | Stream:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise no_package("datasets", f"reading {path}") from error
+        raise missing_package("datasets", f"reading {path}") from error
     try:
         found = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
-    except Exception as error:  # pyarrow's and datasets' own kinds
+    except Exception as error:  # errors of pyarrow and datasets
         raise BadDataError(f"cannot read {path}: {error}") from error
     return _table(found, path.name, path.absolute().parent)
 
 
-def _hub(source: str, split: str, streaming: bool) -> Table | Stream:
+def _hub(source: str, split: str, *, streaming: bool) -> Table | Stream:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise no_package("datasets", f"loading {source}, which is not a file here but could be on the hub,") from error
+        raise missing_package("datasets", f"loading {source} from the hub, as there is no such local file,") from error
     name, _, config = source.partition(":")
     try:
         found = load_dataset(name, config or None, split=split, streaming=streaming)
-    except Exception as error:  # of many kinds: no network, no such dataset, config or split
+    except Exception as error:  # no network; no such dataset, config or split
         reason = " ".join(str(error).split())
         raise BadDataError(
-            f"no file {source} here, and the hub dataset {name} (config {config or 'default'}, split {split}) "
+            f"no local file {source}, and the hub dataset {name} (config {config or 'default'}, split {split}) "
             f"cannot be loaded: {reason}"
         ) from error
     return _table(found, source, Path())
@@ -296,14 +294,14 @@ def _table(dataset: Any, name: str, folder: Path) -> Table | Stream:
     return Table(dataset, name, folder) if hasattr(dataset, "__len__") else Stream(dataset, name, folder)
 
 
-def _prepared(found: Any, columns: Mapping[str, str]) -> Table | Stream:
-    """A datasets.Dataset or IterableDataset as plain values, its images encoded: a broken one is one row's problem.
+def _prepare(found: Any, columns: Mapping[str, str]) -> Table | Stream:
+    """Sets a datasets.Dataset or IterableDataset to plain values and encoded images, so a broken image affects one row.
 
     Raises:
-        BadDataError: if it has no column with a prompt, or none with an answer.
+        BadDataError: if it has no prompt column or no answer column.
     """
     dataset = found.rows
-    if _transforms(dataset):  # its columns are known to the transform alone
+    if _transforms(dataset):  # only the transform knows its columns
         return found
     names = list(dataset.column_names or [])
     theirs = {*columns.values()}
@@ -325,12 +323,12 @@ def _prepared(found: Any, columns: Mapping[str, str]) -> Table | Stream:
 
 
 def _transforms(dataset: Any) -> bool:
-    """Whether a transform of the user's own makes the rows."""
+    """Whether a user's transform creates the rows."""
     return (getattr(dataset, "format", None) or {}).get("type") == "custom"
 
 
 def _encoded(feature: Any) -> Any:
-    """A feature of `datasets` whose images, at any depth, are not decoded."""
+    """The same feature with images, at any depth, left encoded."""
     from datasets import Image, List
 
     if isinstance(feature, Image):
@@ -343,23 +341,23 @@ def _encoded(feature: Any) -> Any:
 
 
 def _without_bytes(dataset: Any) -> Iterator[dict[str, Any]]:
-    """A dataset's rows, with a placeholder for every image that holds its own bytes."""
+    """Yields a dataset's rows, with a placeholder for every image that is stored as bytes."""
     from datasets import Image
 
-    def shows(feature: Any) -> bool:
+    def is_image(feature: Any) -> bool:
         return isinstance(feature, Image) or (isinstance(feature, dict) and {*feature} == {"bytes", "path"})
 
     features = dataset.features.items()
-    pictures = [name for name, one in features if shows(one) or shows(getattr(one, "feature", None))]
-    texts = dataset.remove_columns(pictures)
+    images = [name for name, one in features if is_image(one) or is_image(getattr(one, "feature", None))]
+    texts = dataset.remove_columns(images)
     rows = iter(texts) if texts.column_names else ({} for _ in range(len(dataset)))
-    columns = [_paths(dataset, name) for name in pictures]
-    for row, *images in zip(rows, *columns, strict=True):
-        yield {**row, **dict(zip(pictures, images, strict=True))}
+    columns = [_paths(dataset, name) for name in images]
+    for row, *values in zip(rows, *columns, strict=True):
+        yield {**row, **dict(zip(images, values, strict=True))}
 
 
 def _paths(dataset: Any, column: str) -> Iterator[Any]:
-    """Each row's image or images as `{"path": ...}` where they are files, without reading those that are not."""
+    """Yields each row's image or images: `{"path": ...}` for files, b"" for stored bytes, which are not read."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vismem.data import BadRow, Row, reward_columns, row_inputs
+from vismem.data import BadRowError, Row, reward_columns, row_inputs
 from vismem.decoding.policies import After, Policy, Random
 from vismem.decoding.queue import Answer, Request
 from vismem.escaping import visible
@@ -104,7 +104,7 @@ def requests_for(
     for row in rows:
         try:
             inputs = row_inputs(model.processor, row, context_of(model))
-        except BadRow as error:
+        except BadRowError as error:
             failed(Record.failed(row.id, str(error), kept_columns(row, keep)))
             continue
         yield Request(on_device(model, inputs), policy_for(model, row, invocation), seed_of(seed, row.id), tag=row.id)
@@ -123,7 +123,7 @@ def answerable(model: VisMem, rows: Sequence[Row]) -> tuple[list[Row], list[Reco
         try:
             row_inputs(model.processor, row, context_of(model))
             found.append(row)
-        except BadRow as error:
+        except BadRowError as error:
             failed.append(Record.failed(row.id, str(error)))
     return found, failed
 

@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Iterator
 
-from vismem.data.images import ORIENTATION, BadImage
+from vismem.data.images import ORIENTATION, BadImageError
 
 MAX_PARTS = 20_000  # per file; common PNG encoders write one per 8 kB
 MAX_SCANS = 100  # per JPEG; each covers the whole image, however few bytes it has
@@ -30,7 +30,7 @@ def stripped(file: bytes) -> tuple[bytes, int]:
         file: PNG, JPEG, WebP or GIF; any other format is returned unchanged.
 
     Raises:
-        BadImage: if the file is truncated, or has implausibly many parts.
+        BadImageError: if the file is truncated, or has implausibly many parts.
     """
     try:
         if file.startswith(PNG):
@@ -42,7 +42,7 @@ def stripped(file: bytes) -> tuple[bytes, int]:
         if file.startswith((b"GIF87a", b"GIF89a")):
             return _gif(file), 1
     except (struct.error, IndexError) as error:
-        raise BadImage("the file is truncated") from error
+        raise BadImageError("the file is truncated") from error
     return file, 1
 
 
@@ -52,7 +52,7 @@ def _png(file: bytes) -> tuple[bytes, int]:
         length, kind = struct.unpack_from(">I4s", file, at)
         end = at + 12 + length
         if end > len(file):
-            raise BadImage("the file is truncated")
+            raise BadImageError("the file is truncated")
         if kind in PNG_KEPT:
             kept.append(file[at:end])
         elif kind == b"eXIf":
@@ -70,13 +70,13 @@ def _jpeg(file: bytes) -> tuple[bytes, int]:
     for _ in _parts():
         fill, marker = file[at], file[at + 1]
         if fill != 0xFF:
-            raise BadImage("the file contains data that is not JPEG")
+            raise BadImageError("the file contains data that is not JPEG")
         if marker == 0xFF:  # padding
             at += 1
             continue
         if marker == 0xDA:
             if file.count(b"\xff\xda", at) > MAX_SCANS:
-                raise BadImage(f"it has more than {MAX_SCANS} scans")
+                raise BadImageError(f"it has more than {MAX_SCANS} scans")
             return b"".join(kept) + file[at:], orientation_of(exif, xmp)
         (length,) = struct.unpack_from(">H", file, at + 2)
         segment = file[at : at + 2 + length]
@@ -118,7 +118,7 @@ def _gif(file: bytes) -> bytes:
         if file[at] == 0x2C:
             return b"".join(kept) + file[at:]
         if file[at] != 0x21:
-            raise BadImage("the file has no image")
+            raise BadImageError("the file has no image")
         begin, at = at, at + 2
         for _ in _parts():
             size = file[at]
@@ -132,7 +132,7 @@ def _gif(file: bytes) -> bytes:
 
 def _parts() -> Iterator[int]:
     yield from range(MAX_PARTS)
-    raise BadImage(f"the file has more than {MAX_PARTS} parts")
+    raise BadImageError(f"the file has more than {MAX_PARTS} parts")
 
 
 def orientation_of(exif: bytes, xmp: bytes = b"") -> int:

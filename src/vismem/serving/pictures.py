@@ -18,7 +18,7 @@ import httpx
 from PIL import Image
 
 from vismem import __version__
-from vismem.data.images import BadImage, TooManyPixels, open_image, read_data_uri, turned
+from vismem.data.images import BadImageError, TooManyPixelsError, open_image, read_data_uri, upright
 from vismem.serving.addresses import Address, Place, Resolve, is_public, place_of, read_hosts, read_url, resolve
 from vismem.serving.errors import ApiError
 from vismem.serving.metadata import stripped
@@ -105,14 +105,14 @@ class Pictures:
             try:
                 plain, orientation = stripped(file)
                 picture = open_image(plain, most_pixels=min(self.limits.pixels, left), formats=FORMATS)
-            except TooManyPixels as error:
+            except TooManyPixelsError as error:
                 raise self._too_many_pixels() from error
-            except BadImage as error:
+            except BadImageError as error:
                 raise _bad(str(error).replace("image in bytes", "it")) from error
             if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
                 raise _bad(f"its longer side is more than {MAX_ASPECT_RATIO} times its shorter one")
             left -= picture.width * picture.height
-            pictures.append(turned(picture, orientation))
+            pictures.append(upright(picture, orientation))
         return pictures
 
     async def _file(self, url: str, max_size: int) -> bytes:
@@ -132,7 +132,7 @@ class Pictures:
             raise self._too_large()
         try:
             file = read_data_uri(uri)
-        except BadImage as error:
+        except BadImageError as error:
             raise _bad(str(error)) from None
         if len(file) > max_size:
             raise self._too_large()

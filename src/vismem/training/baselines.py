@@ -119,7 +119,7 @@ def _fits(folder: Path) -> Callable[[bytes], bool]:
 
 def _config_of(folder: Path) -> bytes | None:
     """The configuration of the adapter in a folder, also after a save that was killed; None if there is none."""
-    return files.matching(folder / CONFIG_FILE, _fits(folder))
+    return files.read_matching(folder / CONFIG_FILE, _fits(folder))
 
 
 def find_adapter(folder: str | Path) -> str | Path:

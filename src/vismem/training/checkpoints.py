@@ -23,7 +23,7 @@ from torch import nn
 from transformers.trainer_utils import rotate_checkpoints
 
 from vismem import files
-from vismem.card import FIGURES
+from vismem.card import METRICS
 from vismem.training.baselines import save_adapter
 from vismem.training.sharding import gathered
 
@@ -187,7 +187,7 @@ class WholeCheckpoints:
             "seed": args.seed,
             "data": data,
             "rewards": self.collector.rewards.names if self.collector else [],
-            "figures": {name: logged[name] for name in FIGURES if name in logged},
+            "figures": {name: logged[name] for name in METRICS if name in logged},
         }
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from vismem.data import BadRow, Row, Rows, StreamingRows, load_dataset_rows, row_inputs
-from vismem.data.batches import marks_of
+from vismem.data import BadRowError, Row, Rows, StreamingRows, load_dataset_rows, row_inputs
+from vismem.data.batches import placeholders_of
 from vismem.model import VisMem
 from vismem.training.arguments import MemoryTrainingArguments
 
@@ -43,12 +43,12 @@ def training_rows(source: Any, args: MemoryTrainingArguments, model: VisMem) -> 
 
 
 def check_row(processor: Any, context: int | None, supervised: bool, row: Row) -> None:
-    """Raises BadRow if the processor refuses a row, its prompt is too long, or its reply has an image mark."""
+    """Raises BadRowError if the processor rejects the row, the prompt is too long, or the reply has an image token."""
     row_inputs(processor, row, context)
     if supervised:
-        for mark in marks_of(processor):
-            if mark in row.completion:
-                raise BadRow(f"the reply holds the processor's image mark {mark}; take it out")
+        for token in placeholders_of(processor):
+            if token in row.completion:
+                raise BadRowError(f"the reply contains the processor's image token {token}; remove it")
 
 
 def context_of(model: VisMem) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vismem.data.images import BadImage, open_image
+from vismem.data.images import BadImageError, open_image
 from vismem.data.rows import Row
 
 
@@ -51,5 +51,5 @@ def row_of(name: str, messages: Sequence[dict[str, Any]], mark: str | None = Non
 def _picture(name: str, number: int, value: Any) -> Any:
     try:
         return open_image(value)
-    except BadImage as error:
+    except BadImageError as error:
         raise ValueError(f"{name}, image {number}: {error}") from error

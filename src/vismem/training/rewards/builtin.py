@@ -22,7 +22,7 @@ from vismem.training.rewards.answers import (
     plain,
     prompt_text,
 )
-from vismem.training.rewards.errors import FAILURES, RowFailure
+from vismem.training.rewards.errors import FAILURES, RowError
 from vismem.training.rewards.judge import judge
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -55,7 +55,7 @@ def per_row(
             try:
                 scores.append(score(prompt, completion_text(completion), *values))
             except FAILURES as error:
-                raise RowFailure(row) from error
+                raise RowError(row) from error
         return scores
 
     reward.__name__ = name

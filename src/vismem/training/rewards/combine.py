@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vismem.config import SettingsError
 from vismem.training.rewards.builtin import BUILT_IN
-from vismem.training.rewards.errors import FAILURES, RewardError, RowFailure
+from vismem.training.rewards.errors import FAILURES, RewardError, RowError
 from vismem.training.rewards.imports import import_function
 from vismem.training.rewards.waiting import finished, started
 
@@ -151,7 +151,7 @@ def _failing_row(
     reward: Reward, count: int, given: Mapping[str, Any], error: BaseException
 ) -> tuple[int | None, BaseException]:
     """Which row it was, and the error; functions that do not say are called again, row by row, for some seconds."""
-    if isinstance(error, RowFailure):
+    if isinstance(error, RowError):
         return error.row, error.__cause__ or error
     if count == 1:
         return 0, error

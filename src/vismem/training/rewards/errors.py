@@ -16,7 +16,7 @@ class JudgeError(RuntimeError):
     """A judge that gave no usable score."""
 
 
-class RowFailure(Exception):
+class RowError(Exception):
     """Says at which row of a batch a reward failed; its cause is the original error."""
 
     def __init__(self, row: int) -> None:

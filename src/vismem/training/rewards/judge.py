@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from vismem.training.rewards.answers import completion_text, prompt_text
-from vismem.training.rewards.errors import FAILURES, JudgeError, RowFailure
+from vismem.training.rewards.errors import FAILURES, JudgeError, RowError
 from vismem.training.rewards.imports import import_function
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def judge(
             if on_failure == "none":
                 logger.warning("the judge gave no score for row %d of the batch: %s", row, error)
                 return None
-            raise RowFailure(row) from error
+            raise RowError(row) from error
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         answers = columns.get("references") or columns.get("answer") or [None] * len(completions)

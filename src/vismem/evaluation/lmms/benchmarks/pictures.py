@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from vismem.data.images import MOST_BYTES, BadImage
+from vismem.data.images import MOST_BYTES, BadImageError
 
 
 def message(pictures: Iterable[Any], text: str) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def picture(root: str, name: str) -> str | bytes:
 
     Raises:
         FileNotFoundError: if it is not found; lists the places.
-        BadImage: if it is larger than `vismem.data.images.MOST_BYTES` in its archive.
+        BadImageError: if it is larger than `vismem.data.images.MOST_BYTES` in its archive.
     """
     place = Path(root)
     folder, beside = (place.with_suffix(""), place) if place.suffix == ".zip" else (place, Path(f"{place}.zip"))
@@ -80,5 +80,5 @@ def _from_archive(path: str, name: str) -> bytes:
         raise FileNotFoundError(f"no picture {name} in the archive {path}")
     found = archive.getinfo(min(inside, key=len))
     if found.file_size > MOST_BYTES:
-        raise BadImage(f"picture {name} in the archive {path} is larger than {MOST_BYTES // 2**20} MiB, the limit")
+        raise BadImageError(f"picture {name} in the archive {path} is larger than {MOST_BYTES // 2**20} MiB, the limit")
     return archive.read(found)
