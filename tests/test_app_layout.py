@@ -23,13 +23,24 @@ def answered(page):
     written(page)
 
 
-def everything_open(page):
-    answered(page)
-    page.locator(CHIP).first.click()
-    expect(page.locator(PANEL)).to_be_visible()
-    page.locator(RANDOM).check()
-    page.locator(ADVANCED).click()
-    expect(page.get_by_label("Seed")).to_be_visible()
+@pytest.fixture(scope="module")
+def crowded(browser, address, request):
+    """A page of the size asked for, with an answer, its panel and all settings open; the tests of a size share it."""
+    with viewer.visits(browser, address) as opened:
+        page = opened(request.param)
+        answered(page)
+        page.locator(CHIP).first.click()
+        expect(page.locator(PANEL)).to_be_visible()
+        page.locator(RANDOM).check()
+        page.locator(ADVANCED).click()
+        expect(page.get_by_label("Seed")).to_be_visible()
+        yield page
+
+
+def sized(*sizes):
+    """Runs a test with `crowded` pages of these sizes; pytest knows a page that is open by its place among them."""
+    named = ["{width}x{height}".format(**size) for size in sizes]
+    return pytest.mark.parametrize("crowded", sizes, ids=named, indirect=True, scope="module")
 
 
 def covered(page, part):
@@ -45,10 +56,9 @@ def covered(page, part):
     )
 
 
-@pytest.mark.parametrize("size", [SIDEWAYS, SMALL, NARROW, WIDE], ids=lambda size: "{width}x{height}".format(**size))
-def test_question_and_answer_can_be_seen_with_everything_open(visit, size):
-    page = visit(size)
-    everything_open(page)
+@sized(SIDEWAYS, SMALL, NARROW, WIDE)
+def test_question_and_answer_can_be_seen_with_everything_open(crowded):
+    page = crowded
     parts = ("#ui-live .vm-answer", "#ui-composer textarea", "#ui-invocation label:has(:checked)", ADVANCED)
     for part in (*parts, "[aria-label=Seed]", '#ui-random input[type="range"]', "#ui-live .vm-answer"):
         page.locator(part).first.evaluate("each => each.scrollIntoView({ block: 'nearest', inline: 'nearest' })")
@@ -65,21 +75,9 @@ def test_question_and_answer_can_be_seen_with_everything_open(visit, size):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-@pytest.mark.parametrize("size", [SIDEWAYS, SMALL], ids=["sideways", "small"])
-def test_settings_come_into_sight_as_they_are_opened(visit, size):
-    page = visit(size)
-    answered(page)
-    page.locator(RANDOM).check()
-    page.locator(ADVANCED).click()
-    assert covered(page, "[aria-label=Seed]") == []
-    page.locator("#ui-invocation [value=schedule]").check()
-    assert covered(page, "#ui-plan :is(input, textarea)") == []
-
-
-@pytest.mark.parametrize("size", [SIDEWAYS, SMALL], ids=["sideways", "small"])
-def test_focus_is_not_hidden_behind_the_settings(visit, size):
-    page = visit(size)
-    everything_open(page)
+@sized(SIDEWAYS, SMALL)
+def test_focus_is_not_hidden_behind_the_settings(crowded):
+    page = crowded
     page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
     for number in range(page.locator("#ui-live button").count()):
         page.locator("#ui-live button").nth(number).evaluate("each => each.focus()")
@@ -90,6 +88,31 @@ def test_focus_is_not_hidden_behind_the_settings(visit, size):
               return document.activeElement.contains(document.elementFromPoint(middle, down));
             }"""
         )
+
+
+@sized(SIDEWAYS, SMALL, NARROW, WIDE)
+def test_settings_stay_within_their_card(crowded):
+    page = crowded
+    page.get_by_label("number input for Most tokens").fill("4096")
+    over = page.locator(":is(#ui-random, #ui-advanced) .block:has(input)").evaluate_all(
+        """all => all.flatMap((card) => {
+          const right = card.getBoundingClientRect().right - parseFloat(getComputedStyle(card).paddingRight);
+          const parts = [...card.querySelectorAll('input, button, span')];
+          return parts.filter((each) => each.getBoundingClientRect().right > right + 1).map((each) => each.outerHTML);
+        })"""
+    )
+    assert over == []
+
+
+@pytest.mark.parametrize("size", [SIDEWAYS, SMALL], ids=["sideways", "small"])
+def test_settings_come_into_sight_as_they_are_opened(visit, size):
+    page = visit(size)
+    answered(page)
+    page.locator(RANDOM).check()
+    page.locator(ADVANCED).click()
+    assert covered(page, "[aria-label=Seed]") == []
+    page.locator("#ui-invocation [value=schedule]").check()
+    assert covered(page, "#ui-plan :is(input, textarea)") == []
 
 
 def test_an_answer_is_followed_on_a_low_screen(visit):
@@ -218,18 +241,3 @@ def test_sliders_stand_out_from_their_card_where_they_are_filled(visit, scheme):
     card = ImageColor.getrgb(card)
     assert contrast(thumb, card) >= 3 and contrast(filled, card) >= 3
     assert 1.2 < contrast(rest, card) < 3
-
-
-@pytest.mark.parametrize("size", [NARROW, SMALL, WIDE], ids=["narrow", "small", "wide"])
-def test_settings_stay_within_their_card(visit, size):
-    page = visit(size)
-    everything_open(page)
-    page.get_by_label("number input for Most tokens").fill("4096")
-    over = page.locator(":is(#ui-random, #ui-advanced) .block:has(input)").evaluate_all(
-        """all => all.flatMap((card) => {
-          const right = card.getBoundingClientRect().right - parseFloat(getComputedStyle(card).paddingRight);
-          const parts = [...card.querySelectorAll('input, button, span')];
-          return parts.filter((each) => each.getBoundingClientRect().right > right + 1).map((each) => each.outerHTML);
-        })"""
-    )
-    assert over == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import chain, pairwise
+from itertools import chain, cycle, pairwise
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,9 @@ SCHEDULE = Forced([(0, 0, "short"), (0, 7, "long"), (1, 3, "long"), (1, 3, "shor
 SAMPLING = [
     {"do_sample": False},
     {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 40},
-    {"do_sample": True, "repetition_penalty": 1.3, "min_p": 0.02},
+    {"do_sample": True, "repetition_penalty": 1.3, "min_p": 0.2},
     {"do_sample": True, "num_return_sequences": 2},
-    {"do_sample": False, "no_repeat_ngram_size": 3, "min_new_tokens": 20},
+    {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 10},
 ]
 
 
@@ -38,7 +38,8 @@ def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
 
 
 def answers(model, batch, policy, **kwargs) -> vismem.VisMemOutput:
-    settings = {"max_new_tokens": 24, "return_dict_in_generate": True, **kwargs}
+    """What is written with that policy, as far as the last place of the schedule and a little on."""
+    settings = {"max_new_tokens": 12, "return_dict_in_generate": True, **kwargs}
     return model.generate(**batch, invocation=policy, **settings)
 
 
@@ -57,18 +58,20 @@ def one_row(batch: dict, row: int, processor) -> dict:
 # 1. Memory off: the base's own words.
 
 
-@pytest.mark.parametrize("settings", SAMPLING, ids=lambda s: "-".join(s))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_off_writes_what_the_base_writes(family, settings, dtype):
+def test_off_writes_what_the_base_writes(family, dtype):
     model = tiny.equip(family, dtype)
     alone, _ = tiny.base_and_processor(family, dtype)  # a base that never met a memory
     batch = tiny.mixed_batch(model.processor)
     answers(model, batch, SCHEDULE)  # memory was at work before
-    for policy in ("off", Forced([])):
+    # Both ways to have no memory with every sampling: one of them in one precision, one in the other.
+    policies = cycle(("off", Forced([])) if dtype == torch.float32 else (Forced([]), "off"))
+    for settings, policy in zip(SAMPLING, policies):  # noqa: B905 (policies have no end)
         torch.manual_seed(5)
-        expected = alone.generate(**batch, max_new_tokens=24, **settings)
+        expected = alone.generate(**batch, max_new_tokens=12, **settings)
         torch.manual_seed(5)
-        assert torch.equal(model.generate(**batch, max_new_tokens=24, invocation=policy, **settings), expected)
+        found = model.generate(**batch, max_new_tokens=12, invocation=policy, **settings)
+        assert torch.equal(found, expected), (settings, policy)
 
 
 def test_off_gives_the_base_scores(family):
@@ -98,14 +101,14 @@ def test_adapter_left_on_would_change_the_base(family):
     """The guard of invariant 1 can fail: with an adapter still in place the base writes something else."""
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
-    expected = model.base.generate(**batch, max_new_tokens=24, do_sample=False)
+    expected = model.base.generate(**batch, max_new_tokens=12, do_sample=False)
     with torch.no_grad():
         for parameter in model.memory.long.adapter.parameters():
             parameter.normal_(std=0.5)
     answers(model, batch, SCHEDULE)
-    assert torch.equal(model.base.generate(**batch, max_new_tokens=24, do_sample=False), expected)
+    assert torch.equal(model.base.generate(**batch, max_new_tokens=12, do_sample=False), expected)
     with model.memory.long.adapter.on():
-        assert not torch.equal(model.base.generate(**batch, max_new_tokens=24, do_sample=False), expected)
+        assert not torch.equal(model.base.generate(**batch, max_new_tokens=12, do_sample=False), expected)
 
 
 def test_adapter_is_taken_out_after_an_error(family):
@@ -119,33 +122,32 @@ def test_adapter_is_taken_out_after_an_error(family):
 # 2 and 8. Training touches its own part, and never the base.
 
 
-@pytest.mark.parametrize("stage", ["one", "two"])
-def test_training_changes_its_own_part_only(family, stage):
-    model = tiny.equip(family).train()
-    parts = ("builder", "short", "long") if stage == "one" else ("tokens",)
+def test_training_changes_its_own_part_only(family):
+    model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     prompt = batch["input_ids"].shape[1]
     # A row of its own for each kind, and one whose sampled answer holds both.
-    out = answers(model.eval(), batch, SCHEDULE, eos_token_id=None)
+    out = answers(model, batch, SCHEDULE, eos_token_id=None)
     model.train()
-    base, memory, tokens = (snapshot(m) for m in (model.base, model.memory, model.tokens))
-    optimizer = torch.optim.AdamW([p for part in parts for p in model.parameters_of(part)], lr=1e-2, weight_decay=0)
     labels = out.sequences.clone()
     labels[:, :prompt] = -100
-    for _ in range(2):
-        found = model(**full(batch, out.sequences), labels=labels, prompt_length=prompt)
-        optimizer.zero_grad()
-        found.loss.backward()
-        optimizer.step()
-    assert not changed(model.base, base)
-    assert all(parameter.grad is None for parameter in model.base.parameters())
-    if stage == "one":
-        assert not changed(model.tokens, tokens)
-        assert changed(model.memory, memory) == set(memory)
-    else:
-        assert not changed(model.memory, memory)
-        # End tokens are never sampled, so where the head is untied their output rows have nothing to learn from.
-        assert changed(model.tokens, tokens) == set(tokens) - {"end_output"}
+    for stage, parts in (("one", ("builder", "short", "long")), ("two", ("tokens",))):
+        base, memory, tokens = (snapshot(m) for m in (model.base, model.memory, model.tokens))
+        optimizer = torch.optim.AdamW([p for part in parts for p in model.parameters_of(part)], lr=1e-2, weight_decay=0)
+        for _ in range(2):
+            found = model(**full(batch, out.sequences), labels=labels, prompt_length=prompt)
+            optimizer.zero_grad()
+            found.loss.backward()
+            optimizer.step()
+        assert not changed(model.base, base)
+        assert all(parameter.grad is None for parameter in model.base.parameters())
+        if stage == "one":
+            assert not changed(model.tokens, tokens)
+            assert changed(model.memory, memory) == set(memory)
+        else:
+            assert not changed(model.memory, memory)
+            # End tokens are never sampled, so where the head is untied their output rows have nothing to learn from.
+            assert changed(model.tokens, tokens) == set(tokens) - {"end_output"}
 
 
 def full(batch: dict, sequences: torch.Tensor, pad: int | None = None) -> dict:
@@ -192,33 +194,33 @@ def test_random_invocations_do_not_depend_on_neighbours(family):
 # 4. Replay.
 
 
-@pytest.mark.parametrize("recorded", [False, True], ids=["recomputed", "recorded"])
-def test_replay_gives_the_log_probabilities_of_decoding(family, recorded):
+def test_replay_gives_the_log_probabilities_of_decoding(family):
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     prompt = batch["input_ids"].shape[1]
-    out = answers(model, batch, SCHEDULE, do_sample=True, seed=1, output_logits=True, eos_token_id=None)
+    settings = {"do_sample": True, "seed": 1, "output_logits": True, "eos_token_id": None}
+    out = answers(model, batch, SCHEDULE, max_new_tokens=24, **settings)
     inputs = full(batch, out.sequences)
-    found = model(**inputs, prompt_length=prompt)
-    if recorded:
-        found = model(**inputs, prompt_length=prompt, states=found.states)
-    compared = 0
-    for row, invocations in enumerate(out.invocations):
-        put_in = {p for i in invocations for p in (i.position, i.position + 1)}
-        for place in range(len(out.logits)):
-            if place in put_in or prompt + place >= out.sequences.shape[1]:
-                continue
-            if len(invocations) and place >= len(out.logits) - 2 * sum(map(len, out.invocations)):
-                continue  # rows with fewer invocations end earlier
-            width = min(model.tokens.base_vocabulary, *model.tokens.ids)
-            seen = out.logits[place][row][:width].log_softmax(-1)
-            replayed = found.logits[row, prompt + place - 1][:width].log_softmax(-1)
-            assert torch.allclose(seen, replayed, atol=1e-4)
-            compared += 1
-    assert compared > 30
-    for row, invocations in enumerate(out.invocations):
-        for seen, replayed in zip(invocations, found.memories[row], strict=True):
-            assert torch.allclose(seen.memory, replayed, atol=1e-4)
+    recomputed = model(**inputs, prompt_length=prompt)
+    recorded = model(**inputs, prompt_length=prompt, states=recomputed.states)
+    for found in (recomputed, recorded):
+        compared = 0
+        for row, invocations in enumerate(out.invocations):
+            put_in = {p for i in invocations for p in (i.position, i.position + 1)}
+            for place in range(len(out.logits)):
+                if place in put_in or prompt + place >= out.sequences.shape[1]:
+                    continue
+                if len(invocations) and place >= len(out.logits) - 2 * sum(map(len, out.invocations)):
+                    continue  # rows with fewer invocations end earlier
+                width = min(model.tokens.base_vocabulary, *model.tokens.ids)
+                seen = out.logits[place][row][:width].log_softmax(-1)
+                replayed = found.logits[row, prompt + place - 1][:width].log_softmax(-1)
+                assert torch.allclose(seen, replayed, atol=1e-4)
+                compared += 1
+        assert compared > 30
+        for row, invocations in enumerate(out.invocations):
+            for seen, replayed in zip(invocations, found.memories[row], strict=True):
+                assert torch.allclose(seen.memory, replayed, atol=1e-4)
 
 
 # 5. Mask direction.
@@ -333,33 +335,32 @@ def test_saved_models_answer_alike_in_a_new_process(tmp_path):
 # 10. Only invocation tokens can be sampled, and every invocation is well-formed.
 
 
-@pytest.mark.parametrize("invocation", ["learned", "short", "long"])
-def test_answers_are_well_formed(family, invocation):
-    model = tiny.equip(family, min_gap=2, max_invocations=5)
+def test_answers_are_well_formed(family):
+    model = tiny.equip(family, min_gap=2, max_invocations=3)
     with torch.no_grad():  # make the four tokens as tempting as they can be
         for name, parameter in model.tokens.named_parameters():
             if name.endswith("output") or model.tokens.tied:
-                parameter.mul_(6)
+                parameter.mul_(15)
     batch = tiny.mixed_batch(model.processor)
     prompt = batch["input_ids"].shape[1]
-    out = answers(model, batch, invocation, do_sample=True, seed=2, max_new_tokens=40, eos_token_id=None)
-    assert sum(map(len, out.invocations)) > 3
     tokens = model.tokens
-    formed = ("short", "long") if invocation == "learned" else (invocation,)
-    for row, invocations in zip(out.sequences[:, prompt:].tolist(), out.invocations, strict=True):
-        starts = [i for i, token in enumerate(row) if token in tokens.kind_of]
-        ends = [i for i, token in enumerate(row) if token in tokens.end_ids.values()]
-        assert starts == [i.position for i in invocations]
-        assert ends == [i + 1 for i in starts]
-        assert len(starts) <= 5
-        assert all(second - first >= 4 for first, second in pairwise(starts))
-        for found in invocations:
-            assert row[found.position] == tokens.invocation_ids[found.kind]
-            assert row[found.position + 1] == tokens.end_ids[found.kind]
-            assert found.length == (4 if found.kind in formed else 0)
-            assert not found.forced
-        new = 40 + len(invocations)  # end tokens are free
-        assert len(row) >= new and set(row[new:]) <= {model.processor.tokenizer.pad_token_id}
+    for invocation, formed in (("learned", ("short", "long")), ("short", ("short",)), ("long", ("long",))):
+        out = answers(model, batch, invocation, do_sample=True, seed=2, max_new_tokens=20, eos_token_id=None)
+        assert sum(map(len, out.invocations)) > 3
+        for row, invocations in zip(out.sequences[:, prompt:].tolist(), out.invocations, strict=True):
+            starts = [i for i, token in enumerate(row) if token in tokens.kind_of]
+            ends = [i for i, token in enumerate(row) if token in tokens.end_ids.values()]
+            assert starts == [i.position for i in invocations]
+            assert ends == [i + 1 for i in starts]
+            assert len(starts) <= 3
+            assert all(second - first >= 4 for first, second in pairwise(starts))
+            for found in invocations:
+                assert row[found.position] == tokens.invocation_ids[found.kind]
+                assert row[found.position + 1] == tokens.end_ids[found.kind]
+                assert found.length == (4 if found.kind in formed else 0)
+                assert not found.forced
+            new = 20 + len(invocations)  # end tokens are free
+            assert len(row) >= new and set(row[new:]) <= {model.processor.tokenizer.pad_token_id}
 
 
 def test_end_tokens_cannot_be_sampled(family):

@@ -65,8 +65,8 @@ def browser():
         started.close()
 
 
-@pytest.fixture
-def visit(browser, address):
+@contextmanager
+def visits(browser, address):
     """Opens the page as a new visitor; in the end nothing may have been asked of another host, or gone wrong."""
     contexts, wrong = [], []
 
@@ -89,6 +89,13 @@ def visit(browser, address):
     for context in contexts:
         context.close()
     assert not wrong, wrong
+
+
+@pytest.fixture
+def visit(browser, address):
+    """`visits` for one test."""
+    with visits(browser, address) as opened:
+        yield opened
 
 
 def ask(page, question):
