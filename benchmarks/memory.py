@@ -97,7 +97,7 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
             kept[:] = roll(model, inputs, schedule(ROWS), ROWS)
 
         measured = {"rollout": peak(rollout)}
-        batch = collate(inputs, as_sampled(kept), 0, stage == "stage2", 1.0)
+        batch = collate(inputs, as_sampled(kept), 0, 1.0, formed=stage == "stage2")
         learner = Learner(model)
 
         def update(batch: dict = batch, optimizer: Any = optimizer, learner: Any = learner) -> None:
@@ -108,7 +108,7 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
         for checkpointing in (False, True):
             model.gradient_checkpointing_enable(checkpointing)
             measured["update"] = peak(update)
-            told = training(shape, parts, config, load, stage, checkpointing)
+            told = training(shape, parts, config, load, stage, checkpointing=checkpointing)
             steady = sum(told[name] for name in ("weights", "memory", "optimizer", "start"))
             if not checkpointing:
                 note(f"{stage} rollout", measured["rollout"], steady + sum(told["rollout"].values()))

@@ -178,7 +178,7 @@ class Updates:
         pad = model.processor.tokenizer.pad_token_id
         self.rollouts = {"stage1": rollouts, "stage2": as_sampled(rollouts)}
         self.batches = {
-            stage: collate(inputs, self.rollouts[stage], pad, stage == "stage2", 1.0) for stage in self.rollouts
+            stage: collate(inputs, self.rollouts[stage], pad, 1.0, formed=stage == "stage2") for stage in self.rollouts
         }
         self.rows = plain_rows(model, inputs, self.batches["stage1"], group)
         self.learner = Learner(model)

@@ -22,7 +22,7 @@ def written(model, batch, schedule=SCHEDULE, **more):
 
 
 def spliced(model, batch, rollouts) -> Splice:
-    call = collate(batch, rollouts, 0, True, 1.0)
+    call = collate(batch, rollouts, 0, 1.0, formed=True)
     ids, start = call["input_ids"], call["prompt_length"]
     places = find_invocations(ids, [start] * len(ids), model.tokens.invocation_ids, model.tokens.end_ids)
     return Splice(places, call["memories"], ids.shape[1])
@@ -64,7 +64,7 @@ def test_eager_attention_changes_nothing_and_is_undone(family):
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
-    call = collate(batch, out.rollout, 0, True, 1.0)
+    call = collate(batch, out.rollout, 0, 1.0, formed=True)
     call = {name: value for name, value in call.items() if name not in ("sampled", "allowed", "temperature")}
     with torch.no_grad():
         before = model(**call).last_hidden_state

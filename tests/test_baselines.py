@@ -156,7 +156,7 @@ def test_replay_is_decoding(family, tmp_path):
     batch, seeds = tiny.mixed_batch(model.processor), list(range(6))
     policy = MemoryTrainer(model, settings(tmp_path, "grpo"), rows(), low).collector.policy("anywhere", seeds)
     written = write(model, batch, policy, sampling(model, 8, 0.9), seeds, 2)
-    inputs = collate(batch, written, model.processor.tokenizer.pad_token_id, True, 0.9)
+    inputs = collate(batch, written, model.processor.tokenizer.pad_token_id, 0.9, formed=True)
     with torch.no_grad():
         found = model(**inputs).log_probs[:, inputs["prompt_length"] :]
     for row, rollout in enumerate(written):
@@ -178,9 +178,9 @@ def test_the_gradient_goes_through_shared_prompts(family):
         model(**inputs).log_probs.sum().backward()
         return {name: p.grad.clone() for name, p in parameters.items()}
 
-    shared = gradient(collate(batch, written, pad, True, 1.0))
+    shared = gradient(collate(batch, written, pad, 1.0, formed=True))
     each = [
-        gradient(collate(tiny.prompts(model.processor, [conversations[i // 2]]), [rollout], pad, True, 1.0))
+        gradient(collate(tiny.prompts(model.processor, [conversations[i // 2]]), [rollout], pad, 1.0, formed=True))
         for i, rollout in enumerate(written)
     ]
     for name, found in shared.items():

@@ -223,7 +223,7 @@ def test_estimates_are_the_sum_of_their_parts(seven):
     assert found["weights"] == 2 * 8_292_166_656
     assert found["cache"] == 28 * 2 * 4 * 128 * (1024 + 128 + 256 + 2 * 8 + 2 * 16 + 4) * 2
     for stage in ("warmup", "stage1", "stage2"):
-        found = training(shape, parts, config, load, stage, False)
+        found = training(shape, parts, config, load, stage, checkpointing=False)
         kept = [found[name] for name in ("weights", "memory", "optimizer", "start")]
         moments = [sum(found[moment].values()) for moment in ("rollout", "update")]
         assert found["total"] == sum(kept) + max(moments)
@@ -241,9 +241,12 @@ def test_more_work_needs_more_memory(seven, more):
     shape, parts = seven
     config = vismem.VisMemConfig()
     for checkpointing in (False, True):
-        some, most = (training(shape, parts, config, load, "stage1", checkpointing) for load in (Load(), Load(**more)))
+        some, most = (
+            training(shape, parts, config, load, "stage1", checkpointing=checkpointing)
+            for load in (Load(), Load(**more))
+        )
         assert sum(most["update"].values()) > sum(some["update"].values())
-    plain, spared = (training(shape, parts, config, Load(), "stage1", c)["update"] for c in (False, True))
+    plain, spared = (training(shape, parts, config, Load(), "stage1", checkpointing=c)["update"] for c in (False, True))
     assert sum(spared.values()) < sum(plain.values())
 
 

@@ -64,7 +64,7 @@ def rollouts_of(model, stage: str, which: list[int] | None = None, copies: int =
 def replayed(model, rollouts, given: str, which: list[int] | None = None) -> dict:
     """Rollouts as arguments of the training forward: with states, with memories, or with neither."""
     pad = model.processor.tokenizer.pad_token_id
-    batch = collate(prompts(model, which), rollouts, pad, given == "memories", TEMPERATURE)
+    batch = collate(prompts(model, which), rollouts, pad, TEMPERATURE, formed=given == "memories")
     if given == "recomputed":
         del batch["states"]
     return batch

@@ -48,7 +48,7 @@ def test_soft_memory_depends_on_nothing_and_looks_at_nothing(family, monkeypatch
     batch = tiny.mixed_batch(model.processor)
     seeds = list(range(6))
     written = write(model, batch, Random(0.7, "anywhere", seed=seeds), sampling(model, 16, 0.9), seeds, 2)
-    inputs = collate(batch, written, model.processor.tokenizer.pad_token_id, False, 0.9)
+    inputs = collate(batch, written, model.processor.tokenizer.pad_token_id, 0.9, formed=False)
     with torch.no_grad():
         replayed = model(**inputs).log_probs
     start, kinds = inputs["prompt_length"], set()

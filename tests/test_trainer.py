@@ -234,7 +234,7 @@ def test_after_training_off_is_the_base_and_replay_is_decoding(family, stage, tm
     written = write(model, batch, policy, sampling(model, 16, 0.9), seeds, 2)
     assert sum(len(rollout.invocations) for rollout in written) > 3
     for formed in (False, True):
-        inputs = collate(batch, written, model.processor.tokenizer.pad_token_id, formed, 0.9)
+        inputs = collate(batch, written, model.processor.tokenizer.pad_token_id, 0.9, formed=formed)
         with torch.no_grad():
             found = model(**inputs).log_probs
         start, compared = inputs["prompt_length"], 0

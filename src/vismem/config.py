@@ -90,7 +90,7 @@ class VisMemConfig:
         strings = bool(self.delimiters) and all(isinstance(text, str) and text for text in self.delimiters)
         self._require("delimiters", strings, "a non-empty list of strings")
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
+    def _require(self, name: str, holds: object, rule: str) -> None:
         if not holds:
             raise ValueError(f"VisMemConfig.{name} must be {rule}, got {shortened(getattr(self, name))}")
 

@@ -194,7 +194,7 @@ def seen_keys(shape: Shape, load: Load) -> int:
     return 2 * shape.language.heads * shape.language.head_dim * load.bytes_each
 
 
-def replay(shape: Shape, config: VisMemConfig, rows: int, load: Load, checkpointing: bool) -> dict[str, int]:
+def replay(shape: Shape, config: VisMemConfig, rows: int, load: Load, *, checkpointing: bool) -> dict[str, int]:
     """Reading `rows` answers with gradient, after reading their prompts without.
 
     The prompts' keys and values are held for every row. Each layer keeps its activations at the answer's E positions
@@ -211,7 +211,7 @@ def replay(shape: Shape, config: VisMemConfig, rows: int, load: Load, checkpoint
     }
 
 
-def formation(shape: Shape, config: VisMemConfig, rows: int, images: int, load: Load, checkpointing: bool) -> int:
+def formation(shape: Shape, config: VisMemConfig, rows: int, images: int, load: Load, *, checkpointing: bool) -> int:
     """Forming all memories of `rows` answers with gradient.
 
     Four things are kept: the tower's activations at every patch of `images` prompts (with checkpointing the blocks'
@@ -253,7 +253,7 @@ def inference(shape: Shape, parts: dict[str, int], config: VisMemConfig, load: L
 
 
 def training(
-    shape: Shape, parts: dict[str, int], config: VisMemConfig, load: Load, stage: str, checkpointing: bool
+    shape: Shape, parts: dict[str, int], config: VisMemConfig, load: Load, stage: str, *, checkpointing: bool
 ) -> dict[str, Any]:
     """One update of a stage on one device.
 
@@ -271,10 +271,12 @@ def training(
         "optimizer": 2 * trained * FLOAT32,
         "start": trained * FLOAT32,
     }
-    update = {"gradients": trained * FLOAT32} | replay(shape, config, load.micro_batch, load, checkpointing)
+    update = {"gradients": trained * FLOAT32} | replay(
+        shape, config, load.micro_batch, load, checkpointing=checkpointing
+    )
     images = load.micro_batch if stage == "warmup" else -(-load.micro_batch // load.group_size)
     if stage != "stage2":
-        update["formation"] = formation(shape, config, load.micro_batch, images, load, checkpointing)
+        update["formation"] = formation(shape, config, load.micro_batch, images, load, checkpointing=checkpointing)
     at_once = max(1, MOST_LOGITS // language.vocabulary)
     update["logits"] = logits(shape, min(at_once, load.micro_batch * load.answer_tokens), load)
     rollout = {}

@@ -53,6 +53,7 @@ def load(
     base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    *,
     trust_remote_code: bool = False,
 ) -> VisMem:
     """Loads a model with its memory, ready to answer.
@@ -75,11 +76,11 @@ def load(
     """
     given = None if name is None else str(name)
     if given is None or given == POCKET:
-        return load_model(None, base, device, dtype, trust_remote_code).model
+        return load_model(None, base, device, dtype, trust_remote_code=trust_remote_code).model
     folder = Path(given).expanduser()
     if base is None and (folder / "config.json").is_file():
-        return load_model(None, given, device, dtype, trust_remote_code).model
-    return load_model(given, base, device, dtype, trust_remote_code).model
+        return load_model(None, given, device, dtype, trust_remote_code=trust_remote_code).model
+    return load_model(given, base, device, dtype, trust_remote_code=trust_remote_code).model
 
 
 def load_model(
@@ -87,8 +88,8 @@ def load_model(
     base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda note: None,
+    trust_remote_code: bool = False,  # noqa: FBT001, FBT002  # documented as positional
+    say: Callable[[str], None] = lambda _note: None,
 ) -> Loaded:
     """Loads a base and equips it with its memory, as the command line does.
 
@@ -117,7 +118,7 @@ def load_model(
     elif is_pocket(base_name) and (MEMORY_PATH / files.CONFIG_FILE).is_file():
         folder, shown = MEMORY_PATH, POCKET
     try:
-        found, processor = load_base(place, where, dtype, trust_remote_code, say)
+        found, processor = load_base(place, where, dtype, trust_remote_code=trust_remote_code, say=say)
     except LoadError as error:
         if checkpoint is None or base:
             raise
@@ -137,8 +138,9 @@ def load_base(
     name: str,
     device: torch.device | None = None,
     dtype: str = "auto",
+    *,
     trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda note: None,
+    say: Callable[[str], None] = lambda _note: None,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Loads a base and its processor, of a supported family, with all of its weights.
@@ -291,7 +293,7 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def silence_libraries(debug: bool) -> None:
+def silence_libraries(*, debug: bool) -> None:
     """Keeps the libraries' warnings and progress bars off stderr, except a download's bar on a terminal."""
     import sys
 

@@ -139,7 +139,7 @@ class VisMem(nn.Module):
         """Returns True, for `transformers.pipeline`."""
         return True
 
-    def train(self, mode: bool = True) -> VisMem:
+    def train(self, mode: bool = True) -> VisMem:  # noqa: FBT001, FBT002  # torch's signature
         """Sets the memory's training mode; the frozen base stays in evaluation mode."""
         super().train(mode)
         self.base.eval()
@@ -156,7 +156,11 @@ class VisMem(nn.Module):
             raise ValueError(f"unknown part {part!r}; there are {', '.join(parts)}")
         return list(parts[part].parameters())
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    def num_parameters(  # transformers' signature
+        self,
+        only_trainable: bool = False,  # noqa: FBT001, FBT002
+        exclude_embeddings: bool = False,  # noqa: FBT001, FBT002
+    ) -> int:
         """Counts parameters of base and memory, as `PreTrainedModel.num_parameters` does.
 
         Args:
@@ -356,13 +360,13 @@ class VisMem(nn.Module):
         """Whether activations are recomputed in the backward pass."""
         return self.memory.short.checkpointing
 
-    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+    def gradient_checkpointing_enable(self, *, enable: bool = True) -> None:
         """Trades time for memory: the base's layers and the short former's tower keep no activations."""
         self.memory.short.checkpointing = enable
 
     # Saving and loading.
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `vismem_config.json`, `vismem.safetensors` and a model card; the base is named, not copied.
 
         If a save over an earlier memory is killed, the folder holds the old memory or the new one.

@@ -183,12 +183,12 @@ def eager_attention(model: VisMem) -> Iterator[None]:
     """Switches the base's language model to eager attention while the context lasts."""
     # Set on the private attribute, as `set_attn_implementation` does, because that method refuses remote code.
     config: Any = model.backbone.language_model.config
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
+    before = config._attn_implementation  # noqa: SLF001 - tested with transformers 5.23.0
+    config._attn_implementation = "eager"  # noqa: SLF001
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = before  # noqa: SLF001
 
 
 @contextmanager

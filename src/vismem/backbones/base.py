@@ -273,15 +273,22 @@ class Backbone:
         """The image's pixels in their spatial layout, [values, height, width]; override if the family's differs."""
         return image.pixels
 
-    def patch_rotary(self, grid: tuple[int, int]) -> Rotary:
+    def patch_rotary(self, grid: tuple[int, int]) -> Rotary:  # noqa: ARG002
         """Rotary embedding of an image's patches, in the tower's order; None if positions are learned."""
         return None
 
-    def rotary_at(self, coordinates: Tensor) -> Rotary:
+    def rotary_at(self, coordinates: Tensor) -> Rotary:  # noqa: ARG002
         """Rotary embedding at any coordinates [..., 2] (row and column, in patches); (0, 0) is no rotation."""
         return None
 
-    def attend_patches(self, depth: int, grid: tuple[int, int], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_patches(
+        self,
+        depth: int,  # noqa: ARG002
+        grid: tuple[int, int],  # noqa: ARG002
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
         """Attention among the patches of one image in block `depth`; windowed towers restrict it."""
         return F.scaled_dot_product_attention(query, key, value)
 

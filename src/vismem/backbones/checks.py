@@ -25,7 +25,7 @@ def check_base(base: Any) -> None:
     if not isinstance(base, nn.Module):
         inner = ": pass its .model and its .processor" if isinstance(getattr(base, "model", None), nn.Module) else ""
         raise ValueError(f"base must be a loaded model, not a {kind}{inner}")
-    if "_orig_mod" in base._modules:
+    if "_orig_mod" in dict(base.named_children()):
         raise ValueError(
             "base is wrapped by torch.compile: pass base._orig_mod, and generate(cache_implementation='static', "
             "compile_config=CompileConfig()) to compile decoding"

@@ -20,7 +20,7 @@ class ClipTowerBackbone(Backbone):
     def vision_size(self) -> int:
         return self.base.config.vision_config.hidden_size
 
-    def qkv(self, block: Any, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, hidden: Tensor, _rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         attention, states = block.self_attn, block.layer_norm1(hidden)
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         query, key, value = (split_heads(project(states), attention.head_dim) for project in projections)

@@ -65,7 +65,7 @@ class InternVLBackbone(Backbone):
     def to_raster(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         return patches[:, 1:].unflatten(1, grid)
 
-    def qkv(self, block: Any, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, hidden: Tensor, _rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         attention, states = block.attention, block.layernorm_before(hidden)
         query = attention.q_norm(attention.q_proj(states))  # over the full width, before the heads are split
         key = attention.k_norm(attention.k_proj(states))

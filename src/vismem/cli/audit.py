@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log_to_stderr(logging.WARNING)
     logging.getLogger("vismem").setLevel(logging.INFO)
-    silence_libraries(options.debug)  # before they are imported, as some speak up then
+    silence_libraries(debug=options.debug)  # before they are imported, as some speak up then
     try:
         from vismem.audit.audit import AuditOptions, audit
         from vismem.audit.questions import questions_and_unread

@@ -169,7 +169,7 @@ def estimates(shape, parts: dict[str, int], config: VisMemConfig, load) -> dict:
         "inference": {str(rows): inference(shape, parts, config, load, rows) for rows in BATCHES},
         **{
             stage: {
-                name: training(shape, parts, config, load, stage, checkpointing)
+                name: training(shape, parts, config, load, stage, checkpointing=checkpointing)
                 for name, checkpointing in (("plain", False), ("gradient_checkpointing", True))
             }
             for stage in STAGES
@@ -198,7 +198,7 @@ def refuse_checkpoint(options: argparse.Namespace) -> None:
 def silence(options: argparse.Namespace) -> None:
     from vismem.cli.model_options import silence_libraries
 
-    silence_libraries(options.debug)
+    silence_libraries(debug=options.debug)
 
 
 # As text.

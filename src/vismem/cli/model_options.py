@@ -31,7 +31,7 @@ def load(options: argparse.Namespace) -> Loaded:
         Misuse: if the device has no such name.
         ValueError, OSError: if something is missing, damaged, or does not fit together; one line each.
     """
-    silence_libraries(options.debug)
+    silence_libraries(debug=options.debug)
     try:
         return load_model(
             options.checkpoint, options.base, options.device, options.dtype, options.trust_remote_code, say

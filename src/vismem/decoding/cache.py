@@ -37,7 +37,7 @@ class Aligned:
             self.mask, self.position = None if mask is None else mask[index], position.index_select(-2, index)
         return list(range(len(sources)))
 
-    def read(self, backbone: Backbone, inputs: Tensor, rows: list[int]) -> Tensor:
+    def read(self, backbone: Backbone, inputs: Tensor, _slots: list[int]) -> Tensor:
         """Reads `inputs` [B, w, d] after all rows and returns the states [B, d] at their end."""
         width = inputs.shape[1]
         if self.mask is not None:
@@ -80,7 +80,7 @@ class SlotLayer(CacheLayerMixin):
             shape = (self.slots.rows, heads, self.slots.columns, size)
             buffer = torch.zeros(shape, dtype=states.dtype, device=states.device)
             if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(buffer)  # a graph may then write into it in place
+                torch._dynamo.mark_static_address(buffer)  # noqa: SLF001  # no public name in torch 2.14: a graph may then write into it in place
             setattr(self, name, buffer)
         self.is_initialized = True
 
@@ -96,7 +96,7 @@ class SlotLayer(CacheLayerMixin):
             found.append(part[:, :, begin:end])
         return found[0], found[1]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         return self.slots.end, 0
 
     def get_seq_length(self) -> int:
@@ -263,7 +263,7 @@ class Slots:
         if "sliding_attention" in self.types:
             near = masks["full_attention"] & (columns > now - self.window)
             masks["sliding_attention"] = near[..., self.begin :]
-        if self.config._attn_implementation == "eager":
+        if self.config._attn_implementation == "eager":  # noqa: SLF001  # no public name in transformers 5.23
             least = torch.finfo(self.layers[0].keys.dtype).min
             masks = {kind: torch.where(mask, 0.0, least) for kind, mask in masks.items()}
         return {kind: masks[kind] for kind in self.types} if len(self.types) > 1 else masks[next(iter(self.types))]
@@ -306,7 +306,7 @@ class Slots:
             if layer.is_initialized:
                 for name in ("keys", "values"):
                     grown = torch.nn.functional.pad(getattr(layer, name), (0, 0, 0, more))
-                    torch._dynamo.mark_static_address(grown)
+                    torch._dynamo.mark_static_address(grown)  # noqa: SLF001
                     setattr(layer, name, grown)
         self.columns += more
 

@@ -41,7 +41,7 @@ class Detokenizer:
         """Returns the rest, whole or not."""
         return self._advance(last=True)
 
-    def _advance(self, last: bool = False) -> str:
+    def _advance(self, *, last: bool = False) -> str:
         written = len(self._decode(self.ids[self.start : self.read]))
         text = self._decode(self.ids[self.start :])
         if len(text) > written and (last or not text.endswith("\ufffd")):

@@ -89,7 +89,7 @@ class Learned:
     def start(self) -> None:
         """Keeps no state."""
 
-    def inject(self, row: RowState) -> Kind | None:
+    def inject(self, row: RowState) -> Kind | None:  # noqa: ARG002
         """Never inserts an invocation."""
         return None
 

@@ -109,7 +109,7 @@ def prepare(
     images = backbone.prompt_images(input_ids, kwargs)
 
     def return_prepared(
-        base: Any,
+        _base: Any,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -117,11 +117,11 @@ def prepare(
         **model_kwargs: Any,
     ) -> Prepared:
         memory_ids = tokens.ids if policy.samples or policy.injects else []
-        refuse_unsupported(generation_config, model_kwargs, bool(memory_ids))
+        refuse_unsupported(generation_config, model_kwargs, memory_on=bool(memory_ids))
         limits = [each.max_length for each in stopping_criteria if isinstance(each, MaxLengthCriteria)]
         ends = [each.eos_token_id.tolist() for each in stopping_criteria if isinstance(each, EosTokenCriteria)]
         others = (each for each in stopping_criteria if not isinstance(each, (MaxLengthCriteria, EosTokenCriteria)))
-        pad = generation_config._pad_token_tensor
+        pad = generation_config._pad_token_tensor  # noqa: SLF001  # set by `generate` in transformers 5.23
         settings = DecodingSettings(
             policy=policy,
             config=generation_config,
@@ -171,7 +171,7 @@ def take_copies_and_stop_strings(base: Any, kwargs: dict[str, Any], tokenizer: A
     return int(copies)
 
 
-def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any], memory_on: bool) -> None:
+def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any], *, memory_on: bool) -> None:
     """Raises ValueError, in one line, for what this decoder cannot honour."""
     if config.guidance_scale not in (None, 1) and memory_on:
         raise ValueError(
@@ -257,7 +257,7 @@ class Layout:
         wanted = cache_implementation(base, kwargs)
         if wanted not in SLOT_CACHES:
             return None
-        attention = base.config.get_text_config()._attn_implementation
+        attention = base.config.get_text_config()._attn_implementation  # noqa: SLF001
         if attention not in ("sdpa", "eager"):
             raise ValueError(
                 f"cache_implementation='static' needs attn_implementation 'sdpa' or 'eager', not {attention!r}"

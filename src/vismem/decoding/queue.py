@@ -69,13 +69,14 @@ class Answer:
         finish: `"stop"` (an end token or a stopping criterion), `"length"`, `"cancelled"`, `"error"`, or None while it
             is not done.
         error: why the request was refused or failed; a `NonFiniteError` if its own numbers were not finite.
+        row: the row of the decoder; None while the request waits.
     """
 
     request: Request
     index: int
     finish: Literal["stop", "length", "cancelled", "error"] | None = None
     error: BaseException | None = None
-    _row: Row | None = field(default=None, repr=False)
+    row: Row | None = field(default=None, repr=False)
 
     @property
     def tag(self) -> Any:
@@ -85,34 +86,34 @@ class Answer:
     @property
     def tokens(self) -> list[int]:
         """The new tokens so far, invocation and end tokens among them."""
-        return [] if self._row is None else self._row.tokens
+        return [] if self.row is None else self.row.tokens
 
     @property
     def taken(self) -> bool:
         """Whether decoding started: the prompt was read and the row entered the batch."""
-        return self._row is not None
+        return self.row is not None
 
     @property
     def sampled(self) -> int:
         """Number of sampled tokens so far."""
-        return 0 if self._row is None else self._row.sampled
+        return 0 if self.row is None else self.row.sampled
 
     @property
     def invocations(self) -> list[Invocation]:
         """The invocations so far."""
-        return [] if self._row is None else self._row.invocations
+        return [] if self.row is None else self.row.invocations
 
     @property
     def tops(self) -> list[Top | None]:
         """What the request's `top` asks for, per token; None for inserted tokens."""
-        return [] if self._row is None else self._row.record.tops
+        return [] if self.row is None else self.row.record.tops
 
     @property
     def rollout(self) -> Rollout:
         """What training needs of a finished answer; with `record=True` only."""
-        if self._row is None:
+        if self.row is None:
             raise ValueError("no rollout: the answer has no token yet")
-        return self._row.rollout()
+        return self.row.rollout()
 
 
 class RequestQueue:
@@ -191,7 +192,7 @@ class RequestQueue:
     def cancel(self, answers: Iterable[Answer]) -> None:
         """Cancels answers: waiting ones never start, those in progress stop."""
         cancelled = {id(answer): answer for answer in answers if answer.finish is None}
-        rows = [answer._row for answer in cancelled.values() if answer._row is not None]
+        rows = [answer.row for answer in cancelled.values() if answer.row is not None]
         for answer in cancelled.values():
             answer.finish = "cancelled"
         self.waiting = deque(group for group in self.waiting if any(answer.finish is None for answer in group))
@@ -314,7 +315,7 @@ class RequestQueue:
             if len(groups) > 1:
                 row.settings = copy.copy(row.settings)
                 row.settings.budget = budget
-            answer._row, row.tag, row.record.top = row, answer.tag, answer.request.top
+            answer.row, row.tag, row.record.top = row, answer.tag, answer.request.top
             self.answers[id(row)] = answer
             if answer.finish is not None:  # cancelled while it waited, unlike others of its request
                 self.answers.pop(id(row))

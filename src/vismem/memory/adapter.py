@@ -49,7 +49,14 @@ class Adapter(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, targets: tuple[str, ...], r: int, alpha: int, dropout: float, fused_qkv: bool = False
+        self,
+        module: nn.Module,
+        targets: tuple[str, ...],
+        r: int,
+        alpha: int,
+        dropout: float,
+        *,
+        fused_qkv: bool = False,
     ) -> None:
         from peft import LoraConfig, inject_adapter_in_model  # slow to import
         from peft.tuners.lora import LoraLayer

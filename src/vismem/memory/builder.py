@@ -68,7 +68,7 @@ class QueryBuilder(nn.Module):
         nn.init.normal_(self.project_out.weight, std=output_scale * width**-0.5)
         nn.init.zeros_(self.project_out.bias)
 
-    def encode(self, visual: list[Tensor], states: list[Tensor], queries_only: bool = False) -> Tensor:
+    def encode(self, visual: list[Tensor], states: list[Tensor], *, queries_only: bool = False) -> Tensor:
         """The encoder's last layer for n invocations: [n, s + K, width], H first (padded to s), then the queries.
 
         Args:

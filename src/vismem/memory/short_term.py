@@ -46,7 +46,7 @@ class ShortTermFormer(nn.Module):
             config.lora_r,
             config.lora_alpha,
             config.lora_dropout,
-            backbone.fused_qkv,
+            fused_qkv=backbone.fused_qkv,
         )
 
     def encode(self, images: list[Image]) -> list[Patches]:

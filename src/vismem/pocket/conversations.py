@@ -135,6 +135,7 @@ def sample_conversation(
     split: str = "train",
     task: str | None = None,
     distance: int = 0,
+    *,
     shown_again: bool = False,
     rule: str = "stated",
     after_description: bool = False,

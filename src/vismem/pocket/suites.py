@@ -90,7 +90,7 @@ SUITES |= {
 }
 
 
-def rows(suite: str, n: int = 12, seed: int = 1, bound: bool = False, split: str = "test") -> list[Row]:
+def rows(suite: str, n: int = 12, seed: int = 1, *, bound: bool = False, split: str = "test") -> list[Row]:
     """The questions of a suite, always the same for a seed.
 
     Args:

@@ -137,7 +137,7 @@ def _tags(rng: Random, names: tuple[str, ...], tidy: float) -> tuple[tuple[str, 
         return _grid(lambda: rng.choice(names))
     drawn = [rng.choice(names) for _ in range(SIDE)]
     layout = rng.choice(("rows", "columns", "all"))
-    by_layout = {"rows": lambda r, c: drawn[r], "columns": lambda r, c: drawn[c], "all": lambda r, c: drawn[0]}
+    by_layout = {"rows": lambda r, _: drawn[r], "columns": lambda _, c: drawn[c], "all": lambda *_: drawn[0]}
     return tuple(tuple(by_layout[layout](r, c) for c in range(SIDE)) for r in range(SIDE))
 
 
@@ -224,7 +224,7 @@ def _shape_mask(shape: str) -> np.ndarray:
     return np.array([[pixel == "1" for pixel in line] for line in SHAPES[shape]])
 
 
-def render_array(scene: Scene, noise: float = 5.0, varied: bool = False) -> np.ndarray:
+def render_array(scene: Scene, noise: float = 5.0, *, varied: bool = False) -> np.ndarray:
     """Draw a scene: uint8 array [64, 64, 3]. The same scene gives the same picture, pixel for pixel.
 
     `varied` distorts each digit's handwriting at random: more of it for the base to train on.

@@ -106,8 +106,8 @@ def locate(
         position_ids(model, input_ids, attention_mask, inputs, copies, starts[0]),
         features,
         copies,
-        model.checkpointing,
         {name: inputs[name] for name in backbone.token_inputs if inputs.get(name) is not None},
+        checkpointing=model.checkpointing,
     )
     # What stands before the first invocation of all rows depends on nothing that is trained here.
     first = starts[0] if copies > 1 else min((site.index for row in located.sites for site in row), default=0)
@@ -213,5 +213,5 @@ def position_ids(
         if name.endswith("token_type_ids")
     }
     arguments = {**inputs, **padded, "input_ids": input_ids, "attention_mask": attention_mask}
-    found: Tensor = model.base._prepare_position_ids_for_generation(input_ids, arguments)
+    found: Tensor = model.base._prepare_position_ids_for_generation(input_ids, arguments)  # noqa: SLF001  # transformers 5.23
     return found

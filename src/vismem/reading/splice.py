@@ -134,9 +134,9 @@ class Reader:
         positions: position ids [..., B, L].
         features: what `Backbone.image_features` returned, or None.
         copies: that many consecutive rows share their prompt, and `features` are those of the first of each.
-        checkpointing: recompute the base's layers in the backward pass instead of keeping their activations.
         known: further per-token inputs of the base, by name (`Backbone.token_inputs`): [B, at most L], once per prompt
             if rows share theirs. As in the base's own decoding, what follows a cache is text.
+        checkpointing: recompute the base's layers in the backward pass instead of keeping their activations.
     """
 
     def __init__(
@@ -147,8 +147,9 @@ class Reader:
         positions: Tensor,
         features: Any | None,
         copies: int = 1,
-        checkpointing: bool = False,
         known: dict[str, Tensor] | None = None,
+        *,
+        checkpointing: bool = False,
     ) -> None:
         self.backbone, self.embeds, self.mask, self.positions = backbone, embeds, mask, positions
         self.images = None if features is None else {"image": features}
@@ -220,12 +221,13 @@ def recomputed(base: nn.Module) -> Iterator[None]:
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
 
     layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    states = [(layer.training, layer.gradient_checkpointing, layer._can_checkpoint_with_cache) for layer in layers]
+    # The private names are those of transformers 5.23.
+    states = [(layer.training, layer.gradient_checkpointing, layer._can_checkpoint_with_cache) for layer in layers]  # noqa: SLF001
     try:
         for layer in layers:
-            layer.training = layer.gradient_checkpointing = layer._can_checkpoint_with_cache = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer.training = layer.gradient_checkpointing = layer._can_checkpoint_with_cache = True  # noqa: SLF001
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # noqa: SLF001
         yield
     finally:
         for layer, state in zip(layers, states, strict=True):
-            layer.training, layer.gradient_checkpointing, layer._can_checkpoint_with_cache = state
+            layer.training, layer.gradient_checkpointing, layer._can_checkpoint_with_cache = state  # noqa: SLF001

@@ -202,5 +202,7 @@ def arguments_for(stage: str, layers: Sequence[Mapping[str, Any]], **fixed: Any)
     values.setdefault("run_name", f"{folder.parent.name if folder.name == stage else folder.name}-{stage}")
     if "bf16" not in values or "dtype" not in values:
         args = MemoryTrainingArguments(**{**values, "bf16": False})  # also brings several processes together
-        values |= choose_precision(args, False if values.get("fp16") else values.get("bf16"), values.get("dtype"))
+        values |= choose_precision(
+            args, bf16=False if values.get("fp16") else values.get("bf16"), dtype=values.get("dtype")
+        )
     return MemoryTrainingArguments(**values)

@@ -136,7 +136,7 @@ class Collector:
         rate = self.args.injection_rate if places == "delimiter" else self.args.anywhere_rate
         return Random(rate, places, seed=seeds)
 
-    def score(self, rows: list[Row], rollouts: list[Rollout], state: Any, noted: bool = False) -> Tensor:
+    def score(self, rows: list[Row], rollouts: list[Rollout], state: Any, *, noted: bool = False) -> Tensor:
         """Scores S of all answers, float [n]; `rows` are the prompts, each with the same number of answers.
 
         With `noted`, the mean of each reward is added to the metrics.

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 SIZE, ROUNDS = 256, 5  # size and number of the products; some milliseconds in all
 
 
-def choose_precision(args: TrainingArguments, bf16: bool | None, dtype: str | None) -> dict[str, Any]:
+def choose_precision(args: TrainingArguments, *, bf16: bool | None, dtype: str | None) -> dict[str, Any]:
     """Chooses `bf16` and `dtype` if the settings leave them open; the same on every process of the run.
 
     Values that are set stay. Others are those of the run's newest checkpoint; without one a CPU trains in the dtype it
@@ -36,13 +36,13 @@ def choose_precision(args: TrainingArguments, bf16: bool | None, dtype: str | No
         bf16: whether to compute in bfloat16; None to choose.
         dtype: of the base's weights; None to choose.
     """
-    found: list[Any] = [_choice(args, bf16, dtype) if args.process_index == 0 else None]
+    found: list[Any] = [_choice(args, bf16=bf16, dtype=dtype) if args.process_index == 0 else None]
     if args.world_size > 1:
         broadcast_object_list(found)
     return found[0]
 
 
-def _choice(args: TrainingArguments, bf16: bool | None, dtype: str | None) -> dict[str, Any]:
+def _choice(args: TrainingArguments, *, bf16: bool | None, dtype: str | None) -> dict[str, Any]:
     earlier = _recorded(str(args.output_dir))
     on_cpu = args.device.type == "cpu"
     if bf16 is None and earlier:

@@ -34,7 +34,7 @@ class Learner(nn.Module):
             self.adapter = adapter
         self._model = [model]
 
-    def activation_checkpointing_enable(self, **settings: Any) -> None:
+    def activation_checkpointing_enable(self, **_settings: Any) -> None:
         """Called by the Trainer for `gradient_checkpointing=true`."""
         self._model[0].gradient_checkpointing_enable()
 
@@ -53,7 +53,7 @@ class Learner(nn.Module):
 
 
 def collate(
-    prompts: dict[str, Tensor], rollouts: list[Rollout], pad: int, formed: bool, temperature: float
+    prompts: dict[str, Tensor], rollouts: list[Rollout], pad: int, temperature: float, *, formed: bool
 ) -> dict[str, Any]:
     """Prompts and their rollouts as arguments of `VisMem.forward`.
 
@@ -61,8 +61,8 @@ def collate(
         prompts: the processor's output for B prompts, padded on the left.
         rollouts: n per prompt, those of one prompt adjacent.
         pad: the padding id.
-        formed: pass the memories that decoding formed; else the observed states, to form them again.
         temperature: of the rollouts' sampling.
+        formed: pass the memories that decoding formed; else the observed states, to form them again.
     """
     copies, device = len(rollouts) // len(prompts["input_ids"]), prompts["input_ids"].device
     start = prompts["input_ids"].shape[1]

@@ -39,10 +39,10 @@ def training_rows(source: Any, args: MemoryTrainingArguments, model: VisMem) -> 
         limit=args.max_rows,
         columns=args.columns,
     )
-    return rows.checked(partial(check_row, model.processor, context_of(model), args.plan.supervised))
+    return rows.checked(partial(check_row, model.processor, context_of(model), supervised=args.plan.supervised))
 
 
-def check_row(processor: Any, context: int | None, supervised: bool, row: Row) -> None:
+def check_row(processor: Any, context: int | None, row: Row, *, supervised: bool) -> None:
     """Raises BadRowError if the processor rejects the row, the prompt is too long, or the reply has an image token."""
     row_inputs(processor, row, context)
     if supervised:

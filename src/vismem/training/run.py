@@ -216,7 +216,9 @@ def load_model(args: MemoryTrainingArguments) -> VisMem:
         made = "an adapter" if args.plan.adapts else "a memory"
         raise ValueError(f"no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of {made} that names its own")
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    base, processor = load_base(name, None, args.dtype, args.trust_remote_code, log.info, **options)
+    base, processor = load_base(
+        name, dtype=args.dtype, trust_remote_code=args.trust_remote_code, say=log.info, **options
+    )
     if args.checkpoint and not args.plan.adapts:
         return VisMem.from_pretrained(args.checkpoint, base, processor, memory_dtype=torch.float32)
     model = VisMem(base, processor, args.memory_config())  # a baseline never invokes its memory

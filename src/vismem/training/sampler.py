@@ -15,7 +15,7 @@ class PromptSampler(Sampler[int]):
     from the start of the order, so that every update has whole batches on any number of processes.
     """
 
-    def __init__(self, length: int, chunk: int, repeats: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, length: int, chunk: int, repeats: int, seed: int, *, shuffle: bool = True) -> None:
         self.length, self.chunk, self.repeats, self.seed, self.shuffle = length, chunk, repeats, seed, shuffle
         self.epoch = 0
 

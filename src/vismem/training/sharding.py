@@ -14,9 +14,9 @@ def make_shardable(learner: nn.Module) -> set[Parameter]:
     """Gives scalar parameters a dimension, without which FSDP2 cannot shard them; returns which they are."""
     numbers = set()
     for module in learner.modules():
-        for name, p in module._parameters.items():
-            if p is not None and not p.dim():
-                module._parameters[name] = nn.Parameter(p.detach()[None], requires_grad=p.requires_grad)
+        for name, p in list(module.named_parameters(recurse=False)):
+            if not p.dim():
+                module.register_parameter(name, nn.Parameter(p.detach()[None], requires_grad=p.requires_grad))
                 numbers.add((module, name))
     return numbers
 
@@ -37,14 +37,14 @@ def whole(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def gathered(learner: nn.Module, numbers: set[Parameter]) -> Iterator[None]:
     """Replaces sharded parameters by whole tensors, as `state_dict` returns shards even inside `whole`."""
-    places = [(module, name, p) for module in learner.modules() for name, p in module._parameters.items()]
+    places = [(module, name, p) for module in learner.modules() for name, p in module.named_parameters(recurse=False)]
     sharded = [(module, name, p) for module, name, p in places if hasattr(p, "full_tensor")]
     try:
         for module, name, parameter in sharded:
             tensor = parameter.full_tensor()
             tensor = tensor[0] if (module, name) in numbers else tensor
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         yield
     finally:
         for module, name, parameter in sharded:
-            module._parameters[name] = parameter
+            module.register_parameter(name, parameter)

@@ -19,15 +19,15 @@ from vismem.training.arguments import MemoryTrainingArguments
 
 
 def with_invocations(
-    words: list[int], model: VisMem, args: MemoryTrainingArguments, places: str, sighted: bool, rng: Random
+    words: list[int], model: VisMem, args: MemoryTrainingArguments, places: str, rng: Random, *, sighted: bool
 ) -> tuple[list[int], list[bool]]:
     """A reply's ids with invocations and end tokens, and which of them are words to learn.
 
     Args:
         words: the reply's ids, its closing token included.
         places: `"delimiter"` or `"anywhere"`.
-        sighted: whether there is an image; short-term memory needs one.
         rng: of positions and kinds.
+        sighted: whether there is an image; short-term memory needs one.
     """
     tokens, config = model.tokens, model.memory_config
     ids: list[int] = []
@@ -102,7 +102,7 @@ def supervised_batch(
     for reply, sees, rng in zip(replies, sighted, rngs, strict=True):
         words = tokenizer.encode(reply, add_special_tokens=False)
         words = [*words, *([] if end is None else [end])][: args.max_new_tokens]  # a truncated reply has no end
-        ids, kept = with_invocations(words, model, args, places, sees, rng)
+        ids, kept = with_invocations(words, model, args, places, rng, sighted=sees)
         answers.append(torch.tensor(ids))
         learned.append(torch.tensor(kept))
     tokens = pad_sequence(answers, True, tokenizer.pad_token_id or 0).to(device)

@@ -107,7 +107,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         self.kl = grpo.AdaptiveKL(args.kl_coef, args.target_kl, args.kl_horizon)
         self.start = {name: p.detach().clone() for name, p in self.trained()}
         self.metrics, self.samples = Metrics(), Samples(str(args.output_dir))
-        self.watch = SignalWatch(self, args.plan.invokes in ("chance", "model"))
+        self.watch = SignalWatch(self, invokes=args.plan.invokes in ("chance", "model"))
         self.add_callback(self.watch)
         self.collector: Collector | None = None
         if not args.plan.supervised:
@@ -129,7 +129,12 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
 
     # Called by the Trainer.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(  # transformers' signature
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Trains; leaves the model in evaluation mode, with this stage in its `history`.
 
         Args:
@@ -178,7 +183,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
                 "or choose another output_dir"
             )
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> Any:
         """Not supported: use `vismem eval`."""
         raise ValueError(NO_EVALUATION)
 
@@ -192,7 +197,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         chunk = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         shuffle = args.train_sampling_strategy != "sequential"
-        self.sampler = PromptSampler(len(dataset), chunk, args.inner_iterations, seed, shuffle)
+        self.sampler = PromptSampler(len(dataset), chunk, args.inner_iterations, seed, shuffle=shuffle)
         return self.sampler
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
@@ -217,7 +222,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:  # noqa: ARG002
         """One batch of prompts: trajectories and their gradient, or supervised examples and theirs."""
         args, step = self.args, self.state.global_step
         self.vismem.base.eval()
@@ -364,7 +369,7 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         inputs = experience.prompts if everything else inputs_of(self.vismem, rows)
         pad = self.vismem.processor.tokenizer.pad_token_id or 0
         rollouts = [experience.rollouts[i] for i in index]
-        return collate(inputs, rollouts, pad, not self.args.plan.forms, self.args.temperature)
+        return collate(inputs, rollouts, pad, self.args.temperature, formed=not self.args.plan.forms)
 
     @torch.no_grad()
     def reference_log_probs(self, batch: dict[str, Any] | None) -> Tensor:

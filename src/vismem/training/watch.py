@@ -32,7 +32,7 @@ class SignalWatch(TrainerCallback):
         invokes: whether the stage invokes memory.
     """
 
-    def __init__(self, trainer: Any, invokes: bool) -> None:
+    def __init__(self, trainer: Any, *, invokes: bool) -> None:
         self.trainer, self.invokes = trainer, invokes
         self.seen: dict[str, float] = {}  # signal of the current update, by name
         self.row, self.total = dict.fromkeys(REASONS, 0), dict.fromkeys(REASONS, 0)
@@ -50,7 +50,7 @@ class SignalWatch(TrainerCallback):
         """Sets the gradient norm of a supervised update, the same on every process."""
         self.seen["gradient"] = norm
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_given: Any) -> None:  # noqa: ARG002
         names = sorted(self.seen)
         own = torch.tensor([self.seen[name] for name in names], device=args.device)
         values = self.trainer.accelerator.reduce(own).tolist() if names else []
@@ -62,7 +62,7 @@ class SignalWatch(TrainerCallback):
             if self.row[name] == PATIENCE and state.is_world_process_zero:
                 log.warning("warning: in the last %d updates %s (%s)", PATIENCE, REASONS[name], PAGE)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_given: Any) -> None:  # noqa: ARG002
         if state.is_world_process_zero:
             for name, count in self.total.items():
                 if 2 * count >= self.updates > 0:
