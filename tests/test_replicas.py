@@ -16,6 +16,7 @@ if importlib.util.find_spec("ray") is None or not Path("/proc/net/tcp").exists()
     pytest.skip("needs Ray Serve (vismem[replicas]) and Linux's /proc", allow_module_level=True)
 
 from vismem.loading import LoadError, load_model
+from vismem.serving.cluster import Cluster
 from vismem.serving.engine import Engine, EngineRequest
 from vismem.serving.errors import ApiError
 from vismem.serving.events import Ended, Started, TextDelta
@@ -293,3 +294,13 @@ def test_start_errors_are_one_line():
     assert not ray.is_initialized() and "RAY_AUTH_TOKEN" not in os.environ
     with pytest.raises(LoadError, match=r"cannot use Ray at 127\.0\.0\.1:9: "):
         start_replicas({"device": "cpu"}, 2, address="127.0.0.1:9")
+
+
+def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatch):
+    def timeout(*_):
+        raise Exception("The current node timed out during startup.")  # as Ray 2.60 does
+
+    monkeypatch.setattr(Cluster, "_connect", timeout)
+    with pytest.raises(LoadError, match="cannot use Ray at this machine: The current node timed out"):
+        Cluster(None, SMALL)
+    assert "RAY_AUTH_TOKEN" not in os.environ

@@ -51,7 +51,7 @@ class Cluster:
         os.environ.update(environment)
         try:
             self._connect(address, object_store)
-        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a start that times out raises a bare Exception
             self._end()
             reason = " ".join(str(error).split())
             raise LoadError(f"cannot use Ray at {address or 'this machine'}: {reason}") from error

@@ -215,7 +215,9 @@ def load_model(args: MemoryTrainingArguments) -> VisMem:
     if not name:
         made = "an adapter" if args.plan.adapts else "a memory"
         raise ValueError(f"no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of {made} that names its own")
-    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    options: dict[str, Any] = {}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
     base, processor = load_base(
         name, dtype=args.dtype, trust_remote_code=args.trust_remote_code, say=log.info, **options
     )
