@@ -43,6 +43,7 @@ MOVED = {
     "vismem.serving.running": "vismem.serving.lifespan",
     "vismem.serving.stripping": "vismem.serving.metadata",
     "vismem.training.figures": "vismem.training.metrics",
+    "vismem.training.rewards.waiting": "vismem.training.rewards.combine",
 }
 
 
