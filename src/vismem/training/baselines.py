@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
@@ -22,6 +23,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vismem import files
 from vismem.backbones import Backbone
@@ -45,7 +47,7 @@ class LanguageAdapter(nn.Module):
         base: a base with an adapter.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
         self.layers = nn.ModuleDict()
         for name, layer in lora_layers(base).items():
@@ -53,7 +55,7 @@ class LanguageAdapter(nn.Module):
             self.layers[name.replace(".", "/")] = nn.ModuleDict({part: held[NAME] for part, held in parts.items()})
 
 
-def lora_layers(base: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(base: PreTrainedModel) -> dict[str, LoraLayer]:
     """The base's layers with the adapter, by name."""
     return {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer) and NAME in m.lora_A}
 
@@ -80,7 +82,7 @@ def adapter_of(model: VisMem) -> LanguageAdapter:
     return LanguageAdapter(model.base).float().eval()
 
 
-def save_adapter(base: nn.Module, folder: str | Path) -> None:
+def save_adapter(base: PreTrainedModel, folder: str | Path) -> None:
     """Saves `adapter_config.json` and `adapter_model.safetensors`, readable by `load_adapter` and peft.
 
     A base loaded from a folder is recorded by its absolute path. A save that is killed leaves the old adapter or the
@@ -92,7 +94,7 @@ def save_adapter(base: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     state = get_peft_model_state_dict(base, adapter_name=NAME, save_embedding_layers=False)
     state = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    config, name = copy.deepcopy(base.peft_config[NAME]), recorded_name(base)
+    config, name = copy.deepcopy(cast("dict[str, LoraConfig]", base.peft_config)[NAME]), recorded_name(base)
     local = name != POCKET and bool(name) and Path(name).expanduser().is_dir()
     config.base_model_name_or_path = os.path.abspath(Path(name).expanduser()) if local else name
     config.inference_mode = True
@@ -166,7 +168,7 @@ def read_config(folder: str | Path) -> LoraConfig:
     return config
 
 
-def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
+def load_adapter(model: VisMem | PreTrainedModel, folder: str | Path) -> None:
     """Loads a saved adapter onto a base in float32, replacing any existing one.
 
     To combine it with memory, equip the base first and load the adapter last.
@@ -188,7 +190,7 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
     check_fit(state, base, f"adapter {folder}, made for {config.base_model_name_or_path or 'another base'},")
     check_finite(state, f"adapter {folder}")
     ranks = {len(tensor) for name, tensor in state.items() if ".lora_A." in name}
-    if odd_ranks := {config.r, *config.rank_pattern.values()} - ranks:
+    if odd_ranks := {config.r, *(config.rank_pattern or {}).values()} - ranks:
         raise ValueError(f"adapter {folder} does not match its {CONFIG_FILE}: no tensor has rank {max(odd_ranks)}")
     if lora_layers(base):
         base.delete_adapter(NAME)
@@ -203,7 +205,7 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
     base.eval().requires_grad_(False)
 
 
-def check_fit(state: dict[str, Tensor], base: nn.Module, what: str) -> None:
+def check_fit(state: dict[str, Tensor], base: PreTrainedModel, what: str) -> None:
     """Raises ValueError if an adapter's tensors do not match linear layers of `base`."""
     modules = dict(base.named_modules())
     for name, tensor in state.items():
@@ -216,7 +218,7 @@ def check_fit(state: dict[str, Tensor], base: nn.Module, what: str) -> None:
 
 
 @contextmanager
-def without_adapter(base: nn.Module) -> Iterator[None]:
+def without_adapter(base: PreTrainedModel) -> Iterator[None]:
     """Disables the adapter within the context."""
     trained = [p for p in base.parameters() if p.requires_grad]  # peft freezes on disabling, and unfreezes later
     base.disable_adapters()

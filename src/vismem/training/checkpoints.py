@@ -15,17 +15,26 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from vismem import files
 from vismem.card import METRICS
 from vismem.training.baselines import save_adapter
 from vismem.training.sharding import gathered
+
+if TYPE_CHECKING:
+    from vismem.model import VisMem
+    from vismem.training.arguments import MemoryTrainingArguments
+    from vismem.training.experience import Collector
+    from vismem.training.grpo import AdaptiveKL
+    from vismem.training.metrics import Metrics
+    from vismem.training.replay import Learner
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +47,16 @@ class DamagedCheckpointError(ValueError):
     """A checkpoint file is missing or differs from what was written; names it."""
 
 
-class WholeCheckpoints:
-    """Replaces the Trainer's saving in `MemoryTrainer`."""
+class CheckpointingTrainer(Trainer):
+    """A Trainer with atomic checkpoints that hold the method's state; the base of `MemoryTrainer`."""
+
+    args: MemoryTrainingArguments
+    vismem: VisMem
+    kl: AdaptiveKL
+    collector: Collector | None
+    start: dict[str, Tensor]  # the stage's initial parameters
+    metrics: Metrics
+    numbers: set[Any]  # scalar parameters, as `make_shardable` returns them
 
     staging = ""  # folder of the checkpoint being written
     restored: dict[str, Any] | None = None  # sums from a checkpoint, until the loop starts
@@ -49,7 +66,7 @@ class WholeCheckpoints:
         return self.staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name, target = f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)
+        name, target = f"checkpoint-{self.state.global_step}", self.run_folder
         staging = target / ".partial"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -74,6 +91,16 @@ class WholeCheckpoints:
             limit = self.args.save_total_limit
             rotate_checkpoints(output_dir=str(target), save_total_limit=limit, use_mtime=False)
         self.accelerator.wait_for_everyone()
+
+    @property
+    def run_folder(self) -> Path:
+        """`args.output_dir`."""
+        return Path(str(self.args.output_dir))
+
+    @property
+    def learner(self) -> Learner:
+        """The learner without accelerate's wrappers."""
+        return self.accelerator.unwrap_model(self.model)
 
     def own_state(self) -> dict[str, Any]:
         """What a checkpoint holds beyond the Trainer's state."""
@@ -132,10 +159,10 @@ class WholeCheckpoints:
     def naming_checkpoint(self) -> Iterator[None]:
         """Adds the newest checkpoint to the error for a full disk."""
         try:
-            with files.disk_errors(Path(self.args.output_dir)):
+            with files.disk_errors(self.run_folder):
                 yield
         except files.DiskFullError as error:
-            last = newest_checkpoint(self.args.output_dir)
+            last = newest_checkpoint(self.run_folder)
             raise files.DiskFullError(
                 f"{error}; last good checkpoint: {last or 'none yet'}. Free some space and continue with --resume"
             ) from error
@@ -145,13 +172,13 @@ class WholeCheckpoints:
         if _internal_call:
             super().save_model(output_dir, _internal_call)
         else:
-            self.save_result(output_dir or Path(self.args.output_dir) / self.args.plan.result)
+            self.save_result(output_dir or self.run_folder / self.args.plan.result)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves the learner's weights for resuming, and the settings as JSON."""
         if not self.args.should_save:  # called on every process if parameters are sharded
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.run_folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.learner.state_dict() if state_dict is None else state_dict
         weights = {n: t.detach().cpu().contiguous() for n, t in state.items()}
@@ -272,8 +299,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
         except DamagedCheckpointError as error:
             errors.append(error)
             continue
-        for error in errors:
-            log.warning("%s; continuing from %s", error, path)
+        for damaged in errors:
+            log.warning("%s; continuing from %s", damaged, path)
         return str(path)
     if errors:
         raise DamagedCheckpointError(f"{errors[0]}; no older checkpoint is intact, so choose another output_dir")
