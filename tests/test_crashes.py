@@ -346,7 +346,7 @@ def test_a_stopped_run_says_how_to_resume(work, tmp_path, monkeypatch, capsys, n
     assert signal.getsignal(signal.SIGTERM) is before
     last = capsys.readouterr().err.strip().splitlines()[-1]
     word = "interrupted" if number == signal.SIGINT else "terminated"
-    told = f"--resume continues stage1 from step 2 ({run / 'checkpoint-2'})" if step else "has saved nothing yet"
+    told = f"--resume continues stage1 from step 2 ({run / 'checkpoint-2'})" if step else "has no checkpoint yet"
     assert last.startswith(f"vismem: {word}; ") and told in last
 
 
