@@ -107,9 +107,9 @@ def test_row_objects_are_checked_too(tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"completion": "A <|image_pad|> cup."}, "the reply's text holds <|image_pad|>"),
-        ({"prompt": "What is <|vision_start|>?"}, "holds <|vision_start|>"),
-        ({"prompt": "What is <ms_I>?"}, "holds <ms_I>"),
+        ({"completion": "A <|image_pad|> cup."}, "the reply's text contains <|image_pad|>"),
+        ({"prompt": "What is <|vision_start|>?"}, "contains <|vision_start|>"),
+        ({"prompt": "What is <ms_I>?"}, "contains <ms_I>"),
         ({"prompt": "Look! " * 5000}, "the prompt has"),
     ],
 )

@@ -339,7 +339,7 @@ def test_pixels_are_limited_per_image_and_per_request() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 201), (201, 1), (2, 500)])
-def test_one_pixel_wide_images_are_refused(size: tuple[int, int]) -> None:
+def test_extreme_aspect_ratios_are_refused(size: tuple[int, int]) -> None:
     """Resized to a model's minimum width, one pixel by millions would take gigabytes."""
     with refused(400, "200 times its shorter"):
         decoded(png(*size))
