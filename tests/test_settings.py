@@ -19,7 +19,7 @@ from vismem.evaluation.settings import load_settings as evaluation_settings
 from vismem.settings import MOST_BYTES, check, describe, read_changes, read_file
 from vismem.training import precision
 from vismem.training.arguments import MemoryTrainingArguments, arguments_for
-from vismem.training.settings import OTHER_NAMES, PRESETS, SECTIONS, checked, kinds, load_settings, values_for
+from vismem.training.settings import OTHER_NAMES, PRESETS, SECTIONS, check_layer, kinds, load_settings, values_for
 
 
 def read(tmp_path: Path, content: str | bytes) -> dict:
@@ -166,9 +166,9 @@ def test_wrong_types_and_names_give_one_line(change, said):
 
 
 def test_unambiguous_spellings_are_accepted():
-    found = checked(read_changes(["use_cpu=yes", "strict=Off", "max_steps=1e3", "group_size='8'", "seed=1_000"]))
+    found = check_layer(read_changes(["use_cpu=yes", "strict=Off", "max_steps=1e3", "group_size='8'", "seed=1_000"]))
     assert found == {"use_cpu": True, "strict": False, "max_steps": 1000, "group_size": 8, "seed": 1000}
-    assert checked(read_changes(["learning_rate='5e-5'", "warmup=", "checkpoint=null"])) == {
+    assert check_layer(read_changes(["learning_rate='5e-5'", "warmup=", "checkpoint=null"])) == {
         "learning_rate": 5e-5,
         "checkpoint": None,
     }
@@ -217,7 +217,7 @@ def test_types_read_from_source_match_the_class():
     for name, kind in {"bf16": "true or false", "seed": "a whole number", "learning_rate": "a number"}.items():
         assert describe(kinds()[name]) == kind
     for preset in PRESETS.values():
-        assert checked({name: value for name, value in preset.items() if name != "preset"})
+        assert check_layer({name: value for name, value in preset.items() if name != "preset"})
     args = TrainingArguments("x", use_cpu=True, report_to=[])
     plain = {name: value for name, value in args.to_dict().items() if name not in ("debug", "parallelism_config")}
     check({name: value for name, value in plain.items() if name in kinds()}, kinds())  # as --show prints them

@@ -21,7 +21,7 @@ from pydantic import PlainValidator, TypeAdapter, ValidationError
 
 from vismem.config import SettingsError
 
-__all__ = ["SettingsError", "check", "hints_from_source", "kind_of", "read_changes", "read_file", "typed"]
+__all__ = ["SettingsError", "check", "convert", "hints_from_source", "kind_of", "read_changes", "read_file"]
 
 MOST_BYTES = 2**18  # of a settings file
 MOST_VALUES = 10_000  # in a file, with aliases expanded
@@ -84,7 +84,7 @@ def read_file(path: str | Path | None) -> dict[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise SettingsError(f"{path} must hold a mapping of settings, got {shown(found)}")
+        raise SettingsError(f"{path} must hold a mapping of settings, got {format_value(found)}")
     return found
 
 
@@ -111,7 +111,7 @@ def read_changes(texts: Sequence[str]) -> dict[str, Any]:
                 inner = target[section] = {"preset": inner}
             if not isinstance(inner, dict):
                 before = ".".join(sections[: depth + 1])
-                raise SettingsError(f"{name} is set inside {before}, which is set to {shown(inner)}")
+                raise SettingsError(f"{name} is set inside {before}, which is set to {format_value(inner)}")
             target = inner
         target[key] = _read(value, f"the value of {name}", comments=False)
     return found
@@ -156,7 +156,7 @@ def _plain(node: yaml.Node, left: list[int], depth: int) -> Any:
         for key, value in node.value:
             name = _plain(key, left, depth + 1)
             if not isinstance(name, str):
-                raise _refused(key, f"the name of a setting must be text, got {shown(name)}")
+                raise _refused(key, f"the name of a setting must be text, got {format_value(name)}")
             if name == "<<":
                 raise _refused(key, "merge keys (<<) are not part of YAML 1.2; write the settings out")
             if name in found:
@@ -167,7 +167,7 @@ def _plain(node: yaml.Node, left: list[int], depth: int) -> Any:
         try:
             return _SCALARS[kind](node.value)
         except (ValueError, KeyError):
-            raise _refused(node, f"{shown(node.value)} is not of the type {kind}") from None
+            raise _refused(node, f"{format_value(node.value)} is not of the type {kind}") from None
     raise _refused(node, f"the tag {node.tag} is not supported; use text, numbers, true, false, lists and mappings")
 
 
@@ -214,27 +214,29 @@ def check(
             wrong type.
     """
     if not isinstance(values, Mapping):
-        raise SettingsError(f"{section.rstrip(' .') or 'settings'} must be a mapping of settings, got {shown(values)}")
+        raise SettingsError(
+            f"{section.rstrip(' .') or 'settings'} must be a mapping of settings, got {format_value(values)}"
+        )
     found = {}
     for name, value in values.items():
         if name not in kinds:
             raise unknown(f"{section}{name}", str(name), kinds, elsewhere)
-        found[name] = typed(value, kinds[name], f"{section}{name}")
+        found[name] = convert(value, kinds[name], f"{section}{name}")
     return found
 
 
 def unknown(
-    shown_name: str, name: str, known: Collection[str], elsewhere: Mapping[str, str] | None = None
+    full_name: str, name: str, known: Collection[str], elsewhere: Mapping[str, str] | None = None
 ) -> SettingsError:
     """The error for an unknown name; gives its name here, or the nearest one."""
     if other := (elsewhere or {}).get(name):
-        return SettingsError(f"unknown setting {shown_name}; " + (other if " " in other else f"here it is {other}"))
+        return SettingsError(f"unknown setting {full_name}; " + (other if " " in other else f"here it is {other}"))
     near = difflib.get_close_matches(name, known, 1)
     few = f"; there are {', '.join(known)}" if len(known) <= 20 else ""
-    return SettingsError(f"unknown setting {shown_name}" + (f"; did you mean {near[0]}?" if near else few))
+    return SettingsError(f"unknown setting {full_name}" + (f"; did you mean {near[0]}?" if near else few))
 
 
-def typed(value: Any, kind: Any, name: str) -> Any:
+def convert(value: Any, kind: Any, name: str) -> Any:
     """Converts a value from YAML or the command line to a type; null becomes empty text. Raises SettingsError."""
     if value is None and kind is str:
         return ""
@@ -244,13 +246,13 @@ def typed(value: Any, kind: Any, name: str) -> Any:
         hint = ""
         if describe(kind).startswith("text") and isinstance(value, (int, float)):
             hint = f' (as text: "{str(value).lower()}", with quotes)'
-        raise SettingsError(f"{name} must be {describe(kind)}, got {shown(value)}{hint}") from None
+        raise SettingsError(f"{name} must be {describe(kind)}, got {format_value(value)}{hint}") from None
 
 
-def preset_named(value: Any, presets: Collection[str], where: str = "") -> str:
+def check_preset(value: Any, presets: Collection[str], where: str = "") -> str:
     """Checks the name of a preset. Raises SettingsError if it is unknown."""
     if not isinstance(value, str) or value not in presets:
-        raise SettingsError(f"{where}unknown preset {shown(value)}; there are {', '.join(presets)}")
+        raise SettingsError(f"{where}unknown preset {format_value(value)}; there are {', '.join(presets)}")
     return value
 
 
@@ -325,7 +327,7 @@ def describe(kind: Any) -> str:
 _PLURALS: dict[Any, str] = {Whole: "whole numbers", Number: "numbers", str: "texts"}
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Formats a value for messages: as in YAML, and shortened."""
     constants = {True: "true", False: "false", None: "null"}
     text = constants[value] if value is None or isinstance(value, bool) else repr(value)

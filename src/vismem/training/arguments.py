@@ -18,7 +18,7 @@ from transformers import TrainingArguments, integrations
 from transformers.training_args import trainer_log_levels
 
 from vismem.config import VisMemConfig
-from vismem.settings import Flag, Number, SettingsError, Whole, shown, typed
+from vismem.settings import Flag, Number, SettingsError, Whole, convert, format_value
 from vismem.training.precision import choose_precision
 from vismem.training.settings import PRESETS, SECTIONS, kinds, load_settings, memory_config, own_kinds, values_for
 from vismem.training.stages import PLANS, STAGES, Plan
@@ -116,7 +116,7 @@ class MemoryTrainingArguments(TrainingArguments):
         own = own_kinds()
         for name, kind in kinds().items():  # before the parent derives values from them
             if (name in own and name != "rewards") or kind in (Whole, Number, Flag):
-                setattr(self, name, typed(getattr(self, name), kind, name))
+                setattr(self, name, convert(getattr(self, name), kind, name))
         # Each process reads its own share: rows hold images, which accelerate cannot broadcast.
         loading: Any = self.accelerator_config or {}
         self.accelerator_config = {"dispatch_batches": False, **loading}
@@ -167,7 +167,7 @@ class MemoryTrainingArguments(TrainingArguments):
 
     def _require(self, name: str, rule: str, holds: object) -> None:
         if not holds:
-            raise SettingsError(f"{name} must be {rule}, got {shown(getattr(self, name))}")
+            raise SettingsError(f"{name} must be {rule}, got {format_value(getattr(self, name))}")
 
     @property
     def plan(self) -> Plan:

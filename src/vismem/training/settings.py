@@ -17,12 +17,12 @@ from vismem.config import VisMemConfig
 from vismem.settings import (
     SettingsError,
     check,
+    check_preset,
+    format_value,
     hints_from_source,
     kind_of,
-    preset_named,
     read_changes,
     read_file,
-    shown,
 )
 from vismem.training.stages import BASELINES, STAGES
 
@@ -174,21 +174,21 @@ def load_settings(path: str | Path | None, overrides: Sequence[str]) -> list[dic
             one), or a value has the wrong type.
         OSError: if the file cannot be read.
     """
-    return [checked(read_file(path)), checked(read_changes(overrides))]
+    return [check_layer(read_file(path)), check_layer(read_changes(overrides))]
 
 
-def checked(layer: Any, where: str = "") -> dict[str, Any]:
+def check_layer(layer: Any, where: str = "") -> dict[str, Any]:
     """Checks the names and types of a layer of settings and its sections; `where` prefixes names in messages.
 
     Raises:
         SettingsError: if it is not a mapping, a name is unknown, or a value has the wrong type.
     """
     if not isinstance(layer, Mapping):
-        raise SettingsError(f"{where.rstrip('.')} must be a mapping of settings, got {shown(layer)}")
+        raise SettingsError(f"{where.rstrip('.')} must be a mapping of settings, got {format_value(layer)}")
     general = {name: value for name, value in layer.items() if name not in (*SECTIONS, "preset")}
     found = _section(general, where)
     if "preset" in layer:
-        found["preset"] = preset_named(layer["preset"], PRESETS, where and f"{where.rstrip('.')}: ")
+        found["preset"] = check_preset(layer["preset"], PRESETS, where and f"{where.rstrip('.')}: ")
     for section in SECTIONS:
         if layer.get(section) is not None:
             found[section] = _section(layer[section], f"{where}{section}.")
@@ -210,7 +210,7 @@ def values_for(stage: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any
     Raises:
         SettingsError: if a name, a type or the memory's configuration is wrong.
     """
-    layers = [checked(layer) for layer in layers]
+    layers = [check_layer(layer) for layer in layers]
     preset = next((layer["preset"] for layer in reversed(layers) if "preset" in layer), "paper")
     values: dict[str, Any] = {}
     for layer in (PRESETS[preset], *layers):
@@ -225,7 +225,7 @@ def values_for(stage: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any
 def memory_config(values: Mapping[str, Any] | str | None) -> VisMemConfig:
     """The config of a new memory. Raises SettingsError for an unknown preset or field, or an invalid value."""
     given = check({"preset": values} if isinstance(values, str) else values or {}, memory_kinds(), "memory.")
-    name = preset_named(given.pop("preset", "paper"), MEMORY_PRESETS, "memory: ")
+    name = check_preset(given.pop("preset", "paper"), MEMORY_PRESETS, "memory: ")
     try:
         return VisMemConfig.preset(name, **given)
     except ValueError as error:
