@@ -31,7 +31,7 @@ def one_thread():
 
 
 def records(count: int, bad: tuple[int, ...] = ()) -> list[dict]:
-    """Rows as dictionaries; those at `bad` have a picture that the processor refuses."""
+    """Rows as dictionaries; those at `bad` have an image that the processor rejects."""
     pictures = [TALL if i in bad else tiny.picture(i) for i in range(count)]
     return [
         {
@@ -45,7 +45,7 @@ def records(count: int, bad: tuple[int, ...] = ()) -> list[dict]:
 
 
 class Noting(MemoryTrainer):
-    """Keeps the ids of each step's rows and its loss."""
+    """Records each step's row ids and loss."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -66,8 +66,8 @@ def run(folder, stage, data, resume=None, **changes) -> Noting:
 
 
 @pytest.mark.parametrize(("stage", "streaming"), [("warmup", False), ("warmup", True), ("stage1", False)])
-def test_a_row_that_the_processor_refuses_is_replaced_also_after_a_resume(tmp_path, caplog, stage, streaming):
-    """One bad row comes up in the first update, one in the third."""
+def test_a_rejected_row_is_replaced_also_after_resuming(tmp_path, caplog, stage, streaming):
+    """One bad row occurs in the first update, one in the third."""
     data = records(10, bad=(1, 5))
     more = {"save_strategy": "steps", "save_steps": 2, "streaming": streaming}
     whole = run(tmp_path, stage, data, **more)
@@ -97,7 +97,7 @@ def test_too_many_bad_rows_and_strict(tmp_path):
         run(tmp_path, "warmup", records(2, bad=(0, 1)))
 
 
-def test_rows_given_as_rows_are_tried_too(tmp_path):
+def test_row_objects_are_checked_too(tmp_path):
     rows = test_trainer.rows(4)
     rows[0] = Row("mine", rows[0].prompt, [TALL], "a", "a", {})
     done = run(tmp_path, "warmup", rows, max_steps=1)
@@ -107,13 +107,13 @@ def test_rows_given_as_rows_are_tried_too(tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"completion": "A <|image_pad|> cup."}, "the reply's text holds <|image_pad|>"),
-        ({"prompt": "What is <|vision_start|>?"}, "holds <|vision_start|>"),
-        ({"prompt": "What is <ms_I>?"}, "holds <ms_I>"),
+        ({"completion": "A <|image_pad|> cup."}, "the reply's text contains <|image_pad|>"),
+        ({"prompt": "What is <|vision_start|>?"}, "contains <|vision_start|>"),
+        ({"prompt": "What is <ms_I>?"}, "contains <ms_I>"),
         ({"prompt": "Look! " * 5000}, "the prompt has"),
     ],
 )
-def test_texts_that_no_model_takes(tmp_path, caplog, change, problem):
+def test_texts_that_models_reject(tmp_path, caplog, change, problem):
     data = records(3)
     data[1] |= change
     model = equip("qwen2_5_vl")
@@ -123,7 +123,7 @@ def test_texts_that_no_model_takes(tmp_path, caplog, change, problem):
     assert caplog.text.count("bad row") == 1 and problem in caplog.text
 
 
-def test_a_missing_image_is_found_when_the_rows_are_opened(tmp_path, caplog):
+def test_a_missing_image_is_found_on_loading(tmp_path, caplog):
     datasets = pytest.importorskip("datasets")
     tiny.picture(1).save(tmp_path / "here.png")
     names = ["here.png", "gone.png", "x" * 5000, "", "https://example.com/a.png"]
@@ -140,7 +140,7 @@ def test_a_missing_image_is_found_when_the_rows_are_opened(tmp_path, caplog):
 # What the trainer is given.
 
 
-def test_the_trainer_takes_what_trl_takes(tmp_path):
+def test_the_trainer_accepts_trls_inputs(tmp_path):
     datasets = pytest.importorskip("datasets")
     raw = [{"question": row["prompt"], "image": row["images"][0], "answer": "a"} for row in records(4)]
     table = datasets.Dataset.from_list(raw)
@@ -153,7 +153,7 @@ def test_the_trainer_takes_what_trl_takes(tmp_path):
     assert done.train_dataset[0].answer == "a"
 
 
-def test_what_training_does_not_use_is_refused(tmp_path):
+def test_unused_arguments_are_refused(tmp_path):
     model, args, rows = equip("qwen2_5_vl"), settings(tmp_path, "warmup"), test_trainer.rows(2)
     for given in ({"eval_dataset": rows}, {"compute_metrics": len}):
         with pytest.raises(ValueError, match=r"training does not evaluate: .* run `vismem eval`"):
@@ -187,7 +187,7 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
 # Evaluation.
 
 
-def test_a_question_that_cannot_be_asked_is_recorded_and_the_rest_kept(tmp_path, caplog):
+def test_a_bad_question_is_recorded_and_the_rest_answered(tmp_path, caplog):
     model, rows = equip("qwen2_5_vl"), test_trainer.rows(3)
     rows[1] = Row("tall", rows[1].prompt, [TALL], "a", "a", {"task": "sum"})
     store = RecordFile(tmp_path / "a.jsonl", {})

@@ -32,7 +32,7 @@ EVERY = list(tiny.FAMILIES)
 
 
 def equip(family: str = "idefics3", **changes):
-    """A tiny model that pays heed to its context; random weights hardly do."""
+    """A tiny model that depends on its context, which random weights hardly do."""
     model = tiny.equip(family, **{"lora_dropout": 0.0, **changes})
     with torch.no_grad():
         for name, parameter in model.backbone.language_model.named_parameters():
@@ -42,7 +42,7 @@ def equip(family: str = "idefics3", **changes):
 
 
 def adapted(family: str = "idefics3", **changes):
-    """The same with an adapter that has learned something."""
+    """The same with a trained adapter."""
     model = equip(family, **changes)
     adapter = adapter_of(model)
     torch.manual_seed(5)
@@ -54,7 +54,7 @@ def adapted(family: str = "idefics3", **changes):
 
 
 def plain(base) -> dict[str, torch.Tensor]:
-    """The base's own tensors, by the names that they have without an adapter."""
+    """The base's tensors, by their names without an adapter."""
     state = base.state_dict()
     return {name.replace(".base_layer", ""): t.clone() for name, t in state.items() if ".lora_" not in name}
 
@@ -74,7 +74,7 @@ def last_logits(base, processor) -> torch.Tensor:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", EVERY)
 def test_only_the_adapter_moves(family, stage, tmp_path):
-    """Float32 LoRA on a bfloat16 base: on the language model's query and value projections, and on nothing else."""
+    """Float32 LoRA on a bfloat16 base, only on the language model's query and value projections."""
     if stage == "grpo" and family not in tiny.UNLIKE:
         pytest.skip("what is trained is the same in both")
     model = equip(family, dtype=torch.bfloat16)
@@ -114,7 +114,7 @@ def test_a_new_adapter_changes_nothing_and_has_the_memorys_rank(family):
 
 
 def test_off_is_base_and_adapter_together(family):
-    """With an adapter on, `invocation="off"` writes what transformers writes with it; without it, the base's words."""
+    """`invocation="off"` gives transformers' tokens, with an adapter and without."""
     model = adapted(family)
     batch = tiny.mixed_batch(model.processor)
     bare = equip(family)
@@ -129,7 +129,7 @@ def test_off_is_base_and_adapter_together(family):
 
 
 def test_forming_memory_leaves_the_adapter_on(family):
-    """The formers' own adapters stand in for it while a memory is formed, and give it its place back."""
+    """The formers' adapters replace it while a memory is formed, and restore it afterwards."""
     model, bare = adapted(family), equip(family)
     batch = tiny.mixed_batch(model.processor)
     expected = last_logits(model.base, model.processor)
@@ -165,7 +165,7 @@ def test_replay_is_decoding(family, tmp_path):
 
 
 def test_the_gradient_goes_through_shared_prompts(family):
-    """What an adapter makes of the prompt is learned too: as where every trajectory reads its prompt for itself."""
+    """The prompt's gradient counts too, as if every trajectory encoded its own prompt."""
     model = adapted(family)
     parameters = dict(LanguageAdapter(model.base).requires_grad_(True).named_parameters())
     conversations = [tiny.message("look again!", tiny.picture(0)), tiny.message("a red cup.", tiny.picture(1))]
@@ -341,7 +341,7 @@ def test_grpo_raises_the_reward(tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_going_on_is_as_if_never_stopped(stage, tmp_path, monkeypatch):
+def test_resuming_equals_an_uninterrupted_run(stage, tmp_path, monkeypatch):
     plan = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3, "logging_steps": 2}
     plan |= {"lr_scheduler_type": "cosine", "warmup_steps": 1, "max_new_tokens": 6}
 
@@ -420,7 +420,7 @@ def test_a_memory_is_equipped_before_an_adapter(tmp_path):
 # The command.
 
 
-def test_the_command_trains_and_goes_on(folder, tmp_path, capsys):
+def test_the_command_trains_and_resumes(folder, tmp_path, capsys):
     file, reply = str(folder / "settings.yaml"), tmp_path / "replies.jsonl"
     lines = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     lines = [{**line, "images": [str(folder / line["images"][0])], "completion": "a red cup."} for line in lines]
@@ -447,7 +447,7 @@ def test_the_command_trains_and_goes_on(folder, tmp_path, capsys):
 
 
 def broken(adapter: Path, folder: Path, change) -> Path:
-    """A copy of an adapter with something changed in its configuration."""
+    """A copy of an adapter with a modified config."""
     folder.mkdir()
     for file in adapter.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -456,7 +456,7 @@ def broken(adapter: Path, folder: Path, change) -> Path:
     return folder
 
 
-def test_wrong_adapters_are_one_line(tmp_path):
+def test_wrong_adapters_give_one_line(tmp_path):
     model = adapted()
     MemoryTrainer(model, settings(tmp_path, "sft"), rows(), None).save_result(tmp_path / "adapter")
     model.save_pretrained(tmp_path / "memory")
@@ -487,7 +487,7 @@ def test_wrong_adapters_are_one_line(tmp_path):
         (["sft", "preset=pocket", "base=pocket", "data=pocket:warm"], "unknown pocket mixture 'warm'"),
     ],
 )
-def test_wrong_uses_are_one_line(folder, tmp_path, capsys, given, said):
+def test_misuse_gives_one_line(folder, tmp_path, capsys, given, said):
     given = [word.replace("CHECKPOINT", str(folder)) for word in given]
     assert command(given[0], str(folder / "settings.yaml"), f"output_dir={tmp_path / 'run'}", *given[1:]) in (1, 2)
     err = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("vismem")]
@@ -532,8 +532,8 @@ def test_baselines_read_the_rows_of_a_stage(stage, mixture, follows, theirs):
         assert "<" not in one.completion and one.answer in one.completion
 
 
-def test_the_stages_rows_are_as_they_were():
-    """A stage's rows depend on seed, stage and index, and on the mixture that `data` names."""
+def test_the_stages_rows_are_unchanged():
+    """A stage's rows depend only on seed, stage, index and the mixture in `data`."""
     for stage, mixture in (("warmup", ""), ("stage1", ""), ("stage2", "late")):
         rng = Chance(f"5-{stage}-9")
         conversation = practice(rng, MIXTURES[mixture or stage])

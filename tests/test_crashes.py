@@ -49,12 +49,12 @@ CONFIG = {
 
 
 class Killed(BaseException):
-    """In the place of SIGKILL, which pytest would not survive."""
+    """Stands in for SIGKILL, which pytest would not survive."""
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A tiny base, data with line separators in its texts, a reward and settings, in files."""
+    """Files: a tiny base, data with line separators in its text, a reward and settings."""
     found = tmp_path_factory.mktemp("work")
     base, processor = tiny.base_and_processor("idefics3")
     base.save_pretrained(found / "base")
@@ -75,7 +75,7 @@ def work(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick():
-    """Models this small are fastest on one thread."""
+    """Tiny models run fastest on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,7 +87,7 @@ def command(work: Path, out: Path, *more: str, stage: str = "stage1") -> int:
 
 
 def killed_at(step: int, monkeypatch, method: str = "_save_rng_state"):
-    """Lets the trainer die while it saves the checkpoint of that step."""
+    """Kills the trainer while it saves the checkpoint of that step."""
     real = getattr(MemoryTrainer, method)
 
     def dying(self, *given, **named):
@@ -105,14 +105,14 @@ def without_times(log: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(work, tmp_path_factory) -> Path:
-    """A run that nothing disturbed; tests only read it."""
+    """An uninterrupted run; read-only."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert command(work, out) == 0
     return out
 
 
 @pytest.mark.parametrize("kill", [1, 3, 4], ids=["before-the-first-checkpoint", "between-two-logs", "at-the-end"])
-def test_completions_and_figures_are_as_if_undisturbed(work, whole, tmp_path, monkeypatch, capsys, kill):
+def test_a_resumed_run_equals_an_uninterrupted_one(work, whole, tmp_path, monkeypatch, capsys, kill):
     with monkeypatch.context() as patch:
         killed_at(kill, patch, "save_result" if kill == 4 else "_save_rng_state")
         with pytest.raises(Killed):
@@ -136,7 +136,7 @@ def test_completions_and_figures_are_as_if_undisturbed(work, whole, tmp_path, mo
 
 @pytest.fixture(scope="module")
 def stopped(work, tmp_path_factory) -> Path:
-    """A run that was killed after its third checkpoint; tests copy it."""
+    """A run killed after its third checkpoint; tests copy it."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         killed_at(4, patch)
@@ -153,9 +153,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_file_of_a_checkpoint_is_named_and_the_one_before_is_taken(
-    work, whole, stopped, tmp_path, caplog, capsys
-):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(work, whole, stopped, tmp_path, caplog, capsys):
     names = sorted(path.name for path in (stopped / "checkpoint-3").iterdir() if path.is_file())
     assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "memory_state_0.pt", MANIFEST} <= set(names)
     for name in names:
@@ -193,7 +191,7 @@ def test_checkpoints_of_earlier_versions_resume_with_a_warning(work, stopped, tm
     assert f"checkpoint-3 has no {MANIFEST}" in caplog.text
 
 
-def test_a_checkpoint_that_is_replaced_is_on_the_disk_all_the_time(tmp_path, monkeypatch):
+def test_a_replaced_checkpoint_stays_on_disk_until_the_rename(tmp_path, monkeypatch):
     for folder, text in ((tmp_path / "checkpoint-2", "old"), (tmp_path / "new", "new")):
         folder.mkdir()
         (folder / "trainer_state.json").write_text(text)
@@ -215,7 +213,7 @@ def test_a_checkpoint_that_is_replaced_is_on_the_disk_all_the_time(tmp_path, mon
 
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"steps": 4}', "no memory", "no files", "other memory", "flipped"])
-def test_done_is_believed_only_with_what_it_claims(work, whole, tmp_path, caplog, broken):
+def test_done_counts_only_with_an_intact_result(work, whole, tmp_path, caplog, broken):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     weights = (run / "memory" / WEIGHTS_FILE).read_bytes()
@@ -236,7 +234,7 @@ def test_done_is_believed_only_with_what_it_claims(work, whole, tmp_path, caplog
         done.write_text(broken)
     caplog.clear()
     assert command(work, run, "--resume") == 0
-    assert "done.json says that stage1 is done, but" in caplog.text
+    assert "done.json marks stage1 as done, but" in caplog.text
     assert (run / "memory" / WEIGHTS_FILE).read_bytes() == weights
     VisMem.from_pretrained(run)
     (run / "memory" / CARD_FILE).write_text("my own words")
@@ -251,7 +249,7 @@ ENDINGS = ["sys.exit(0)", "sys.exit('bye')", "raise GeneratorExit"]
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("where", ["call", "import"])
-def test_a_reward_that_ends_the_program_has_failed(work, tmp_path, capsys, ending, where):
+def test_a_reward_that_exits_the_program_fails(work, tmp_path, capsys, ending, where):
     head, inside = (ending, "pass") if where == "import" else ("", ending)
     (tmp_path / "ends.py").write_text(f"import sys\n{head}\ndef low(completions, **others):\n    {inside}\n")
     code = command(work, tmp_path / "run", f"rewards={tmp_path / 'ends.py'}:low", stage="stage1")
@@ -263,7 +261,7 @@ def test_a_reward_that_ends_the_program_has_failed(work, tmp_path, capsys, endin
     assert not (tmp_path / "run" / "memory").exists()
 
 
-def test_a_judge_that_ends_the_program_has_failed(tmp_path):
+def test_a_judge_that_exits_the_program_fails(tmp_path):
     (tmp_path / "judge.py").write_text("import sys\ndef ends(*given):\n    sys.exit(0)\n")
     with pytest.raises(RewardError, match="SystemExit"):
         train(equip("idefics3"), settings(tmp_path), reward={"name": "judge", "function": f"{tmp_path}/judge.py:ends"})
@@ -296,7 +294,7 @@ def test_a_second_run_into_a_folder_is_refused(work, stopped, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "completions", "memory"])
-def test_a_full_disk_is_one_line_with_the_last_good_checkpoint(work, tmp_path, monkeypatch, capsys, place):
+def test_a_full_disk_names_the_last_good_checkpoint(work, tmp_path, monkeypatch, capsys, place):
     run = tmp_path / "run"
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
@@ -348,7 +346,7 @@ def test_a_stopped_run_says_how_to_resume(work, tmp_path, monkeypatch, capsys, n
     assert signal.getsignal(signal.SIGTERM) is before
     last = capsys.readouterr().err.strip().splitlines()[-1]
     word = "interrupted" if number == signal.SIGINT else "terminated"
-    told = f"--resume continues stage1 from step 2 ({run / 'checkpoint-2'})" if step else "has saved nothing yet"
+    told = f"--resume continues stage1 from step 2 ({run / 'checkpoint-2'})" if step else "has no checkpoint yet"
     assert last.startswith(f"vismem: {word}; ") and told in last
 
 

@@ -29,7 +29,7 @@ def png(seed: int = 0, size=(32, 32)) -> bytes:
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of that many pixels in width and height, by its header, in some bytes."""
+    """A small PNG whose header claims this width and height."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -43,7 +43,7 @@ def same(image: Image.Image, seed: int) -> bool:
 
 
 def write(path: Path, rows: list) -> Path:
-    """Rows as JSON Lines; a text stands for a line as it is."""
+    """Writes rows as JSON Lines; a string is written verbatim."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
@@ -75,7 +75,7 @@ def test_a_jsonl_file(folder):
             rows[index]
 
 
-def test_jsonl_with_mark_line_ends_and_letters(folder):
+def test_jsonl_with_bom_crlf_and_unicode(folder):
     lines = [
         json.dumps(example(0)),
         json.dumps(example(1, answer="größer"), ensure_ascii=False),
@@ -208,7 +208,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "problem"), BAD_LINES)
-def test_bad_lines_are_named_and_dropped(folder, caplog, line, problem):
+def test_bad_lines_are_named_and_skipped(folder, caplog, line, problem):
     path = write(folder / "t.jsonl", [example(0), line, example(1)])
     rows = load_dataset_rows(path)
     assert [row.id for row in rows] == ["t.jsonl:1", "t.jsonl:3"]
@@ -254,8 +254,8 @@ BAD_IMAGES = {
 }
 
 
-def test_images_that_are_cut_off_are_bad_whatever_pillow_was_told(tmp_path, monkeypatch):
-    """lmms-eval, once imported, has Pillow fill up what is missing."""
+def test_truncated_images_are_bad_whatever_pillow_is_set_to(tmp_path, monkeypatch):
+    """Importing lmms-eval makes Pillow accept truncated files."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(BadImageError, match="broken"):
         open_image(png()[: len(png()) // 2], tmp_path)
@@ -263,7 +263,7 @@ def test_images_that_are_cut_off_are_bad_whatever_pillow_was_told(tmp_path, monk
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_a_bad_image_gives_way_to_the_next_row(folder, caplog, kind):
+def test_a_bad_image_is_replaced_by_the_next_row(folder, caplog, kind):
     content, problem = BAD_IMAGES[kind]
     if content is not None:
         (folder / "images" / "bad.png").write_bytes(content)
@@ -300,7 +300,7 @@ def test_a_bad_image_gives_way_to_the_next_row(folder, caplog, kind):
         ("\0", "cannot read image"),
     ],
 )
-def test_images_that_cannot_be(folder, value, problem):
+def test_invalid_images(folder, value, problem):
     with pytest.raises(BadDataError, match=problem):
         load_dataset_rows(write(folder / "t.jsonl", [example(0, images=[value])]), strict=True)[0]
 
@@ -393,7 +393,7 @@ def test_encoded_images_in_datasets(folder, monkeypatch):
     assert same(load_dataset_rows(single)[0].images[0], 1)
 
 
-def test_sources_that_are_not_there(folder):
+def test_missing_sources(folder):
     for name in ("gone.jsonl", folder / "gone", "a/b/c.jsonl", "what is this?"):
         with pytest.raises(BadDataError, match="no such file or folder"):
             load_dataset_rows(name)
@@ -539,7 +539,7 @@ REQUEST = " Please provide the bounding box coordinate of the region that can he
 
 
 def visual_cot(n: int, question="What is it?", answer="dog", **changes) -> dict:
-    """A record as `viscot_363k.json` and the benchmark have them."""
+    """A record as in `viscot_363k.json` and the benchmark."""
     image = f"cot/vsr/{n}.png"
     turns = [("human", f"<image>\n{question}{REQUEST}"), ("gpt", "[0.614, 0.619, 0.731, 0.773]")]
     turns += [("human", "<image>"), ("gpt", answer)]
@@ -586,7 +586,7 @@ def test_visual_cot(tmp_path, images, caplog):
 
 
 def mulberry(image="cot/vsr/0.png", answer="C: 123", **changes) -> dict:
-    """A record as the authors' script writes `mulberry_sft.json`."""
+    """A record as in `mulberry_sft.json`."""
     steps = "### Image Description:\nLines.\n\n### Rationales:\nAngles.\n\n### Let's think step by step.\n\n"
     reply = f"{steps}### Step 1:\nAdd.\n\n### The final answer is:\n{answer}"
     talk = [
@@ -627,7 +627,7 @@ def test_mulberry(tmp_path, images, caplog):
         assert f"mulberry_sft.json{problem}" in caplog.text
 
 
-def test_converters_write_whole_files_or_none(tmp_path, images):
+def test_converters_write_atomically(tmp_path, images):
     source = tmp_path / "t.json"
     source.write_text(json.dumps([visual_cot(0), visual_cot(9), visual_cot(1)]))
     out = tmp_path / "out.jsonl"
@@ -647,8 +647,8 @@ def test_converters_write_whole_files_or_none(tmp_path, images):
     assert out.read_text() == "as it was"
 
 
-def test_no_record_ends_a_converter(tmp_path, images):
-    """Whatever one record holds, it is one bad row, in a file of lines and in an array."""
+def test_no_record_stops_a_converter(tmp_path, images):
+    """Any malformed record is one bad row, in JSON Lines and in an array."""
     good, path = visual_cot(0), "cot/vsr/0.png"
     turns = good["conversations"]
     bad = [

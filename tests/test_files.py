@@ -17,7 +17,7 @@ from vismem import files, jsonl
 ODD = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r", "\ud800", "\N{SNOWMAN}", "\x00"]
 
 
-def test_lines_are_split_at_newlines_alone(tmp_path):
+def test_lines_are_split_only_at_newlines(tmp_path):
     path = tmp_path / "new" / "lines.jsonl"
     entries = [{"text": f"one{odd}two"} for odd in ODD]
     jsonl.append(path, entries[:3])
@@ -27,7 +27,7 @@ def test_lines_are_split_at_newlines_alone(tmp_path):
     assert jsonl.read(path) == entries[::-1]
 
 
-def test_a_file_cut_anywhere_keeps_its_whole_lines_and_can_be_appended_to(tmp_path):
+def test_a_file_truncated_anywhere_keeps_its_complete_lines(tmp_path):
     path, entries = tmp_path / "lines.jsonl", [{"n": 1, "t": "Z\u00fcrich"}, {"n": 2, "t": "\u2028\N{SNOWMAN}"}]
     whole = jsonl.dumps(entries)
     first = whole.index(b"\n") + 1
@@ -56,7 +56,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
         jsonl.read(path)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     files.write_text(path, "old")
     with pytest.raises(KeyboardInterrupt), files.replacing(path) as partial:
@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_named(tmp_path, monkeypatch, number):
+def test_a_full_disk_error_names_the_disk(tmp_path, monkeypatch, number):
     files.write_text(tmp_path / "file.txt", "old")
 
     def full(handle):
@@ -82,7 +82,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch, number):
 
 
 def test_a_failed_write_of_torch_and_safetensors_is_a_full_disk(tmp_path):
-    """Neither library raises an OSError; a limit on file sizes fails their writes as a full disk does."""
+    """Neither library raises OSError; a file size limit makes writes fail like a full disk."""
     import safetensors.torch
     import torch
 
@@ -107,7 +107,7 @@ with locked(sys.argv[1]):
 """
 
 
-def test_a_second_run_is_refused_and_a_killed_one_holds_nothing(tmp_path):
+def test_a_second_run_is_refused_and_a_killed_one_holds_no_lock(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"

@@ -27,7 +27,7 @@ TWIN = (RAMP // 256).astype(np.uint8)  # what OpenCV makes of it
 
 
 def colours(seed: int = 0, size: tuple[int, int] = (41, 33)) -> Image.Image:
-    """An RGBA picture of all colours and alphas."""
+    """An RGBA image with all colours and alphas."""
     made = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
     made[:4, :, 3], made[4:8, :, 3] = 0, 255
     return Image.fromarray(made)
@@ -40,12 +40,12 @@ def file_of(picture: Image.Image, form: str, **settings: object) -> bytes:
 
 
 def base_of(picture: Image.Image) -> np.ndarray:
-    """What transformers makes of it."""
+    """The image as transformers converts it."""
     return convert_to_rgb(picture, return_numpy=True)
 
 
 def grey_of(value: object) -> np.ndarray:
-    """The picture of a grey one, int [height, width]."""
+    """A greyscale image as an array, int [height, width]."""
     found = open_image(value)
     assert found.mode == "RGB"
     channels = np.asarray(found).astype(int)
@@ -70,7 +70,7 @@ def png(width: int, depth: int, colour: int, pixels: bytes, transparent: bytes) 
 
 
 def tiff(values: np.ndarray, photometric: int = 1, bits: int | None = None) -> bytes:
-    """A TIFF of one strip: grey values as they are, or packed ones of `bits` bits."""
+    """A TIFF of one strip: plain grey values, or packed ones of `bits` bits."""
     height, width = values.shape
     order = ">" if values.dtype.byteorder == ">" else "<"
     sample, data = {"u": 1, "i": 2, "f": 3}[values.dtype.kind], values.tobytes()
@@ -88,14 +88,14 @@ def tiff(values: np.ndarray, photometric: int = 1, bits: int | None = None) -> b
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"])
-def test_modes_become_what_transformers_makes_of_them(mode: str) -> None:
+def test_modes_are_converted_as_in_transformers(mode: str) -> None:
     picture = colours() if mode in ("RGBA", "LA") else colours().convert("RGB")
     picture = picture.convert(mode)
     assert difference(open_image(picture), base_of(picture)) == 0
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_premultiplied_pictures_are_their_straight_twins(mode: str) -> None:
+def test_premultiplied_alpha_equals_straight_alpha(mode: str) -> None:
     """transformers looks for an "A" among the bands, and finds an "a"."""
     straight = colours().convert(mode)
     premultiplied = straight.convert({"LA": "La", "RGBA": "RGBa"}[mode])
@@ -104,7 +104,7 @@ def test_premultiplied_pictures_are_their_straight_twins(mode: str) -> None:
 
 
 def palettes() -> dict[str, Image.Image]:
-    """Palette pictures with alpha, each kind of it."""
+    """Palette images with each kind of alpha."""
     ink = Image.new("RGBA", (12, 9), (0, 0, 0, 0))
     ink.paste((0, 0, 0, 255), (3, 2, 9, 4))
     ink.paste((200, 10, 10, 128), (3, 5, 9, 7))
@@ -127,7 +127,7 @@ def test_palettes_with_transparency(kind: str) -> None:
 
 
 def test_palettes_of_rgba_colours() -> None:
-    """What `quantize` makes of an RGBA picture has its alpha in the palette alone, where transformers does not look."""
+    """`quantize` puts the alpha of an RGBA image into the palette, where transformers ignores it."""
     picture = colours().quantize(64)
     assert picture.mode == "P" and "transparency" not in picture.info
     assert difference(open_image(picture), base_of(picture.convert("RGBA"))) == 0
@@ -165,7 +165,7 @@ def test_one_transparent_colour() -> None:
     assert open_image(picture).getpixel((0, 0)) == (9, 9, 9)
 
 
-def test_alpha_is_laid_on_white_in_shares() -> None:
+def test_partial_alpha_is_composited_on_white() -> None:
     row = np.array([[[0, 0, 0, 0], [200, 100, 0, 0], [0, 0, 0, 128], [200, 100, 0, 51], [1, 2, 3, 255]]], np.uint8)
     alpha = row[..., 3:] / 255
     wanted = np.rint(255 * (1 - alpha) + row[..., :3] * alpha)
@@ -186,7 +186,7 @@ def test_the_first_frame_of_a_transparent_animation(form: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["RGBA", "P", "I;16", "TIFF"])
-def test_pictures_with_alpha_and_16_bits_are_turned_too(kind: str, orientation: int) -> None:
+def test_images_with_alpha_and_16_bits_are_rotated_too(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture = {"RGBA": colours(), "TIFF": colours(), "P": palettes()["P, index"], "I;16": Image.fromarray(RAMP[:9])}
@@ -211,7 +211,7 @@ def test_16_bits_in_every_byte_order(mode: str) -> None:
 
 
 @pytest.mark.parametrize("extension", [".png", ".tiff", ".jp2", ".pgm", "colour.png", "colour.tiff", "colour.ppm"])
-def test_16_bit_files_are_what_opencv_reads(extension: str) -> None:
+def test_16_bit_files_match_opencv(extension: str) -> None:
     cv2 = pytest.importorskip("cv2", reason="OpenCV comes with lmms-eval")
     colour, dot, form = extension.rpartition(".")
     values = np.stack([RAMP, RAMP.T, RAMP[::-1]], -1) if colour else RAMP
@@ -221,7 +221,7 @@ def test_16_bit_files_are_what_opencv_reads(extension: str) -> None:
 
 
 def test_dark_16_bit_files_stay_dark() -> None:
-    """A file says how many bits it has; its largest value does not."""
+    """The file determines the bit depth, not its largest value."""
     dark = np.full((4, 4), 255, np.uint16)
     pgm = b"P5 4 4 65535\n" + dark.astype(">u2").tobytes()
     for file in (file_of(Image.fromarray(dark), "PNG"), tiff(dark), tiff(dark.astype(np.int16)), pgm):
@@ -269,7 +269,7 @@ def test_integers_and_floats_without_a_file() -> None:
         (np.int32([[-(2**31), 2**31 - 1]]), "has integers from -2147483648 to 2147483647,"),
     ],
 )
-def test_values_of_no_known_range_are_refused(values: np.ndarray, words: str, tmp_path: Path) -> None:
+def test_values_of_unknown_range_are_refused(values: np.ndarray, words: str, tmp_path: Path) -> None:
     Image.fromarray(values).save(tmp_path / "depth.tiff")
     for value, name in ((tmp_path / "depth.tiff", "depth.tiff"), (Image.fromarray(values), "image")):
         with pytest.raises(BadImageError) as caught:
@@ -277,7 +277,7 @@ def test_values_of_no_known_range_are_refused(values: np.ndarray, words: str, tm
         assert f"{name} has" in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_large_pictures_are_converted_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_converted_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [colours(), colours().quantize(9), Image.fromarray(RAMP), Image.fromarray(np.float32(RAMP / 65535))]
     pictures += [colours().convert(mode) for mode in ("1", "LA", "CMYK", "LAB", "La")]
     whole = [to_rgb(picture).tobytes() for picture in pictures]
@@ -289,7 +289,7 @@ def test_large_pictures_are_converted_in_strips(monkeypatch: pytest.MonkeyPatch)
     assert len(converted) > 100 and max(converted) == 2
 
 
-def test_pictures_are_not_changed_by_being_read() -> None:
+def test_reading_does_not_modify_images() -> None:
     for picture in (colours(), palettes()["P, bytes"], Image.fromarray(RAMP), Image.new("RGB", (3, 2), (1, 2, 3))):
         before, info = picture.tobytes(), dict(picture.info)
         found = open_image(picture)
@@ -340,7 +340,7 @@ def test_a_file_that_becomes_a_pipe_when_it_is_opened(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's /proc")
-def test_files_that_the_system_makes_up_are_empty() -> None:
+def test_virtual_files_are_empty() -> None:
     for name in ("/proc/self/pagemap", "/proc/self/maps", "/proc/version"):
         with pytest.raises(BadImageError, match=f"{name} is empty"):
             open_image(name)
@@ -364,7 +364,7 @@ def test_files_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def ink(size: tuple[int, int] = (32, 48)) -> Image.Image:
-    """Black and half-transparent red on a transparent ground that is black beneath."""
+    """Black and half-transparent red on transparent black."""
     made = Image.new("RGBA", size, (0, 0, 0, 0))
     made.paste((0, 0, 0, 255), (4, 4, 20, 10))
     made.paste((255, 0, 0, 128), (4, 20, 28, 30))
@@ -372,7 +372,7 @@ def ink(size: tuple[int, int] = (32, 48)) -> Image.Image:
 
 
 def read_everywhere(file: Path, tmp_path: Path) -> dict[str, Image.Image]:
-    """A picture file as each of VisMem's readers gives it."""
+    """An image file as each of VisMem's readers opens it."""
     from vismem.app.chat import read_picture
     from vismem.evaluation.lmms.messages import row_of
     from vismem.serving.pictures import PictureLimits, Pictures
@@ -417,7 +417,7 @@ def test_all_readers_see_the_same_pixels(form: str, mode: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_rows_have_the_tensors_that_the_base_makes_of_a_transparent_picture(family: str) -> None:
+def test_transparent_images_give_the_bases_own_tensors(family: str) -> None:
     processor = tiny.base_and_processor(family)[1]
     (row,) = load_dataset_rows([{"prompt": "Which?", "images": [ink()], "answer": "1"}])
     found = prompt_inputs(processor, [row])
@@ -429,7 +429,7 @@ def test_rows_have_the_tensors_that_the_base_makes_of_a_transparent_picture(fami
     assert names and all((found[name] == wanted[name]).all() for name in names)
 
 
-def test_ask_reads_black_ink_on_a_transparent_ground(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_reads_black_ink_on_a_transparent_background(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shelf = Image.open(Path(__file__).parents[1] / "examples" / "shelf.png").convert("L")
     nothing = Image.new("L", shelf.size)
     written = Image.merge("RGBA", (nothing, nothing, nothing, ImageOps.invert(shelf)))

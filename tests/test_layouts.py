@@ -1,4 +1,4 @@
-"""The field's layouts as they are: each is read, each bad one is one line, and nothing else is ever raised."""
+"""Dataset layouts: each one is read, each bad row is one line, and no other error is raised."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ LIMITS = PictureLimits(count=3, size=200_000, pixels=250_000, total_pixels=400_0
 
 
 def scene(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
-    """A picture of which no two corners look alike."""
+    """An image with four different corners."""
     made = Image.new("RGB", (width, height), (20, 40, 60))
     made.paste((250, 10, 10), (0, 0, width // 2, height // 2))
     made.paste((10, 250, 10), (width // 2, 0, width, height // 3))
@@ -50,14 +50,14 @@ def chunk(kind: bytes, data: bytes = b"") -> bytes:
 
 
 def png(width: int, height: int, *more: bytes, pixels: bytes | None = None) -> bytes:
-    """A PNG by hand, with more chunks before its pixels."""
+    """A handmade PNG with extra chunks before its pixels."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     body = zlib.compress(b"\0" * (height * (3 * width + 1))) if pixels is None else pixels
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + chunk(b"IDAT", body) + chunk(b"IEND")
 
 
 def exif(entries: int, size: int) -> bytes:
-    """EXIF whose entries all name the same bytes: read as it says, it is `entries * size` large."""
+    """EXIF whose entries all refer to the same bytes, so it expands to `entries * size`."""
     places = 8 + 2 + 12 * entries + 4
     listed = b"".join(struct.pack("<HHII", 1000 + i, 7, size, places) for i in range(entries))
     return b"II*\0" + struct.pack("<IH", 8, entries) + listed + b"\0\0\0\0" + b"z" * size
@@ -72,7 +72,7 @@ def xmp(orientation: int) -> bytes:
 
 
 def seen_through(mode: str) -> Image.Image:
-    """The scene with a hole, black beneath, and an edge that is half transparent."""
+    """The scene with a transparent black hole and a half-transparent edge."""
     made = scene(mode="RGBA")
     made.paste((0, 0, 0, 0), (5, 4, 15, 12))
     made.paste((0, 0, 0, 128), (15, 4, 20, 12))
@@ -94,7 +94,7 @@ def decoded(*files: bytes, limits: PictureLimits = LIMITS) -> list[Image.Image]:
 
 @contextlib.contextmanager
 def refused(status: int, *words: str) -> Iterator[None]:
-    """An error of that status, in one line that has these words in it, of the field `messages`."""
+    """A one-line error of that status in the field `messages`, containing these words."""
     with pytest.raises(ApiError) as caught:
         yield
     assert caught.value.status == status, caught.value
@@ -149,7 +149,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_is_what_it_is_elsewhere_in_vismem(kind: str) -> None:
+def test_the_server_decodes_images_like_open_image(kind: str) -> None:
     file = KINDS[kind]()
     found, wanted = fetched(uri(file)), open_image(file, Path())
     assert found.mode == "RGB" and found.size == wanted.size and found.tobytes() == wanted.tobytes()
@@ -158,8 +158,8 @@ def test_a_picture_is_what_it_is_elsewhere_in_vismem(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "16 bits" not in kind])
-def test_a_picture_is_what_transformers_makes_of_it(kind: str) -> None:
-    """It turns pictures first, and lays them on white then."""
+def test_the_server_decodes_images_like_transformers(kind: str) -> None:
+    """transformers rotates first and then composites on white."""
     picture = ImageOps.exif_transpose(Image.open(io.BytesIO(KINDS[kind]())))
     assert (np.asarray(fetched(uri(KINDS[kind]()))) == convert_to_rgb(picture, return_numpy=True)).all()
 
@@ -186,7 +186,7 @@ def test_comments_and_profiles_are_dropped() -> None:
     "data",
     [b"", b"II", b"II*\0", b"XX" + turned(6)[2:], turned(9), turned(6)[:14], b"MM\0*\xff\xff\xff\xff" + bytes(99)],
 )
-def test_an_orientation_that_cannot_be_read_is_upright(data: bytes) -> None:
+def test_an_unreadable_orientation_counts_as_upright(data: bytes) -> None:
     assert orientation_of(data) == 1
     assert orientation_of(turned(6)) == 6
 
@@ -199,7 +199,7 @@ def test_the_media_type_does_not_decide(label: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp"])
-def test_data_are_read_however_they_are_written(kind: str) -> None:
+def test_all_spellings_of_base64_are_read(kind: str) -> None:
     file = KINDS[kind]()
     wanted, plain = fetched(uri(file)).tobytes(), base64.b64encode(file).decode()
     for each in (
@@ -214,7 +214,7 @@ def test_data_are_read_however_they_are_written(kind: str) -> None:
         assert fetched(each).tobytes() == wanted
 
 
-def test_blanks_and_percent_signs_in_a_data_uri_do_not_matter() -> None:
+def test_whitespace_and_percent_encoding_in_a_data_uri() -> None:
     whole = uri(KINDS["png"]())
     head, _, body = whole.partition(",")
     broken = "\r\n".join(body[i : i + 76] for i in range(0, len(body), 76))
@@ -245,7 +245,7 @@ def test_blanks_and_percent_signs_in_a_data_uri_do_not_matter() -> None:
         ("data:image/png;base64,%zz%00%ff", "not valid base64"),
     ],
 )
-def test_data_uris_that_hold_no_image_are_refused(url: str, word: str) -> None:
+def test_data_uris_without_an_image_are_refused(url: str, word: str) -> None:
     with refused(400, word):
         fetched(url)
 
@@ -271,7 +271,7 @@ def test_data_uris_that_hold_no_image_are_refused(url: str, word: str) -> None:
     ],
     ids=["svg", "eps", "pdf", "ppm", "tiff", "ico", "tga", "jp2", "xpm", "gif-", "png-", "jpeg-", "webp-", "bmp-", "0"],
 )
-def test_other_files_and_mere_beginnings_are_refused(file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_files_and_fragments_are_refused(file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*anything: object, **more: object) -> None:
         raise AssertionError("a program was started")
 
@@ -280,7 +280,7 @@ def test_other_files_and_mere_beginnings_are_refused(file: bytes, monkeypatch: p
         fetched(uri(file))
 
 
-def test_only_the_formats_named_are_known() -> None:
+def test_only_the_given_formats_are_accepted() -> None:
     assert FORMATS == ("PNG", "JPEG", "WEBP", "GIF", "BMP")
     for form in ("PPM", "TIFF", "EPS"):
         file = b"P6 10 10 255\n" + bytes(300) if form == "PPM" else file_of(scene(), form)
@@ -290,26 +290,26 @@ def test_only_the_formats_named_are_known() -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "jpeg, progressive", "webp", "gif", "bmp"])
-def test_a_file_that_is_cut_off_is_refused_wherever(kind: str) -> None:
+def test_a_truncated_file_is_refused_wherever_it_ends(kind: str) -> None:
     file = KINDS[kind]()
     for part in (0.3, 0.6, 0.9):
         with refused(400):
             decoded(file[: int(len(file) * part)])
 
 
-def test_a_png_ends_with_its_own_end() -> None:
+def test_a_png_without_its_end_is_refused() -> None:
     for missing in range(1, 16):
         with refused(400, "is truncated"):
             decoded(KINDS["png"]()[:-missing])
 
 
-def test_a_cut_file_is_refused_though_another_library_told_pillow_to_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_file_is_refused_even_if_pillow_is_set_to_accept_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with refused(400):
         decoded(KINDS["jpeg"]()[:-200])
 
 
-def test_bombs_of_pixels_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bombs_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def decodes(self: ImageFile.ImageFile) -> None:
         raise AssertionError("it was decoded")
 
@@ -328,7 +328,7 @@ def test_bombs_of_pixels_are_refused_before_they_are_decoded(monkeypatch: pytest
         decoded(file_of(Image.new("RGB", (501, 500)), "WEBP"))
 
 
-def test_pixels_up_to_the_limit_are_taken_and_all_together_have_one_too() -> None:
+def test_pixels_are_limited_per_image_and_per_request() -> None:
     file = png(500, 500)
     assert decoded(file)[0].size == (500, 500)
     assert [each.size for each in decoded(file, png(300, 500))] == [(500, 500), (300, 500)]
@@ -339,14 +339,14 @@ def test_pixels_up_to_the_limit_are_taken_and_all_together_have_one_too() -> Non
 
 
 @pytest.mark.parametrize("size", [(1, 201), (201, 1), (2, 500)])
-def test_lines_are_no_pictures(size: tuple[int, int]) -> None:
-    """Made as wide as models want pictures, one pixel by millions would take gigabytes."""
+def test_extreme_aspect_ratios_are_refused(size: tuple[int, int]) -> None:
+    """Resized to a model's minimum width, one pixel by millions would take gigabytes."""
     with refused(400, "200 times its shorter"):
         decoded(png(*size))
     assert decoded(png(1, 200))[0].size == (1, 200)
 
 
-def test_numbers_and_sizes_of_files_are_limited() -> None:
+def test_the_number_and_size_of_files_is_limited() -> None:
     pictures, small = Pictures(LIMITS), uri(KINDS["png"]())
     assert len(asyncio.run(pictures.fetch([small] * 3))) == 3
     assert asyncio.run(pictures.fetch([])) == []
@@ -359,7 +359,7 @@ def test_numbers_and_sizes_of_files_are_limited() -> None:
             fetched(body)
 
 
-def test_all_files_of_a_request_together_are_limited() -> None:
+def test_the_total_size_of_a_request_is_limited() -> None:
     file = KINDS["png"]()
     pictures = Pictures(replace(LIMITS, total_size=3 * len(file) - 1))
     assert asyncio.run(pictures.fetch([uri(file)] * 2)) == [file] * 2
@@ -367,7 +367,7 @@ def test_all_files_of_a_request_together_are_limited() -> None:
         asyncio.run(pictures.fetch([uri(file)] * 3))
 
 
-def test_bombs_of_metadata_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_bombs_are_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import PngImagePlugin, TiffImagePlugin
 
     def reads(*anything: object) -> None:
@@ -389,7 +389,7 @@ def test_bombs_of_metadata_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def crumbs() -> dict[str, bytes]:
-    """Files of very many parts."""
+    """Files with very many parts."""
     jpeg, gif = KINDS["jpeg"](), KINDS["gif"]()
     at = gif.index(b",")
     scan = jpeg[jpeg.index(b"\xff\xda") : -2]
@@ -408,13 +408,13 @@ def crumbs() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", crumbs())
-def test_files_of_very_many_parts_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_with_very_many_parts_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "open", lambda *anything, **more: pytest.fail("it was opened"))
     with refused(400):
         decoded(crumbs()[kind], limits=PictureLimits())
 
 
-def test_of_a_long_animation_the_first_picture_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_frame_of_a_long_animation_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     file = file_of(Image.new("RGB", (8, 8), (7, 9, 200)), "GIF")
     at = file.index(b",")
     file = file[:-1] + file[at:-1] * 10_000 + b";"
@@ -427,7 +427,7 @@ def test_of_a_long_animation_the_first_picture_is_read(monkeypatch: pytest.Monke
     assert set(seeks) == {0}
 
 
-def test_mutilated_files_are_refused_or_decoded_but_nothing_else() -> None:
+def test_corrupted_files_are_refused_or_decoded() -> None:
     chance, kinds = (
         random.Random(0),
         [KINDS[kind]() for kind in ("png", "jpeg", "webp", "gif", "bmp", "jpeg, turned 6")],
@@ -447,7 +447,7 @@ def test_mutilated_files_are_refused_or_decoded_but_nothing_else() -> None:
     assert 50 < refusals < 600
 
 
-def test_data_keeps_its_own_limits() -> None:
+def test_open_image_has_its_own_limits() -> None:
     with pytest.raises(TooManyPixelsError, match="100 pixels"):
         open_image(png(11, 10), Path(), most_pixels=100)
     assert open_image(png(10, 10), Path(), most_pixels=100).size == (10, 10)

@@ -20,7 +20,7 @@ from vismem.training.rewards.judge import parse_score
 
 
 def score(spec, completion, answer=None, prompt="?", **columns):
-    """One reward's own value for one completion; None stays None."""
+    """One reward's value for one completion, possibly None."""
     given = {name: [value] for name, value in columns.items()}
     if answer is not None:
         given["answer"] = [answer]
@@ -134,7 +134,7 @@ def test_numbers(text, values):
     assert [number.value for number in numbers(text)] == pytest.approx(values)
 
 
-def test_percent_is_noted():
+def test_percent_is_recorded():
     assert [number.percent for number in numbers(r"45%, 45 \%, 45 percent and 45")] == [True, True, True, False]
 
 
@@ -359,7 +359,7 @@ def test_format():
     tagged = {"name": "format", "pattern": r"<think>.+</think>\s*<answer>.+</answer>", "whole": True}
     assert score(tagged, "<think>a\nb</think>\n<answer>5</answer>") == 1.0
     assert score(tagged, "well <think>a</think><answer>5</answer>") == 0.0
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         load_rewards({"name": "format", "pattern": "("})
 
 
@@ -480,7 +480,7 @@ class Later:
 
 
 def test_asynchronous_rewards_are_awaited_together():
-    """Functions and objects, beside plain ones, also where a loop is running; a client may keep to one loop."""
+    """Functions and callable objects, next to synchronous ones, also inside a running loop; clients keep one loop."""
     here, there, loops = asyncio.Event(), asyncio.Event(), set()
 
     async def waits(completions):
@@ -531,7 +531,7 @@ async def late_text(completions):
         (late_failure, "the reward 'late_failure' failed at row b: OSError: no answer"),
         (late_exit, "failed at row a: RuntimeError: SystemExit: 0"),
         (late_interrupt, "failed at row a: RuntimeError: KeyboardInterrupt"),  # not Ctrl-C, and it does not hang
-        (late_text, "must give a list of 2 numbers, not str"),
+        (late_text, "must return a list of 2 numbers, not str"),
     ],
 )
 def test_asynchronous_rewards_that_fail(function, said):
@@ -548,8 +548,8 @@ def test_asynchronous_rewards_that_fail(function, said):
         (lambda completions, **c: [1.0, math.nan, 1.0], "gave nan for row t:2"),
         (lambda completions, **c: [1.0, math.inf, 1.0], "gave inf for row t:2"),
         (lambda completions, **c: [1.0, "1", 1.0], "gave '1' for row t:2"),
-        (lambda completions, **c: 1.0, "must give a list of 3 numbers, not float"),
-        (lambda completions, **c: None, "must give a list of 3 numbers, not NoneType"),
+        (lambda completions, **c: 1.0, "must return a list of 3 numbers, not float"),
+        (lambda completions, **c: None, "must return a list of 3 numbers, not NoneType"),
     ],
 )
 def test_functions_that_fail(function, message):
@@ -557,7 +557,7 @@ def test_functions_that_fail(function, message):
         load_rewards(function)(["?"] * 3, ["x", "y", "z"], {"id": ["t:1", "t:2", "t:3"]})
 
 
-def test_a_failure_that_only_the_whole_batch_shows_names_the_rows():
+def test_a_failure_of_the_whole_batch_names_the_rows():
     def whole(completions, **columns):
         if len(completions) > 1:
             raise ValueError("too many")
@@ -744,14 +744,14 @@ def test_judge_times_out(server):
         judged(server, timeout=0.1, retries=0)
 
 
-def test_judge_does_not_repeat_what_cannot_help(server):
+def test_judge_does_not_retry_permanent_errors(server):
     server.script = [(401, b"bad key", {})]
     with pytest.raises(RewardError, match="status 401: bad key"):
         judged(server, retries=5)
     assert len(server.seen) == 1
 
 
-def test_judge_may_leave_a_row_out(server, caplog):
+def test_judge_may_skip_a_row(server, caplog):
     server.script = [(200, "nice", {})]
     spec = [{"name": "judge", "url": server.url, "model": "m", "retries": 0, "on_failure": "none"}, "exact"]
     result = load_rewards(spec)(["q"], ["red"], {"answer": ["red"]})

@@ -19,7 +19,7 @@ from vismem.evaluation.settings import load_settings as evaluation_settings
 from vismem.settings import MOST_BYTES, check, describe, read_changes, read_file
 from vismem.training import precision
 from vismem.training.arguments import MemoryTrainingArguments, arguments_for
-from vismem.training.settings import OTHER_NAMES, PRESETS, SECTIONS, checked, kinds, load_settings, values_for
+from vismem.training.settings import OTHER_NAMES, PRESETS, SECTIONS, check_layer, kinds, load_settings, values_for
 
 
 def read(tmp_path: Path, content: str | bytes) -> dict:
@@ -28,7 +28,7 @@ def read(tmp_path: Path, content: str | bytes) -> dict:
     return read_file(file)
 
 
-def test_values_are_those_of_yaml_1_2(tmp_path):
+def test_values_follow_yaml_1_2(tmp_path):
     text = (
         "a: off\nb: no\nc: yes\nd: on\ne: true\nf: 5e-5\ng: 1_000\nh: 0x1F\ni: 0o17\nj: 010\nk: 2024-01-01\n"
         "l: 12:30:45\nm: ~\nn:\no: 1.\np: -.5\nq: 'off'\nr: [no, 1e3]\ns: {off: y}\nt: NULL\nu: '5'\nv: 1__0\n"
@@ -49,7 +49,7 @@ def bomb(levels: int) -> str:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (bomb(10), "with its aliases written out it has more than 10,000 values"),
+        (bomb(10), "with its aliases expanded it has more than 10,000 values"),
         ("a: &a [*a]", "nested more than 32 deep"),
         ("a: &a {b: *a}", "nested more than 32 deep"),
         ("a: " + "[" * 5000, "nested more than 32 deep"),
@@ -63,8 +63,8 @@ def bomb(levels: int) -> str:
         ("true: 2", "the name of a setting must be text, got true"),
         ("? [a, b]\n: 2", "the name of a setting must be text, got ['a', 'b']"),
         ("a: !!python/object/apply:os.system [ls]", "the tag tag:yaml.org,2002:python/object/apply:os.system is not"),
-        ("a: !mine 5", "the tag !mine is not read"),
-        ("a: !!binary aGk=", "binary is not read"),
+        ("a: !mine 5", "the tag !mine is not supported"),
+        ("a: !!binary aGk=", "binary is not supported"),
         ("a: !!int five", "'five' is not of the type int"),
         ("a: 1\n---\nb: 2\n", "expected a single document"),
         ("a:\t[1]\n\tb: 2", "line 1: while scanning for the next token found character"),
@@ -85,7 +85,7 @@ def bomb(levels: int) -> str:
         ("a: 0x" + "f" * 5000, "is not of the type int"),
     ],
 )
-def test_files_that_cannot_be_used_are_one_line(tmp_path, content, said):
+def test_unusable_files_give_one_line(tmp_path, content, said):
     with pytest.raises(SettingsError) as caught:
         read(tmp_path, content)
     assert said in str(caught.value) and "settings.yaml" in str(caught.value)
@@ -104,7 +104,7 @@ def test_changes_go_into_sections():
     with pytest.raises(SettingsError, match=r"a\.b is set inside a, which is set to 1"):
         read_changes(["a=1", "a.b=2"])
     assert read_changes(["a=exp #3", "b= #x ", "c='1 #2' # 3", "d=[1] # 2"]) == {
-        "a": "exp #3",  # on a command line nobody writes comments
+        "a": "exp #3",  # no comments on the command line
         "b": "#x",
         "c": "1 #2",
         "d": [1],
@@ -159,16 +159,16 @@ def test_changes_go_into_sections():
         ("'on'=2", "unknown setting 'on'"),
     ],
 )
-def test_wrong_types_and_names_are_one_line(change, said):
+def test_wrong_types_and_names_give_one_line(change, said):
     with pytest.raises(SettingsError) as caught:
         values_for("stage1", load_settings(None, [change]))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_can_only_be_meant_in_one_way_is_taken():
-    found = checked(read_changes(["use_cpu=yes", "strict=Off", "max_steps=1e3", "group_size='8'", "seed=1_000"]))
+def test_unambiguous_spellings_are_accepted():
+    found = check_layer(read_changes(["use_cpu=yes", "strict=Off", "max_steps=1e3", "group_size='8'", "seed=1_000"]))
     assert found == {"use_cpu": True, "strict": False, "max_steps": 1000, "group_size": 8, "seed": 1000}
-    assert checked(read_changes(["learning_rate='5e-5'", "warmup=", "checkpoint=null"])) == {
+    assert check_layer(read_changes(["learning_rate='5e-5'", "warmup=", "checkpoint=null"])) == {
         "learning_rate": 5e-5,
         "checkpoint": None,
     }
@@ -195,11 +195,11 @@ def test_what_can_only_be_meant_in_one_way_is_taken():
 def test_names_of_other_libraries_are_translated(change, said):
     with pytest.raises(SettingsError, match=f"here it is {re.escape(said)}"):
         load_settings(None, [change])
-    with pytest.raises(SettingsError, match="prompts are never cut"):
+    with pytest.raises(SettingsError, match="prompts are never truncated"):
         load_settings(None, ["max_prompt_length=512"])
 
 
-def test_the_table_of_other_names_names_what_there_is():
+def test_other_libraries_names_map_to_existing_settings():
     for name, ours in OTHER_NAMES.items():
         assert name not in kinds(), f"{name} is a setting here"
         if re.fullmatch(r"[a-z_.0-9]+", ours):
@@ -207,8 +207,8 @@ def test_the_table_of_other_names_names_what_there_is():
             assert field in ({each.name for each in dataclasses.fields(VisMemConfig)} if section else kinds()), ours
 
 
-def test_types_read_from_the_source_are_those_of_the_class():
-    """Names and types are known without importing torch; here they are compared with the classes themselves."""
+def test_types_read_from_source_match_the_class():
+    """Names and types are read without importing torch; this compares them with the classes."""
     assert set(kinds()) == {field.name for field in dataclasses.fields(MemoryTrainingArguments)}
     for name, hint in get_type_hints(TrainingArguments).items():
         members = [each for each in getattr(hint, "__args__", ()) if isinstance(each, type) and issubclass(each, Enum)]
@@ -217,14 +217,14 @@ def test_types_read_from_the_source_are_those_of_the_class():
     for name, kind in {"bf16": "true or false", "seed": "a whole number", "learning_rate": "a number"}.items():
         assert describe(kinds()[name]) == kind
     for preset in PRESETS.values():
-        assert checked({name: value for name, value in preset.items() if name != "preset"})
+        assert check_layer({name: value for name, value in preset.items() if name != "preset"})
     args = TrainingArguments("x", use_cpu=True, report_to=[])
     plain = {name: value for name, value in args.to_dict().items() if name not in ("debug", "parallelism_config")}
     check({name: value for name, value in plain.items() if name in kinds()}, kinds())  # as --show prints them
 
 
 def documented() -> list[tuple[str, str]]:
-    """Every `setting=value` and `setting: value` that a page names in code."""
+    """Every `setting=value` and `setting: value` quoted as code in the docs."""
     found = []
     for page in sorted(Path("docs").resolve().parent.joinpath("docs").glob("*.md")):
         for code in re.findall(r"`([a-z0-9_.]+(?:=|: )[^`\s]+)`", page.read_text(encoding="utf-8")):
@@ -236,7 +236,7 @@ def documented() -> list[tuple[str, str]]:
     return found
 
 
-def test_every_documented_spelling_is_read():
+def test_every_documented_setting_is_valid():
     pages = documented()
     assert len(pages) > 20
     for page, change in pages:
@@ -268,7 +268,7 @@ def test_every_documented_spelling_is_read():
         (["eval", "tables", "main", "training.num_generations=1"], "group_size"),
     ],
 )
-def test_mistakes_are_misuse_and_need_no_torch(words, said):
+def test_mistakes_exit_with_2_without_importing_torch(words, said):
     code = (
         "import sys\nfrom vismem.cli import main\n"
         f"code = main({words!r})\nassert not {{'torch', 'transformers'}} & set(sys.modules)\nsys.exit(code)"
@@ -288,7 +288,7 @@ def test_mistakes_are_misuse_and_need_no_torch(words, said):
         ("eval_strategy=epoch load_best_model_at_end=true", "save and eval strategy to match"),
     ],
 )
-def test_values_out_of_range_are_misuse(capsys, tmp_path, change, said):
+def test_values_out_of_range_exit_with_2(capsys, tmp_path, change, said):
     command = ["train", "stage1", "preset=pocket", "bf16=false", "dtype=float32", f"output_dir={tmp_path / 'run'}"]
     assert main([*command, *change.split()]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vismem")]
@@ -322,7 +322,7 @@ def test_values_out_of_range_are_misuse(capsys, tmp_path, change, said):
         ("partial=[1]", "partial must be a mapping, got [1]"),
     ],
 )
-def test_evaluations_are_checked_alike(change, said):
+def test_evaluation_settings_are_checked_too(change, said):
     if not said:
         assert evaluation_settings(None, [change]).methods[0].invocation == "off"
         return
@@ -331,11 +331,11 @@ def test_evaluations_are_checked_alike(change, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-# What the settings leave open.
+# Defaults.
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_a_cpu_trains_in_what_it_multiplies_faster(monkeypatch, tmp_path, faster):
+def test_a_cpu_trains_in_the_faster_dtype(monkeypatch, tmp_path, faster):
     monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: faster)
 
     def made(*changes: str) -> tuple[bool, str]:

@@ -56,6 +56,7 @@ MOVED = {
     "vismem.serving.token_bytes": "vismem.serving.events",
     "vismem.serving.writing": "vismem.serving.events",
     "vismem.training.figures": "vismem.training.metrics",
+    "vismem.training.rewards.waiting": "vismem.training.rewards.combine",
 }
 
 

@@ -1,6 +1,6 @@
-"""Settings as people write them: YAML files and `key=value`, with every name and type checked in one line.
+"""Reads settings from YAML files and `key=value`, and checks every name and type; each error is one line.
 
-Training and evaluation read their settings here. Nothing imports torch, so a typo is reported at once.
+Training and evaluation read their settings here. Nothing imports torch, so a typo is reported immediately.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pydantic import PlainValidator, TypeAdapter, ValidationError
 
 from vismem.config import SettingsError
 
-__all__ = ["SettingsError", "check", "hints_from_source", "kind_of", "read_changes", "read_file", "typed"]
+__all__ = ["SettingsError", "check", "convert", "hints_from_source", "kind_of", "read_changes", "read_file"]
 
-MOST_BYTES = 2**18  # of a file of settings
-MOST_VALUES = 10_000  # in a file, aliases written out
+MOST_BYTES = 2**18  # of a settings file
+MOST_VALUES = 10_000  # in a file, with aliases expanded
 MOST_DEPTH = 32
 CORE = "tag:yaml.org,2002:"
 
@@ -33,7 +33,7 @@ CORE = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes with YAML 1.2's core schema: `no`, `off` and dates are text, `5e-5` is a number."""
+    """Composes nodes by YAML 1.2's core schema: `no`, `off` and dates are text, `5e-5` is a number."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     depth = 0
@@ -63,10 +63,10 @@ for _tag, _pattern, _first in (
 
 
 def read_file(path: str | Path | None) -> dict[str, Any]:
-    """The settings of a YAML file; none without a file.
+    """Reads a YAML file; returns no settings for None.
 
     Raises:
-        SettingsError: if the file is too large, is not UTF-8, is not YAML 1.2 or holds something else than a mapping.
+        SettingsError: if the file is too large, not UTF-8, not YAML 1.2, or not a mapping.
         OSError: if it cannot be read.
     """
     if path is None:
@@ -74,7 +74,7 @@ def read_file(path: str | Path | None) -> dict[str, Any]:
     with open(path, "rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise SettingsError(f"{path} is larger than {MOST_BYTES // 2**10} KiB, the limit for a file of settings")
+        raise SettingsError(f"{path} is larger than {MOST_BYTES // 2**10} KiB, the limit for a settings file")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -84,15 +84,15 @@ def read_file(path: str | Path | None) -> dict[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise SettingsError(f"{path} must hold a mapping of settings, got {shown(found)}")
+        raise SettingsError(f"{path} must hold a mapping of settings, got {format_value(found)}")
     return found
 
 
 def read_changes(texts: Sequence[str]) -> dict[str, Any]:
-    """The settings of `key=value` and `section.key=value`, the values read as YAML; of a key given twice, the last.
+    """Reads `key=value` and `section.key=value`, with the values as YAML; the last one wins if a key is repeated.
 
     Raises:
-        SettingsError: if a text has another form, or a value is not YAML.
+        SettingsError: if an entry has another form, or a value is not YAML.
 
     Example:
         >>> read_changes(["baseline=off", "stage2.learning_rate=1e-5"])
@@ -111,19 +111,19 @@ def read_changes(texts: Sequence[str]) -> dict[str, Any]:
                 inner = target[section] = {"preset": inner}
             if not isinstance(inner, dict):
                 before = ".".join(sections[: depth + 1])
-                raise SettingsError(f"{name} is set inside {before}, which is set to {shown(inner)}")
+                raise SettingsError(f"{name} is set inside {before}, which is set to {format_value(inner)}")
             target = inner
         target[key] = _read(value, f"the value of {name}", comments=False)
     return found
 
 
-def _read(text: str, where: str, comments: bool = True) -> Any:
-    """A YAML document as plain values. Raises SettingsError.
+def _read(text: str, where: str, *, comments: bool = True) -> Any:
+    """Reads a YAML document as plain values. Raises SettingsError.
 
     Args:
         text: the document.
-        where: what it is, for messages.
-        comments: whether `#` after a plain word begins a comment; if not, it is part of the text.
+        where: its origin, for messages.
+        comments: whether `#` after a plain scalar starts a comment; if not, it is part of the text.
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -136,15 +136,15 @@ def _read(text: str, where: str, comments: bool = True) -> Any:
         line = f", line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
         problem = " ".join(" ".join(filter(None, (error.context, error.problem))).split())
         raise SettingsError(f"{where} is not valid YAML{line}: {problem}") from error
-    except yaml.YAMLError as error:  # characters that YAML has no place for
+    except yaml.YAMLError as error:  # characters that YAML does not allow
         raise SettingsError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _plain(node: yaml.Node, left: list[int], depth: int) -> Any:
-    """The value of a node. An alias counts as what it stands for, so that few lines cannot mean millions of values."""
+    """The value of a node. Aliases count expanded, so that a small file cannot produce millions of values."""
     left[0] -= 1
     if left[0] < 0:
-        raise _refused(node, f"with its aliases written out it has more than {MOST_VALUES:,} values")
+        raise _refused(node, f"with its aliases expanded it has more than {MOST_VALUES:,} values")
     if depth > MOST_DEPTH:
         raise _refused(node, _TOO_DEEP)
     kind = node.tag.removeprefix(CORE)
@@ -156,7 +156,7 @@ def _plain(node: yaml.Node, left: list[int], depth: int) -> Any:
         for key, value in node.value:
             name = _plain(key, left, depth + 1)
             if not isinstance(name, str):
-                raise _refused(key, f"the name of a setting must be text, got {shown(name)}")
+                raise _refused(key, f"the name of a setting must be text, got {format_value(name)}")
             if name == "<<":
                 raise _refused(key, "merge keys (<<) are not part of YAML 1.2; write the settings out")
             if name in found:
@@ -167,8 +167,8 @@ def _plain(node: yaml.Node, left: list[int], depth: int) -> Any:
         try:
             return _SCALARS[kind](node.value)
         except (ValueError, KeyError):
-            raise _refused(node, f"{shown(node.value)} is not of the type {kind}") from None
-    raise _refused(node, f"the tag {node.tag} is not read: settings are text, numbers, true, false, lists, mappings")
+            raise _refused(node, f"{format_value(node.value)} is not of the type {kind}") from None
+    raise _refused(node, f"the tag {node.tag} is not supported; use text, numbers, true, false, lists and mappings")
 
 
 def _refused(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
@@ -177,7 +177,7 @@ def _refused(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
 
 def _int(text: str) -> int:
     value = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-    if value.bit_length() > 1024:  # Python does not print every whole number
+    if value.bit_length() > 1024:  # Python limits the digits of an integer
         raise ValueError
     return value
 
@@ -187,7 +187,7 @@ def _float(text: str) -> float:
 
 
 _SCALARS: dict[str, Any] = {
-    "null": lambda text: None,
+    "null": lambda _text: None,
     "bool": lambda text: {"true": True, "false": False}[text.lower()],
     "int": _int,
     "float": _float,
@@ -201,41 +201,43 @@ _SCALARS: dict[str, Any] = {
 def check(
     values: Any, kinds: Mapping[str, Any], section: str = "", elsewhere: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Settings with the types that their names ask for.
+    """Checks names and converts each value to its setting's type.
 
     Args:
         values: by name.
-        kinds: a type for each name that there is, as `kind_of` makes it.
-        section: where they stand, for messages; ends with a dot or a space.
-        elsewhere: what names of other libraries are called here.
+        kinds: the type of each known name, from `kind_of`.
+        section: prefix of the names in messages; ends with a dot or a space.
+        elsewhere: other libraries' names -> the name here, or a sentence of advice.
 
     Raises:
-        SettingsError: if `values` is no mapping, a name is unknown (the nearest one is named), or a value has the
+        SettingsError: if `values` is not a mapping, a name is unknown (suggests the nearest one), or a value has the
             wrong type.
     """
     if not isinstance(values, Mapping):
-        raise SettingsError(f"{section.rstrip(' .') or 'settings'} must be a mapping of settings, got {shown(values)}")
+        raise SettingsError(
+            f"{section.rstrip(' .') or 'settings'} must be a mapping of settings, got {format_value(values)}"
+        )
     found = {}
     for name, value in values.items():
         if name not in kinds:
             raise unknown(f"{section}{name}", str(name), kinds, elsewhere)
-        found[name] = typed(value, kinds[name], f"{section}{name}")
+        found[name] = convert(value, kinds[name], f"{section}{name}")
     return found
 
 
 def unknown(
-    shown_name: str, name: str, known: Collection[str], elsewhere: Mapping[str, str] | None = None
+    full_name: str, name: str, known: Collection[str], elsewhere: Mapping[str, str] | None = None
 ) -> SettingsError:
-    """The error for a name that there is not: says what it is called here, or the nearest one."""
+    """The error for an unknown name; gives its name here, or the nearest one."""
     if other := (elsewhere or {}).get(name):
-        return SettingsError(f"unknown setting {shown_name}; " + (other if " " in other else f"here it is {other}"))
+        return SettingsError(f"unknown setting {full_name}; " + (other if " " in other else f"here it is {other}"))
     near = difflib.get_close_matches(name, known, 1)
     few = f"; there are {', '.join(known)}" if len(known) <= 20 else ""
-    return SettingsError(f"unknown setting {shown_name}" + (f"; did you mean {near[0]}?" if near else few))
+    return SettingsError(f"unknown setting {full_name}" + (f"; did you mean {near[0]}?" if near else few))
 
 
-def typed(value: Any, kind: Any, name: str) -> Any:
-    """A value of that type, from what YAML or a command line gives; null is the empty text. Raises SettingsError."""
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """Converts a value from YAML or the command line to a type; null becomes empty text. Raises SettingsError."""
     if value is None and kind is str:
         return ""
     try:
@@ -244,13 +246,13 @@ def typed(value: Any, kind: Any, name: str) -> Any:
         hint = ""
         if describe(kind).startswith("text") and isinstance(value, (int, float)):
             hint = f' (as text: "{str(value).lower()}", with quotes)'
-        raise SettingsError(f"{name} must be {describe(kind)}, got {shown(value)}{hint}") from None
+        raise SettingsError(f"{name} must be {describe(kind)}, got {format_value(value)}{hint}") from None
 
 
-def preset_named(value: Any, presets: Collection[str], where: str = "") -> str:
-    """The name of a preset. Raises SettingsError if there is none of that name."""
+def check_preset(value: Any, presets: Collection[str], where: str = "") -> str:
+    """Checks the name of a preset. Raises SettingsError if it is unknown."""
     if not isinstance(value, str) or value not in presets:
-        raise SettingsError(f"{where}unknown preset {shown(value)}; there are {', '.join(presets)}")
+        raise SettingsError(f"{where}unknown preset {format_value(value)}; there are {', '.join(presets)}")
     return value
 
 
@@ -281,7 +283,7 @@ def _flag(value: Any) -> bool:
     return found
 
 
-# YAML 1.2 has true and false alone, but where only these can be meant, the words of YAML 1.1 are taken too.
+# YAML 1.2 has only true and false; where a boolean is expected, YAML 1.1's words are accepted too.
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 Whole = Annotated[int, PlainValidator(_whole), "a whole number"]
@@ -291,11 +293,11 @@ _KINDS: dict[Any, Any] = {int: Whole, float: Number, bool: Flag}
 
 
 def kind_of(hint: Any) -> Any:
-    """A type hint as the type of a setting: numbers are not booleans, are finite, and may be written as text."""
+    """Converts a type hint to a setting's type: numbers are finite, not booleans, and may be given as text."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         named = any(get_origin(each) is Literal and isinstance(get_args(each)[0], str) for each in inner)
-        kept = [kind_of(each) for each in inner if not (named and each is str)]  # an enumeration or its names
+        kept = [kind_of(each) for each in inner if not (named and each is str)]  # an enum, or the names of its members
         return Union[tuple(kept)]  # noqa: UP007
     if hint is dict or origin in (dict, collections.abc.Mapping):
         return dict[str, Any] if len(inner) < 2 else dict[str, kind_of(inner[1])]  # type: ignore[misc]
@@ -307,7 +309,7 @@ def kind_of(hint: Any) -> Any:
 
 
 def describe(kind: Any) -> str:
-    """What values a type has, in words."""
+    """Describes a type's values, for messages."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return str(inner[2])
@@ -325,27 +327,24 @@ def describe(kind: Any) -> str:
 _PLURALS: dict[Any, str] = {Whole: "whole numbers", Number: "numbers", str: "texts"}
 
 
-def shown(value: Any) -> str:
-    """A value as a message has it: as YAML writes it, and short."""
-    text = (
-        {True: "true", False: "false", None: "null"}[value]
-        if value is None or value is True or value is False
-        else (repr(value))
-    )
+def format_value(value: Any) -> str:
+    """Formats a value for messages: as in YAML, and shortened."""
+    constants = {True: "true", False: "false", None: "null"}
+    text = constants[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-# Types of dataclasses whose modules import torch.
+# Type hints of dataclasses whose modules import torch.
 
 
 def hints_from_source(file: Path, name: str, enums: Sequence[Path] = ()) -> dict[str, Any]:
-    """Fields and type hints of a dataclass, read from its source: importing it would import torch.
+    """Reads a dataclass's fields and type hints from its source, as importing the module would import torch.
 
     Args:
-        file: the module's source.
+        file: the module's source file.
         name: of the dataclass.
-        enums: sources of the enumerations that it uses; in a hint these stand for the names of their members.
-            Whatever else is not Python's own is `Any`.
+        enums: source files of the enums that it uses; in a hint, an enum becomes a `Literal` of its values. Any other
+            type that is not built in becomes `Any`.
     """
     tree = ast.parse(file.read_text(encoding="utf-8"))
     plain = (bool, int, float, str, list, dict, tuple, collections.abc.Mapping, collections.abc.Sequence)
@@ -370,7 +369,7 @@ class _Names(dict[str, Any]):
 
 
 def _hint(node: ast.AnnAssign, known: _Names) -> Any:
-    """A field's type hint, or the values that transformers' metadata lists as its `choices`."""
+    """A field's type hint, or a `Literal` of the `choices` in its metadata."""
     hint = eval(compile(ast.Expression(node.annotation), "hint", "eval"), {"__builtins__": {}}, known)
     for each in ast.walk(node.value) if node.value else ():
         if isinstance(each, ast.Dict):

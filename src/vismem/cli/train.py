@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
             echo_yaml({stage: {name: value for name, value in shown.items() if value is not None}}, sort_keys=True)
         return 0
     with termination_interrupts(), advising(lambda: "training has not begun, so run the same command again"):
-        folder = train(options.stage, layers, options.resume)
+        folder = train(options.stage, layers, resume=options.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         echo(folder)
     return 0

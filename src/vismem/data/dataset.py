@@ -101,8 +101,8 @@ class Rows(Dataset[Row]):
         columns: Mapping[str, str] | None = None,
     ) -> None:
         self.source, self.reports, self.columns = source, reports, columns
-        self._check: Check | None = None
-        self._bad: set[int] = set()
+        self.check: Check | None = None
+        self.bad: set[int] = set()
         self._keys: Sequence[int]
         self._numbers: Sequence[int]
         if isinstance(source, Table) and source.trusted:
@@ -115,28 +115,19 @@ class Rows(Dataset[Row]):
 
     def _scan(self, limit: int | None) -> tuple[array[int], array[int]]:
         """Keys and numbers of the rows that are readable and whose image files exist."""
-        keys, numbers, source = array("q"), array("q"), self.source
-        warned = False
-
-        def check(raw: Any) -> None:
-            nonlocal warned
-            if isinstance(raw, Row):
-                return
-            draft = read_row(raw, self.columns)
-            draft.find(source.folder)
-            if not (warned or draft.sources) and (name := unread_image(draft.columns)):
-                warned = True
-                logger.warning(
-                    "%s: `%s` looks like an image but is not read; if it is one: columns={images: %s}",
-                    source.name,
-                    name,
-                    name,
-                )
-
+        keys, numbers, source, warned = array("q"), array("q"), self.source, False
         title = visible(f"reading {source.name}")
-        for key, number, problem in tqdm(source.scan(check), desc=title, unit=" rows", delay=2):
-            if problem is not None:
-                self.reports.add(source.row_id(number), problem)
+        for key, number, raw in tqdm(source.scan(), desc=title, unit=" rows", delay=2):
+            try:
+                if not isinstance(raw, Row):
+                    draft = read_row(raw, self.columns)
+                    draft.find(source.folder)
+                    if not (warned or draft.sources) and (name := unread_image(draft.columns)):
+                        warned = True
+                        hint = f"if it is one: columns={{images: {name}}}"
+                        logger.warning("%s: `%s` looks like an image but is not read; %s", source.name, name, hint)
+            except BadRowError as error:
+                self.reports.add(source.row_id(number), str(error))
                 continue
             keys.append(key)
             numbers.append(number)
@@ -160,14 +151,14 @@ class Rows(Dataset[Row]):
 
     def _read(self, index: int) -> Row | None:
         """The row at `index`, or None if it is bad; a bad row is reported the first time."""
-        if index in self._bad:
+        if index in self.bad:
             return None
         row_id = self.source.row_id(self._numbers[index])
         try:
             raw = self.source.fetch(self._keys[index])
-            return open_row(raw, row_id, self.source, self.columns, self._check)
+            return open_row(raw, row_id, self.source, self.columns, self.check)
         except BadRowError as error:
-            self._bad.add(index)
+            self.bad.add(index)
             self.reports.add(row_id, str(error))
             return None
 
@@ -178,7 +169,7 @@ class Rows(Dataset[Row]):
     def checked(self, check: Check) -> Rows:
         """The same rows with one more check: a row is also bad if `check` raises BadRowError."""
         rows = copy.copy(self)
-        rows._check, rows._bad, rows.reports = check, set(self._bad), self.reports.copy()
+        rows.check, rows.bad, rows.reports = check, set(self.bad), self.reports.copy()
         return rows
 
 
@@ -200,12 +191,12 @@ class StreamingRows(IterableDataset[Row]):
     ) -> None:
         self.source, self.strict, self.max_bad_rows, self.limit = source, strict, max_bad_rows, limit
         self.columns = columns
-        self._check: Check | None = None
+        self.check: Check | None = None
 
     def checked(self, check: Check) -> StreamingRows:
         """The same rows with one more check: a row is also bad if `check` raises BadRowError."""
         rows = copy.copy(self)
-        rows._check = check
+        rows.check = check
         return rows
 
     def __iter__(self) -> Iterator[Row]:
@@ -224,7 +215,7 @@ class StreamingRows(IterableDataset[Row]):
             if shards_itself and info:  # a shard's indices start from 0 in every worker
                 row_id = f"{row_id}, worker {worker}"
             try:
-                row = open_row(raw, row_id, self.source, self.columns, self._check)
+                row = open_row(raw, row_id, self.source, self.columns, self.check)
             except BadRowError as error:
                 reports.add(row_id, str(error))
                 continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,6 @@ def _object(line: bytes) -> Any:
         raise BadRowError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise BadRowError(f"not valid JSON: {error}") from error
-
-
-Check = Callable[[Any], object]  # raises BadRowError
 
 
 @dataclass(frozen=True)
@@ -72,22 +69,17 @@ class JsonLines:
                     yield number, start, text
                 offset += len(line)
 
-    def scan(self, check: Check) -> Iterator[tuple[int, int, str | None]]:
-        """Yields each line's offset and number, and the problem `check` finds or None."""
+    def scan(self) -> Iterator[tuple[int, int, Any]]:
+        """Yields each line's offset and number, and its content or a BadRowError."""
         for number, offset, line in self._lines():
             try:
-                check(_object(line))
-                yield offset, number, None
+                yield offset, number, _object(line)
             except BadRowError as error:
-                yield offset, number, str(error)
+                yield offset, number, error
 
     def stream(self) -> Iterator[tuple[int, Any]]:
         """Yields each line's number, and its content or a BadRowError."""
-        for number, _, line in self._lines():
-            try:
-                yield number, _object(line)
-            except BadRowError as error:
-                yield number, error
+        yield from ((number, raw) for _, number, raw in self.scan())
 
 
 @dataclass(frozen=True)
@@ -111,16 +103,15 @@ class Table:
         except Exception as error:  # a dataset's decoders and transforms raise any type
             raise BadRowError(f"cannot be read: {type(error).__name__}: {error}") from error
 
-    def scan(self, check: Check) -> Iterator[tuple[int, int, str | None]]:
-        """Yields each row's key and number, and the problem `check` finds or None; does not decode images."""
+    def scan(self) -> Iterator[tuple[int, int, Any]]:
+        """Yields each row's index, twice, and its content or a BadRowError; does not decode images."""
         plain = not hasattr(self.rows, "features") or _transforms(self.rows)
         texts = None if plain else _without_bytes(self.rows)
         for index in range(len(self.rows)):
             try:
-                check(self.fetch(index) if texts is None else next(texts))
-                yield index, index, None
+                yield index, index, self.fetch(index) if texts is None else next(texts)
             except BadRowError as error:
-                yield index, index, str(error)
+                yield index, index, error
 
     def stream(self) -> Iterator[tuple[int, Any]]:
         yield from enumerate(self.rows)

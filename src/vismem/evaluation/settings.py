@@ -15,8 +15,8 @@ from typing import Any, Literal, get_type_hints
 from vismem.bundled import POCKET
 from vismem.decoding.policies import read_policy
 from vismem.deprecation import renamed
-from vismem.settings import SettingsError, check, kind_of, preset_named, read_changes, read_file, shown, typed
-from vismem.training.settings import checked
+from vismem.settings import SettingsError, check, check_preset, convert, format_value, kind_of, read_changes, read_file
+from vismem.training.settings import check_layer
 from vismem.training.stages import ADAPTER_FILE, BASELINES, STAGES
 
 STEPS = ("all", *STAGES, *BASELINES)  # of `vismem train`
@@ -86,7 +86,8 @@ class Method:
             if not isinstance(step, Mapping) or step.get("step") not in STEPS:
                 named = ", ".join(STEPS)
                 raise SettingsError(
-                    f"method {self.name!r}: every entry of train needs a `step`, one of {named}, got {shown(step)}"
+                    f"method {self.name!r}: every entry of train needs a `step`, one of {named}, "
+                    f"got {format_value(step)}"
                 )
         if self.invocation not in ("", "placed"):
             try:
@@ -174,7 +175,7 @@ class EvaluationSettings:
                 raise SettingsError(f"{name}: names must be unique, got {', '.join(twice)}")
         for name in ("batch_size", "max_new_tokens", "n", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise SettingsError(f"{name} must be a whole number, 1 or more, got {shown(value)}")
+                raise SettingsError(f"{name} must be a whole number, 1 or more, got {format_value(value)}")
         if not self.seeds:
             raise SettingsError("seeds must be a list of whole numbers, got an empty one")
         if self.memory and self.memory not in [method.name for method in self.methods]:
@@ -307,7 +308,7 @@ def load_settings(path: str | Path | None, overrides: Sequence[str]) -> Evaluati
         OSError: if the file cannot be read.
     """
     given = merge(read_file(path), read_changes(overrides))
-    preset = preset_named(given.pop("preset", "none"), PRESETS)
+    preset = check_preset(given.pop("preset", "none"), PRESETS)
     checked_values(given)  # before loading what the preset refers to
     return settings_of(merge(PRESETS[preset](), given))
 
@@ -332,8 +333,8 @@ def checked_values(values: Mapping[str, Any]) -> dict[str, Any]:
     found = check(plain, types_of(EvaluationSettings))
     for name, make in (("methods", methods_of), ("benchmarks", benchmarks_of)):
         if values.get(name) is not None:
-            found[name] = make(typed(values[name], list[Any], name))
-    checked(found.get("training") or {}, "training.")
+            found[name] = make(convert(values[name], list[Any], name))
+    check_layer(found.get("training") or {}, "training.")
     for section, names in SECTIONS.items():
         own = check(found.get(section) or {}, {name: kind_of(hint) for name, hint in names.items()}, f"{section}.")
         methods_of(own.get("methods") or ())
@@ -342,7 +343,7 @@ def checked_values(values: Mapping[str, Any]) -> dict[str, Any]:
         for number, step in enumerate(own.get("train") or ()):
             check_step(step, f"{section}.train[{number}]")
         for name, stage in (own.get("stages") or {}).items():
-            checked(stage, f"{section}.stages.{name}.")
+            check_layer(stage, f"{section}.stages.{name}.")
     return found
 
 
@@ -368,12 +369,12 @@ def benchmarks_of(entries: Sequence[Any]) -> tuple[Benchmark, ...]:
 
 def check_step(step: Mapping[str, Any], where: str) -> None:
     """Raises SettingsError if `vismem train` would reject a training step's settings."""
-    checked({name: value for name, value in step.items() if name != "step"}, f"{where}.")
+    check_layer({name: value for name, value in step.items() if name != "step"}, f"{where}.")
 
 
 def _made(kind: type, entry: Any, what: str) -> Any:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
-        raise SettingsError(f"a {what} must be a mapping with a `name`, got {shown(entry)}")
+        raise SettingsError(f"a {what} must be a mapping with a `name`, got {format_value(entry)}")
     return kind(**check(entry, types_of(kind), f"{what} {entry['name']!r}: "))
 
 

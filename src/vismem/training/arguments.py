@@ -1,8 +1,7 @@
-"""Arguments of a training run: transformers' `TrainingArguments` with this method's own, made of settings.
+"""Training arguments: transformers' `TrainingArguments` plus the settings of this method.
 
-One dataclass serves all stages. A file holds settings for all of them and a section for each stage; `key=value` on
-the command line overrides either (`settings.py`). Which value wins: command line, file's section, file, preset's
-section, preset.
+One dataclass serves all stages. A settings file has values for all stages and a section per stage; `key=value` on the
+command line overrides both (`settings.py`). Precedence: command line, file's section, file, preset's section, preset.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from transformers import TrainingArguments, integrations
 from transformers.training_args import trainer_log_levels
 
 from vismem.config import VisMemConfig
-from vismem.settings import Flag, Number, SettingsError, Whole, shown, typed
+from vismem.settings import Flag, Number, SettingsError, Whole, convert, format_value
 from vismem.training.precision import choose_precision
 from vismem.training.settings import PRESETS, SECTIONS, kinds, load_settings, memory_config, own_kinds, values_for
 from vismem.training.stages import PLANS, STAGES, Plan
@@ -31,44 +30,45 @@ NO_EVALUATION = "training does not evaluate: leave out eval_dataset and eval_str
 
 @dataclass
 class MemoryTrainingArguments(TrainingArguments):
-    """`TrainingArguments`, and what training a memory needs beside them.
+    """`TrainingArguments` plus what training a memory needs.
 
-    `per_device_train_batch_size` counts prompts; in the two RL stages every prompt has `group_size` trajectories.
+    `per_device_train_batch_size` counts prompts; in the RL stages each prompt has `group_size` trajectories.
 
     Args:
         stage: `"warmup"`, `"stage1"`, `"stage2"`; or a baseline, `"sft"` or `"grpo"`.
         base: model name or folder of the base; `"pocket"` is the packaged one.
-        dtype: the base's dtype; what is trained is kept in float32 in any case.
-        attn_implementation: the base's attention, as transformers names it; None for its own choice.
-        checkpoint: memory (of a baseline: adapter) to start from; without one it starts untrained.
-        memory: fields of `VisMemConfig` for a new memory, or a preset's name.
-        data: JSONL file, folder or hub name (`docs/data.md`); `"pocket"` is the pocket world (`"pocket:late"`: its
-            late questions alone).
+        dtype: dtype of the base; trained parameters are always float32.
+        attn_implementation: the base's attention implementation, as in transformers; None for its default.
+        checkpoint: memory (for a baseline, adapter) to start from; None to start untrained.
+        memory: fields of `VisMemConfig` for a new memory, or the name of a preset.
+        data: JSONL file, folder or hub name (`docs/data.md`); `"pocket"` for the pocket world, `"pocket:late"` for its
+            late questions only.
         split, streaming, strict, max_bad_rows, max_rows: how the data is read.
-        columns: names of the data's columns that differ, from ours to theirs: `{"prompt": "question"}`.
+        columns: maps our column names to the data's where they differ: `{"prompt": "question"}`.
         rewards: reward functions: names, import paths, or mappings with `weight` and options (`docs/rewards.md`).
         group_size: G, trajectories per prompt.
-        temperature: of sampling; log-probabilities are taken at the same one.
-        max_new_tokens: sampled tokens per trajectory at most.
+        temperature: sampling temperature, also applied to log-probabilities.
+        max_new_tokens: maximum number of sampled tokens per trajectory.
         clip_ratio: epsilon of the surrogate.
-        kl_coef, target_kl, kl_horizon: beta, the divergence per token that it is steered to, and how fast.
-        reference: what the divergence is taken to: the stage's `"start"`, or the base with `"no_memory"`.
-        inner_iterations: updates on each batch of rollouts.
-        importance_sampling_cap: truncates the importance weights between the decode that sampled a token and its
-            replay; 0 leaves them out. Of use in low precision, where the two differ.
+        kl_coef, target_kl, kl_horizon: beta, the KL per token that its controller targets, and the controller's
+            horizon in steps.
+        reference: the reference policy of the KL: the stage's `"start"`, or the base with `"no_memory"`.
+        inner_iterations: updates per batch of rollouts.
+        importance_sampling_cap: cap of the importance weights between the decode that sampled a token and its replay;
+            0 disables them. Useful in low precision, where the two differ.
         penalty_coef: alpha of stage II's penalties.
-        injection_rate, anywhere_rate: chance of an invocation at each delimiter, and before any token, where
-            invocations are put in (warm-up and stage I).
+        injection_rate, anywhere_rate: probability of an injected invocation at each delimiter, and before any token
+            (warm-up and stage I).
         injection_places: `"delimiter"`, `"anywhere"`, or `"delimiter-then-anywhere"`: delimiters in the first half.
-        replace_rate: warm-up: chance that an invocation stands in place of the delimiter before it, as a sampled
-            one does.
-        end_rate: learning rate of the end tokens' rows, relative to the invocation tokens' (stage II).
+        replace_rate: probability that an injected invocation replaces the delimiter before it, as a sampled one does
+            (warm-up).
+        end_rate: learning rate of the end tokens' embeddings, relative to the invocation tokens' (stage II).
         micro_batch: trajectories per forward and backward; 0 for all at once. Must divide `group_size` or be a
             multiple of it.
-        baseline: how the answer without memory is written: `"greedy"`, `"sample"` or `"off"`.
-        skip_solved: leave out prompts whose answer without memory and whole group are right.
-        log_completions: sample completions kept at each logging step.
-        trust_remote_code: let the base's repository bring its own code.
+        baseline: how the answer without memory is decoded: `"greedy"`, `"sample"` or `"off"`.
+        skip_solved: skip prompts whose answer without memory and whole group are correct.
+        log_completions: number of completions saved at each logging step.
+        trust_remote_code: allow code from the base's repository.
     """
 
     stage: Literal["warmup", "stage1", "stage2", "sft", "grpo"] = "stage1"
@@ -114,10 +114,10 @@ class MemoryTrainingArguments(TrainingArguments):
         self.ddp_find_unused_parameters = False
         self.ddp_broadcast_buffers = False
         own = own_kinds()
-        for name, kind in kinds().items():  # before anything is computed from them
+        for name, kind in kinds().items():  # before the parent derives values from them
             if (name in own and name != "rewards") or kind in (Whole, Number, Flag):
-                setattr(self, name, typed(getattr(self, name), kind, name))
-        # Each process reads its own share: rows hold images, which are not tensors that could be sent around.
+                setattr(self, name, convert(getattr(self, name), kind, name))
+        # Each process reads its own share: rows hold images, which accelerate cannot broadcast.
         loading: Any = self.accelerator_config or {}
         self.accelerator_config = {"dispatch_batches": False, **loading}
         try:
@@ -128,35 +128,35 @@ class MemoryTrainingArguments(TrainingArguments):
             raise SettingsError(NO_EVALUATION)
         for name in ("log_level", "log_level_replica"):
             allowed = ", ".join(trainer_log_levels)
-            self._require(name, getattr(self, name) in trainer_log_levels, f"one of {allowed}")
+            self._require(name, f"one of {allowed}", getattr(self, name) in trainer_log_levels)
         for reporter in self.report_to or ():
             known = ", ".join(integrations.INTEGRATION_TO_CALLBACK)
             self._require(
-                "report_to", reporter in integrations.INTEGRATION_TO_CALLBACK, f"none, all or some of {known}"
+                "report_to", f"none, all or some of {known}", reporter in integrations.INTEGRATION_TO_CALLBACK
             )
             if not getattr(integrations, f"is_{reporter}_available", lambda: True)():
                 raise SettingsError(f"report_to={reporter} needs the package {reporter}, which is not installed")
         for name in ("seed", "data_seed"):
             seed = getattr(self, name)
-            self._require(name, seed is None or 0 <= seed < 2**32, "from 0 to 4294967295")
+            self._require(name, "from 0 to 4294967295", seed is None or 0 <= seed < 2**32)
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            self._require(name, getattr(self, name) >= 1, "1 or more")
+            self._require(name, "1 or more", getattr(self, name) >= 1)
         for name in ("num_train_epochs", "logging_steps", "save_steps"):
-            self._require(name, getattr(self, name) > 0, "more than 0")
+            self._require(name, "more than 0", getattr(self, name) > 0)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+            self._require(name, "0 or more", getattr(self, name) >= 0)
         for name in ("inner_iterations", "max_new_tokens", "kl_horizon"):
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        self._require("group_size", self.group_size >= 2, "2 or more: one sample has nothing to be better than")
-        self._require("temperature", self.temperature > 0, "more than 0")
+            self._require(name, "1 or more", getattr(self, name) >= 1)
+        self._require("group_size", "2 or more: a group of one has zero advantage", self.group_size >= 2)
+        self._require("temperature", "more than 0", self.temperature > 0)
         at_least_0 = ("clip_ratio", "kl_coef", "target_kl", "penalty_coef", "micro_batch", "max_bad_rows", "end_rate")
         for name in (*at_least_0, "importance_sampling_cap"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+            self._require(name, "0 or more", getattr(self, name) >= 0)
         for name in ("injection_rate", "anywhere_rate", "replace_rate"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+            self._require(name, "between 0 and 1", 0 <= getattr(self, name) <= 1)
         group = self.group_size
         fits = not self.micro_batch or group % self.micro_batch == 0 or self.micro_batch % group == 0
-        self._require("micro_batch", fits, f"0, a divisor of group_size ({group}) or a multiple of it")
+        self._require("micro_batch", f"0, a divisor of group_size ({group}) or a multiple of it", fits)
         if self.inner_iterations > 1 and self.streaming:
             raise SettingsError("inner_iterations > 1 needs data that can be read again; set streaming=false")
         if self.inner_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.inner_iterations:
@@ -165,9 +165,9 @@ class MemoryTrainingArguments(TrainingArguments):
         if self.streaming and self.max_steps <= 0:
             raise SettingsError("streaming data has no length: set max_steps")
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
+    def _require(self, name: str, rule: str, holds: object) -> None:
         if not holds:
-            raise SettingsError(f"{name} must be {rule}, got {shown(getattr(self, name))}")
+            raise SettingsError(f"{name} must be {rule}, got {format_value(getattr(self, name))}")
 
     @property
     def plan(self) -> Plan:
@@ -175,7 +175,7 @@ class MemoryTrainingArguments(TrainingArguments):
         return PLANS[self.stage]
 
     def memory_config(self) -> VisMemConfig:
-        """The configuration of a new memory.
+        """The config of a new memory.
 
         Raises:
             SettingsError: if the preset or a field is unknown, or a value is out of range.
@@ -184,13 +184,13 @@ class MemoryTrainingArguments(TrainingArguments):
 
 
 def arguments_for(stage: str, layers: Sequence[Mapping[str, Any]], **fixed: Any) -> MemoryTrainingArguments:
-    """The arguments of one stage: the preset, then each layer, and within each what is said of the stage; and `fixed`.
+    """Builds the arguments of one stage from the preset, each layer and its section for the stage, and `fixed`.
 
-    What nobody set is chosen here: the device, the precision (`precision.py`), where metrics are reported, and the
-    run's name, `OUTPUT_DIR-STAGE`.
+    Sets defaults for the device, the precision (`precision.py`), where metrics are reported, and the run's name,
+    `OUTPUT_DIR-STAGE`.
 
     Raises:
-        SettingsError: if a name is unknown, a value has the wrong type or is out of range.
+        SettingsError: if a name is unknown, or a value has the wrong type or is out of range.
     """
     defaults = {
         "report_to": "tensorboard" if find_spec("tensorboard") else "none",
@@ -201,7 +201,7 @@ def arguments_for(stage: str, layers: Sequence[Mapping[str, Any]], **fixed: Any)
     folder = Path(str(values.get("output_dir") or "")).absolute()
     values.setdefault("run_name", f"{folder.parent.name if folder.name == stage else folder.name}-{stage}")
     if "bf16" not in values or "dtype" not in values:
-        args = MemoryTrainingArguments(**{**values, "bf16": False})  # also brings several processes together
+        args = MemoryTrainingArguments(**{**values, "bf16": False})  # also initializes the process group
         values |= choose_precision(
             args, bf16=False if values.get("fp16") else values.get("bf16"), dtype=values.get("dtype")
         )

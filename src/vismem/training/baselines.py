@@ -1,8 +1,8 @@
-"""LoRA adapters of the base's language model: what memory is compared with, as ordinary PEFT adapters.
+"""LoRA baselines: ordinary PEFT adapters on the base's language model, to compare memory with.
 
-The adapter is transformers' and peft's own (`add_adapter`, `LoraConfig`); here is where it goes - the query and value
-projections of the language model alone, at the rank of the memory's own adapters -, how it is saved, and how it is
-loaded again. What trains it is the trainer, by the plans of `stages.py`.
+The adapters are transformers' and peft's (`add_adapter`, `LoraConfig`). This module places them on the query and value
+projections of the language model, at the rank of the memory's own adapters, and saves and loads them. The trainer
+trains them by the plans in `stages.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
@@ -22,6 +23,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vismem import files
 from vismem.backbones import Backbone
@@ -32,20 +34,20 @@ from vismem.model import VisMem
 from vismem.training.stages import ADAPTER_FILE
 from vismem.weights import check_finite
 
-NAME = "default"  # peft's own
+NAME = "default"  # peft's default adapter name
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILE, "adapter_model.safetensors"
 CONFIG_SHA256 = "config_sha256"  # in the weights' metadata
 PREFIX = "base_model.model."  # of every tensor's name in an adapter's file
 
 
 class LanguageAdapter(nn.Module):
-    """The LoRA weights within a base, as a module of their own; the base keeps using the same ones.
+    """The LoRA weights of a base as a separate module; both share the same parameters.
 
     Args:
         base: a base with an adapter.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
         self.layers = nn.ModuleDict()
         for name, layer in lora_layers(base).items():
@@ -53,18 +55,18 @@ class LanguageAdapter(nn.Module):
             self.layers[name.replace(".", "/")] = nn.ModuleDict({part: held[NAME] for part, held in parts.items()})
 
 
-def lora_layers(base: nn.Module) -> dict[str, LoraLayer]:
-    """The base's layers that have the adapter, by name."""
+def lora_layers(base: PreTrainedModel) -> dict[str, LoraLayer]:
+    """The base's layers with the adapter, by name."""
     return {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer) and NAME in m.lora_A}
 
 
 def lora_config(backbone: Backbone, config: VisMemConfig) -> LoraConfig:
-    """LoRA on the language model's query and value projections, with the rank, scale and dropout of the memory's own.
+    """LoRA on the language model's query and value projections, with the memory's rank, scale and dropout.
 
-    The layers are named by a pattern, as a vision tower may have layers of the same names.
+    Layers are selected by a pattern, because a vision tower may have layers of the same name.
     """
-    place = next(name for name, module in backbone.base.named_modules() if module is backbone.language_model)
-    within = f"{re.escape(place)}\\." if place else ""
+    root = next(name for name, module in backbone.base.named_modules() if module is backbone.language_model)
+    within = f"{re.escape(root)}\\." if root else ""
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -74,56 +76,56 @@ def lora_config(backbone: Backbone, config: VisMemConfig) -> LoraConfig:
 
 
 def adapter_of(model: VisMem) -> LanguageAdapter:
-    """The adapter of the model's base, float32: the one that it has, or a new one, which changes nothing yet."""
+    """The base's adapter in float32: the existing one, or a new one, which does not yet change outputs."""
     if not lora_layers(model.base):
         model.base.add_adapter(lora_config(model.backbone, model.memory_config))
     return LanguageAdapter(model.base).float().eval()
 
 
-def save_adapter(base: nn.Module, folder: str | Path) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`, as `load_adapter` and peft read them.
+def save_adapter(base: PreTrainedModel, folder: str | Path) -> None:
+    """Saves `adapter_config.json` and `adapter_model.safetensors`, readable by `load_adapter` and peft.
 
-    A base that was loaded from a folder is recorded by its absolute path. Killed at any moment, a save leaves the
-    adapter that was there or the new one: the weights' metadata name their configuration by its checksum.
+    A base loaded from a folder is recorded by its absolute path. A save that is killed leaves the old adapter or the
+    new one: the weights' metadata holds the checksum of their config.
 
     Raises:
-        DiskFullError: if there is no room.
+        DiskFullError: if the disk is full.
     """
     folder = Path(folder)
     state = get_peft_model_state_dict(base, adapter_name=NAME, save_embedding_layers=False)
     state = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    config, name = copy.deepcopy(base.peft_config[NAME]), recorded_name(base)
+    config, name = copy.deepcopy(cast("dict[str, LoraConfig]", base.peft_config)[NAME]), recorded_name(base)
     local = name != POCKET and bool(name) and Path(name).expanduser().is_dir()
     config.base_model_name_or_path = os.path.abspath(Path(name).expanduser()) if local else name
     config.inference_mode = True
-    with TemporaryDirectory() as aside:
-        config.save_pretrained(aside)
-        content = (Path(aside) / CONFIG_FILE).read_bytes()
+    with TemporaryDirectory() as temporary:
+        config.save_pretrained(temporary)
+        content = (Path(temporary) / CONFIG_FILE).read_bytes()
     weights = serialize(state, metadata={"format": "pt", CONFIG_SHA256: hashlib.sha256(content).hexdigest()})
     files.write_pair((folder / WEIGHTS_FILE, weights), (folder / CONFIG_FILE, content), _fits(folder))
 
 
 def _fits(folder: Path) -> Callable[[bytes], bool]:
-    """Whether a configuration is that of the weights which are in the folder now."""
+    """A function that tells whether a config's content belongs to the weights currently in the folder."""
 
     def fits(content: bytes) -> bool:
         try:
             with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-                named = (file.metadata() or {}).get(CONFIG_SHA256)
+                expected = (file.metadata() or {}).get(CONFIG_SHA256)
         except (OSError, SafetensorError):
             return False
-        return named == hashlib.sha256(content).hexdigest()
+        return expected == hashlib.sha256(content).hexdigest()
 
     return fits
 
 
 def _config_of(folder: Path) -> bytes | None:
-    """The configuration of the adapter in a folder, also after a save that was killed; None if there is none."""
+    """Reads the config of the adapter in a folder, even after a save was killed; None if there is none."""
     return files.read_matching(folder / CONFIG_FILE, _fits(folder))
 
 
 def find_adapter(folder: str | Path) -> str | Path:
-    """The folder of an adapter: `folder` itself, or the only one below it; a hub name stays as it is.
+    """The folder of an adapter: `folder` itself, or the only one below it; a hub name is returned unchanged.
 
     Raises:
         ValueError: if the folder has no adapter, or several; names them.
@@ -151,33 +153,32 @@ def base_name(folder: str | Path) -> str:
 
 
 def read_config(folder: str | Path) -> LoraConfig:
-    """An adapter's configuration, from a folder or the hub."""
+    """Reads an adapter's config from a folder or the hub."""
     place = find_adapter(folder)
     try:
-        with TemporaryDirectory() as aside:
+        with TemporaryDirectory() as temporary:
             if isinstance(place, Path):
-                (Path(aside) / CONFIG_FILE).write_bytes(_config_of(place) or b"")
-            config = PeftConfig.from_pretrained(aside if isinstance(place, Path) else place)
+                (Path(temporary) / CONFIG_FILE).write_bytes(_config_of(place) or b"")
+            config = PeftConfig.from_pretrained(temporary if isinstance(place, Path) else place)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no adapter {folder}: it cannot be read from there or from the hub ({reason})") from error
+        raise ValueError(f"no adapter {folder}: it cannot be read from a folder or the hub ({reason})") from error
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder} is an adapter of type {config.peft_type.value}; only LoRA is read here")
+        raise ValueError(f"{folder} is an adapter of type {config.peft_type.value}; only LoRA is supported")
     return config
 
 
-def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
-    """Puts a saved adapter on a base, in float32 and in place of the one that it had.
+def load_adapter(model: VisMem | PreTrainedModel, folder: str | Path) -> None:
+    """Loads a saved adapter onto a base in float32, replacing any existing one.
 
-    A base that is to have memory as well is equipped first: the adapter comes last.
+    To combine it with memory, equip the base first and load the adapter last.
 
     Args:
-        model: a base, or a model with memory, whose base it then is. With `invocation="off"` that model answers as
-            base and adapter do.
-        folder: an adapter's folder, a run's folder with one adapter in it, or a hub name.
+        model: a base, or a model with memory. With `invocation="off"` the latter answers as base plus adapter.
+        folder: an adapter's folder, a run's folder containing one adapter, or a hub name.
 
     Raises:
-        ValueError: if it is not a LoRA adapter, was made for another base, or has tensors that are not finite.
+        ValueError: if it is not a LoRA adapter, was made for another base, or has non-finite tensors.
 
     Example:
         >>> load_adapter(model, "runs/sft/adapter")
@@ -189,7 +190,7 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
     check_fit(state, base, f"adapter {folder}, made for {config.base_model_name_or_path or 'another base'},")
     check_finite(state, f"adapter {folder}")
     ranks = {len(tensor) for name, tensor in state.items() if ".lora_A." in name}
-    if odd_ranks := {config.r, *config.rank_pattern.values()} - ranks:
+    if odd_ranks := {config.r, *(config.rank_pattern or {}).values()} - ranks:
         raise ValueError(f"adapter {folder} does not match its {CONFIG_FILE}: no tensor has rank {max(odd_ranks)}")
     if lora_layers(base):
         base.delete_adapter(NAME)
@@ -204,8 +205,8 @@ def load_adapter(model: VisMem | nn.Module, folder: str | Path) -> None:
     base.eval().requires_grad_(False)
 
 
-def check_fit(state: dict[str, Tensor], base: nn.Module, what: str) -> None:
-    """Raises ValueError where an adapter's tensors are not for linear layers of `base`."""
+def check_fit(state: dict[str, Tensor], base: PreTrainedModel, what: str) -> None:
+    """Raises ValueError if an adapter's tensors do not match linear layers of `base`."""
     modules = dict(base.named_modules())
     for name, tensor in state.items():
         layer, _, part = name.partition(".lora_")
@@ -217,9 +218,9 @@ def check_fit(state: dict[str, Tensor], base: nn.Module, what: str) -> None:
 
 
 @contextmanager
-def without_adapter(base: nn.Module) -> Iterator[None]:
-    """The base alone while the context lasts."""
-    trained = [p for p in base.parameters() if p.requires_grad]  # peft freezes what it turns off, and frees it later
+def without_adapter(base: PreTrainedModel) -> Iterator[None]:
+    """Disables the adapter within the context."""
+    trained = [p for p in base.parameters() if p.requires_grad]  # peft freezes on disabling, and unfreezes later
     base.disable_adapters()
     try:
         yield

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written aside with their checksums, renamed at the end; and the results.
+"""Atomic training checkpoints: written to a staging folder with checksums, then renamed; and a stage's results.
 
-The Trainer saves learner, optimizer, schedule and random states. Added here is what the method and exact logs need:
-the KL coefficient, the baselines, the stage's starting parameters, and what was summed up but not logged yet.
+The Trainer saves learner, optimizer, schedule and RNG states. This adds what the method and exact logs need: the KL
+coefficient, the baselines, the stage's initial parameters, and sums not logged yet.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from vismem import files
@@ -27,29 +28,45 @@ from vismem.card import METRICS
 from vismem.training.baselines import save_adapter
 from vismem.training.sharding import gathered
 
+if TYPE_CHECKING:
+    from vismem.model import VisMem
+    from vismem.training.arguments import MemoryTrainingArguments
+    from vismem.training.experience import Collector
+    from vismem.training.grpo import AdaptiveKL
+    from vismem.training.metrics import Metrics
+    from vismem.training.replay import Learner
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "checksums.json"  # in a checkpoint: SHA-256 of every other file
 STATE = "trainer_state.json"
-REPLACED = ".replaced"  # the ending of a checkpoint that another one is about to take the place of
+REPLACED = ".replaced"  # folder of checkpoints about to be replaced
 
 
 class DamagedCheckpointError(ValueError):
-    """A file of a checkpoint is missing, or is not what was written; names it."""
+    """A checkpoint file is missing or differs from what was written; names it."""
 
 
-class WholeCheckpoints:
-    """What `MemoryTrainer` puts in the place of the Trainer's saving."""
+class CheckpointingTrainer(Trainer):
+    """A Trainer with atomic checkpoints that hold the method's state; the base of `MemoryTrainer`."""
 
-    staging = ""  # where a checkpoint is being written
-    restored: dict[str, Any] | None = None  # sums of a checkpoint, until the loop begins
-    started = earlier = 0.0  # when this process began training, and the seconds that the run took before
+    args: MemoryTrainingArguments
+    vismem: VisMem
+    kl: AdaptiveKL
+    collector: Collector | None
+    start: dict[str, Tensor]  # the stage's initial parameters
+    metrics: Metrics
+    numbers: set[Any]  # scalar parameters, as `make_shardable` returns them
+
+    staging = ""  # folder of the checkpoint being written
+    restored: dict[str, Any] | None = None  # sums from a checkpoint, until the loop starts
+    started = earlier = 0.0  # start time in this process, and the seconds of earlier processes
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name, target = f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)
+        name, target = f"checkpoint-{self.state.global_step}", self.run_folder
         staging = target / ".partial"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -75,8 +92,18 @@ class WholeCheckpoints:
             rotate_checkpoints(output_dir=str(target), save_total_limit=limit, use_mtime=False)
         self.accelerator.wait_for_everyone()
 
+    @property
+    def run_folder(self) -> Path:
+        """`args.output_dir`."""
+        return Path(str(self.args.output_dir))
+
+    @property
+    def learner(self) -> Learner:
+        """The learner without accelerate's wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
     def own_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the Trainer's own."""
+        """What a checkpoint holds beyond the Trainer's state."""
         return {
             "kl_coef": self.kl.coef,
             "baselines": self.collector.baselines if self.collector else {},
@@ -105,10 +132,10 @@ class WholeCheckpoints:
             self.restored = state.get("sums")
 
     def restore_sums(self, started: float) -> None:
-        """Continues the sums behind the next log and `train_loss` where a checkpoint left them.
+        """Restores the sums behind the next log and `train_loss` from a checkpoint.
 
         Args:
-            started: when the Trainer began in this process and set its own sums to zero, in seconds.
+            started: when the Trainer started in this process and reset its sums, in seconds.
         """
         self.started = started
         if self.restored is None:
@@ -117,41 +144,41 @@ class WholeCheckpoints:
         self.metrics.values.update(sums["figures"])
         self._tr_loss = sums["loss"].to(self.args.device)
         self._total_loss_scalar, self._globalstep_last_logged = sums["total_loss"], sums["last_logged"]
-        self._initial_global_step = 0  # loss and speed are those of the run, not of this process
+        self._initial_global_step = 0  # loss and speed cover the whole run, not this process
         self.earlier = sums["seconds"]
 
     def seconds(self) -> float:
-        """How long the run has taken, in all of its sessions."""
+        """Duration of the run in seconds, over all processes that continued it."""
         return self.earlier + time.time() - self.started
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        self.restore_sums(start_time)  # of a run that had no step left
+        self.restore_sums(start_time)  # if the run had no steps left
         return super()._finalize_training(trial, num_train_samples, start_time - self.earlier)
 
     @contextlib.contextmanager
     def naming_checkpoint(self) -> Iterator[None]:
-        """Adds the newest checkpoint to the error of a full disk."""
+        """Adds the newest checkpoint to the error for a full disk."""
         try:
-            with files.disk_errors(Path(self.args.output_dir)):
+            with files.disk_errors(self.run_folder):
                 yield
         except files.DiskFullError as error:
-            last = newest_checkpoint(self.args.output_dir)
+            last = newest_checkpoint(self.run_folder)
             raise files.DiskFullError(
                 f"{error}; last good checkpoint: {last or 'none yet'}. Free some space and continue with --resume"
             ) from error
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves what the stage makes, memory or adapter; within a checkpoint, what resuming needs."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Saves the stage's memory or adapter; within a checkpoint, what resuming needs."""
         if _internal_call:
             super().save_model(output_dir, _internal_call)
         else:
-            self.save_result(output_dir or Path(self.args.output_dir) / self.args.plan.result)
+            self.save_result(output_dir or self.run_folder / self.args.plan.result)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The learner's weights, to resume from, and the settings in words."""
-        if not self.args.should_save:  # asked of every process where parameters are sharded
+        """Saves the learner's weights for resuming, and the settings as JSON."""
+        if not self.args.should_save:  # called on every process if parameters are sharded
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.run_folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.learner.state_dict() if state_dict is None else state_dict
         weights = {n: t.detach().cpu().contiguous() for n, t in state.items()}
@@ -160,25 +187,25 @@ class WholeCheckpoints:
         files.write_text(folder / "training_args.json", settings + "\n")
 
     def save_result(self, folder: str | Path) -> None:
-        """Writes what the stage makes: a memory, or a baseline's adapter."""
+        """Saves the stage's memory, or a baseline's adapter."""
         if self.args.plan.adapts:
-            self.save_whole(partial(save_adapter, self.vismem.base), folder)
+            self.save_gathered(partial(save_adapter, self.vismem.base), folder)
         else:
             self.save_memory(folder)
 
     def save_memory(self, folder: str | Path) -> None:
-        """Writes the memory as `VisMem.from_pretrained` reads it."""
-        self.save_whole(self.vismem.save_pretrained, folder)
+        """Saves the memory for `VisMem.from_pretrained`."""
+        self.save_gathered(self.vismem.save_pretrained, folder)
 
-    def save_whole(self, save: Callable[[Path], None], folder: str | Path) -> None:
-        """Has the main process `save` into a folder, with sharded parameters put together."""
+    def save_gathered(self, save: Callable[[Path], None], folder: str | Path) -> None:
+        """Calls `save` on the main process, with sharded parameters gathered."""
         with gathered(self.learner, self.numbers), self.naming_checkpoint():
             if self.args.should_save:
                 save(Path(folder))
         self.accelerator.wait_for_everyone()
 
     def summary(self) -> dict[str, Any]:
-        """This stage in a memory's history: what it was, and the metrics that it logged last."""
+        """This stage's entry in a memory's history: its settings and the last metrics it logged."""
         args, logged = self.args, {name: value for entry in self.state.log_history for name, value in entry.items()}
         data = Path(args.data).name if args.data and Path(args.data).exists() else args.data
         return {
@@ -192,7 +219,7 @@ class WholeCheckpoints:
 
 
 def write_manifest(folder: Path) -> None:
-    """Flushes the files of a finished checkpoint to the disk, and writes their checksums beside them."""
+    """Flushes a finished checkpoint's files to disk and writes their checksums."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     for path in found:
         files.sync(path)
@@ -200,14 +227,14 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compares the files of a checkpoint with its checksums; one without checksums passes with a warning.
+    """Verifies a checkpoint's checksums; one without checksums passes with a warning.
 
     Raises:
         DamagedCheckpointError: if a file is missing or differs; names it.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        log.warning("%s has no %s, so damage to it cannot be noticed", folder, MANIFEST)
+        log.warning("%s has no %s, so damage cannot be detected", folder, MANIFEST)
         return
     try:
         expected = dict(json.loads(manifest.read_bytes()))
@@ -218,7 +245,7 @@ def verify(folder: Path) -> None:
 
 
 def changed(folder: Path, expected: dict[str, str]) -> str | None:
-    """The first file that is missing or whose checksum is another one; None if all are as expected."""
+    """The first file that is missing or has a different checksum; None if all match."""
     for name, digest in expected.items():
         if not (folder / name).is_file() or files.sha256(folder / name) != digest:
             return name
@@ -226,7 +253,7 @@ def changed(folder: Path, expected: dict[str, str]) -> str | None:
 
 
 def put_in_place(staged: Path, target: Path) -> None:
-    """Renames a finished checkpoint to where it belongs; one that is there stays on the disk until then."""
+    """Renames a finished checkpoint to its target; an existing one stays on disk until then."""
     aside = target.parent / REPLACED / target.name
     if target.exists():
         aside.parent.mkdir(exist_ok=True)
@@ -238,29 +265,29 @@ def put_in_place(staged: Path, target: Path) -> None:
 
 
 def checkpoints_of(folder: str | Path) -> list[Path]:
-    """A run's checkpoints, oldest first; puts back one that a killed process was about to replace."""
+    """A run's checkpoints, oldest first; restores one that a killed process was about to replace."""
     folder = Path(folder)
     for aside in (folder / REPLACED).glob("checkpoint-*"):
-        with contextlib.suppress(OSError):  # the new one is there, or another process was faster
+        with contextlib.suppress(OSError):  # the new one exists, or another process was faster
             os.rename(aside, folder / aside.name)
     found = [path for path in folder.glob("checkpoint-*") if (path / STATE).is_file()]
     return sorted((path for path in found if path.name.partition("-")[2].isdigit()), key=step_of)
 
 
 def step_of(checkpoint: str | Path) -> int:
-    """The step of a checkpoint, by its name."""
+    """The step in a checkpoint's name."""
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """A run's newest checkpoint, whatever state its files are in."""
+    """A run's newest checkpoint, intact or not."""
     return next(reversed(checkpoints_of(folder)), None)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint of a run whose files are whole, or None if there is no checkpoint.
+    """A run's newest intact checkpoint, or None if there is no checkpoint.
 
-    Newer ones that are damaged are passed over with a warning that names the file.
+    Skips damaged ones with a warning that names the file.
 
     Raises:
         DamagedCheckpointError: if there are checkpoints and all of them are damaged.
@@ -272,16 +299,16 @@ def last_checkpoint(folder: str | Path) -> str | None:
         except DamagedCheckpointError as error:
             errors.append(error)
             continue
-        for error in errors:
-            log.warning("%s; continuing from %s", error, path)
+        for damaged in errors:
+            log.warning("%s; continuing from %s", damaged, path)
         return str(path)
     if errors:
-        raise DamagedCheckpointError(f"{errors[0]}; no older checkpoint is whole, so choose another output_dir")
+        raise DamagedCheckpointError(f"{errors[0]}; no older checkpoint is intact, so choose another output_dir")
     return None
 
 
 def drop_newer(folder: str | Path, step: int) -> None:
-    """Takes checkpoints after `step` out of the way of a run that resumes there."""
+    """Renames checkpoints after `step`, for a run that resumes there."""
     for path in checkpoints_of(folder):
         if step_of(path) > step:
             unused = path.with_name(f"unused-{path.name}")

@@ -1,8 +1,7 @@
-"""A stage from its settings to its saved memory: loads base, memory and data, trains, and resumes.
+"""Runs one stage from settings to saved memory; resumable.
 
-`vismem train` is a thin skin over `train`. Each stage has a folder of its own with checkpoints, logs, sample
-completions and, at the end, `memory/`, which is what the next stage and `VisMem.from_pretrained` take, or a
-baseline's `adapter/`.
+`vismem train` is a thin wrapper around `train`. Each stage has its own folder with checkpoints, logs, sample
+completions and finally `memory/`, which the next stage and `VisMem.from_pretrained` load, or a baseline's `adapter/`.
 """
 
 from __future__ import annotations
@@ -31,73 +30,75 @@ from vismem.training.trainer import MemoryTrainer
 
 log = logging.getLogger(__name__)
 
-DONE = "done.json"  # what a finished stage leaves in its folder
+RowsBySettings = dict[tuple[Any, ...], Any]
+
+DONE = "done.json"  # in the folder of a finished stage
 
 
-def train(stage: str, layers: list[dict[str, Any]], resume: bool = False) -> Path:
-    """Runs one stage, or with `"all"` those three after each other, each starting from the one before.
+def train(stage: str, layers: list[dict[str, Any]], *, resume: bool = False) -> Path:
+    """Runs one stage, or with `"all"` the three stages in order, each starting from the previous one's memory.
 
     Args:
         stage: one of `STAGES`, `"all"`, or one of `BASELINES`.
-        layers: settings as `load_settings` gives them.
-        resume: continue from the newest whole checkpoints; stages that are done are not run again.
+        layers: settings from `load_settings`.
+        resume: continue from the newest intact checkpoints and skip finished stages.
 
     Returns:
         The folder of the last stage's memory, or of the baseline's adapter.
 
     Raises:
-        ValueError: for unusable settings, rewards or data, of `"all"` before the first stage begins, or if an output
-            folder holds another run and `resume` is not given.
-        FolderInUseError: if another run writes into the output folder.
-        Interrupted: at Ctrl-C; says from where `resume` continues.
+        ValueError: for invalid settings, rewards or data (with `"all"`, before the first stage starts), or if an
+            output folder holds another run and `resume` is false.
+        FolderInUseError: if another run writes to the output folder.
+        Interrupted: at Ctrl-C; says where `resume` would continue.
     """
     if stage != "all":
-        return run_stage(arguments_for(stage, layers), resume)
+        return run_stage(arguments_for(stage, layers), resume=resume)
     first = arguments_for("stage1", layers)
     with locked(first):
-        return run_all(Path(str(first.output_dir)), layers, resume)
+        return run_all(Path(str(first.output_dir)), layers, resume=resume)
 
 
 def locked(args: MemoryTrainingArguments) -> contextlib.AbstractContextManager[None]:
-    """Keeps other runs out of the output folder; the main process does this for all."""
+    """Locks the output folder against other runs; only the main process does so."""
     return files.locked(str(args.output_dir)) if args.process_index == 0 else contextlib.nullcontext()
 
 
-def run_all(output: Path, layers: list[dict[str, Any]], resume: bool) -> Path:
-    """The three stages one after another, in folders of `output`; returns the folder of the last memory."""
-    planned: dict[str, dict[str, str]] = {}  # by stage, what the stages before it say
-    read: dict[tuple[Any, ...], Any] = {}
+def run_all(output: Path, layers: list[dict[str, Any]], *, resume: bool) -> Path:
+    """Runs the three stages in order, in folders of `output`; returns the folder of the last memory."""
+    planned: dict[str, dict[str, str]] = {}  # by stage, the arguments that follow from the stages before it
+    rows: RowsBySettings = {}
     memory: Path | None = None
-    for name in STAGES:  # what a later stage would stop at is found before the first one begins
+    for name in STAGES:  # check every stage before the first one starts
         fixed = {"output_dir": str(output / name), **({"checkpoint": str(memory)} if memory else {})}
         args = arguments_for(name, layers, **fixed)
         if args.max_steps == 0:
-            log.info("%s is left out (max_steps=0)", name)
+            log.info("%s is skipped (max_steps=0)", name)
             continue
         planned[name], memory = fixed, output / name / args.plan.result
-        if not progress(args, resume)[0]:
-            prepared_rows(args, read)
+        if not progress(args, resume=resume)[0]:
+            load_checked_rows(args, rows)
     if memory is None:
         raise ValueError(f"nothing to train: max_steps is 0 in each of {', '.join(STAGES)}")
-    for name, fixed in planned.items():  # arguments anew: what the last ones leave in the environment counts
-        run_stage(arguments_for(name, layers, **fixed), resume, read)
+    for name, fixed in planned.items():  # new arguments, because creating them sets environment variables
+        run_stage(arguments_for(name, layers, **fixed), resume=resume, rows=rows)
     return memory
 
 
-def run_stage(args: MemoryTrainingArguments, resume: bool, read: dict[tuple[Any, ...], Any] | None = None) -> Path:
-    """Trains one stage and returns the folder of its memory or adapter; `read` is that of `prepared_rows`."""
+def run_stage(args: MemoryTrainingArguments, *, resume: bool, rows: RowsBySettings | None = None) -> Path:
+    """Trains one stage and returns the folder of its memory or adapter; `rows` is that of `load_checked_rows`."""
     folder = Path(str(args.output_dir))
     result = folder / args.plan.result
     with locked(args), advising(lambda: how_to_resume(args)):
-        done, checkpoint = progress(args, resume)
+        done, checkpoint = progress(args, resume=resume)
         if done:
-            log.info("%s is done already; its %s is in %s", args.stage, args.plan.result, result)
+            log.info("%s is already done; its %s is in %s", args.stage, args.plan.result, result)
             return result
-        rows = prepared_rows(args, {} if read is None else read)
+        dataset = load_checked_rows(args, {} if rows is None else rows)
         log.info("%s: %s", args.stage, folder)
-        set_seed(args.seed)  # a new memory's first weights
+        set_seed(args.seed)  # for a new memory's initial weights
         model = load_model(args)
-        trainer = MemoryTrainer(model, args, rows)
+        trainer = MemoryTrainer(model, args, dataset)
         with reported_apart(args):
             trainer.train(resume_from_checkpoint=checkpoint or resume)
         trainer.save_result(result)
@@ -110,27 +111,27 @@ def run_stage(args: MemoryTrainingArguments, resume: bool, read: dict[tuple[Any,
 
 
 def how_to_resume(args: MemoryTrainingArguments) -> str:
-    """What `--resume` does with a stage that was stopped now."""
+    """What `--resume` would do with a stage interrupted now."""
     newest = newest_checkpoint(str(args.output_dir))
     if newest is None:
-        return f"{args.stage} has saved nothing yet, so --resume begins it again"
+        return f"{args.stage} has no checkpoint yet, so --resume starts it again"
     return f"--resume continues {args.stage} from step {step_of(newest)} ({newest})"
 
 
 def checksums(result: Path) -> dict[str, str]:
-    """Checksums of a stage's result, without what people edit."""
+    """Checksums of a stage's result, without files that users may edit."""
     found = [path for path in sorted(result.glob("*")) if path.suffix in (".json", ".safetensors")]
     return {path.name: files.sha256(path) for path in found}
 
 
-def progress(args: MemoryTrainingArguments, resume: bool) -> tuple[bool, str | None]:
-    """Whether a stage is done already, and the checkpoint that it continues from.
+def progress(args: MemoryTrainingArguments, *, resume: bool) -> tuple[bool, str | None]:
+    """Whether a stage is done, and the checkpoint to continue from.
 
-    A stage is done if `done.json` and the result that it names are whole; otherwise it continues, with a warning.
+    A stage is done if `done.json` and the result it names are intact; otherwise training continues, with a warning.
 
     Raises:
-        ValueError: if its folder holds a run of another stage, any run and `resume` is not given, or checkpoints that
-            are all damaged.
+        ValueError: if the folder holds a run of another stage, any run while `resume` is false, or only damaged
+            checkpoints.
     """
     folder = Path(str(args.output_dir))
     done, newest = folder / DONE, newest_checkpoint(folder)
@@ -140,55 +141,55 @@ def progress(args: MemoryTrainingArguments, resume: bool) -> tuple[bool, str | N
     if not resume and (newest or done.exists()):
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another output_dir")
     if done.exists():
-        lacking = unfinished(done, folder / args.plan.result)
-        if lacking is None:
+        problem = check_done(done, folder / args.plan.result)
+        if problem is None:
             return True, None
-        log.warning("%s says that %s is done, but %s; training continues", done, args.stage, lacking)
+        log.warning("%s marks %s as done, but %s; training continues", done, args.stage, problem)
     return False, last_checkpoint(folder)
 
 
 def read_stage(path: Path) -> str | None:
-    """The stage that a JSON file names; None if it is missing or damaged."""
+    """The stage named in a JSON file; None if the file is missing or damaged."""
     try:
         return str(json.loads(path.read_bytes())["stage"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def unfinished(done: Path, result: Path) -> str | None:
-    """What is wrong with a `done.json` and the result that it names; None if both are whole."""
+def check_done(done: Path, result: Path) -> str | None:
+    """The problem with a `done.json` or the result it names; None if both are intact."""
     try:
         record = json.loads(done.read_bytes())
-        named = record.get("files") or named_before(result)
-        wrong = changed(result, dict(named))
+        expected = record.get("files") or expected_checksums(result)
+        wrong = changed(result, dict(expected))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"it is damaged ({error})"
     if read_stage(done) is None:
         return "it names no stage"
     if not result.is_dir():
         return f"there is no {result}"
-    return f"{result / wrong} is missing or was changed" if wrong else None
+    return f"{result / wrong} is missing or changed" if wrong else None
 
 
-def named_before(result: Path) -> dict[str, str]:
-    """What a `done.json` of earlier versions, which has no checksums, stands for: the memory as its record has it."""
-    found = checksums(result)
-    if checkpoint_files.CONFIG_FILE in found:
-        found[checkpoint_files.WEIGHTS_FILE] = checkpoint_files.read_record(result).sha256
-    elif len(found) < 2:
-        raise ValueError(f"{result} is not whole")
-    return found
+def expected_checksums(result: Path) -> dict[str, str]:
+    """The checksums for a `done.json` of earlier versions, which has none: taken from the memory's record."""
+    sums = checksums(result)
+    if checkpoint_files.CONFIG_FILE in sums:
+        sums[checkpoint_files.WEIGHTS_FILE] = checkpoint_files.read_record(result).sha256
+    elif len(sums) < 2:
+        raise ValueError(f"{result} is incomplete")
+    return sums
 
 
-def prepared_rows(args: MemoryTrainingArguments, read: dict[tuple[Any, ...], Any]) -> Any:
-    """The rows of a stage, after a look at what it needs besides a base: its rewards, and that its data can be read.
+def load_checked_rows(args: MemoryTrainingArguments, rows: RowsBySettings) -> Any:
+    """Loads a stage's rows after checking its rewards, and reads the first row.
 
     Args:
         args: of the stage.
-        read: rows by the settings that they were read with; stages that read alike share them.
+        rows: rows already loaded, by their settings; stages with the same data settings share them.
 
     Raises:
-        ValueError: if a reward is unknown or lacks a package, or the data cannot be read or has no good row.
+        ValueError: if a reward is unknown or needs a missing package, or the data cannot be read or has no good row.
     """
     if not args.plan.supervised:
         load_rewards(args.rewards)
@@ -196,15 +197,15 @@ def prepared_rows(args: MemoryTrainingArguments, read: dict[tuple[Any, ...], Any
     key = (*key, str(args.columns))
     if args.data.partition(":")[0] == "pocket":
         key = (*key, args.stage)
-    if key not in read:
-        rows = load_rows(args)
-        next(iter(rows))  # a stream is opened, the pocket world drawn from, only here
-        read[key] = rows
-    return read[key]
+    if key not in rows:
+        loaded = load_rows(args)
+        next(iter(loaded))  # only this opens a stream, or samples the pocket world
+        rows[key] = loaded
+    return rows[key]
 
 
 def load_model(args: MemoryTrainingArguments) -> VisMem:
-    """The base with the memory, or the adapter, that the stage starts from."""
+    """Loads the base with the memory or adapter that the stage starts from."""
     name = args.base
     if not name and args.checkpoint:
         if args.plan.adapts:
@@ -214,7 +215,7 @@ def load_model(args: MemoryTrainingArguments) -> VisMem:
             name = checkpoint_files.base_location(checkpoint_files.read_record(folder), folder)
     if not name:
         made = "an adapter" if args.plan.adapts else "a memory"
-        raise ValueError(f"no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of {made} that names its own")
+        raise ValueError(f"no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of {made} that names its base")
     options: dict[str, Any] = {}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
@@ -230,7 +231,7 @@ def load_model(args: MemoryTrainingArguments) -> VisMem:
 
 
 def load_rows(args: MemoryTrainingArguments) -> Any:
-    """The rows that the stage reads."""
+    """Loads the rows of the stage."""
     if not args.data:
         raise ValueError("no data: set data=FILE.jsonl, a folder or a hub name")
     if args.data.partition(":")[0] == "pocket":

@@ -1,7 +1,7 @@
-"""Settings of training as a file and `key=value` have them: presets, sections, names of other libraries.
+"""Training settings from a file and `key=value`: presets, sections, and other libraries' names.
 
-Nothing imports torch or transformers, so what is wrong with a setting is said at once. `arguments.py` makes
-`MemoryTrainingArguments` of the result.
+Nothing imports torch or transformers, so mistakes are reported immediately. `arguments.py` turns the result into
+`MemoryTrainingArguments`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from vismem.config import VisMemConfig
 from vismem.settings import (
     SettingsError,
     check,
+    check_preset,
+    format_value,
     hints_from_source,
     kind_of,
-    preset_named,
     read_changes,
     read_file,
-    shown,
 )
 from vismem.training.stages import BASELINES, STAGES
 
-SECTIONS = (*STAGES, *BASELINES)  # of a file of settings
+SECTIONS = (*STAGES, *BASELINES)  # of a settings file
 
-
-# The paper's numbers (its section 4.1 and Tab. 4), and what trains the pocket in minutes on a laptop.
+# The paper's hyperparameters (section 4.1 and Tab. 4), and ones that train the pocket model in minutes on a laptop.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "memory": {"preset": "paper"},
@@ -51,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "target_kl": 0.05,
             "penalty_coef": 0.3,
         },
-        # Baselines: the warm-up's numbers, and those of stage I.
+        # Baselines: the hyperparameters of the warm-up and of stage I.
         "sft": {"learning_rate": 5e-5, "warmup_steps": 0.2, "num_train_epochs": 1},
         "grpo": {"learning_rate": 5e-5, "warmup_steps": 0.2, "kl_coef": 0.015, "target_kl": 0.03},
     },
@@ -62,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "memory": {"preset": "pocket"},
         "group_size": 8,
         "max_new_tokens": 48,
-        "attn_implementation": "eager",  # the fastest one to train on a CPU
+        "attn_implementation": "eager",  # the fastest for training on a CPU
         "optim": "adamw_torch",
         "lr_scheduler_type": "cosine",
         "adam_beta2": 0.98,
@@ -93,25 +92,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# What TRL, peft, LLaMA-Factory, ms-swift and earlier versions of transformers call a setting, and its name here.
-_FORMED = "a memory has no such setting; `vismem train sft` trains an adapter, with the rank and scale of memory.lora_r"
-_SAMPLING = "trajectories are sampled at `temperature` alone"
-_NEVER_CUT = "prompts are never cut; leave out rows that are too long"
+# Names in TRL, peft, LLaMA-Factory, ms-swift and earlier transformers -> the name here, or advice.
+_LORA = "a memory has no such setting; `vismem train sft` trains an adapter, with the rank and scale of memory.lora_r"
+_SAMPLING = "trajectories are sampled with `temperature` only"
+_NO_TRUNCATION = "prompts are never truncated; remove rows that are too long"
 OTHER_NAMES = {
     **dict.fromkeys(("model", "model_name", "model_name_or_path", "model_id", "model_path", "base_model"), "base"),
     **dict.fromkeys(("torch_dtype", "model_dtype", "infer_dtype"), "dtype"),
     **dict.fromkeys(("attn_impl", "flash_attn"), "attn_implementation"),
-    "model_init_kwargs": "set dtype, attn_implementation and trust_remote_code themselves",
+    "model_init_kwargs": "set dtype, attn_implementation and trust_remote_code directly",
     **dict.fromkeys(("adapter_name_or_path", "adapters", "memory_path"), "checkpoint"),
     **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "train_file", "train_files"), "data"),
     **dict.fromkeys(("dataset_train_split", "dataset_split"), "split"),
     "dataset_streaming": "streaming",
     **dict.fromkeys(("max_samples", "max_train_samples"), "max_rows"),
     **dict.fromkeys(("reward_funcs", "reward_functions", "reward_fn", "reward_model"), "rewards"),
-    "reward_weights": "here a reward has its weight with it: rewards: [{name: exact, weight: 0.5}]",
+    "reward_weights": "give each reward its weight: rewards: [{name: exact, weight: 0.5}]",
     **dict.fromkeys(("num_generations", "num_return_sequences", "rollout_n", "n_samples_per_prompt"), "group_size"),
     **dict.fromkeys(("max_completion_length", "response_length", "max_response_length"), "max_new_tokens"),
-    **dict.fromkeys(("max_prompt_length", "cutoff_len", "max_length", "max_seq_length", "truncation"), _NEVER_CUT),
+    **dict.fromkeys(("max_prompt_length", "cutoff_len", "max_length", "max_seq_length", "truncation"), _NO_TRUNCATION),
     **dict.fromkeys(("beta", "kl_beta", "init_kl_coef", "kl_loss_coef"), "kl_coef"),
     "target": "target_kl",
     "horizon": "kl_horizon",
@@ -125,32 +124,33 @@ OTHER_NAMES = {
     **dict.fromkeys(("lr", "actor_lr"), "learning_rate"),
     **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "total_epochs"), "num_train_epochs"),
     **dict.fromkeys(("steps", "total_training_steps", "num_steps"), "max_steps"),
-    "warmup_ratio": "here it is warmup_steps, where a number below 1 is a share of the steps",
+    "warmup_ratio": "here it is warmup_steps, where a number below 1 is a fraction of all steps",
     "evaluation_strategy": "eval_strategy",
     "group_by_length": "train_sampling_strategy",
     **dict.fromkeys(("no_cuda", "cpu"), "use_cpu"),
-    "logging_dir": "set output_dir; TensorBoard's files go into its folder runs",
-    "overwrite_output_dir": "a run's folder is never overwritten; choose another output_dir, or continue with --resume",
+    "logging_dir": "set output_dir; TensorBoard files go to its folder runs",
+    "overwrite_output_dir": "a run's folder is never overwritten; choose another output_dir, or resume with --resume",
     **dict.fromkeys(("lora_r", "lora_rank", "r", "rank"), "memory.lora_r"),
     "lora_alpha": "memory.lora_alpha",
     "lora_dropout": "memory.lora_dropout",
     **dict.fromkeys(
-        ("use_peft", "peft_config", "lora_target", "lora_target_modules", "target_modules", "finetuning_type"), _FORMED
+        ("use_peft", "peft_config", "lora_target", "lora_target_modules", "target_modules", "finetuning_type"),
+        _LORA,
     ),
-    **dict.fromkeys(("use_vllm", "vllm_mode"), "trajectories are written by vismem's own decoder"),
+    **dict.fromkeys(("use_vllm", "vllm_mode"), "trajectories are generated by vismem's own decoder"),
 }
 
 
 @cache
 def own_kinds() -> dict[str, Any]:
-    """Types of the settings that `MemoryTrainingArguments` has beside transformers'."""
+    """Types of the settings that `MemoryTrainingArguments` adds to transformers'."""
     hints = hints_from_source(Path(__file__).with_name("arguments.py"), "MemoryTrainingArguments")
     return {name: kind_of(hint) for name, hint in hints.items()}
 
 
 @cache
 def kinds() -> dict[str, Any]:
-    """Types of all settings of a stage, those of the installed transformers among them."""
+    """Types of all settings of a stage, including those of the installed transformers."""
     found = find_spec("transformers")
     if found is None or found.origin is None:
         raise ImportError("training needs transformers", name="transformers")
@@ -167,28 +167,28 @@ def memory_kinds() -> dict[str, Any]:
 
 
 def load_settings(path: str | Path | None, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """A file's settings, and those of `key=value` and `stage.key=value`, whose values are read as YAML.
+    """Reads a settings file, and `key=value` and `stage.key=value` overrides with values in YAML.
 
     Raises:
-        SettingsError: if the file is not a YAML mapping, a name is unknown (the nearest one, or what it is called here,
-            is named), or a value has another type than its setting.
+        SettingsError: if the file is not a YAML mapping, a name is unknown (suggests the name here, or the nearest
+            one), or a value has the wrong type.
         OSError: if the file cannot be read.
     """
-    return [checked(read_file(path)), checked(read_changes(overrides))]
+    return [check_layer(read_file(path)), check_layer(read_changes(overrides))]
 
 
-def checked(layer: Any, where: str = "") -> dict[str, Any]:
-    """A layer of settings with its names and types checked, those of its sections too; `where` goes before the names.
+def check_layer(layer: Any, where: str = "") -> dict[str, Any]:
+    """Checks the names and types of a layer of settings and its sections; `where` prefixes names in messages.
 
     Raises:
-        SettingsError: if it is no mapping, a name is unknown, or a value has another type than its setting.
+        SettingsError: if it is not a mapping, a name is unknown, or a value has the wrong type.
     """
     if not isinstance(layer, Mapping):
-        raise SettingsError(f"{where.rstrip('.')} must be a mapping of settings, got {shown(layer)}")
+        raise SettingsError(f"{where.rstrip('.')} must be a mapping of settings, got {format_value(layer)}")
     general = {name: value for name, value in layer.items() if name not in (*SECTIONS, "preset")}
     found = _section(general, where)
     if "preset" in layer:
-        found["preset"] = preset_named(layer["preset"], PRESETS, where and f"{where.rstrip('.')}: ")
+        found["preset"] = check_preset(layer["preset"], PRESETS, where and f"{where.rstrip('.')}: ")
     for section in SECTIONS:
         if layer.get(section) is not None:
             found[section] = _section(layer[section], f"{where}{section}.")
@@ -205,12 +205,12 @@ def _section(values: Any, section: str) -> dict[str, Any]:
 
 
 def values_for(stage: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings of one stage: the preset's, then each layer's, and within each what is said of the stage.
+    """Merges the settings of one stage: the preset, then each layer, each with its section for the stage.
 
     Raises:
         SettingsError: if a name, a type or the memory's configuration is wrong.
     """
-    layers = [checked(layer) for layer in layers]
+    layers = [check_layer(layer) for layer in layers]
     preset = next((layer["preset"] for layer in reversed(layers) if "preset" in layer), "paper")
     values: dict[str, Any] = {}
     for layer in (PRESETS[preset], *layers):
@@ -223,9 +223,9 @@ def values_for(stage: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 
 def memory_config(values: Mapping[str, Any] | str | None) -> VisMemConfig:
-    """The configuration of a new memory. Raises SettingsError for an unknown preset or field, or a wrong value."""
+    """The config of a new memory. Raises SettingsError for an unknown preset or field, or an invalid value."""
     given = check({"preset": values} if isinstance(values, str) else values or {}, memory_kinds(), "memory.")
-    name = preset_named(given.pop("preset", "paper"), MEMORY_PRESETS, "memory: ")
+    name = check_preset(given.pop("preset", "paper"), MEMORY_PRESETS, "memory: ")
     try:
         return VisMemConfig.preset(name, **given)
     except ValueError as error:

@@ -27,7 +27,7 @@ from vismem.training.arguments import NO_EVALUATION, MemoryTrainingArguments
 from vismem.training.baselines import adapter_of, without_adapter
 from vismem.training.checkpoints import (
     STATE,
-    WholeCheckpoints,
+    CheckpointingTrainer,
     drop_newer,
     last_checkpoint,
     newest_checkpoint,
@@ -51,7 +51,7 @@ class TrainingDivergedError(RuntimeError):
     """The loss, the gradient or a rollout's scores are not finite."""
 
 
-class MemoryTrainer(WholeCheckpoints, Trainer):
+class MemoryTrainer(CheckpointingTrainer):
     """Trains one stage of a memory, or a baseline: an adapter of the base's language model.
 
     Args:
@@ -72,7 +72,6 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
         >>> MemoryTrainer(model, args, rows, reward_funcs="exact").train()
     """
 
-    args: MemoryTrainingArguments
     sampler: PromptSampler | None = None
 
     def __init__(
@@ -121,11 +120,6 @@ class MemoryTrainer(WholeCheckpoints, Trainer):
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters with their names."""
         return [(name, p) for name, p in self.learner.named_parameters() if p.requires_grad]
-
-    @property
-    def learner(self) -> Learner:
-        """The learner without what accelerate wraps around it."""
-        return self.accelerator.unwrap_model(self.model)
 
     # Called by the Trainer.
 

@@ -1,6 +1,6 @@
-"""Rewards: functions in TRL's signature that score completions, built in, imported or asked of a judge.
+"""Rewards: functions with TRL's signature that score completions; built in, imported, or from a judge model.
 
-`load_rewards` makes a `Rewards` of their names; `extract_answer` finds the answer that a text states.
+`load_rewards` creates a `Rewards` from names; `extract_answer` finds the answer stated in a text.
 """
 
 from __future__ import annotations

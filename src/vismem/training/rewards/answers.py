@@ -1,6 +1,6 @@
-"""Reading text: what a completion says, where in it the answer stands, and texts and numbers brought to one form.
+"""Parses completions: extracts the stated answer, and normalizes text and numbers for comparison.
 
-Pure functions on strings; the rewards in `builtin.py` compare what these find.
+Pure functions on strings, used by the rewards in `builtin.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EQUALS = r"=|≈|\\approx"
 _WORDS_BEFORE = re.compile(
     r"\b(?:about|around|approx|approximately|ca|circa|us|usd|eur|gbp|rs)\b|[\W_]+", re.IGNORECASE
 )
-_PLAIN = {ord(mark): "-" for mark in "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d"} | {
+_ASCII = {ord(dash): "-" for dash in "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d"} | {
     ord("\u2018"): "'",
     ord("\u2019"): "'",
     ord("\u201c"): '"',
@@ -45,16 +45,16 @@ _PLAIN = {ord(mark): "-" for mark in "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion: a string, or TRL's list of messages, of which the last of the assistant counts."""
+    """The text of a completion: a string, or the last assistant message of TRL's list of messages."""
     if isinstance(completion, str):
         return completion
     messages = [completion] if isinstance(completion, Mapping) else list(completion or [])
-    said = [message for message in messages if message.get("role", "assistant") == "assistant"]
-    return _content(said[-1].get("content")) if said else ""
+    replies = [message for message in messages if message.get("role", "assistant") == "assistant"]
+    return _content(replies[-1].get("content")) if replies else ""
 
 
 def prompt_text(prompt: Any) -> str:
-    """The text of a prompt: a string, or the texts of all its user messages, a line each."""
+    """The text of a prompt: a string, or the text of its user messages, joined by newlines."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(_content(message.get("content")) for message in prompt or [] if message.get("role") == "user")
@@ -67,10 +67,10 @@ def _content(content: Any) -> str:
 
 
 def extract_answer(text: str) -> str:
-    """The answer that a text states: in <answer>...</answer>, in \\boxed{...}, or after "answer is" or "Answer:".
+    """The answer stated in a text: in <answer>...</answer>, in \\boxed{...}, or after "answer is" or "Answer:".
 
-    What stands up to a closing </think> is left out. Of several statements the last counts. Without any, the whole
-    text is the answer; "" if the statement is cut off.
+    Ignores everything up to a closing </think>. If there are several statements, the last one counts; if there is
+    none, the whole text is the answer. Returns "" if the statement is truncated.
 
     Example:
         >>> extract_answer("2 + 2 is four, so **the answer is \\\\boxed{4}**.")
@@ -80,7 +80,7 @@ def extract_answer(text: str) -> str:
 
 
 def find_answer(text: str) -> tuple[str, bool]:
-    """`extract_answer`, and whether the text marked its answer in one of these ways."""
+    """As `extract_answer`, and whether the text marks its answer in one of these ways."""
     text = text.rsplit("</think>", 1)[-1]
     found: list[tuple[int, str]] = []
     for match in _ANSWER_TAG.finditer(text):
@@ -89,31 +89,31 @@ def find_answer(text: str) -> tuple[str, bool]:
         found.append((match.start(), _braced(text, match.end())))
     tags = [(match.start(), match.end()) for match in _ANSWER_TAG.finditer(text)]
     for match in _ANSWER_IS.finditer(text):
-        if not any(start < match.start() < end for start, end in tags):  # that is read below, within the tag
+        if not any(start < match.start() < end for start, end in tags):  # handled below, within the tag
             found.append((match.start(), _statement(text[match.end() :])))
     if not found:
         return text.strip(), False
     start, inner = max(found, key=lambda one: one[0])
     inside = [one for one in tags if one[0] < start < one[1]]
-    if inside:  # a box within a tag: read the tag alone
-        inner = next(content for place, content in found if place == inside[-1][0])
+    if inside:  # a box within a tag: the tag decides
+        inner = next(content for position, content in found if position == inside[-1][0])
     deeper, marked = find_answer(inner)
     return (deeper if marked else inner).strip(), True
 
 
 def _braced(text: str, start: int) -> str:
-    """What stands between the brace before `start` and the one that closes it (or the end)."""
+    """The text from `start`, just after an opening brace, to the closing brace or the end."""
     depth = 1
-    for place in range(start, len(text)):
-        if text[place] in "{}" and text[place - 1] != "\\":
-            depth += 1 if text[place] == "{" else -1
+    for end in range(start, len(text)):
+        if text[end] in "{}" and text[end - 1] != "\\":
+            depth += 1 if text[end] == "{" else -1
             if depth == 0:
-                return text[start:place]
+                return text[start:end]
     return text[start:]
 
 
 def _statement(text: str) -> str:
-    """The first line with words in it, up to the end of its first sentence."""
+    """The first sentence of the first line with words in it."""
     line = next((line for line in text.splitlines() if line.strip(" *_#$")), "").strip()
     if line.rstrip("$") in ("\\[", "\\("):
         return text.strip()
@@ -125,17 +125,17 @@ def _statement(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Without Markdown emphasis, LaTeX wrappers and unusual signs; case and punctuation stay."""
-    text = unicodedata.normalize("NFKC", text.translate(_PLAIN)).translate(_PLAIN)
+    """Removes Markdown emphasis and LaTeX wrappers, and normalizes Unicode; keeps case and punctuation."""
+    text = unicodedata.normalize("NFKC", text.translate(_ASCII)).translate(_ASCII)
     text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[\[\]()]|\\left|\\right|\\displaystyle|\\[,;!]", " ", text)
-    text = re.sub(r"(?<!\w)\$(?!\d)|\$(?!\w)", "", text)  # formula signs; "$5" keeps its currency
+    text = re.sub(r"(?<!\w)\$(?!\d)|\$(?!\w)", "", text)  # math delimiters; "$5" keeps its currency sign
     text = re.sub(r"\*\*|__|`|(?<!\w)[*_](?=\w)|(?<=\w)[*_](?!\w)", "", text)
     return " ".join(text.split())
 
 
 def normalise(text: str) -> str:
-    """A short answer in one form: `plain`, lower case, no leading article, no punctuation around it.
+    """Normalizes a short answer: `plain`, lower case, without leading article and surrounding punctuation.
 
     Example:
         >>> normalise("**The red Cup.**")
@@ -146,36 +146,36 @@ def normalise(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Number:
+class ParsedNumber:
     value: float
     percent: bool = False
 
 
-def numbers(text: str) -> list[Number]:
-    """All numbers of a text, in order: signs, thousands separators, decimals, powers of ten, fractions, per cent.
+def numbers(text: str) -> list[ParsedNumber]:
+    """All numbers in a text, in order, with signs, thousands separators, powers of ten, fractions and percent.
 
-    Units may follow; digits inside words (H2O) are no numbers. A division by zero is left out.
+    Units may follow. Skips digits inside words (H2O) and divisions by zero.
 
     Example:
         >>> [number.value for number in numbers("1,234.50 m and -3/4")]
         [1234.5, -0.75]
     """
-    return [number for number, _ in _found(text)]
+    return [number for number, _ in _find_numbers(text)]
 
 
-def number_alone(text: str) -> Number | None:
-    """The number that a reference answer is: the only one in it, with no other words before it than "about" or "US$".
+def number_alone(text: str) -> ParsedNumber | None:
+    """The number in a reference answer, if it is the only one and only words like "about" or "US$" precede it.
 
     Example:
         >>> number_alone("5 cm").value, number_alone("1952-09-24"), number_alone("Windows 95")
         (5.0, None, None)
     """
-    found = _found(re.split(EQUALS, text)[-1])
+    found = _find_numbers(re.split(EQUALS, text)[-1])
     return found[0][0] if len(found) == 1 and not _WORDS_BEFORE.sub("", found[0][1]) else None
 
 
-def _found(text: str) -> list[tuple[Number, str]]:
-    """Each number, and the text before it."""
+def _find_numbers(text: str) -> list[tuple[ParsedNumber, str]]:
+    """Each number in a text, with the text before it."""
     text = re.sub(r"[⁻⁰¹²³⁴-⁹]+", lambda match: "^" + unicodedata.normalize("NFKC", match.group()), text)
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
     text = re.sub(r"(?<=\d)[\u00a0\u202f\u2009](?=\d{3}(?!\d))", "", text)
@@ -187,7 +187,7 @@ def _found(text: str) -> list[tuple[Number, str]]:
     for match in _NUMBER.finditer(text):
         value = _value(match)
         if value is not None and math.isfinite(value):
-            found.append((Number(value, bool(match["percent"])), text[: match.start()]))
+            found.append((ParsedNumber(value, bool(match["percent"])), text[: match.start()]))
     return found
 
 
@@ -196,7 +196,7 @@ def _value(match: re.Match[str]) -> float | None:
         value = float((match["whole"] or "0").replace(",", "") + (match["part"] or ""))
         if match["power"]:
             power = re.search(r"[-+]?\d+\s*\}?$", match["power"])
-            assert power is not None  # the pattern has a number there
+            assert power is not None  # guaranteed by the pattern
             value *= 10.0 ** int(power.group().strip(" }"))
         if match["mixed"]:
             above, below = match["mixed"].split("/")

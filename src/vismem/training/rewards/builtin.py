@@ -1,7 +1,7 @@
-"""The built-in rewards, by name: each a factory that takes options and gives a function in TRL's signature.
+"""The built-in rewards: each is a factory that takes options and returns a function with TRL's signature.
 
-A score is 1.0 or 0.0 (the pocket's is between); None says that the reward does not apply to the row, as for a
-reference answer that is no number. A mixed data set can so name several of them.
+A score is 1.0 or 0.0 (`pocket` also gives values between), or None if the reward does not apply to the row, for
+example because the reference answer is not a number. So a mixed dataset can combine several rewards.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from vismem.training.rewards.answers import (
     EQUALS,
+    ParsedNumber,
     completion_text,
     extract_answer,
     find_answer,
@@ -26,19 +27,19 @@ from vismem.training.rewards.errors import FAILURES, RowError
 from vismem.training.rewards.judge import judge
 
 RewardFunction = Callable[..., Sequence[float | None]]
-LONGEST_FORMULA = 500  # characters; a longer one is no answer, and takes long to parse
+LONGEST_FORMULA = 500  # characters; longer text is not an answer and slow to parse
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def per_row(
     name: str, score: Callable[..., float | None], *columns: str, optional: Sequence[str] = ()
 ) -> RewardFunction:
-    """A reward from `score(prompt, completion, *columns, *optional)` on one row's texts and values.
+    """Turns `score(prompt, completion, *columns, *optional)`, which scores one row, into a reward function.
 
-    `score` gets all reference answers as `answer`, where the row has several; the best of them counts.
+    `answer` holds all reference answers if the row has several; the best score counts.
 
     Raises (when called):
-        ValueError: if one of `columns` is not there; `optional` ones are None then.
+        ValueError: if one of `columns` is missing; a missing `optional` column is None.
     """
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **given: Any) -> list[float | None]:
@@ -47,7 +48,8 @@ def per_row(
                 raise ValueError(
                     f"the reward {name!r} needs a column {column!r}; there are {', '.join(given) or 'none'}"
                 )
-        given = {**given, "answer": given["references"]} if "references" in given and "answer" in given else given
+        if "references" in given and "answer" in given:
+            given["answer"] = given["references"]
         scores = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             values = [given[column][row] for column in columns]
@@ -63,51 +65,51 @@ def per_row(
 
 
 def _references(answer: Any) -> list[str]:
-    """The reference answers as texts: one, or several where the column holds lists."""
-    several = answer if isinstance(answer, (list, tuple)) else [answer]
-    return [str(one) for one in several if one is not None and str(one).strip()]
+    """The non-empty reference answers as strings; the column may hold one or a list."""
+    answers = answer if isinstance(answer, (list, tuple)) else [answer]
+    return [str(one) for one in answers if one is not None and str(one).strip()]
 
 
 def _any(hits: Sequence[bool | None]) -> float | None:
-    """1.0 if one of the references was met, None if none of them can be compared."""
+    """1.0 if any reference matches, None if none can be compared."""
     known = [hit for hit in hits if hit is not None]
     return float(any(known)) if known else None
 
 
 def exact() -> RewardFunction:
-    """The answer is the reference, but for case, punctuation around it, a leading article and markup."""
+    """The answer equals the reference, ignoring case, surrounding punctuation, a leading article and markup."""
 
-    def score(prompt: Any, text: str, answer: Any) -> float | None:
-        said = normalise(extract_answer(text))
-        return _any([said == normalise(extract_answer(one)) for one in _references(answer)])
+    def score(_prompt: Any, text: str, answer: Any) -> float | None:
+        found = normalise(extract_answer(text))
+        return _any([found == normalise(extract_answer(one)) for one in _references(answer)])
 
     return per_row("exact", score, "answer")
 
 
 def contains() -> RewardFunction:
-    """The completion has the reference somewhere in it, as whole words."""
+    """The completion contains the reference, as whole words."""
 
-    def score(prompt: Any, text: str, answer: Any) -> float | None:
-        said = plain(text).casefold()
+    def score(_prompt: Any, text: str, answer: Any) -> float | None:
+        found = plain(text).casefold()
         wanted = [normalise(one) for one in _references(answer)]
-        return _any([bool(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", said)) for one in wanted if one])
+        return _any([bool(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", found)) for one in wanted if one])
 
     return per_row("contains", score, "answer")
 
 
 def yes_no() -> RewardFunction:
-    """The answer agrees with the reference, a yes or no (true, false)."""
+    """The answer agrees with the reference, which is yes or no (or true or false)."""
 
-    def score(prompt: Any, text: str, answer: Any) -> float | None:
+    def score(_prompt: Any, text: str, answer: Any) -> float | None:
         wanted = [read_yes_no(one) for one in _references(answer)]
-        said = read_yes_no(extract_answer(text))
-        return _any([None if one is None else said == one for one in wanted])
+        found = read_yes_no(extract_answer(text))
+        return _any([None if one is None else found == one for one in wanted])
 
     return per_row("yes_no", score, "answer")
 
 
 def read_yes_no(text: str) -> bool | None:
-    """True for yes, False for no: the first word if a stop follows it, else the only one of the two that occurs."""
+    """True for yes, False for no: the first word if punctuation follows it, else the only one of them in the text."""
     text = plain(text).casefold().strip(" .!?\"'()")
     first = re.match(r"(yes|true|no|false)\b(?=\s*(?:[,.;:!-]|$))", text)
     words = {first.group(1)} if first else set(re.findall(r"(?<!\w)(yes|true|no|false)(?!\w)", text))
@@ -116,39 +118,41 @@ def read_yes_no(text: str) -> bool | None:
 
 
 def numeric(relative: float = 1e-6, absolute: float = 1e-9) -> RewardFunction:
-    """The answer is the reference number, to within the larger of the two tolerances.
+    """The answer equals the reference number, within the larger of the two tolerances.
 
-    The reference must be one number, with its unit if any. Of several numbers in a marked answer the first counts (or
-    what follows the last "="), in an unmarked text the last. A number with per cent matches one without by its figure
-    or by its value: 45 % is 45, and 0.45.
+    The reference must be one number, optionally with a unit. If an answer has several numbers, the first one counts
+    (or the one after the last "="); in text without a marked answer, the last one. A percentage matches its number or
+    its value: 45 % equals 45 and 0.45.
     """
     for name, value in (("relative", relative), ("absolute", absolute)):
         if not isinstance(value, (int, float)) or not value >= 0:
             raise ValueError(f"the option {name!r} must be 0 or more, got {value!r}")
 
-    def near(said: float, wanted: float) -> bool:
-        return abs(said - wanted) <= max(absolute, relative * abs(wanted))
+    def near(value: float, wanted: float) -> bool:
+        return abs(value - wanted) <= max(absolute, relative * abs(wanted))
 
-    def score(prompt: Any, text: str, answer: Any) -> float | None:
+    def score(_prompt: Any, text: str, answer: Any) -> float | None:
         references = [found for one in _references(answer) if (found := number_alone(extract_answer(one)))]
-        said = _read_numbers(*find_answer(text))
-        if not said:
+        answer_text, marked = find_answer(text)
+        parsed = _read_numbers(answer_text, marked=marked)
+        if not parsed:
             return _any([False] * len(references))
+        first = parsed[0]
         hits = []
         for wanted in references:
-            hit = near(said[0].value, wanted.value)
-            if said[0].percent and not wanted.percent:
-                hit = hit or near(said[0].value / 100, wanted.value)
-            elif wanted.percent and not said[0].percent:
-                hit = hit or near(said[0].value, wanted.value / 100)
+            hit = near(first.value, wanted.value)
+            if first.percent and not wanted.percent:
+                hit = hit or near(first.value / 100, wanted.value)
+            elif wanted.percent and not first.percent:
+                hit = hit or near(first.value, wanted.value / 100)
             hits.append(hit)
         return _any(hits)
 
     return per_row("numeric", score, "answer")
 
 
-def _read_numbers(text: str, marked: bool) -> list[Any]:
-    """The numbers of an answer, the one that counts first."""
+def _read_numbers(text: str, *, marked: bool) -> list[ParsedNumber]:
+    """The numbers in an answer, starting with the one that counts."""
     parts = re.split(EQUALS, text)
     ending = numbers(re.sub(r"^\s*([-+\u2212\u2013])\s+(?=[\d.])", r"\1", parts[-1]) if marked else parts[-1])
     if marked or (len(parts) > 1 and ending):
@@ -157,26 +161,26 @@ def _read_numbers(text: str, marked: bool) -> list[Any]:
 
 
 def choice() -> RewardFunction:
-    """The answer names the right option, by its letter or its text.
+    """The answer names the right option, by letter or text.
 
-    Options come from the column `choices` (a list, or a dictionary by letter), else from lines "A. ..." or from
-    "(A) ... (B) ..." in the prompt. None where the reference is no letter and no option.
+    Options come from the column `choices` (a list, or a dictionary by letter), or else from lines "A. ..." or from
+    "(A) ... (B) ..." in the prompt. None if the reference is neither a letter nor an option.
     """
 
     def score(prompt: Any, text: str, answer: Any, choices: Any) -> float | None:
         options = read_options(prompt_text(prompt), choices)
         wanted = [read_choice(extract_answer(one), options) for one in _references(answer)]
-        said = read_choice(extract_answer(text), options)
-        return _any([None if one is None else said == one for one in wanted])
+        found = read_choice(extract_answer(text), options)
+        return _any([None if one is None else found == one for one in wanted])
 
     return per_row("choice", score, "answer", optional=["choices"])
 
 
 def read_options(prompt: str, choices: Any = None) -> dict[str, str]:
-    """Options by capital letter; empty if there are none to be found."""
+    """Options by capital letter; empty if none are found."""
     if isinstance(choices, Mapping):
         named = {str(key).strip(" ().:").upper(): str(value) for key, value in choices.items() if value is not None}
-        if {"TEXT", "LABEL"} <= set(named):  # the layout of ARC and its kin
+        if {"TEXT", "LABEL"} <= set(named):  # the layout of ARC
             return {
                 str(label).upper(): str(text) for label, text in zip(choices["label"], choices["text"], strict=True)
             }
@@ -191,7 +195,7 @@ def read_options(prompt: str, choices: Any = None) -> dict[str, str]:
     for found in (lines, inline):
         options: dict[str, str] = {}
         for letter, text in found:
-            if letter == LETTERS[len(options)]:  # A, then B, and so on; other lines are no options
+            if letter == LETTERS[len(options)]:  # A, then B, and so on; other lines are not options
                 options[letter] = text
         if len(options) > 1:
             return options
@@ -199,7 +203,7 @@ def read_options(prompt: str, choices: Any = None) -> dict[str, str]:
 
 
 def read_choice(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option that a text names, None if it names none or several."""
+    """The letter of the option named in a text; None if it names none or several."""
     text = plain(text).strip(" *\"'")
     bare = re.fullmatch(
         r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\s*:?\s*)?[(\[]?([A-Za-z])[)\].:,]*", text, re.I
@@ -234,10 +238,10 @@ def _known(letter: str, options: Mapping[str, str]) -> bool:
 
 
 def math(timeout: int | None = 5) -> RewardFunction:
-    """The answer is mathematically equal to the reference, by `math-verify` (of the extra `train`).
+    """The answer is mathematically equal to the reference, by `math-verify` (in the extra `train`).
 
     Args:
-        timeout: seconds for one parsing or comparison; it needs signals, so other threads than the main one go without.
+        timeout: seconds per parse or comparison; uses signals, so it only works in the main thread.
     """
     try:
         from math_verify import parse, verify
@@ -248,13 +252,13 @@ def math(timeout: int | None = 5) -> RewardFunction:
         formula = f"${text}$" if re.search(r"[\\^_{}=+*/()\d]", text) and "$" not in text else text
         return parse(formula, parsing_timeout=seconds) or parse(text, parsing_timeout=seconds)
 
-    def score(prompt: Any, text: str, answer: Any) -> float | None:
+    def score(_prompt: Any, text: str, answer: Any) -> float | None:
         seconds = timeout if threading.current_thread() is threading.main_thread() else None
-        said, marked = find_answer(text)
-        if marked or len(said) < 60:
-            found = read(said, seconds) if len(said) <= LONGEST_FORMULA else []
+        stated, marked = find_answer(text)
+        if marked or len(stated) < 60:
+            found = read(stated, seconds) if len(stated) <= LONGEST_FORMULA else []
         else:
-            found = parse(said[-4 * LONGEST_FORMULA :], parsing_timeout=seconds)
+            found = parse(stated[-4 * LONGEST_FORMULA :], parsing_timeout=seconds)
         wanted = [read(extract_answer(one), seconds) for one in _references(answer)]
         hits = [
             verify(one, found, timeout_seconds=seconds) if one and found else (False if one else None) for one in wanted
@@ -270,22 +274,22 @@ FORMATS = {
 }
 
 
-def format_of(pattern: str = "any", whole: bool = False) -> RewardFunction:
-    """The completion gives its answer in a set form.
+def format_of(pattern: str = "any", *, whole: bool = False) -> RewardFunction:
+    """The completion gives its answer in the required format.
 
     Args:
         pattern: "boxed" for \\boxed{...}, "answer" for one <answer>...</answer>, "any" for either, or a regular
-            expression (a dot matches line breaks too).
-        whole: the expression must match all of the completion, not some of it.
+            expression (a dot also matches line breaks).
+        whole: require the pattern to match the whole completion.
     """
     try:
         wanted = [FORMATS[pattern]] if pattern in FORMATS else [re.compile(pattern, re.DOTALL)]
     except re.error as error:
-        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
     if pattern == "any":
         wanted = list(FORMATS.values())
 
-    def score(prompt: Any, text: str) -> float | None:
+    def score(_prompt: Any, text: str) -> float | None:
         if wanted[-1] is FORMATS["answer"] and text.count("<answer>") > 1:
             return 0.0
         return float(any(one.fullmatch(text.strip()) if whole else one.search(text) for one in wanted))
@@ -299,9 +303,9 @@ def boxed() -> RewardFunction:
 
 
 def pocket() -> RewardFunction:
-    """The score of a pocket question, from the columns `task` and `answer`; None where there is no task."""
+    """The score of a pocket question, from the columns `task` and `answer`; None without a task."""
 
-    def score(prompt: Any, text: str, task: Any, answer: Any) -> float | None:
+    def score(_prompt: Any, text: str, task: Any, answer: Any) -> float | None:
         from vismem.pocket.tasks import score as score_pocket
 
         return (

@@ -1,15 +1,21 @@
-"""Rewards as a user names them, called together: weights, sums, and errors that say which function and which row."""
+"""Combines rewards: loads them by name, calls them together, and sums them by weight; errors name function and row.
+
+Coroutines run on one background event loop that lives as long as the process, so clients bound to a loop can be
+reused, and rewards work where a loop is already running, as in a notebook.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 import numbers
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -19,19 +25,18 @@ from vismem.config import SettingsError
 from vismem.training.rewards.builtin import BUILT_IN
 from vismem.training.rewards.errors import FAILURES, RewardError, RowError
 from vismem.training.rewards.imports import import_function
-from vismem.training.rewards.waiting import finished, started
 
-_SEARCH_SECONDS = 10.0
+_SEARCH_SECONDS = 10.0  # limit on searching for the row at which a function failed
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What a batch earned.
+    """The rewards of a batch.
 
     Args:
         total: weighted sums, float [n].
-        parts: each function's own rewards, unweighted, float [n, k]; nan where it gave None.
-        names: the k functions' names.
+        parts: unweighted rewards of each function, float [n, k]; NaN where it returned None.
+        names: names of the k functions.
     """
 
     total: Tensor
@@ -74,12 +79,12 @@ class Rewards:
         Args:
             prompts: n prompts, messages or text.
             completions: n completions, each a list with the assistant's message, or text, without special tokens.
-            columns: lists of n values, given to the functions by name; `id` names rows in errors. Other values,
-                such as `trainer_state`, are handed on as they are.
+            columns: lists of n values, passed to the functions by name; `id` names rows in errors. Other values,
+                such as `trainer_state`, are passed unchanged.
 
         Raises:
-            RewardError: if a function raises, or gives a wrong number of rewards or something else than finite
-                numbers and None, or if no function gave a row a reward.
+            RewardError: if a function raises, returns a wrong number of rewards or anything but finite numbers and
+                None, or if all functions return None for a row.
             ValueError: if the lists differ in length.
         """
         count = len(completions)
@@ -93,22 +98,22 @@ class Rewards:
             for call in calls:
                 call.start()
             for k, call in enumerate(calls):
-                parts[:, k] = torch.tensor(_checked(call.reward.name, call.result(), ids), dtype=parts.dtype)
+                parts[:, k] = torch.tensor(_check_rewards(call.reward.name, call.result(), ids), dtype=parts.dtype)
         finally:
             for call in calls:
                 call.cancel()
-        nothing = parts.isnan().all(dim=1).nonzero().flatten().tolist()
-        if nothing:
+        unscored = parts.isnan().all(dim=1).nonzero().flatten().tolist()
+        if unscored:
             raise RewardError(
-                f"no reward for row {ids[nothing[0]]}: {', '.join(self.names)} all gave None, so none of them applies "
-                "to its answer; add one that does, or take such rows out"
+                f"no reward for row {ids[unscored[0]]}: {', '.join(self.names)} all gave None, so none of them applies "
+                "to its answer; add one that does, or remove such rows"
             )
         total = (parts.nan_to_num(0.0) * torch.tensor(self.weights)).sum(dim=1)
         return RewardResult(total, parts, self.names)
 
 
 class _Call:
-    """One reward's call on a batch. What is asynchronous runs from `start` on, beside the calls of other rewards."""
+    """One reward's call on a batch. Coroutines run from `start` on, concurrently with other rewards."""
 
     def __init__(
         self,
@@ -120,23 +125,23 @@ class _Call:
     ) -> None:
         self.reward, self.ids, self.count = reward, ids, len(completions)
         self.given = _accepted(reward.function, {**columns, "prompts": prompts, "completions": completions})
-        self.found: Any = None
+        self.value: Any = None
 
     def start(self) -> None:
         try:
-            self.found = started(self.reward.function(**self.given))
+            self.value = start(self.reward.function(**self.given))
         except FAILURES as error:
             self.fail(error)
 
     def result(self) -> Any:
         try:
-            return finished(self.found)
+            return result_of(self.value)
         except FAILURES as error:
             self.fail(error)
 
     def cancel(self) -> None:
-        if isinstance(self.found, Future):
-            self.found.cancel()
+        if isinstance(self.value, Future):
+            self.value.cancel()
 
     def fail(self, error: BaseException) -> NoReturn:
         row, cause = _failing_row(self.reward, self.count, self.given, error)
@@ -150,7 +155,7 @@ class _Call:
 def _failing_row(
     reward: Reward, count: int, given: Mapping[str, Any], error: BaseException
 ) -> tuple[int | None, BaseException]:
-    """Which row it was, and the error; functions that do not say are called again, row by row, for some seconds."""
+    """The failing row and its error. If the function does not name the row, searches for it with calls row by row."""
     if isinstance(error, RowError):
         return error.row, error.__cause__ or error
     if count == 1:
@@ -159,7 +164,7 @@ def _failing_row(
     for row in range(count):
         alone = {name: [value[row]] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
         try:
-            finished(started(reward.function(**alone)))
+            result_of(start(reward.function(**alone)))
         except FAILURES as again:
             if type(again) is type(error):
                 return row, error
@@ -168,27 +173,51 @@ def _failing_row(
     return None, error
 
 
+def start(value: Any) -> Any:
+    """Schedules an awaitable on the background loop and returns its future; returns any other value unchanged."""
+    return asyncio.run_coroutine_threadsafe(_await(value), _loop()) if inspect.isawaitable(value) else value
+
+
+def result_of(value: Any) -> Any:
+    """Waits for a future from `start`; returns any other value unchanged."""
+    return value.result() if isinstance(value, Future) else value
+
+
+async def _await(value: Awaitable[Any]) -> Any:
+    try:
+        return await value
+    except (SystemExit, KeyboardInterrupt) as stop:  # would end the loop; a real Ctrl-C only reaches the main thread
+        raise RuntimeError(f"{type(stop).__name__}: {stop}") from stop
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="vismem-rewards", daemon=True).start()
+    return loop
+
+
 def _accepted(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """What a function takes of prompts, completions and columns: all of it, unless it has no **kwargs."""
+    """The arguments that a function accepts among prompts, completions and columns; all, if it has **kwargs."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return dict(columns)
-    bound = set(getattr(function, "keywords", None) or ())  # options from the specification go before columns
+    bound = set(getattr(function, "keywords", None) or ())  # options take precedence over columns
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         return {name: value for name, value in columns.items() if name not in bound}
     return {name: value for name, value in columns.items() if name in parameters and name not in bound}
 
 
-def _checked(name: str, values: Any, ids: Sequence[Any]) -> list[float]:
-    """Rewards as floats, nan for None."""
+def _check_rewards(name: str, values: Any, ids: Sequence[Any]) -> list[float]:
+    """Converts rewards to floats, with NaN for None. Raises RewardError."""
     if hasattr(values, "tolist"):  # tensors and arrays
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
-        raise RewardError(f"the reward {name!r} must give a list of {len(ids)} numbers, not {type(values).__name__}")
+        raise RewardError(f"the reward {name!r} must return a list of {len(ids)} numbers, not {type(values).__name__}")
     if len(values) != len(ids):
         raise RewardError(
-            f"the reward {name!r} gave {len(values)} rewards for {len(ids)} completions (row {ids[0]} on)"
+            f"the reward {name!r} gave {len(values)} rewards for {len(ids)} completions (from row {ids[0]})"
         )
     found = []
     for row, value in zip(ids, values, strict=True):
@@ -204,15 +233,15 @@ def _checked(name: str, values: Any, ids: Sequence[Any]) -> list[float]:
 
 
 def load_rewards(spec: Any) -> Rewards:
-    """Rewards from their names.
+    """Loads rewards from a specification.
 
     Args:
         spec: one or a list of: a built-in name; an import path ("package.module:function" or
-            "path/to/file.py:function"); a function; a dictionary with "name" or "path", "weight" (1.0) and the
-            function's options. With both, "name" is what the path's function is called in logs.
+            "path/to/file.py:function"); a function; a dictionary with "name" or "path", "weight" (default 1.0) and the
+            function's options. If both are given, "name" is the name in logs.
 
     Raises:
-        SettingsError: if a name, a path, a weight or an option is wrong; the message says what there is.
+        SettingsError: if a name, path, weight or option is invalid.
 
     Example:
         >>> load_rewards(["choice", {"name": "numeric", "relative": 0.05, "weight": 0.5}]).names

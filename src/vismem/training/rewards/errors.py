@@ -1,23 +1,23 @@
-"""The errors of rewards."""
+"""Errors of rewards."""
 
 from __future__ import annotations
 
 import asyncio
 
-# What foreign code may raise and still has failed: also what ends a program, a task or a generator. Not Ctrl-C.
+# What counts as a failure of third-party code, including exits of a program, task or generator, but not Ctrl-C.
 FAILURES = (Exception, SystemExit, asyncio.CancelledError, GeneratorExit)
 
 
 class RewardError(RuntimeError):
-    """A reward function that failed or gave something else than rewards; names the function and the row."""
+    """A reward function failed or returned an invalid value; names the function and the row."""
 
 
 class JudgeError(RuntimeError):
-    """A judge that gave no usable score."""
+    """A judge gave no usable score."""
 
 
 class RowError(Exception):
-    """Says at which row of a batch a reward failed; its cause is the original error."""
+    """A reward failed at a row of the batch; the cause is the original error."""
 
     def __init__(self, row: int) -> None:
         super().__init__(f"row {row}")

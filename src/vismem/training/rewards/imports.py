@@ -1,4 +1,4 @@
-"""Functions by import path: "package.module:function", or "path/to/file.py:function"."""
+"""Imports functions by path: "package.module:function" or "path/to/file.py:function"."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from vismem.training.rewards.errors import FAILURES
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """The function behind "package.module:function" or "path/to/file.py:function".
+    """Imports the function at "package.module:function" or "path/to/file.py:function".
 
     Raises:
         SettingsError: if there is no such module, file or function, or it fails to import.
     """
-    place, mark, name = str(path).rpartition(":")
-    if not mark or not place or not name:
+    module, _, name = str(path).rpartition(":")
+    if not module or not name:
         raise SettingsError(f"an import path must read 'module:function' or 'file.py:function', got {path!r}")
     try:
-        found: Any = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        found: Any = _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
         for part in name.split("."):
             if not hasattr(found, part):
-                raise SettingsError(f"{place} has no {name!r}")
+                raise SettingsError(f"{module} has no {name!r}")
             found = getattr(found, part)
     except SettingsError:
         raise
-    except FAILURES as error:  # whatever the module raises
-        raise SettingsError(f"cannot import {place}: {type(error).__name__}: {error}") from error
+    except FAILURES as error:  # modules may raise any type
+        raise SettingsError(f"cannot import {module}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise SettingsError(f"{path} is not a function")
     return found

@@ -35,7 +35,7 @@ _LONGEST_WAIT = 60.0
 _RETRIED = (408, 409, 425, 429)
 
 
-class _Transient(JudgeError):
+class _TransientError(JudgeError):
     """A failure that may not recur at the next attempt; `wait` is the server's Retry-After in seconds."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
@@ -152,7 +152,7 @@ def endpoint(
         for attempt in range(retries + 1):
             try:
                 return parse_score(_reply(client, address, body))
-            except _Transient as error:
+            except _TransientError as error:
                 if attempt == retries:
                     raise JudgeError(f"{address}, after {attempt + 1} attempts: {error}") from error
                 wait = backoff * 2**attempt if error.wait is None else error.wait
@@ -178,19 +178,19 @@ def _reply(client: httpx.Client, address: str, body: dict[str, Any]) -> str:
     try:
         response = client.post(address, json=body)
     except httpx.RequestError as error:
-        raise _Transient(str(error) or type(error).__name__) from error
+        raise _TransientError(str(error) or type(error).__name__) from error
     if not response.is_success:
         message = f"status {response.status_code}: {' '.join(response.text[:200].split()) or response.reason_phrase}"
         if response.status_code in _RETRIED or response.is_server_error:
             after = response.headers.get("Retry-After", "")
-            raise _Transient(message, float(after) if after.isdigit() else None)
+            raise _TransientError(message, float(after) if after.isdigit() else None)
         raise JudgeError(f"{address}: {message}")
     try:
         text = response.json()["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
-        raise _Transient(f"the reply is not a chat completion: {response.text[:100]!r}") from error
+        raise _TransientError(f"the reply is not a chat completion: {response.text[:100]!r}") from error
     if not isinstance(text, str):
-        raise _Transient("the reply has no text")
+        raise _TransientError("the reply has no text")
     return text
 
 
@@ -209,4 +209,4 @@ def parse_score(text: str) -> float:
         score = float(value) / (100.0 if percent else float(below or 1) or float("nan"))
         if 0.0 <= score <= 1.0:
             return score
-    raise _Transient(f"no score from 0 to 1 in the judge's reply: {text[:100]!r}")
+    raise _TransientError(f"no score from 0 to 1 in the judge's reply: {text[:100]!r}")
