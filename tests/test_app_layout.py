@@ -1,4 +1,4 @@
-"""What can be seen and reached in the viewer: on low and narrow screens, with the keyboard, in light and in dark."""
+"""The viewer's layout: low and narrow screens, keyboard, light and dark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from viewer import CHIP, NARROW, PANEL, WIDE, ask, expect, written
 from vismem.app import rendering
 
 pytestmark = viewer.MARKS
-studio, address, browser, visit = viewer.studio, viewer.address, viewer.browser, viewer.visit  # the fixtures
+chat, address, browser, visit = viewer.chat, viewer.address, viewer.browser, viewer.visit  # the fixtures
 SIDEWAYS, SMALL = {"width": 844, "height": 390}, {"width": 1024, "height": 600}
 ADVANCED, RANDOM = "#ui-settings .ui-more", "#ui-invocation [value=random]"
 
@@ -132,7 +132,7 @@ def test_a_panel_opens_at_its_top_and_stays_where_it_is(visit, monkeypatch):
     scroll(900)
     page.keyboard.press("Escape")
     expect(page.locator(PANEL)).to_have_count(0)
-    page.locator(CHIP).last.click()  # the same one, anew
+    page.locator(CHIP).last.click()  # the same one again
     expect(page.locator("#ui-right [data-drawn='6']")).to_have_count(1)
     at_top()
     scroll(300)
@@ -171,7 +171,7 @@ def test_choices_are_groups_for_the_keyboard(visit):
         expect(who.locator(f"[value={chosen}]")).to_be_focused()
         expect(who.locator(":checked")).to_have_count(1)
     page.keyboard.press("Tab")
-    expect(page.get_by_label("number input for Chance at each place")).to_be_focused()
+    expect(page.get_by_label("number input for Probability at each place")).to_be_focused()
     places = page.get_by_role("radiogroup", name="Places")
     for _ in range(3):  # its button, its slider
         page.keyboard.press("Tab")
@@ -182,7 +182,7 @@ def test_choices_are_groups_for_the_keyboard(visit):
     expect(page.locator(ADVANCED)).to_be_focused()
     ask(page, "Read the prices of row 2.")
     written(page, 2)
-    expect(page.locator("#ui-live .ui-facts")).to_contain_text("by chance, 0.2 before any token")
+    expect(page.locator("#ui-live .ui-facts")).to_contain_text("at random, 0.2 before any token")
 
     page.locator(RANDOM).focus()
     for _ in range(3):  # as fast as they come
@@ -191,7 +191,7 @@ def test_choices_are_groups_for_the_keyboard(visit):
     expect(who.locator(":checked")).to_have_count(1)
     ask(page, "Read the prices of row 2.")
     written(page, 3)
-    expect(page.locator("#ui-live .ui-facts")).to_contain_text("only short forms")
+    expect(page.locator("#ui-live .ui-facts")).to_contain_text("short only")
 
 
 def luminance(colour):
@@ -224,7 +224,7 @@ def test_sliders_stand_out_from_their_card_where_they_are_filled(visit, scheme):
 def test_settings_stay_within_their_card(visit, size):
     page = visit(size)
     everything_open(page)
-    page.get_by_label("number input for Most tokens").fill("4096")
+    page.get_by_label("number input for Max tokens").fill("4096")
     over = page.locator(":is(#ui-random, #ui-advanced) .block:has(input)").evaluate_all(
         """all => all.flatMap((card) => {
           const right = card.getBoundingClientRect().right - parseFloat(getComputedStyle(card).paddingRight);

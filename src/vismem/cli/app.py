@@ -70,14 +70,14 @@ def run(options: argparse.Namespace) -> int:
     bound = free_socket(options.host, options.port)  # before a model is loaded
     loaded = load(options)
 
-    from vismem.app.chat import Studio
+    from vismem.app.chat import Chat
     from vismem.app.web import uploads, web
 
     with uploads():
-        studio = Studio(loaded)
+        chat = Chat(loaded)
         try:
             address, here = address_of(bound), bound.getsockname()[0]
-            server = Server(config_of(web(studio, here, password), grace=1), on_stop=studio.leave_all)
+            server = Server(config_of(web(chat, here, password), grace=1), on_stop=chat.leave_all)
             if password is None and not is_loopback(here):
                 say(f"note: without --password-file, whoever reaches {here} can ask")
             echo(f"VisMem is at {address} - Ctrl-C stops it")
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
                 webbrowser.open(address)
             serve(server, bound)
         finally:
-            studio.close()
+            chat.close()
     return 0
 
 
