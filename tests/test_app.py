@@ -28,7 +28,7 @@ from vismem.app.export import exported
 from vismem.app.handlers import settings_of
 from vismem.app.session import AnswerSettings, ChatError, Conversation
 from vismem.cli import app as command
-from vismem.cli.parsing import Failure
+from vismem.cli.parsing import CommandError
 from vismem.loading import Loaded, load_model
 from vismem.serving.lifespan import listening_socket
 
@@ -568,7 +568,7 @@ def test_read_password(tmp_path, capsys):
             file.write_bytes(content)
         assert cli.main(["app", "--password-file", str(file)]) == 1
         assert reason in capsys.readouterr().err
-    with pytest.raises(Failure, match="VISMEM_APP_PASSWORD is empty"):
+    with pytest.raises(CommandError, match="VISMEM_APP_PASSWORD is empty"):
         command.read_password(None, {command.PASSWORD_VARIABLE: " "})
 
 
