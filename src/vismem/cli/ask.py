@@ -179,11 +179,13 @@ def prompt(model: VisMem, question: str, images: list[Image]) -> dict[str, Tenso
 
 
 def generate(
-    model: VisMem, inputs: dict[str, Tensor], options: argparse.Namespace, streamer: Streamer | None = None
+    model: VisMem, inputs: dict[str, Any], options: argparse.Namespace, streamer: Streamer | None = None
 ) -> AskResult:
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature:
+        sampling = {"do_sample": True, "temperature": options.temperature}
     start = time.perf_counter()
-    out = model.generate(
+    out: Any = model.generate(
         **inputs,
         **sampling,
         num_beams=1,

@@ -72,7 +72,7 @@ def parser() -> Parser:
         "--reference",
         type=whole(1, MAX_TOKENS),
         metavar="N",
-        help="questions to probe and take other memories from, with the --n (default: 4 times --n)",
+        help="questions to probe and take other memories from, --n included (default: 4 times --n)",
     )
     asking.add_argument(
         "--invocation",

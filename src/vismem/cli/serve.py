@@ -62,7 +62,8 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="KEY",
-        help=f"a key that clients must send; repeatable. Other users may see it: prefer --api-key-file, {KEY_VARIABLE}",
+        help="a key that clients must send; repeatable. Other users of the machine may see it: prefer --api-key-file "
+        f"or {KEY_VARIABLE}",
     )
     address.add_argument("--api-key-file", type=Path, metavar="FILE", help="file of keys, one per line")
     address.add_argument(
@@ -125,9 +126,9 @@ def parser() -> Parser:
     limit("--max-images", 0, 8, "images per request")
     limit("--max-pixels", 1, 40, "pixels per image, in millions", "MPX", MAX_MEGAPIXELS)
     limit("--max-connections", 1, 512, "connections at a time; more get status 503")
-    limit("--body-timeout", 1, 30, "for a client to send a request, and to receive what was sent", "SECONDS")
-    limit("--answer-timeout", 1, 300, "per answer, including waiting; then status 504", "SECONDS")
-    limit("--grace", 0, 30, "for running answers when the server stops", "SECONDS")
+    limit("--body-timeout", 1, 30, "time for a client to send a request, and to receive its answer", "SECONDS")
+    limit("--answer-timeout", 1, 300, "time per answer, including waiting; then status 504", "SECONDS")
+    limit("--grace", 0, 30, "time for running answers to finish when the server stops", "SECONDS")
     add_model_options(found)
     return found
 
@@ -137,7 +138,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.replica_gpus is not None and not 0 <= options.replica_gpus <= 64:
         raise UsageError(f"--replica-gpus must be from 0 to 64, got {options.replica_gpus:g}")
     if (options.replica_gpus is not None or options.ray_address) and options.replicas == 1:
-        raise UsageError("--replica-gpus and --ray-address need --replicas of 2 or more")
+        raise UsageError("--replica-gpus and --ray-address need several models: give --replicas too")
     return options
 
 
