@@ -119,8 +119,10 @@ def test_examples_show_what_their_cards_say(chat, example):
     conversation, pictures = Conversation(), example.open()
     for question in (example.question, *example.next):
         turn = answered(chat, conversation, question, pictures)
-        said, wanted = (" ".join(text.replace(":", " ").split()) for text in (turn.main.text, right(scene, question)))
-        assert said.endswith(wanted)
+        answer, expected = (
+            " ".join(text.replace(":", " ").split()) for text in (turn.main.text, right(scene, question))
+        )
+        assert answer.endswith(expected)
         if question == example.question:
             assert {one.kind for one in turn.main.invocations} == set(example.kinds)
         pictures = []

@@ -352,8 +352,8 @@ def test_the_page_cannot_load_from_other_hosts(browser, address):
     context = browser.new_context()
     page = context.new_page()
     page.goto(address)
-    told = page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'fetched', (error) => String(error))")
-    assert told == "TypeError: Failed to fetch"
+    error = page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'fetched', (error) => String(error))")
+    assert error == "TypeError: Failed to fetch"
     refused = page.evaluate(
         """new Promise((done) => {
           document.addEventListener('securitypolicyviolation', (event) => done(event.blockedURI));

@@ -53,14 +53,14 @@ def ask(client, files, schedule="long@0", session="a"):
 
 def messages(client, session):
     """All messages to a session until its event completes."""
-    told = []
+    received = []
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as lines:
         for line in lines.iter_lines():
             if line.startswith("data:"):
-                told.append(json.loads(line[5:]))
-                if told[-1]["msg"] == "process_completed":
-                    return told
-    raise AssertionError(told)
+                received.append(json.loads(line[5:]))
+                if received[-1]["msg"] == "process_completed":
+                    return received
+    raise AssertionError(received)
 
 
 def file(path, **more):
@@ -74,8 +74,8 @@ def uploaded(client):
 
 
 def test_uploaded_files_reach_the_model(client):
-    told = ask(client, [file(uploaded(client))])
-    assert told[-1]["success"] and "ui-pictures" in json.dumps(told)
+    received = ask(client, [file(uploaded(client))])
+    assert received[-1]["success"] and "ui-pictures" in json.dumps(received)
 
 
 def test_other_files_are_refused(client, tmp_path):
@@ -96,15 +96,15 @@ def test_other_files_are_refused(client, tmp_path):
         [file(["a"])],
         [file("a\0b")],
     ):
-        told = ask(client, given)
-        assert not told[-1]["success"] and "ui-pictures" not in json.dumps(told), given
+        received = ask(client, given)
+        assert not received[-1]["success"] and "ui-pictures" not in json.dumps(received), given
 
 
 def test_other_fields_accept_no_files(client, tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
-    told = ask(client, [], schedule=file(str(secret)))
-    assert told[-1]["output"]["error"].startswith("That file was not uploaded to this page")
+    received = ask(client, [], schedule=file(str(secret)))
+    assert received[-1]["output"]["error"].startswith("That file was not uploaded to this page")
     assert not [name for _, _, names in os.walk(os.environ["GRADIO_TEMP_DIR"]) for name in names if "secret" in name]
 
 
@@ -176,8 +176,8 @@ def test_invalid_event_inputs_log_one_line(client, caplog, capfd):
         asked = {"data": data, "fn_index": event["id"], "session_hash": f"odd {at}"}
         headers = {"Content-Type": "application/json"}  # httpx refuses to encode an unpaired surrogate
         assert client.post("/gradio_api/queue/join", content=json.dumps(asked), headers=headers).status_code == 200
-        told = messages(client, f"odd {at}")[-1]
-        assert not told["success"] and "\n" not in told["output"]["error"]
+        received = messages(client, f"odd {at}")[-1]
+        assert not received["success"] and "\n" not in received["output"]["error"]
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(forms) and all(line.startswith("invalid event submit: ") for line in lines)
     assert "Traceback" not in caplog.text + capfd.readouterr().err
@@ -198,12 +198,12 @@ def test_requests_that_gradio_fails_on_log_one_line(client, caplog, capfd):
 
 
 def test_forwarding_headers_do_not_change_the_pages_address(client):
-    told = [
+    forwarded = [
         {"X-Forwarded-Host": "evil.example"},
         {"x-forwarded-host": "evil.example, localhost"},
         {"X-Forwarded-Proto": "https"},
         {"X-Gradio-Server": "https://evil.example"},
     ]
-    for headers in told:
+    for headers in forwarded:
         assert "evil" not in client.get("/", headers=headers).text
         assert client.get("/config", headers=headers).json()["root"].startswith("http://127.0.0.1:")
