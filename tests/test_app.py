@@ -15,6 +15,7 @@ from random import Random
 import numpy as np
 import pytest
 import tiny
+from contrast import contrast
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the viewer's extra is not installed")
@@ -497,17 +498,6 @@ def test_an_export_is_self_contained(chat):
 
 
 # Colours.
-
-
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one, two):
-    high, low = sorted((luminance(one), luminance(two)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("selector", [r":root", r"\.dark"])

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import viewer
+from contrast import contrast
 from PIL import Image, ImageColor
 from viewer import CHIP, NARROW, PANEL, WIDE, ask, expect, written
 
@@ -192,17 +193,6 @@ def test_choices_are_groups_for_the_keyboard(visit):
     ask(page, "Read the prices of row 2.")
     written(page, 3)
     expect(page.locator("#ui-live .ui-facts")).to_contain_text("short only")
-
-
-def luminance(colour):
-    """Relative luminance, as WCAG defines it."""
-    linear = [value / 255 / 12.92 if value <= 10 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in colour[:3]]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one, other):
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

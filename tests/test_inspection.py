@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from contrast import contrast
 from PIL import Image
 
 from vismem.analysis.heatmaps import overlaid
@@ -449,17 +450,6 @@ def test_a_conversation_is_one_page():
     pictures = [a for tag, a in checked.tags if tag == "img" and a["alt"].startswith("Picture")]
     assert len(pictures) == 1 and len(html) < 400_000
     Checker(page(ExportedConversation([])))
-
-
-def luminance(colour: str) -> float:
-    values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, two: str) -> float:
-    low, high = sorted((luminance(one), luminance(two)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_colours_can_be_told_from_their_grounds():
