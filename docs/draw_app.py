@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from vismem.app.chat import Studio
+from vismem.app.chat import Chat
 from vismem.app.web import uploads, web
 from vismem.loading import load_model, silence_libraries
 from vismem.serving.lifespan import Server, address_of, config_of, listening_socket
@@ -30,8 +30,8 @@ def viewer() -> Iterator[str]:
     """Serves the pocket model's viewer; gives its address."""
     silence_libraries(False)
     with uploads():
-        studio, bound = Studio(load_model(device="cpu")), listening_socket("127.0.0.1", 0)
-        server = Server(config_of(web(studio, "127.0.0.1"), grace=1))
+        chat, bound = Chat(load_model(device="cpu")), listening_socket("127.0.0.1", 0)
+        server = Server(config_of(web(chat, "127.0.0.1"), grace=1))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
         thread.start()
         try:
@@ -39,7 +39,7 @@ def viewer() -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
-            studio.close()
+            chat.close()
 
 
 def opened(browser: Browser, address: str, size: tuple[int, int], scheme: str = "light", scale: float = 1.0) -> Page:

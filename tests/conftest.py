@@ -28,13 +28,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture
-def held(studio):
-    """Keeps the worker of a module's `studio` from writing until it is set."""
+def held(chat):
+    """An event that keeps the worker of the module's `chat` from decoding until it is set."""
     gate = threading.Event()
-    studio.worker.call(gate.wait, 60)
+    chat.worker.call(gate.wait, 60)
     yield gate
     gate.set()
-    studio.worker.call(lambda: None).result(60)
+    chat.worker.call(lambda: None).result(60)
 
 
 def pytest_generate_tests(metafunc) -> None:

@@ -1,4 +1,4 @@
-"""The viewer without a browser: conversations on the pocket model, what goes wrong, exports, colours, the command."""
+"""The viewer without a browser: conversations on the pocket model, errors, exports, colours, the command."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from random import Random
 import numpy as np
 import pytest
 import tiny
+from contrast import contrast
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the viewer's extra is not installed")
 
 from vismem import cli
-from vismem.app import chat as studios
+from vismem.app import chat as chat_module
 from vismem.app import rendering
-from vismem.app.chat import MOST_PICTURES, Studio, read_picture
+from vismem.app.chat import MAX_PICTURES, Chat, read_picture
 from vismem.app.examples import examples
+from vismem.app.export import exported
 from vismem.app.handlers import settings_of
-from vismem.app.session import Conversation, Refused, Settings
-from vismem.app.sharing import exported
+from vismem.app.session import AnswerSettings, ChatError, Conversation
 from vismem.cli import app as command
-from vismem.cli.parsing import Failure
+from vismem.cli.parsing import CommandError
 from vismem.loading import Loaded, load_model
 from vismem.serving.lifespan import listening_socket
 
@@ -42,20 +43,20 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
-def studio(loaded):
-    made = Studio(loaded, batch_size=4, most_waiting=4)
+def chat(loaded):
+    made = Chat(loaded, batch_size=4, max_waiting=4)
     yield made
     made.close()
 
 
-def answered(studio, conversation, question, pictures=(), settings=None):
-    turn = studio.ask(conversation, question, pictures, settings)
+def answered(chat, conversation, question, pictures=(), settings=None):
+    turn = chat.ask(conversation, question, pictures, settings)
     assert all(reply.over.wait(BOUND) for reply in turn.replies)
     return turn
 
 
 def generated(model, conversation, question, pictures, **more):
-    """What `generate` writes: text and invocations."""
+    """Text and invocations from `generate`."""
     inputs = model.processor.apply_chat_template(
         conversation.messages(question, pictures),
         add_generation_prompt=True,
@@ -73,10 +74,10 @@ def generated(model, conversation, question, pictures, **more):
 # Conversations.
 
 
-def test_answers_are_those_of_generate(studio):
-    for settings, invocation in ((None, "learned"), (Settings("off"), "off"), (Settings("long"), "long")):
-        turn = answered(studio, Conversation(), BOTH.question, BOTH.open(), settings)
-        text, invocations = generated(studio.model, Conversation(), BOTH.question, BOTH.open(), invocation=invocation)
+def test_answers_are_those_of_generate(chat):
+    for settings, invocation in ((None, "learned"), (AnswerSettings("off"), "off"), (AnswerSettings("long"), "long")):
+        turn = answered(chat, Conversation(), BOTH.question, BOTH.open(), settings)
+        text, invocations = generated(chat.model, Conversation(), BOTH.question, BOTH.open(), invocation=invocation)
         reply = turn.main
         assert (reply.text, reply.invocations, reply.finish) == (text, invocations, "stop")
         assert [piece.kind for piece in reply.pieces if piece.kind] == [one.kind for one in invocations]
@@ -84,7 +85,7 @@ def test_answers_are_those_of_generate(studio):
 
 
 def right(scene, question):
-    """The answer that the pocket world has to one of the examples' questions."""
+    """The correct answer to a question of the examples."""
     from vismem.pocket import tasks
     from vismem.pocket.world import PROMOTION_RULES
 
@@ -109,7 +110,7 @@ def right(scene, question):
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda each: each.title)
-def test_examples_show_what_their_cards_say(studio, example):
+def test_examples_show_what_their_cards_say(chat, example):
     world = pytest.importorskip("vismem.pocket.world")
     pytest.importorskip("sklearn")
     scene = example.scene and world.sample_scene(Random(example.scene), "test")
@@ -118,104 +119,110 @@ def test_examples_show_what_their_cards_say(studio, example):
     )
     conversation, pictures = Conversation(), example.open()
     for question in (example.question, *example.next):
-        turn = answered(studio, conversation, question, pictures)
-        said, wanted = (" ".join(text.replace(":", " ").split()) for text in (turn.main.text, right(scene, question)))
-        assert said.endswith(wanted)
+        turn = answered(chat, conversation, question, pictures)
+        answer, expected = (
+            " ".join(text.replace(":", " ").split()) for text in (turn.main.text, right(scene, question))
+        )
+        assert answer.endswith(expected)
         if question == example.question:
             assert {one.kind for one in turn.main.invocations} == set(example.kinds)
         pictures = []
-    assert sum(path.stat().st_size for path in Path(studios.__file__).parent.glob("examples/*.png")) < 100_000
+    assert sum(path.stat().st_size for path in Path(chat_module.__file__).parent.glob("examples/*.png")) < 100_000
 
 
-def test_later_turns_have_the_picture_and_earlier_answers_in_words(studio):
+def test_later_turns_keep_the_picture_and_earlier_text(chat):
     conversation = Conversation()
-    answered(studio, conversation, BOTH.question, BOTH.open())
-    answered(studio, conversation, "Read the prices of row 2.")
+    answered(chat, conversation, BOTH.question, BOTH.open())
+    answered(chat, conversation, "Read the prices of row 2.")
     messages = conversation.messages("And row 3?", [])
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
     kinds = [part["type"] for message in messages for part in message["content"]]
     assert kinds == ["image", "text", "text", "text", "text", "text"]
-    assert messages[1]["content"][0]["text"].startswith("Row 2 mint third double.")  # no marks
-    turn = answered(studio, conversation, "What is at row 3, column 4?")
+    assert messages[1]["content"][0]["text"].startswith("Row 2 mint third double.")  # no markers
+    turn = answered(chat, conversation, "What is at row 3, column 4?")
     assert turn.main.text.endswith("blue cross 7.") and len(turn.seen) == 1
 
 
-def test_vanilla_beside_it_is_the_base(studio, monkeypatch):
-    rows, step = [], studio.worker.queue.step
+def test_the_answer_without_memory_is_the_bases(chat, monkeypatch):
+    rows, step = [], chat.worker.queue.step
 
     def counted():
         found = step()
-        rows.append(len(studio.worker.queue.answers) + len(found))
+        rows.append(len(chat.worker.queue.answers) + len(found))
         return found
 
-    monkeypatch.setattr(studio.worker.queue, "step", counted)
-    turn = answered(studio, Conversation(), BOTH.question, BOTH.open(), Settings(compare=True))
+    monkeypatch.setattr(chat.worker.queue, "step", counted)
+    turn = answered(chat, Conversation(), BOTH.question, BOTH.open(), AnswerSettings(compare=True))
     assert [reply.side for reply in turn.replies] == ["vanilla", "memory"] and max(rows) == 2  # in one live batch
-    vanilla, _ = generated(studio.model, Conversation(), BOTH.question, BOTH.open(), invocation="off")
-    memory, invocations = generated(studio.model, Conversation(), BOTH.question, BOTH.open())
+    vanilla, _ = generated(chat.model, Conversation(), BOTH.question, BOTH.open(), invocation="off")
+    memory, invocations = generated(chat.model, Conversation(), BOTH.question, BOTH.open())
     assert (turn.reply("vanilla").text, turn.main.text) == (vanilla, memory) and vanilla != memory
     assert not turn.reply("vanilla").invocations and turn.main.invocations == invocations
     assert "The answers differ." in rendering.turn_html(conversation_of(turn), 0)
-    assert len(answered(studio, Conversation(), "Hello.", (), Settings("off", compare=True)).replies) == 1
+    assert len(answered(chat, Conversation(), "Hello.", (), AnswerSettings("off", compare=True)).replies) == 1
 
 
 def conversation_of(*turns):
     return Conversation(list(turns))
 
 
-def test_a_seed_is_a_seed(studio):
+def test_a_seed_decides_the_answer(chat):
     texts = [
-        answered(studio, Conversation(), BOTH.question, BOTH.open(), Settings(temperature=1.5, seed=seed)).main.text
+        answered(chat, Conversation(), BOTH.question, BOTH.open(), AnswerSettings(temperature=1.5, seed=seed)).main.text
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_schedules_and_chance(studio):
-    turn = answered(studio, Conversation(), "Read row 1.", BOTH.open(), Settings("short@0,long@2,long@99"))
+def test_schedules_and_random_invocations(chat):
+    turn = answered(chat, Conversation(), "Read row 1.", BOTH.open(), AnswerSettings("short@0,long@2,long@99"))
     assert [(one.kind, one.position, one.forced) for one in turn.main.invocations] == [
         ("short", 0, True),
         ("long", 4, True),  # behind the short one's two tokens and two words
     ]
     assert turn.unreached == 1 and "1 scheduled after the answer" in rendering.turn_html(conversation_of(turn), 0)
-    turn = answered(studio, Conversation(), "Read row 1.", BOTH.open(), Settings("random:1@anywhere", max_new_tokens=3))
+    turn = answered(
+        chat, Conversation(), "Read row 1.", BOTH.open(), AnswerSettings("random:1@anywhere", max_new_tokens=3)
+    )
     assert turn.main.invocations and all(one.forced for one in turn.main.invocations)
     assert turn.main.finish == "length" and "cut off" in rendering.turn_html(conversation_of(turn), 0)
 
 
-def test_the_page_s_switches_as_settings():
+def test_settings_from_the_switches():
     rest = (0.25, "anywhere", 0.5, 3, 64)
-    assert settings_of(True, "schedule", " short@0, long@12 ", *rest) == Settings("short@0,long@12", True, 0.5, 3, 64)
+    assert settings_of(True, "schedule", " short@0, long@12 ", *rest) == AnswerSettings(
+        "short@0,long@12", True, 0.5, 3, 64
+    )
     assert settings_of(False, "random", "", *rest).invocation == "random:0.25@anywhere"
     assert settings_of(False, "learned", "nonsense", *rest).invocation == "learned"
     assert settings_of(False, "schedule", "long@0 SHORT@3,,long@9 ", *rest).invocation == "long@0,short@3,long@9"
-    with pytest.raises(Refused, match="schedule is empty"):
+    with pytest.raises(ChatError, match="schedule is empty"):
         settings_of(False, "schedule", " , ", *rest)
     for wrong in ("shrt@0", "short@", "short@-1", "long@1.5", "short", "off", "random:1@anywhere", "long@٣"):
-        with pytest.raises(Refused, match=re.escape(f"has “{wrong}” in it, which cannot be read: write a kind")):
+        with pytest.raises(ChatError, match=re.escape(f"Cannot parse “{wrong}” in the schedule: write a kind")):
             settings_of(False, "schedule", f"long@0, {wrong}", *rest)
-    assert rendering.who("random:0.5@anywhere") == "by chance, 0.5 before any token"
-    assert rendering.who("random:0.2@delimiter") == "by chance, 0.2 after each phrase"
-    with pytest.raises(Refused, match="need a number"):
+    assert rendering.policy_label("random:0.5@anywhere") == "at random, 0.5 before any token"
+    assert rendering.policy_label("random:0.2@delimiter") == "at random, 0.2 after each phrase"
+    with pytest.raises(ChatError, match="need a number"):
         settings_of(False, "learned", "", 0.25, "anywhere", 0, None, 64)
     for rate, where in ((None, "anywhere"), (0.25, None)):
-        with pytest.raises(Refused, match="each need a value"):
+        with pytest.raises(ChatError, match="each need a value"):
             settings_of(False, "random", "", rate, where, 0, 0, 64)
     for number in (1.5, float("inf"), float("nan")):
-        with pytest.raises(Refused, match=f"seed must be a whole number of 0 or more, not {number:g}"):
+        with pytest.raises(ChatError, match=f"seed must be a whole number of 0 or more, not {number:g}"):
             settings_of(False, "learned", "", 0.25, "anywhere", 0, number, 64)
-    with pytest.raises(Refused, match=r"3,500 characters; 2,000 is the limit"):
+    with pytest.raises(ChatError, match=r"3,500 characters; the limit is 2,000"):
         settings_of(False, "schedule", "long@0," * 500, *rest)
-    with pytest.raises(Refused, match="half a character"):
+    with pytest.raises(ChatError, match="half a character"):
         settings_of(False, "schedule", "\ud800", *rest)
 
 
 @pytest.mark.parametrize("family", tiny.UNLIKE)
 def test_any_family(family):
-    made = Studio(Loaded(tiny.equip(family), family, None), batch_size=2)
+    made = Chat(Loaded(tiny.equip(family), family, None), batch_size=2)
     try:
         conversation, pictures = Conversation(), [tiny.picture(1), tiny.picture(2)]
-        settings = Settings("short@1,long@3", compare=True, max_new_tokens=6)
+        settings = AnswerSettings("short@1,long@3", compare=True, max_new_tokens=6)
         for question in ("Look here.", "And again?"):
             turn = answered(made, conversation, question, pictures, settings)
             pictures = []
@@ -229,14 +236,14 @@ def test_any_family(family):
         made.close()
 
 
-# What goes wrong.
+# Errors.
 
 
 @pytest.mark.parametrize(
     ("question", "pictures", "settings", "message"),
     [
         (" \n", 0, {}, "question is empty"),
-        ("What is <image> this?", 1, {}, "own mark <image>"),
+        ("What is <image> this?", 1, {}, "special token <image>"),
         ("x" * 9000, 0, {}, "9,000 characters"),
         ("half \ud800", 0, {}, "half a character"),
         ("Read row 1.", 1, {"invocation": ",".join(["long@0"] * 65)}, "may have 64 invocations, not 65"),
@@ -247,62 +254,62 @@ def test_any_family(family):
         ("Read row 1.", 1, {"seed": -1}, "seed must be"),
         ("Read row 1.", 1, {"max_new_tokens": 0}, "1 to 4096 tokens"),
         ("Read row 1.", 1, {"max_new_tokens": 4090}, "conversation is too long"),
-        ("Read row 1.", MOST_PICTURES + 1, {}, "9 images; a conversation may have 8"),
+        ("Read row 1.", MAX_PICTURES + 1, {}, "9 images; a conversation may have 8"),
     ],
 )
-def test_refused_in_one_line(studio, question, pictures, settings, message):
+def test_refusals_are_one_line(chat, question, pictures, settings, message):
     conversation = Conversation()
-    with pytest.raises(Refused, match=re.escape(message)) as caught:
-        studio.ask(conversation, question, BOTH.open() * pictures, Settings(**settings))
-    assert "\n" not in str(caught.value) and not conversation.turns and not studio.worker.rows
+    with pytest.raises(ChatError, match=re.escape(message)) as caught:
+        chat.ask(conversation, question, BOTH.open() * pictures, AnswerSettings(**settings))
+    assert "\n" not in str(caught.value) and not conversation.turns and not chat.worker.rows
 
 
-def test_one_question_at_a_time_and_stop(studio, held):
+def test_one_question_at_a_time_and_stop(chat, held):
     conversation = Conversation()
-    turn = studio.ask(conversation, BOTH.question, BOTH.open())
-    with pytest.raises(Refused, match="still being written"):
-        studio.ask(conversation, "And now?")
-    with pytest.raises(Refused, match="nothing to look into yet"):
-        studio.inspect(turn, "memory")
-    studio.stop(turn)
+    turn = chat.ask(conversation, BOTH.question, BOTH.open())
+    with pytest.raises(ChatError, match="still being written"):
+        chat.ask(conversation, "And now?")
+    with pytest.raises(ChatError, match="Nothing to inspect yet"):
+        chat.inspect(turn, "memory")
+    chat.stop(turn)
     held.set()
     assert turn.main.over.wait(BOUND) and turn.main.finish == "cancelled" and not conversation.busy
     assert "stopped" in rendering.turn_html(conversation, 0)
-    messages = conversation.messages("Read the prices of row 2.", [])  # nothing was said: its picture goes on
+    messages = conversation.messages("Read the prices of row 2.", [])  # no answer: its picture passes to the next turn
     assert [part["type"] for part in messages[0]["content"]] == ["image", "text"] and len(messages) == 1
 
 
-def test_stopped_half_way(studio):
+def test_stopped_half_way(chat):
     conversation = Conversation()
-    turn = studio.ask(conversation, "Describe all tags.", examples()[3].open(), Settings(compare=True))
+    turn = chat.ask(conversation, "Describe all tags.", examples()[3].open(), AnswerSettings(compare=True))
     while len(turn.main.tokens) < 12:
         assert not turn.main.over.wait(0.001)
-    studio.stop(turn)
+    chat.stop(turn)
     assert all(reply.over.wait(BOUND) for reply in turn.replies) and turn.main.finish == "cancelled"
     assert turn.main.text.startswith("Row 1")
-    assert studio.inspect(turn, "memory").result(BOUND).moments[0].looked is not None
+    assert chat.inspect(turn, "memory").result(BOUND).moments[0].looked is not None
     assert len(conversation.messages("More?", [])) == 3
 
 
-def test_a_full_queue_says_so(loaded):
-    small = Studio(loaded, batch_size=1, most_waiting=1)
+def test_a_full_queue_refuses(loaded):
+    small = Chat(loaded, batch_size=1, max_waiting=1)
     try:
         gate = threading.Event()
         small.worker.call(gate.wait, BOUND)
         first, second = Conversation(), Conversation()
         turn = small.ask(first, "Hello.")
-        with pytest.raises(Refused, match="busy with other questions"):
-            small.ask(second, "Hello.", (), Settings(compare=True))  # room for one of the two
+        with pytest.raises(ChatError, match="busy with other questions"):
+            small.ask(second, "Hello.", (), AnswerSettings(compare=True))  # room for one of the two
         assert not second.turns
         half = list(small.worker.tickets)[-1]
         gate.set()
         assert turn.main.over.wait(BOUND) and turn.main.finish == "stop"
         small.worker.call(lambda: None).result(BOUND)
-        assert half.answers[0].finish == "cancelled"  # nobody would read it
+        assert half.answers[0].finish == "cancelled"  # its other half was refused
         assert answered(small, second, "Hello.").main.finish == "stop"
     finally:
         small.close()
-    with pytest.raises(Refused, match="being stopped"):
+    with pytest.raises(ChatError, match="shutting down"):
         small.ask(Conversation(), "Hello.")
 
 
@@ -310,26 +317,26 @@ def test_a_full_queue_says_so(loaded):
     ("error", "message"),
     [
         (RuntimeError("CUDA out of memory. Tried to allocate"), "ran out of memory"),
-        (RuntimeError("<b>no\nluck</b>"), "failed while it wrote this (&lt;b&gt;no luck&lt;/b&gt;)"),
+        (RuntimeError("<b>no\nluck</b>"), "failed while writing this (&lt;b&gt;no luck&lt;/b&gt;)"),
     ],
 )
-def test_a_failing_model_says_so(studio, monkeypatch, error, message):
+def test_a_failing_model_is_reported(chat, monkeypatch, error, message):
     def failing(groups):
         raise error
 
-    queue = studio.worker.queue
+    queue = chat.worker.queue
     conversation = Conversation()
     with monkeypatch.context() as patch:
         patch.setattr(queue, "admit", failing)
-        turn = answered(studio, conversation, "Hello.")
-    assert turn.main.finish == "error" and turn.main.trouble and "\n" not in turn.main.trouble
+        turn = answered(chat, conversation, "Hello.")
+    assert turn.main.finish == "error" and turn.main.error and "\n" not in turn.main.error
     assert message in rendering.turn_html(conversation, 0)
-    with pytest.raises(Refused):
-        studio.inspect(turn, "memory")
-    assert answered(studio, conversation, "Hello.").main.finish == "stop"
+    with pytest.raises(ChatError):
+        chat.inspect(turn, "memory")
+    assert answered(chat, conversation, "Hello.").main.finish == "stop"
 
 
-def test_pictures_that_cannot_be_used(tmp_path, monkeypatch):
+def test_invalid_pictures(tmp_path, monkeypatch):
     good, broken, text = tmp_path / "good.png", tmp_path / "broken.png", tmp_path / "text.png"
     Image.new("RGB", (40, 30), "red").save(good)
     broken.write_bytes(good.read_bytes()[:60])
@@ -342,56 +349,56 @@ def test_pictures_that_cannot_be_used(tmp_path, monkeypatch):
         ("text.png", "cannot be used: it is not an image, or of a format other than PNG, JPEG, WEBP, GIF, BMP."),
         ("empty.png", "cannot be used: it is empty."),
         ("line.png", "cannot be used: its longer side is more than 200 times its shorter one."),
-        ("none.png", "is no longer here: drop it in again."),
+        ("none.png", "is no longer available: upload it again."),
     ):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(ChatError) as caught:
             read_picture(tmp_path / name)
         assert str(caught.value) == f"Image {name} {message}"
-    monkeypatch.setattr(studios, "MOST_PIXELS", 100)
-    with pytest.raises(Refused, match="has more than 100 pixels, the limit"):
+    monkeypatch.setattr(chat_module, "MAX_PIXELS", 100)
+    with pytest.raises(ChatError, match="has more than 100 pixels, the limit"):
         read_picture(good)
 
 
-def test_pictures_come_without_what_their_files_say_beside(tmp_path):
+def test_image_metadata_is_dropped(tmp_path):
     exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "where it was taken"  # lies on its side
+    exif[0x0112], exif[0x010E] = 6, "where it was taken"  # rotated
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photograph.jpg", exif=exif)
     found = read_picture(tmp_path / "photograph.jpg")
     assert (found.size, found.mode, dict(found.getexif())) == ((30, 40), "RGB", {})
     assert "taken" not in str(found.info)
 
 
-def test_large_pictures_are_made_small_once(studio, monkeypatch):
+def test_thumbnails_are_made_once(chat, monkeypatch):
     made, thumbnail = [], rendering.thumbnail
     monkeypatch.setattr(rendering, "thumbnail", lambda picture: made.append(picture) or thumbnail(picture))
-    turn = answered(studio, Conversation(), "Hello.", [Image.new("RGB", (3000, 20)), *BOTH.open()])
+    turn = answered(chat, Conversation(), "Hello.", [Image.new("RGB", (3000, 20)), *BOTH.open()])
     pages = {rendering.turn_html(conversation_of(turn), 0) for _ in range(3)}
     assert len(pages) == 1 and len(made) == 2 and pages.pop().count("<img") == 2
-    monkeypatch.setattr(studios, "ALL_PIXELS", 100_000)
-    with pytest.raises(Refused, match="may have 100,000 pixels in all"):
-        studio.ask(conversation_of(turn), "And these?", [Image.new("RGB", (300, 300))])
+    monkeypatch.setattr(chat_module, "MAX_TOTAL_PIXELS", 100_000)
+    with pytest.raises(ChatError, match="may have 100,000 pixels in all"):
+        chat.ask(conversation_of(turn), "And these?", [Image.new("RGB", (300, 300))])
 
 
-# Looking into answers, and several visitors.
+# Inspections and visitors.
 
 
-def test_an_inspection_is_made_once_and_frees_what_it_needed(studio):
+def test_an_inspection_runs_once_and_frees_its_inputs(chat):
     conversation = Conversation()
-    turn = answered(studio, conversation, BOTH.question, BOTH.open(), Settings(compare=True))
-    future = studio.inspect(turn, "memory")
+    turn = answered(chat, conversation, BOTH.question, BOTH.open(), AnswerSettings(compare=True))
+    future = chat.inspect(turn, "memory")
     assert [moment.kind for moment in future.result(BOUND).moments] == ["short", "long"]
-    assert studio.inspect(turn, "memory") is future
-    studio.worker.call(lambda: None).result(BOUND)
+    assert chat.inspect(turn, "memory") is future
+    chat.worker.call(lambda: None).result(BOUND)
     assert turn.main.ticket is None and not turn.main.inputs
-    with pytest.raises(Refused, match="nothing to look into"):
-        studio.inspect(turn, "vanilla")  # no invocation
+    with pytest.raises(ChatError, match="Nothing to inspect"):
+        chat.inspect(turn, "vanilla")  # no invocation
     assert turn.reply("vanilla").inputs
-    answered(studio, conversation, "And now?")
-    assert not turn.reply("vanilla").inputs and turn.reply("vanilla").ticket is None  # nobody will look into it
+    answered(chat, conversation, "And now?")
+    assert not turn.reply("vanilla").inputs and turn.reply("vanilla").ticket is None  # it cannot be inspected
     conversation.selected = (0, "memory", 1)
     assert 'aria-expanded="true"' in rendering.turn_html(conversation, 0)
     assert "vm-panel vm-long" in rendering.inspector(conversation, future.result())
-    assert "Reading the answer again" in rendering.inspector(conversation, None)
+    assert "Inspecting the answer" in rendering.inspector(conversation, None)
 
 
 def test_too_many_pictures_are_refused_before_one_is_decoded(tmp_path, monkeypatch):
@@ -399,33 +406,33 @@ def test_too_many_pictures_are_refused_before_one_is_decoded(tmp_path, monkeypat
     for number in range(9):
         Image.new("RGB", (100, 100)).save(tmp_path / f"{number}.png")
         files.append((tmp_path / f"{number}.png", f"{number}.png"))
-    monkeypatch.setattr(studios, "ALL_PIXELS", 25_000)
-    with pytest.raises(Refused, match="may have 25,000 pixels in all"):
-        studios.read_pictures(files[:3], Conversation())
-    assert len(studios.read_pictures(files[:2], Conversation())) == 2
+    monkeypatch.setattr(chat_module, "MAX_TOTAL_PIXELS", 25_000)
+    with pytest.raises(ChatError, match="may have 25,000 pixels in all"):
+        chat_module.read_pictures(files[:3], Conversation())
+    assert len(chat_module.read_pictures(files[:2], Conversation())) == 2
     decoded = []
-    monkeypatch.setattr(studios, "read_picture", lambda *given: decoded.append(given))
-    with pytest.raises(Refused, match="9 images; a conversation may have 8"):
-        studios.read_pictures(files, Conversation())
+    monkeypatch.setattr(chat_module, "read_picture", lambda *given: decoded.append(given))
+    with pytest.raises(ChatError, match="9 images; a conversation may have 8"):
+        chat_module.read_pictures(files, Conversation())
     assert decoded == []
 
 
-def test_a_temperature_that_no_float_can_hold_is_greedy(studio):
-    one, other = (answered(studio, Conversation(), "Hello.", [], Settings(temperature=t)) for t in (1e-39, 0.0))
+def test_a_temperature_that_no_float_can_hold_is_greedy(chat):
+    one, other = (answered(chat, Conversation(), "Hello.", [], AnswerSettings(temperature=t)) for t in (1e-39, 0.0))
     assert one.main.text == other.main.text != ""
 
 
-def test_two_who_look_at_once_find_one_inspection(studio, monkeypatch):
-    turn = answered(studio, Conversation(), BOTH.question, BOTH.open())
-    meeting, call, found = threading.Barrier(2), studio.worker.call, []
+def test_concurrent_inspections_share_one_result(chat, monkeypatch):
+    turn = answered(chat, Conversation(), BOTH.question, BOTH.open())
+    meeting, call, found = threading.Barrier(2), chat.worker.call, []
 
     def together(function):
         with suppress(threading.BrokenBarrierError):
             meeting.wait(0.5)  # breaks where only one comes
         return call(function)
 
-    monkeypatch.setattr(studio.worker, "call", together)
-    threads = [threading.Thread(target=lambda: found.append(studio.inspect(turn, "memory"))) for _ in range(2)]
+    monkeypatch.setattr(chat.worker, "call", together)
+    threads = [threading.Thread(target=lambda: found.append(chat.inspect(turn, "memory"))) for _ in range(2)]
     for each in threads:
         each.start()
     for each in threads:
@@ -433,13 +440,13 @@ def test_two_who_look_at_once_find_one_inspection(studio, monkeypatch):
     assert found[0] is found[1] and found[0].result(BOUND).moments
 
 
-def test_visitors_come_from_many_threads(studio):
+def test_visitors_from_many_threads(chat):
     failed = []
 
     def come(name):
         try:
             for number in range(300):
-                studio.conversation(f"{name}-{number % 7}", new=True)
+                chat.conversation(f"{name}-{number % 7}", new=True)
         except RuntimeError as error:
             failed.append(error)
 
@@ -453,36 +460,36 @@ def test_visitors_come_from_many_threads(studio):
             each.join(BOUND)
     finally:
         sys.setswitchinterval(interval)
-        studio.leave_all()
+        chat.leave_all()
     assert failed == []
 
 
-def test_visitors_do_not_meet(studio, held, monkeypatch):
-    one, two = studio.conversation("one"), studio.conversation("two")
-    assert one is not two and studio.conversation("one") is one
-    turn, other = studio.ask(one, "Hello."), studio.ask(two, "Hello.")
-    studio.leave("one")
+def test_visitors_are_separate(chat, held, monkeypatch):
+    one, two = chat.conversation("one"), chat.conversation("two")
+    assert one is not two and chat.conversation("one") is one
+    turn, other = chat.ask(one, "Hello."), chat.ask(two, "Hello.")
+    chat.leave("one")
     held.set()
     assert turn.main.over.wait(BOUND) and other.main.over.wait(BOUND)
     assert (turn.main.finish, other.main.finish) == ("cancelled", "stop")
-    assert studio.conversation("one") is not one
-    assert studio.conversation("two", new=True) is not two
-    monkeypatch.setattr(studios, "MOST_VISITORS", 3)
+    assert chat.conversation("one") is not one
+    assert chat.conversation("two", new=True) is not two
+    monkeypatch.setattr(chat_module, "MAX_VISITORS", 3)
     for number in range(5):
-        studio.conversation(f"visitor {number}")
-    assert list(studio.visitors) == ["visitor 2", "visitor 3", "visitor 4"]
-    turn = studio.ask(studio.visitors["visitor 3"], "Hello.", [Image.new("RGB", (100, 100))])
-    monkeypatch.setattr(studios, "KEPT_PIXELS", 9999)
-    assert turn in studio.conversation("visitor 3").turns and list(studio.visitors) == ["visitor 3"]  # not one's own
-    studio.conversation("visitor 5")
-    assert list(studio.visitors) == ["visitor 5"] and turn.main.over.wait(BOUND)
+        chat.conversation(f"visitor {number}")
+    assert list(chat.visitors) == ["visitor 2", "visitor 3", "visitor 4"]
+    turn = chat.ask(chat.visitors["visitor 3"], "Hello.", [Image.new("RGB", (100, 100))])
+    monkeypatch.setattr(chat_module, "MAX_KEPT_PIXELS", 9999)
+    assert turn in chat.conversation("visitor 3").turns and list(chat.visitors) == ["visitor 3"]  # not one's own
+    chat.conversation("visitor 5")
+    assert list(chat.visitors) == ["visitor 5"] and turn.main.over.wait(BOUND)
 
 
-def test_an_export_holds_everything_by_itself(studio):
+def test_an_export_is_self_contained(chat):
     conversation = Conversation()
-    answered(studio, conversation, BOTH.question, BOTH.open())
-    answered(studio, conversation, "What is <i>row</i> 4?", (), Settings(compare=True, temperature=0.7, seed=3))
-    html = exported(studio, conversation)
+    answered(chat, conversation, BOTH.question, BOTH.open())
+    answered(chat, conversation, "What is <i>row</i> 4?", (), AnswerSettings(compare=True, temperature=0.7, seed=3))
+    html = exported(chat, conversation)
     assert "What is &lt;i&gt;row&lt;/i&gt; 4?" in html and BOTH.question in html
     assert "without memory" in html and "seed" in html
     marks = sum(len(turn.main.invocations) for turn in conversation.turns)
@@ -490,22 +497,11 @@ def test_an_export_holds_everything_by_itself(studio):
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", html) and "<script" not in html
 
 
-# Looks.
-
-
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one, two):
-    high, low = sorted((luminance(one), luminance(two)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
+# Colours.
 
 
 @pytest.mark.parametrize("selector", [r":root", r"\.dark"])
-def test_colours_can_be_read(selector):
+def test_text_contrast(selector):
     css = rendering.static("page.css")
     block = re.search(rf"^{selector} {{(.*?)}}", css, re.S | re.M)[1]
     colours = dict(re.findall(r"--ui-([\w-]+): (#[0-9a-f]{6})", block))
@@ -515,13 +511,13 @@ def test_colours_can_be_read(selector):
     low = {pair: contrast(colours[pair[0]], colours[pair[1]]) for pair in pairs}
     assert {pair: ratio for pair, ratio in low.items() if ratio < 4.5} == {}
     edges = {(one, two): contrast(colours[one], colours[two]) for one in ("edge", "focus", "bad") for two in grounds}
-    assert {pair: ratio for pair, ratio in edges.items() if ratio < 3} == {}  # of what is no text
+    assert {pair: ratio for pair, ratio in edges.items() if ratio < 3} == {}  # non-text needs 3:1
 
 
 # The command.
 
 
-def test_help_and_misuse(capsys, monkeypatch):
+def test_help_and_usage_errors(capsys, monkeypatch):
     assert cli.main(["app", "--help"]) == 0
     assert "vismem app --checkpoint" in capsys.readouterr().out
     assert cli.main(["app", "--port", "99999"]) == 2
@@ -547,7 +543,7 @@ def test_ports(capsys, monkeypatch):
         taken.close()
 
 
-def test_passwords_are_read(tmp_path, capsys):
+def test_read_password(tmp_path, capsys):
     file = tmp_path / "password"
     file.write_text(" open sesame\n")
     environ = {command.PASSWORD_VARIABLE: "from outside"}
@@ -564,7 +560,7 @@ def test_passwords_are_read(tmp_path, capsys):
             file.write_bytes(content)
         assert cli.main(["app", "--password-file", str(file)]) == 1
         assert reason in capsys.readouterr().err
-    with pytest.raises(Failure, match="VISMEM_APP_PASSWORD is empty"):
+    with pytest.raises(CommandError, match="VISMEM_APP_PASSWORD is empty"):
         command.read_password(None, {command.PASSWORD_VARIABLE: " "})
 
 

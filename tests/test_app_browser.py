@@ -1,4 +1,4 @@
-"""The viewer in a real browser: clicked, typed and looked at as a visitor would, on the pocket model."""
+"""The viewer on the pocket model, used in a real browser as a visitor would."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vismem.app.examples import examples
 from vismem.app.web import web
 
 pytestmark = viewer.MARKS
-studio, address, browser, visit = viewer.studio, viewer.address, viewer.browser, viewer.visit  # the fixtures
+chat, address, browser, visit = viewer.chat, viewer.address, viewer.browser, viewer.visit  # the fixtures
 
 
-def test_a_newcomer_s_path(visit, tmp_path):
+def test_a_first_visit(visit, tmp_path):
     page = visit()
     expect(page.locator("h1")).to_contain_text("remember")
     page.locator("[data-example='1']").click()
@@ -40,7 +40,7 @@ def test_a_newcomer_s_path(visit, tmp_path):
     expect(page.locator(CHIP).first).to_have_attribute("aria-expanded", "true")
     page.locator(CHIP).last.click()
     expect(page.locator(f"{PANEL}.vm-long")).to_contain_text("The next word, with this memory and without")
-    page.locator(CHIP).last.click()  # once more closes it
+    page.locator(CHIP).last.click()  # a second click closes it
     expect(page.locator(PANEL)).to_have_count(0)
 
     page.locator(".ui-pill").first.click()
@@ -64,7 +64,7 @@ def test_a_newcomer_s_path(visit, tmp_path):
     expect(page.locator(PANEL)).to_have_count(0)
 
 
-def test_compare_and_who_invokes(visit):
+def test_compare_and_policies(visit):
     page = visit()
     page.locator("#ui-compare input").check()
     page.locator("[data-example='1']").click()
@@ -84,7 +84,7 @@ def test_compare_and_who_invokes(visit):
     expect(page.locator(f"#ui-live {CHIP}")).to_have_text([re.compile("long"), re.compile("short")])
     expect(page.locator("#ui-live .ui-facts")).to_contain_text("long@0, short@1")
     page.locator(f"#ui-live {CHIP}").first.click()
-    expect(page.locator(PANEL)).to_contain_text("put in by the policy")
+    expect(page.locator(PANEL)).to_contain_text("inserted by the policy")
 
     page.get_by_label("Off", exact=True).check()
     expect(page.locator("#ui-plan")).to_be_hidden()
@@ -93,7 +93,7 @@ def test_compare_and_who_invokes(visit):
     expect(page.locator("#ui-live .vm-chip")).to_have_count(0)
 
 
-def test_own_pictures_good_and_bad(visit, tmp_path):
+def test_uploads_good_and_bad(visit, tmp_path):
     for number in (1, 2):
         examples()[0].open()[0].save(tmp_path / f"shelf {number}.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "shelf 1.png").read_bytes()[:200])
@@ -108,20 +108,20 @@ def test_own_pictures_good_and_bad(visit, tmp_path):
     page.locator("#ui-composer .thumbnail-item button, #ui-composer .delete-button").first.click()
     page.locator("#ui-composer input[type=file]").set_input_files([tmp_path / "shelf 1.png", tmp_path / "shelf 2.png"])
     expect(page.locator("#ui-composer .thumbnail-item")).to_have_count(2)
-    assert len(list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("shelf*.png"))) == 2  # in the folder that goes away
+    assert len(list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("shelf*.png"))) == 2  # in the temporary folder
     ask(page, "Which shelf is dearer at row 1 column 1?")
     written(page)
     expect(page.locator(".ui-pictures img")).to_have_count(2)
     expect(page.locator("#ui-composer .thumbnail-item")).to_have_count(0)
 
 
-def test_what_goes_wrong_is_one_line(visit, studio, monkeypatch):
+def test_errors_are_one_line(visit, chat, monkeypatch):
     page = visit()
     ask(page, "   ")
     expect(page.locator(".ui-notice")).to_contain_text("The question is empty")
     page.get_by_label("Schedule", exact=True).check()
     ask(page, "Hello.")
-    expect(page.locator(".ui-notice")).to_contain_text("short@0 asks for a look at a picture, and there is none")
+    expect(page.locator(".ui-notice")).to_contain_text("short@0 needs an image, and there is none")
     expect(page.locator("#ui-composer textarea")).to_have_value("Hello.")  # it is not lost
 
     def failing(groups):
@@ -129,9 +129,9 @@ def test_what_goes_wrong_is_one_line(visit, studio, monkeypatch):
 
     page.get_by_label("Model decides", exact=True).check()
     with monkeypatch.context() as patch:
-        patch.setattr(studio.worker.queue, "admit", failing)
+        patch.setattr(chat.worker.queue, "admit", failing)
         ask(page, "Hello.")
-        expect(page.locator(".ui-trouble")).to_contain_text("The model failed while it wrote this (no luck)")
+        expect(page.locator(".ui-trouble")).to_contain_text("The model failed while writing this (no luck)")
     expect(page.locator(".ui-notice")).to_have_count(0)
     ask(page, "Hello.")
     written(page, 2)
@@ -143,12 +143,10 @@ def test_what_goes_wrong_is_one_line(visit, studio, monkeypatch):
         page.locator("[data-example='1']").click()
         written(page)
         page.locator(CHIP).first.click()
-        expect(page.locator(".ui-inspector .ui-trouble")).to_have_text(
-            "This answer cannot be read again: division by zero"
-        )
+        expect(page.locator(".ui-inspector .ui-trouble")).to_have_text("Cannot inspect this answer: division by zero")
 
 
-def test_settings_that_cannot_be_are_said_in_the_same_place(visit, capfd):
+def test_invalid_settings_show_the_same_notice(visit, capfd):
     page = visit()
     for closed in ("#ui-advanced", "#ui-schedule", "#ui-random"):
         expect(page.locator(closed)).to_be_hidden()
@@ -167,13 +165,13 @@ def test_settings_that_cannot_be_are_said_in_the_same_place(visit, capfd):
     dots = page.locator("#ui-random input[type=radio]")
     expect(dots).to_have_count(2)
     widths = dots.evaluate_all("all => all.map((each) => parseFloat(getComputedStyle(each).borderWidth))")
-    assert widths[0] > 3 > widths[1]  # the one that is chosen can be told
+    assert widths[0] > 3 > widths[1]  # the checked one stands out
     dots.last.check()
     assert dots.last.evaluate("each => parseFloat(getComputedStyle(each).borderWidth)") > 3
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_what_is_typed_as_soon_as_it_can_be_is_kept(visit):
+def test_a_setting_typed_at_once_is_kept(visit):
     page = visit()
     page.evaluate(
         """async () => {
@@ -195,7 +193,7 @@ def test_high_contrast_and_print(visit):
     page = visit(forced_colors="active")
     page.locator("[data-example='1']").click()
     written(page)
-    for part in ("#ui-dock", ".ui-bar"):  # what scrolls below it does not show through
+    for part in ("#ui-dock", ".ui-bar"):  # opaque over what scrolls below
         assert page.locator(part).evaluate("each => getComputedStyle(each).backgroundColor") == "rgb(255, 255, 255)"
     page.locator(CHIP).first.click()
     expect(page.locator(PANEL)).to_be_visible()
@@ -205,10 +203,10 @@ def test_high_contrast_and_print(visit):
     assert panel["height"] > page.viewport_size["height"] and frame["height"] > panel["height"]  # all of it
 
 
-def test_tall_pictures_and_long_names(visit, studio, tmp_path, monkeypatch):
+def test_tall_pictures_and_long_names(visit, chat, tmp_path, monkeypatch):
     Image.new("RGB", (40, 400), "red").save(tmp_path / "tall.png")
-    long = replace(studio.loaded, base="somebody/a-model-with-a-very-long-name-7b-instruct")
-    monkeypatch.setattr(studio, "loaded", long)
+    long = replace(chat.loaded, base="somebody/a-model-with-a-very-long-name-7b-instruct")
+    monkeypatch.setattr(chat, "loaded", long)
     page = visit(NARROW)
     page.locator("#ui-composer input[type=file]").set_input_files(tmp_path / "tall.png")
     expect(page.locator("#ui-composer .thumbnail-item")).to_have_count(1)
@@ -223,7 +221,7 @@ def test_tall_pictures_and_long_names(visit, studio, tmp_path, monkeypatch):
     assert abs(large.bounding_box()["height"] / large.bounding_box()["width"] - 10) < 0.5
 
 
-def test_keyboard_alone(visit):
+def test_keyboard_only(visit):
     page = visit()
     page.keyboard.press("Tab")
     expect(page.locator(".ui-skip")).to_be_focused()
@@ -269,7 +267,7 @@ def test_narrow_screens(visit, scheme):
     assert fits() and page.locator(PANEL).bounding_box()["width"] <= NARROW["width"]
 
 
-def test_light_and_dark_are_kept(visit):
+def test_the_theme_is_remembered(visit):
     page = visit(color_scheme="light")
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.locator("#ui-theme").click()
@@ -280,7 +278,7 @@ def test_light_and_dark_are_kept(visit):
     page.wait_for_function("document.body.classList.contains('dark')")
 
 
-def test_stop_and_visitors_apart(visit, studio, held):
+def test_stop_and_separate_visitors(visit, chat, held):
     one, two = visit(), visit()
     one.locator("[data-example='0']").click()
     two.locator("[data-example='1']").click()
@@ -297,34 +295,34 @@ def test_stop_and_visitors_apart(visit, studio, held):
     expect(two.locator(".ui-turn")).to_have_count(1)
 
 
-def test_new_while_an_answer_is_written(visit, studio):
+def test_new_while_an_answer_is_written(visit, chat):
     page = visit()
     page.locator("[data-example='1']").click()
     written(page)
     gate = threading.Event()
-    studio.worker.call(gate.wait, BOUND)
+    chat.worker.call(gate.wait, BOUND)
     page.locator(".ui-pill").first.click()
     expect(page.locator(".ui-turn [aria-busy]")).to_have_count(1)
-    (left,) = [conversation for conversation in studio.visitors.values() if conversation.busy]
+    (left,) = [conversation for conversation in chat.visitors.values() if conversation.busy]
     page.locator("#ui-renew").click()
     expect(page.locator(".ui-card").first).to_be_visible()
     gate.set()
     assert left.turns[1].main.over.wait(BOUND) and left.turns[1].main.finish == "cancelled"
-    page.wait_for_timeout(300)  # what belongs to the old one does not come back
+    page.wait_for_timeout(300)  # updates of the old one are dropped
     expect(page.locator(".ui-turn")).to_have_count(0)
     page.locator("[data-example='0']").click()
     written(page)
 
 
-def test_closing_the_page_stops_its_answer(visit, studio, held):
+def test_closing_the_page_stops_its_answer(visit, chat, held):
     page, other = visit(), visit()
     for each in (page, other):
         each.locator("[data-example='1']").click()
         expect(each.locator(".ui-turn [aria-busy]")).to_have_count(1)
-    stays, leaves = [conversation for conversation in studio.visitors.values() if conversation.busy]
+    stays, leaves = [conversation for conversation in chat.visitors.values() if conversation.busy]
     other.close()
     for _ in range(BOUND * 10):
-        if leaves not in studio.visitors.values():
+        if leaves not in chat.visitors.values():
             break
         page.wait_for_timeout(100)
     held.set()
@@ -333,8 +331,8 @@ def test_closing_the_page_stops_its_answer(visit, studio, held):
     written(page)
 
 
-def test_a_password(browser, address, studio):
-    with served(web(studio, "127.0.0.1", "let mé in: now")) as place:
+def test_a_password(browser, address, chat):
+    with served(web(chat, "127.0.0.1", "let mé in: now")) as place:
         context = browser.new_context(http_credentials={"username": "anybody", "password": "let mé in: now"})
         page = context.new_page()
         page.set_default_timeout(BOUND * 1000)
@@ -347,15 +345,15 @@ def test_a_password(browser, address, studio):
         for wrong in (almost, "Basic", "Basic %%%", "Basic bGV0", "Bearer let mé in: now", "Basic OmxldA== x"):
             code, headers, body = exchanged(int(place.rpartition(":")[2]), get("/config", f"Authorization: {wrong}"))
             assert code == 401 and headers["www-authenticate"].startswith("basic realm=")
-            assert "needs its password" in error_of(body)["message"]
+            assert "needs a password" in error_of(body)["message"]
 
 
-def test_nothing_can_be_had_from_elsewhere(browser, address):
+def test_the_page_cannot_load_from_other_hosts(browser, address):
     context = browser.new_context()
     page = context.new_page()
     page.goto(address)
-    told = page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'fetched', (error) => String(error))")
-    assert told == "TypeError: Failed to fetch"
+    error = page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'fetched', (error) => String(error))")
+    assert error == "TypeError: Failed to fetch"
     refused = page.evaluate(
         """new Promise((done) => {
           document.addEventListener('securitypolicyviolation', (event) => done(event.blockedURI));

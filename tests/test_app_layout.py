@@ -1,4 +1,4 @@
-"""What can be seen and reached in the viewer: on low and narrow screens, with the keyboard, in light and in dark."""
+"""The viewer's layout: low and narrow screens, keyboard, light and dark."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from itertools import pairwise
 
 import pytest
 import viewer
+from contrast import contrast
 from PIL import Image, ImageColor
 from viewer import CHIP, NARROW, PANEL, WIDE, ask, expect, written
 
 from vismem.app import rendering
 
 pytestmark = viewer.MARKS
-studio, address, browser, visit = viewer.studio, viewer.address, viewer.browser, viewer.visit  # the fixtures
+chat, address, browser, visit = viewer.chat, viewer.address, viewer.browser, viewer.visit  # the fixtures
 SIDEWAYS, SMALL = {"width": 844, "height": 390}, {"width": 1024, "height": 600}
 ADVANCED, RANDOM = "#ui-settings .ui-more", "#ui-invocation [value=random]"
 
@@ -93,7 +94,7 @@ def test_focus_is_not_hidden_behind_the_settings(crowded):
 @sized(SIDEWAYS, SMALL, NARROW, WIDE)
 def test_settings_stay_within_their_card(crowded):
     page = crowded
-    page.get_by_label("number input for Most tokens").fill("4096")
+    page.get_by_label("number input for Max tokens").fill("4096")
     over = page.locator(":is(#ui-random, #ui-advanced) .block:has(input)").evaluate_all(
         """all => all.flatMap((card) => {
           const right = card.getBoundingClientRect().right - parseFloat(getComputedStyle(card).paddingRight);
@@ -155,7 +156,7 @@ def test_a_panel_opens_at_its_top_and_stays_where_it_is(visit, monkeypatch):
     scroll(900)
     page.keyboard.press("Escape")
     expect(page.locator(PANEL)).to_have_count(0)
-    page.locator(CHIP).last.click()  # the same one, anew
+    page.locator(CHIP).last.click()  # the same one again
     expect(page.locator("#ui-right [data-drawn='6']")).to_have_count(1)
     at_top()
     scroll(300)
@@ -194,7 +195,7 @@ def test_choices_are_groups_for_the_keyboard(visit):
         expect(who.locator(f"[value={chosen}]")).to_be_focused()
         expect(who.locator(":checked")).to_have_count(1)
     page.keyboard.press("Tab")
-    expect(page.get_by_label("number input for Chance at each place")).to_be_focused()
+    expect(page.get_by_label("number input for Probability at each place")).to_be_focused()
     places = page.get_by_role("radiogroup", name="Places")
     for _ in range(3):  # its button, its slider
         page.keyboard.press("Tab")
@@ -205,7 +206,7 @@ def test_choices_are_groups_for_the_keyboard(visit):
     expect(page.locator(ADVANCED)).to_be_focused()
     ask(page, "Read the prices of row 2.")
     written(page, 2)
-    expect(page.locator("#ui-live .ui-facts")).to_contain_text("by chance, 0.2 before any token")
+    expect(page.locator("#ui-live .ui-facts")).to_contain_text("at random, 0.2 before any token")
 
     page.locator(RANDOM).focus()
     for _ in range(3):  # as fast as they come
@@ -214,18 +215,7 @@ def test_choices_are_groups_for_the_keyboard(visit):
     expect(who.locator(":checked")).to_have_count(1)
     ask(page, "Read the prices of row 2.")
     written(page, 3)
-    expect(page.locator("#ui-live .ui-facts")).to_contain_text("only short forms")
-
-
-def luminance(colour):
-    """Relative luminance, as WCAG defines it."""
-    linear = [value / 255 / 12.92 if value <= 10 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in colour[:3]]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one, other):
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
+    expect(page.locator("#ui-live .ui-facts")).to_contain_text("short only")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

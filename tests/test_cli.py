@@ -1,4 +1,4 @@
-"""The command line: what it prints, and what it says about bad input - one line on stderr and the right exit code."""
+"""The command line: its output, and for bad input one line on stderr and the right exit code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vismem import cli, loading
 from vismem.cli import ask
 from vismem.cli.model_options import load
 from vismem.cli.parsing import policy
-from vismem.cli.streaming import Paper, Streamer
+from vismem.cli.streaming import Streamer, TerminalWriter
 from vismem.data import images
 from vismem.decoding.policies import Forced, Random
 from vismem.pocket.world import digit_indices, load_handwriting
@@ -85,7 +85,7 @@ def run(capsys, monkeypatch, loaded):
 
 @pytest.fixture
 def run_whole(capsys):
-    """As `run`, and loads the model that the command line names."""
+    """As `run`, but loads the model that the command line names."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
         code = cli.main([*map(str, arguments)])
@@ -96,7 +96,7 @@ def run_whole(capsys):
 
 
 def refused(result: tuple[int, str, str], code: int, *words: str) -> None:
-    """That a command line failed with this code and one line that has these words in it."""
+    """Asserts that a command failed with this code and one line that contains these words."""
     got, out, err = result
     assert got == code, err
     assert out == ""
@@ -107,7 +107,7 @@ def refused(result: tuple[int, str, str], code: int, *words: str) -> None:
 
 
 def answer_of(out: str) -> str:
-    """The words of a streamed answer: no marks, no trace."""
+    """The text of a streamed answer, without markers and trace."""
     text = out[: out.rindex("\n\n")]
     return text.replace("[◆short]", "").replace("[●long]", "")
 
@@ -119,7 +119,7 @@ class Terminal(io.StringIO):
         return True
 
 
-# What is printed.
+# Output.
 
 
 @pytest.mark.parametrize("invocation", ["learned", "off", "long@0,short@3,long@9", "random:0.5@anywhere"])
@@ -135,7 +135,7 @@ def test_streamed_text_is_the_decoded_answer(run, invocation, sampling):
     assert sorted(marks) == sorted(one["kind"] for one in facts["invocations"])
 
 
-def test_json_is_the_whole_story(run, loaded):
+def test_json_has_everything(run, loaded):
     code, out, err = run(
         "ask", "a.png", "b.jpg", QUESTION, "--invocation", "short@0,long@5", "--json", "--max-new-tokens", 12
     )
@@ -166,8 +166,8 @@ def test_trace_lists_every_invocation(run):
     assert lines[3].strip().startswith("12 tokens in ") and len(lines) == 4
 
 
-def test_learned_invocations_are_called_chosen(run, loaded, monkeypatch):
-    """With the rows of the invocation tokens made loud, the model invokes by itself."""
+def test_learned_invocations_are_shown_as_chosen(run, loaded, monkeypatch):
+    """With larger rows of the invocation tokens, the model samples them."""
     monkeypatch.setattr(loaded.model.tokens.invocation, "data", loaded.model.tokens.invocation.data * 30)
     _, out, _ = run("ask", "a.png", QUESTION, "--max-new-tokens", 24)
     facts = json.loads(run("ask", "a.png", QUESTION, "--max-new-tokens", 24, "--json")[1])
@@ -191,7 +191,7 @@ def test_image_on_standard_input(run, monkeypatch):
     assert piped["images"] == ["-"] and piped["answer"] == named["answer"]
 
 
-def test_options_may_stand_between_images_and_question(run):
+def test_options_may_come_between_images_and_question(run):
     code, out, _ = run("ask", "--json", "a.png", "--max-new-tokens", 3, "b.jpg", "--", "-1 or 1?")
     assert code == 0
     assert (json.loads(out)["question"], json.loads(out)["images"]) == ("-1 or 1?", ["a.png", "b.jpg"])
@@ -220,30 +220,30 @@ def test_invocation_strings(text, wanted):
     assert policy(text, seed=5) == wanted
 
 
-# Marks and streaming, without a model.
+# Markers and streaming, without a model.
 
 
-def test_marks_have_colour_on_a_terminal_only(monkeypatch):
-    def marked(out):
-        Paper(out).mark("short")
-        Paper(out).mark("long")
+def test_markers_have_colour_only_on_a_terminal(monkeypatch):
+    def markers(out):
+        TerminalWriter(out).marker("short")
+        TerminalWriter(out).marker("long")
         return out.getvalue()
 
-    assert marked(Terminal()) == "\x1b[1;36m[◆short]\x1b[0m\x1b[1;35m[●long]\x1b[0m"
-    assert marked(io.StringIO()) == "[◆short][●long]"
+    assert markers(Terminal()) == "\x1b[1;36m[◆short]\x1b[0m\x1b[1;35m[●long]\x1b[0m"
+    assert markers(io.StringIO()) == "[◆short][●long]"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert marked(Terminal()) == "[◆short][●long]"
+    assert markers(Terminal()) == "[◆short][●long]"
 
 
-def test_marks_do_without_shapes_where_the_stream_has_none():
+def test_markers_omit_shapes_that_the_encoding_lacks():
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    Paper(out).mark("long")
+    TerminalWriter(out).marker("long")
     assert out.buffer.getvalue() == b"[long]"
 
 
-def test_an_answer_cannot_drive_the_terminal():
+def test_answers_cannot_control_the_terminal():
     out = Terminal()
-    Paper(out).text("a\x1b[2Jb\tc\n")
+    TerminalWriter(out).text("a\x1b[2Jb\tc\n")
     assert out.getvalue() == "a\\x1b[2Jb\tc\n"
 
 
@@ -258,13 +258,13 @@ def test_an_answer_cannot_drive_the_terminal():
         ("\x1b[2J\n",),
     ],
 )
-def test_errors_cannot_drive_the_terminal(run_whole, words):
+def test_errors_cannot_control_the_terminal(run_whole, words):
     _, _, err = run_whole(*words)
     assert err.startswith("vismem: error: ") and err.count("\n") == 1 and err.endswith("\n")
     assert not set(err) & set("\x1b\x07\r\x9b\u202e\u2028")
 
 
-def test_log_lines_cannot_drive_the_terminal(capsys):
+def test_log_lines_cannot_control_the_terminal(capsys):
     import logging
 
     from vismem.cli import parsing
@@ -279,7 +279,7 @@ def test_log_lines_cannot_drive_the_terminal(capsys):
     assert capsys.readouterr().err == "row \\x1b[2J\\x9b.png is bad\n"
 
 
-def test_results_are_escaped_on_a_terminal_alone(monkeypatch):
+def test_results_are_escaped_only_on_a_terminal(monkeypatch):
     from vismem.cli import parsing
 
     for out, expected in ((Terminal(), "a\\x1b[2J\nb\n"), (io.StringIO(), "a\x1b[2J\nb\n")):
@@ -288,7 +288,7 @@ def test_results_are_escaped_on_a_terminal_alone(monkeypatch):
         assert out.getvalue() == expected
 
 
-def test_an_error_is_not_written_behind_a_progress_bar(run_whole, monkeypatch):
+def test_an_error_starts_below_a_progress_bar(run_whole, monkeypatch):
     from tqdm import tqdm
 
     def fails(options):
@@ -312,7 +312,7 @@ def test_streamer_waits_for_whole_characters():
     tokens = types.SimpleNamespace(kind_of={9001: "short"}, end_ids={"short": 9002})
     ids = tokenizer.encode("A é 漢字 b", add_special_tokens=False)
     seen, out = [], io.StringIO()
-    streamer = Streamer(tokenizer, tokens, Paper(out))
+    streamer = Streamer(tokenizer, tokens, TerminalWriter(out))
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for index in [*ids[:2], 9001, 9002, *ids[2:]]:
         streamer.put(torch.tensor([index]))
@@ -323,7 +323,7 @@ def test_streamer_waits_for_whole_characters():
     assert len(set(seen)) > 4  # it comes in pieces
 
 
-# Misuse: exit code 2, before anything is loaded.
+# Usage errors: exit code 2, before anything is loaded.
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_streamer_waits_for_whole_characters():
         ("bench nothing", "nothing"),
     ],
 )
-def test_misuse(run_whole, monkeypatch, line, words):
+def test_usage_errors(run_whole, monkeypatch, line, words):
     monkeypatch.setattr(ask, "load", lambda options: pytest.fail("nothing should be loaded"))
     refused(run_whole(*shlex.split(line)), 2, words)
 
@@ -378,7 +378,7 @@ def test_devices(run_whole):
 
 
 @pytest.mark.parametrize("mark", ["<image>", "<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>"])
-def test_the_models_own_marks_in_a_question_are_misuse(run, mark):
+def test_special_tokens_in_a_question_are_a_usage_error(run, mark):
     refused(run("ask", "a.png", f"What do I pay{mark}?"), 2, mark)
 
 
@@ -547,7 +547,7 @@ def test_commands_that_need_a_source_checkout(run_whole, monkeypatch, tmp_path):
     refused(run_whole("pocket", "evaluate"), 1, "source checkout")
 
 
-# What else the commands do.
+# Other commands.
 
 
 def test_the_default_is_the_pocket_model_with_its_memory(run_whole, house, monkeypatch):
@@ -657,11 +657,11 @@ def test_ctrl_c(run, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ask, "write", interrupt)
+    monkeypatch.setattr(ask, "generate", interrupt)
     assert run("ask", "a.png", QUESTION) == (130, "", "vismem: interrupted\n")
 
 
-def test_ctrl_c_in_the_middle_of_an_answer_ends_its_line(run, monkeypatch):
+def test_ctrl_c_during_an_answer_ends_its_line(run, monkeypatch):
     seen = []
 
     def interrupt(self, value, put=Streamer.put):
@@ -676,18 +676,18 @@ def test_ctrl_c_in_the_middle_of_an_answer_ends_its_line(run, monkeypatch):
     assert out.endswith("\n") and len(out) > 1
 
 
-def test_surprises_are_one_line_and_debug_shows_more(run, monkeypatch):
+def test_unexpected_errors_are_one_line_and_debug_shows_more(run, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(ask, "write", fail)
+    monkeypatch.setattr(ask, "generate", fail)
     refused(run("ask", "a.png", QUESTION), 1, "RuntimeError: first second")
     code, _, err = run("ask", "a.png", QUESTION, "--debug")
     assert code == 1
     assert "Traceback" in err and err.endswith("vismem: error: RuntimeError: first second (--debug shows where)\n")
 
 
-# In a process of its own.
+# In its own process.
 
 
 def process(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
@@ -696,7 +696,7 @@ def process(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **kwargs)
 
 
-def test_help_does_not_wait_for_torch():
+def test_help_does_not_import_torch():
     program = (
         "import sys, vismem, vismem.cli\n"
         "for line in ('--help', 'ask --help', 'info --help', 'pocket build --help', 'ask x --seed -1'):\n"
@@ -727,7 +727,7 @@ def test_a_closed_pipe_is_quiet(house):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_reader_that_leaves_early_is_no_error(run, monkeypatch):
+def test_a_reader_that_leaves_early(run, monkeypatch):
     class Gone(io.StringIO):
         def write(self, text):
             raise BrokenPipeError(32, "Broken pipe")

@@ -24,7 +24,7 @@ from vismem.analysis.heatmaps import (
     vectors_of,
 )
 from vismem.analysis.short_attention import short_term_attention
-from vismem.cli.streaming import Paper, Streamer
+from vismem.cli.streaming import Streamer, TerminalWriter
 from vismem.decoding.markers import CSS, Piece, html, pieces, plain
 from vismem.decoding.policies import Forced
 
@@ -43,7 +43,7 @@ def test_markers_match_the_terminals(model):
     words = [tokenizer.encode(text, add_special_tokens=False) for text in ("A red ", "cup é 漢 <b>", " look", "!")]
     ids = [*words[0], *invoked["short"], *words[1], *invoked["long"], *invoked["short"], *words[2], *words[3]]
     written = io.StringIO()
-    streamer = Streamer(tokenizer, tokens, Paper(written))
+    streamer = Streamer(tokenizer, tokens, TerminalWriter(written))
     for token in ids:
         streamer.put(torch.tensor([token]))
     streamer.end()

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from vismem import cli
-from vismem.cli.images import read_images
+from vismem.cli.ask import read_images
 from vismem.data import images, load_dataset_rows, prompt_inputs
 from vismem.data.images import BadImageError, NoImageFileError, open_image, to_rgb
 

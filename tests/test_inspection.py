@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from contrast import contrast
 from PIL import Image
 
 from vismem.analysis.heatmaps import overlaid
@@ -23,8 +24,8 @@ from vismem.analysis.long_attention import long_term_attention
 from vismem.analysis.replacement import distributions
 from vismem.analysis.short_attention import short_term_attention
 from vismem.analysis.slot_attention import attention_to_slots
-from vismem.app.export import Conversation, Reply, Turn, page
-from vismem.app.maps import layer, place
+from vismem.app.export import ExportedAnswer, ExportedConversation, ExportedTurn, page
+from vismem.app.maps import layer, position_in_words
 from vismem.app.panels import CSS, answer_html, panel, percent, timeline
 from vismem.decoding.markers import INK, Piece
 from vismem.decoding.policies import Forced
@@ -364,8 +365,8 @@ def test_later_tokens_are_shaded_by_their_attention():
 
 
 def test_positions_and_shares_as_text():
-    assert place(0.1, 0.1) == "at the top left" and place(0.9, 0.5) == "at the bottom"
-    assert place(0.5, 0.5) == "in the middle" and place(0.5, 0.9) == "in the middle, right"
+    assert position_in_words(0.1, 0.1) == "at the top left" and position_in_words(0.9, 0.5) == "at the bottom"
+    assert position_in_words(0.5, 0.5) == "in the middle" and position_in_words(0.5, 0.9) == "in the middle, right"
     heat = np.ones((4, 6), dtype=np.float32)
     heat[3, 0] = 3
     assert layer("", "", heat, 3.0)["place"] == "at the bottom left" and layer("", "", heat, 3.0)["peak"] == 3
@@ -410,8 +411,12 @@ def hostile():
 def test_answers_are_escaped():
     _, picture, *_ = pocket()
     bad = hostile()
-    conversation = Conversation(
-        [Turn(HOSTILE, [Reply(HOSTILE, bad.pieces, bad, {HOSTILE: HOSTILE})], [picture], {HOSTILE: HOSTILE})],
+    conversation = ExportedConversation(
+        [
+            ExportedTurn(
+                HOSTILE, [ExportedAnswer(HOSTILE, bad.pieces, bad, {HOSTILE: HOSTILE})], [picture], {HOSTILE: HOSTILE}
+            )
+        ],
         title=HOSTILE,
         settings={HOSTILE: HOSTILE},
     )
@@ -427,11 +432,15 @@ def test_a_conversation_is_one_page():
     model, picture, _, _, found = pocket()
     batch, rollout = written(model, tiny.message(QUESTION, picture), "off", max_new_tokens=64)
     vanilla = inspect_answer(model, batch, rollout, [picture])
-    first = Turn(
-        QUESTION, [Reply("with memory", found.pieces, found), Reply("without", vanilla.pieces, vanilla)], [picture]
+    first = ExportedTurn(
+        QUESTION,
+        [ExportedAnswer("with memory", found.pieces, found), ExportedAnswer("without", vanilla.pieces, vanilla)],
+        [picture],
     )
-    second = Turn("And row 2?", [Reply("with memory", [Piece("Stop"), Piece("", "short", 0)])], settings={"seed": "7"})
-    html = page(Conversation([first, second], "Two questions", {"model": "pocket"}))
+    second = ExportedTurn(
+        "And row 2?", [ExportedAnswer("with memory", [Piece("Stop"), Piece("", "short", 0)])], settings={"seed": "7"}
+    )
+    html = page(ExportedConversation([first, second], "Two questions", {"model": "pocket"}))
     checked = Checker(html)
     links = [a["href"] for tag, a in checked.tags if tag == "a"]
     assert len(links) == 6 and {link[1:] for link in links} <= set(
@@ -443,18 +452,7 @@ def test_a_conversation_is_one_page():
         assert text in checked.text
     pictures = [a for tag, a in checked.tags if tag == "img" and a["alt"].startswith("Picture")]
     assert len(pictures) == 1 and len(html) < 400_000
-    Checker(page(Conversation([])))
-
-
-def luminance(colour: str) -> float:
-    values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, two: str) -> float:
-    low, high = sorted((luminance(one), luminance(two)))
-    return (high + 0.05) / (low + 0.05)
+    Checker(page(ExportedConversation([])))
 
 
 def test_colours_contrast_with_their_backgrounds():
@@ -498,8 +496,8 @@ def browser():
 def exported(tmp_path_factory):
     _, picture, _, _, found = pocket()
     path = tmp_path_factory.mktemp("page") / "conversation.html"
-    turn = Turn(QUESTION, [Reply("with memory", found.pieces, found)], [picture])
-    path.write_text(page(Conversation([turn, turn])), encoding="utf-8")
+    turn = ExportedTurn(QUESTION, [ExportedAnswer("with memory", found.pieces, found)], [picture])
+    path.write_text(page(ExportedConversation([turn, turn])), encoding="utf-8")
     return path.as_uri()
 
 

@@ -1,4 +1,4 @@
-"""The viewer served from this process and looked at with a real browser, for the tests that click and type in it."""
+"""Fixtures that serve the viewer from this process and open it in a real browser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("gradio", reason="the viewer's extra is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import expect, sync_playwright
 
-from vismem.app.chat import Studio
+from vismem.app.chat import Chat
 from vismem.app.examples import examples
 from vismem.app.web import uploads, web
 from vismem.loading import load_model
@@ -31,15 +31,15 @@ expect.set_options(timeout=BOUND * 1000)
 
 
 @pytest.fixture(scope="module")
-def studio():
-    made = Studio(load_model(device="cpu"))
+def chat():
+    made = Chat(load_model(device="cpu"))
     yield made
     made.close()
 
 
 @contextmanager
 def served(app):
-    """Where it is served while the context lasts."""
+    """Serves an application; yields its address."""
     bound = listening_socket("127.0.0.1", 0)
     server = Server(config_of(app, grace=1))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
@@ -51,9 +51,9 @@ def served(app):
 
 
 @pytest.fixture(scope="module")
-def address(studio):
-    """Where the viewer is served while these tests last."""
-    with uploads(), served(web(studio, "127.0.0.1")) as found:
+def address(chat):
+    """Address of the served viewer."""
+    with uploads(), served(web(chat, "127.0.0.1")) as found:
         yield found
 
 
@@ -67,7 +67,7 @@ def browser():
 
 @contextmanager
 def visits(browser, address):
-    """Opens the page as a new visitor; in the end nothing may have been asked of another host, or gone wrong."""
+    """Opens the page as a new visitor; fails at the end on console errors or requests to other hosts."""
     contexts, wrong = [], []
 
     def opened(size=WIDE, **settings):
@@ -75,9 +75,9 @@ def visits(browser, address):
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(BOUND * 1000)
-        page.on("console", lambda told: wrong.append(told.text) if told.type in ("error", "warning") else None)
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda asked: wrong.append(asked.url) if elsewhere(asked.url) else None)
+        page.on("request", lambda request: wrong.append(request.url) if elsewhere(request.url) else None)
         page.goto(address)
         expect(page.locator(".ui-card")).to_have_count(len(examples()))
         return page
@@ -104,6 +104,6 @@ def ask(page, question):
 
 
 def written(page, turns=1):
-    """Waits until that many turns are written."""
+    """Waits until that many turns are finished."""
     expect(page.locator(".ui-turn:has(.ui-facts)")).to_have_count(turns)
     expect(page.locator("[aria-busy]")).to_have_count(0)

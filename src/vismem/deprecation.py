@@ -19,7 +19,9 @@ R = TypeVar("R")
 MOVED = {
     "vismem.app.findings": "vismem.analysis.findings",
     "vismem.app.inspection": "vismem.analysis.inspection",
+    "vismem.app.sharing": "vismem.app.export",
     "vismem.app.studio": "vismem.app.chat",
+    "vismem.cli.images": "vismem.cli.ask",
     "vismem.commands": "vismem.cli",
     "vismem.commands.loading": "vismem.cli.model_options",
     "vismem.commands.unloaded": "vismem.cli.meta",

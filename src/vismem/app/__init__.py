@@ -1,1 +1,1 @@
-"""The viewer: what happened in an answer, as data, as HTML and as a page in the browser."""
+"""The viewer: what happened in an answer, as data, as HTML fragments and as a web page."""

@@ -1,7 +1,7 @@
-"""What happens when something on the page is used: questions go to the studio, and what is to be shown comes back.
+"""The page's event handlers: they pass questions to the chat and return updates for the components.
 
-What is shown is made by `rendering.py`, for the components of `page.py`. One visitor is one browser tab, by the session
-that gradio gives it; nothing here is kept between two calls but the studio's conversations.
+`rendering.py` makes the HTML, `page.py` the components. A visitor is one browser tab, identified by gradio's session
+hash; handlers keep no state between calls, the chat's conversations do.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any
 import gradio as gr
 
 from vismem.app import rendering
-from vismem.app.chat import Studio, check_text, read_pictures
+from vismem.app.chat import Chat, check_text, read_pictures
 from vismem.app.examples import examples
-from vismem.app.session import Conversation, Refused, Settings, one_line
-from vismem.app.uploads import UNREADABLE
+from vismem.app.session import AnswerSettings, ChatError, Conversation, one_line
+from vismem.app.uploads import INVALID_EVENT
 
-PAUSE = 0.05  # seconds between two looks at an answer that is being written
-MOST_SCHEDULE = 2000  # characters
-BEAT = 20  # pauses after which it is shown again even if nothing was written
+POLL_INTERVAL = 0.05  # seconds between two checks of a running answer
+REFRESH_EVERY = 20  # polls without a new token after which the conversation is sent again
+MAX_SCHEDULE = 2000  # characters
 log = logging.getLogger(__name__)
 Updates = dict[Any, Any]  # by component
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class Components:
     """The page's components.
 
     Args:
-        bar, past, live, notice, composer, inspector: what changes with a conversation. The latest turn is in `live`, as
-            it is sent again with every word; all earlier ones are in `past`.
-        switches: what `settings_of` takes, in its order.
+        bar, past, live, notice, composer, inspector: those a conversation updates. `live` holds the latest turn, which
+            is sent again with every token; `past` holds all earlier ones.
+        switches: the inputs of `settings_of`, in order.
     """
 
     bar: Any
@@ -49,250 +49,252 @@ class Parts:
 
     @property
     def outputs(self) -> list[Any]:
-        """What changes with a conversation."""
         return [self.bar, self.past, self.live, self.notice, self.composer, self.inspector]
 
 
 class Handlers:
-    """What the page's events call.
+    """Callbacks for the page's events.
 
     Args:
-        studio: what is asked.
-        parts: what is shown.
+        chat: answers the questions.
+        parts: the components to update.
     """
 
-    def __init__(self, studio: Studio, parts: Parts) -> None:
-        self.studio, self.parts = studio, parts
-        self.reading = asyncio.Lock()  # one question's pictures at a time are in memory without being counted
+    def __init__(self, chat: Chat, parts: Components) -> None:
+        self.chat, self.parts = chat, parts
+        self.read_lock = asyncio.Lock()  # bounds memory: pictures being read count towards no limit yet
 
     # Asking.
 
-    async def submit(self, request: gr.Request, value: dict[str, Any] | None, *said: Any) -> AsyncIterator[Updates]:
-        """Asks what was typed, about what was dropped in."""
+    async def submit(self, request: gr.Request, value: dict[str, Any] | None, *switches: Any) -> AsyncIterator[Updates]:
+        """Asks what was typed, about the uploaded images."""
         value = value or {}
-        async for updates in self.put(request, value.get("text") or "", value.get("files") or [], said):
+        async for updates in self.ask(request, value.get("text") or "", value.get("files") or [], switches):
             yield updates
 
-    async def pick(self, request: gr.Request, event: gr.EventData, *said: Any) -> AsyncIterator[Updates]:
+    async def pick(self, request: gr.Request, event: gr.EventData, *switches: Any) -> AsyncIterator[Updates]:
         """Asks an example."""
-        async for updates in self.put(request, "", [], said, event):
+        async for updates in self.ask(request, "", [], switches, event):
             yield updates
 
-    async def follow(self, request: gr.Request, event: gr.EventData, *said: Any) -> AsyncIterator[Updates]:
-        """Asks what was suggested."""
-        async for updates in self.put(request, str(told(event, "question")), [], said):
+    async def follow(self, request: gr.Request, event: gr.EventData, *switches: Any) -> AsyncIterator[Updates]:
+        """Asks a suggested question."""
+        async for updates in self.ask(request, str(event_value(event, "question")), [], switches):
             yield updates
 
-    async def put(
+    async def ask(
         self,
         request: gr.Request,
         question: str,
         files: list[Any],
-        said: tuple[Any, ...],
+        switches: tuple[Any, ...],
         picked: gr.EventData | None = None,
     ) -> AsyncIterator[Updates]:
-        """Asks, and shows the answer as it grows."""
-        parts, conversation = self.parts, self.of(request)
+        """Asks, and streams the answer."""
+        parts, conversation = self.parts, self.conversation(request)
         try:
-            settings = settings_of(*said)
-            example = None if picked is None else examples()[whole(picked, "example", len(examples()))]
+            settings = settings_of(*switches)
+            example = None if picked is None else examples()[event_index(picked, "example", len(examples()))]
             if example is not None:
                 question = example.question
-            async with self.reading:
+            async with self.read_lock:
                 if example is not None:
                     pictures = example.open()
                 else:
-                    pictures = await asyncio.to_thread(read_pictures, [named(each) for each in files], conversation)
-                turn = await asyncio.to_thread(self.studio.ask, conversation, question, pictures, settings)
-        except Refused as error:
+                    uploads = [path_and_name(file) for file in files]
+                    pictures = await asyncio.to_thread(read_pictures, uploads, conversation)
+                turn = await asyncio.to_thread(self.chat.ask, conversation, question, pictures, settings)
+        except ChatError as error:
             yield {parts.notice: rendering.notice(str(error))}
             return
         except Exception as error:
-            log.exception("a question could not be put")
-            yield {parts.notice: rendering.notice(f"That went wrong: {one_line(error)}. The terminal has the details.")}
+            log.exception("cannot ask a question")
+            message = f"Something went wrong: {one_line(error)}. See the terminal for details."
+            yield {parts.notice: rendering.notice(message)}
             return
         if example is not None:
             conversation.suggestions = list(example.next)
         elif question in conversation.suggestions:
             conversation.suggestions.remove(question)
-        conversation.selected, size, pauses = None, -1, 0
+        conversation.selected, size, polls = None, -1, 0
         try:
-            yield {**self.all_of(conversation), parts.composer: composing(True, clear=True), parts.inspector: ""}
-            while not turn.over and self.current(request, conversation):
-                pauses += 1
+            cleared = {parts.composer: composer_update(busy=True, clear=True), parts.inspector: ""}
+            yield {**self.page_updates(conversation), **cleared}
+            while not turn.over and self.is_current(request, conversation):
+                polls += 1
                 if turn.size != size:
                     size = turn.size
-                    yield {parts.live: self.shown(conversation)[parts.live]}
-                elif pauses % BEAT == 0:  # an older event's answer may have come in between
-                    yield self.shown(conversation)
-                await asyncio.sleep(PAUSE)
+                    yield {parts.live: self.turn_updates(conversation)[parts.live]}
+                elif polls % REFRESH_EVERY == 0:  # an older event may have overwritten it
+                    yield self.turn_updates(conversation)
+                await asyncio.sleep(POLL_INTERVAL)
         finally:
-            self.studio.stop(turn)  # as when the page was closed
-        yield self.all_of(self.of(request))  # as it is now: gradio shows once more what an event showed last
+            self.chat.stop(turn)  # the page may have been closed
+        yield self.page_updates(self.conversation(request))  # gradio repeats an event's last update when it ends
 
-    async def deepen(self, request: gr.Request) -> Updates:
-        """Looks into the answer just written, if nobody waits for the model; its timeline shows more then."""
-        conversation = self.of(request)
+    async def inspect_latest(self, request: gr.Request) -> Updates:
+        """Inspects the answer just written, unless somebody waits for the model; its timeline then shows attention."""
+        conversation = self.conversation(request)
         turn = conversation.turns[-1] if conversation.turns else None
-        if turn is None or not turn.main.inspectable or self.studio.worker.rows:
+        if turn is None or not turn.main.inspectable or self.chat.worker.rows:
             return {self.parts.live: gr.skip()}
         try:
-            await asyncio.shield(asyncio.wrap_future(self.studio.inspect(turn, "memory")))
-        except Exception:  # its chips will say so
-            log.debug("an answer could not be inspected", exc_info=True)
-        still = self.current(request, conversation) and conversation.turns[-1] is turn
-        return self.shown(conversation) if still else {self.parts.live: gr.skip()}
+            await asyncio.shield(asyncio.wrap_future(self.chat.inspect(turn, "memory")))
+        except Exception:  # shown when a chip is clicked
+            log.debug("cannot inspect an answer", exc_info=True)
+        latest = self.is_current(request, conversation) and conversation.turns[-1] is turn
+        return self.turn_updates(conversation) if latest else {self.parts.live: gr.skip()}
 
     def stop(self, request: gr.Request) -> None:
-        """Stops what is being written."""
-        conversation = self.of(request)
+        """Stops the running answer."""
+        conversation = self.conversation(request)
         if conversation.busy:
-            self.studio.stop(conversation.turns[-1])
+            self.chat.stop(conversation.turns[-1])
 
     def renew(self, request: gr.Request) -> Updates:
-        """Begins another conversation."""
-        conversation = self.studio.conversation(str(request.session_hash), new=True)
-        cleared = {self.parts.composer: composing(False, clear=True), self.parts.inspector: ""}
-        return {**self.all_of(conversation), **cleared}
+        """Starts a new conversation."""
+        conversation = self.chat.conversation(str(request.session_hash), new=True)
+        cleared = {self.parts.composer: composer_update(busy=False, clear=True), self.parts.inspector: ""}
+        return {**self.page_updates(conversation), **cleared}
 
     def leave(self, request: gr.Request) -> None:
-        """Forgets a visitor who closed the page."""
-        self.studio.leave(str(request.session_hash))
+        """Drops the conversation of a visitor who closed the page."""
+        self.chat.leave(str(request.session_hash))
 
-    # Looking into an answer.
+    # Inspecting an answer.
 
     async def inspect(self, request: gr.Request, event: gr.EventData) -> AsyncIterator[Updates]:
         """Opens an invocation's panel, or closes it if it is open."""
-        parts, conversation = self.parts, self.of(request)
+        parts, conversation = self.parts, self.conversation(request)
         try:
-            chosen = whole(event, "turn"), str(told(event, "side")), whole(event, "index")
-            if conversation.selected == chosen and told(event, "closes"):
+            number, side, index = (
+                event_index(event, "turn"),
+                str(event_value(event, "side")),
+                event_index(event, "index"),
+            )
+            if conversation.selected == (number, side, index) and event_value(event, "closes"):
                 yield self.close(request)
                 return
-            future = self.studio.inspect(*conversation.invocation(*chosen)[:2])
-        except Refused as error:
+            future = self.chat.inspect(conversation.turn_with(number, side, index), side)
+        except ChatError as error:
             yield {parts.notice: rendering.notice(str(error))}
             return
-        conversation.selected = chosen
-        yield {**self.shown(conversation), parts.inspector: self.panel(conversation)}
+        conversation.selected = number, side, index
+        yield {**self.turn_updates(conversation), parts.inspector: self.panel(conversation)}
         try:
             await asyncio.shield(asyncio.wrap_future(future))
-        except Exception:  # the panel says so
-            log.exception("an answer could not be inspected")
-        conversation = self.of(request)  # another may have been begun, or another panel opened
-        yield {**self.shown(conversation), parts.inspector: self.panel(conversation)}
+        except Exception:  # the panel shows it
+            log.exception("cannot inspect an answer")
+        conversation = self.conversation(request)  # a new one may have been started, or another panel opened
+        yield {**self.turn_updates(conversation), parts.inspector: self.panel(conversation)}
 
     def close(self, request: gr.Request) -> Updates:
         """Closes the open panel."""
-        conversation = self.of(request)
+        conversation = self.conversation(request)
         conversation.selected = None
-        return {**self.shown(conversation), self.parts.inspector: ""}
+        return {**self.turn_updates(conversation), self.parts.inspector: ""}
 
-    # What is shown.
+    # Updates.
 
-    def of(self, request: gr.Request) -> Conversation:
+    def conversation(self, request: gr.Request) -> Conversation:
         """The visitor's conversation."""
-        return self.studio.conversation(str(request.session_hash))
+        return self.chat.conversation(str(request.session_hash))
 
-    def current(self, request: gr.Request, conversation: Conversation) -> bool:
-        """Whether the visitor has not begun anew meanwhile, or left."""
-        return self.studio.visitors.get(str(request.session_hash)) is conversation
+    def is_current(self, request: gr.Request, conversation: Conversation) -> bool:
+        """Whether this is still the visitor's conversation."""
+        return self.chat.visitors.get(str(request.session_hash)) is conversation
 
-    def all_of(self, conversation: Conversation) -> Updates:
-        """The whole page as it is now, without the inspector."""
+    def page_updates(self, conversation: Conversation) -> Updates:
+        """All components except the inspector."""
         return {
-            self.parts.bar: rendering.bar(self.studio, conversation),
-            **self.shown(conversation),
+            self.parts.bar: rendering.bar(self.chat, conversation),
+            **self.turn_updates(conversation),
             self.parts.notice: "",
-            self.parts.composer: composing(conversation.busy),
+            self.parts.composer: composer_update(busy=conversation.busy),
         }
 
-    def shown(self, conversation: Conversation) -> Updates:
-        """The conversation as it is now."""
+    def turn_updates(self, conversation: Conversation) -> Updates:
+        """The turns, or the welcome."""
         count = len(conversation.turns)
-        return {
-            self.parts.past: rendering.turns(conversation, 0, max(count - 1, 0)),
-            self.parts.live: rendering.turns(conversation, count - 1, count)
-            if count
-            else rendering.welcome(self.studio),
-        }
+        latest = rendering.turns(conversation, count - 1, count) if count else rendering.welcome(self.chat)
+        return {self.parts.past: rendering.turns(conversation, 0, max(count - 1, 0)), self.parts.live: latest}
 
     def panel(self, conversation: Conversation) -> str:
-        """The open panel as it is now."""
+        """The open panel, or an empty string."""
         if conversation.selected is None:
             return ""
-        future = conversation.turns[conversation.selected[0]].reply(conversation.selected[1]).inspection
+        number, side, _ = conversation.selected
+        future = conversation.turns[number].reply(side).inspection
         if future is None or not future.done() or future.cancelled():
             return rendering.inspector(conversation, None)
         error = future.exception()
         if error is not None:
-            return rendering.inspector(conversation, None, f"This answer cannot be read again: {one_line(error)}")
+            return rendering.inspector(conversation, None, f"Cannot inspect this answer: {one_line(error)}")
         return rendering.inspector(conversation, future.result())
 
 
-def composing(busy: bool, clear: bool = False) -> Any:
-    """The question's box with its button: stop while an answer is written, else ask."""
+def composer_update(*, busy: bool, clear: bool = False) -> Any:
+    """The question box, with a stop button while an answer is written and a submit button otherwise."""
     more = {"value": {"text": "", "files": []}} if clear else {}
     return gr.update(submit_btn=not busy, stop_btn=busy, **more)
 
 
 def settings_of(
-    compare: bool,
+    compare: object,
     invocation: str,
     schedule: str,
     rate: float | None,
     where: str | None,
     temperature: float | None,
     seed: float | None,
-    most: float | None,
-) -> Settings:
-    """The switches of the page as settings.
+    max_tokens: float | None,
+) -> AnswerSettings:
+    """Reads the page's switches.
 
     Raises:
-        Refused: if one is empty, or cannot be read.
+        ChatError: if one is empty or invalid.
     """
     for text in (invocation, schedule, where):
         check_text(text or "")
-    if len(schedule or "") > MOST_SCHEDULE:
-        raise Refused(f"The schedule has {len(schedule):,} characters; {MOST_SCHEDULE:,} is the limit.")
+    if len(schedule or "") > MAX_SCHEDULE:
+        raise ChatError(f"The schedule has {len(schedule):,} characters; the limit is {MAX_SCHEDULE:,}.")
     if invocation == "schedule":
-        places = (schedule or "").lower().replace(",", " ").split()
-        if not places:
-            raise Refused("The schedule is empty: write one such as short@0,long@12.")
-        for place in places:
-            if not re.fullmatch("(short|long)@[0-9]{1,9}", place):
-                rule = "a kind, @, and the token that it comes before, such as short@0,long@12"
-                raise Refused(f"The schedule has “{place[:40]}” in it, which cannot be read: write {rule}.")
-        invocation = ",".join(places)
+        steps = (schedule or "").lower().replace(",", " ").split()
+        if not steps:
+            raise ChatError("The schedule is empty: write one such as short@0,long@12.")
+        for step in steps:
+            if not re.fullmatch("(short|long)@[0-9]{1,9}", step):
+                rule = "a kind, @, and the token it comes before, such as short@0,long@12"
+                raise ChatError(f"Cannot parse “{step[:40]}” in the schedule: write {rule}.")
+        invocation = ",".join(steps)
     elif invocation == "random":
         if rate is None or where is None:
-            raise Refused("Chance and places each need a value: choose them, or let the model decide.")
+            raise ChatError("Probability and places each need a value: set them, or let the model decide.")
         invocation = f"random:{rate:g}@{where}"
-    if temperature is None or seed is None or most is None:
-        raise Refused("Temperature, seed and most tokens each need a number: see Advanced.")
-    for name, number in (("seed", seed), ("number of tokens", most)):
+    if temperature is None or seed is None or max_tokens is None:
+        raise ChatError("Temperature, seed and max tokens each need a number: see Advanced.")
+    for name, number in (("seed", seed), ("number of tokens", max_tokens)):
         if not float(number).is_integer():
-            raise Refused(f"The {name} must be a whole number of 0 or more, not {number:g}.")
-    return Settings(invocation, bool(compare), float(temperature), int(seed), int(most))
+            raise ChatError(f"The {name} must be a whole number of 0 or more, not {number:g}.")
+    return AnswerSettings(invocation, bool(compare), float(temperature), int(seed), int(max_tokens))
 
 
-def told(event: gr.EventData, name: str) -> Any:
-    """What an event has under that name, or an empty text where it has nothing, or is no object at all."""
+def event_value(event: gr.EventData, name: str) -> Any:
+    """A value that the browser sent with an event; an empty string if it is missing."""
     try:
         return getattr(event, name, "")
-    except TypeError:  # gradio looks into whatever the browser sent
+    except TypeError:  # the browser sent no object
         return ""
 
 
-def whole(event: gr.EventData, name: str, end: int = 2**31) -> int:
-    """A number that an event has, from 0 up to `end`, which is not among them. Raises Refused."""
-    found = str(told(event, name))
-    if not found.isdecimal() or len(found) > 10 or int(found) >= end:
-        raise Refused(UNREADABLE)
-    return int(found)
+def event_index(event: gr.EventData, name: str, end: int = 2**31) -> int:
+    """An integer in [0, end) that the browser sent with an event. Raises ChatError."""
+    value = str(event_value(event, name))
+    if not value.isdecimal() or len(value) > 10 or int(value) >= end:
+        raise ChatError(INVALID_EVENT)
+    return int(value)
 
 
-def named(file: Any) -> tuple[str, str]:
-    """Path and name of an upload."""
-    path = file if isinstance(file, str) else file["path"]
+def path_and_name(upload: Any) -> tuple[str, str]:
+    path = upload if isinstance(upload, str) else upload["path"]
     return path, Path(path).name

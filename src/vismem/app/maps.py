@@ -1,6 +1,6 @@
-"""Heat maps as a page draws them: a pale grey picture once, and each map as a tiny see-through image to lie on it.
+"""Heat maps for HTML: one pale grey picture, and each map as a small transparent image over it.
 
-Laid on by `mix-blend-mode: multiply` they look as `evaluation.drawing.overlaid` draws them, at a fraction of the bytes.
+Blended with `mix-blend-mode: multiply` they look like `analysis.heatmaps.overlaid`, at a fraction of the bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from PIL import Image
 from vismem.analysis.findings import FloatArray, HeatMap
 from vismem.analysis.heatmaps import HOT, PALE, enlarged, scale_end, strength
 
-SIDE = 560  # pixels at most of a picture under a map: twice what it is shown at
+SIDE = 560  # pixels, longer side of the picture under a map: twice its size on the page
 
 
-def look(found: HeatMap, picture: Image.Image) -> dict[str, Any]:
-    """A short memory's maps over one picture, as the panel's template takes them."""
+def map_context(found: HeatMap, picture: Image.Image) -> dict[str, Any]:
+    """A short-term memory's maps over one picture, for the panel's template."""
     grey = picture if SIDE // 2 <= max(picture.size) <= SIDE else enlarged(picture, SIDE)
     pale = (255 * (1 - PALE * (1 - np.asarray(grey.convert("L"), dtype=np.float64) / 255))).round().astype(np.uint8)
     most = scale_end([found.mean, *([] if found.read is None else [found.read])])
@@ -36,28 +36,28 @@ def look(found: HeatMap, picture: Image.Image) -> dict[str, Any]:
 
 
 def layer(title: str, name: str, heat: FloatArray, end: float) -> dict[str, Any]:
-    """One map: its image, its scale, and in words where it is highest."""
-    row, column = np.argwhere(heat >= heat.max() * (1 - 1e-4)).mean(0)  # the middle of a highest region
+    """One map: its image, its scale, and where its maximum is, in words."""
+    row, column = np.argwhere(heat >= heat.max() * (1 - 1e-4)).mean(0)  # centre of the maximum
     return {
         "title": title,
         "name": name,
         "url": data_url(painted(heat, end)),
         "end": end,
         "peak": float(heat.max()),
-        "place": place((row + 0.5) / heat.shape[0], (column + 0.5) / heat.shape[1]),
+        "place": position_in_words((row + 0.5) / heat.shape[0], (column + 0.5) / heat.shape[1]),
     }
 
 
 def painted(heat: FloatArray, end: float) -> Image.Image:
-    """A map as a small image of one colour, to lie on a pale picture; opaque where far above the even share."""
+    """A map as a small image of one colour, opaque where attention is far above the even share."""
     colour = np.broadcast_to(HOT, (*heat.shape, 3))
     return Image.fromarray(
         (255 * np.concatenate([colour, strength(heat, end)[..., None]], -1)).round().astype(np.uint8), "RGBA"
     )
 
 
-def place(down: float, across: float) -> str:
-    """Where a point lies in a picture, in words; from 0 to 1 each."""
+def position_in_words(down: float, across: float) -> str:
+    """A point of a picture in words; both coordinates are in [0, 1]."""
     rows, columns = ("at the top", "", "at the bottom"), ("left", "middle", "right")
     row, column = rows[min(int(3 * down), 2)], columns[min(int(3 * across), 2)]
     if not row:
@@ -66,11 +66,11 @@ def place(down: float, across: float) -> str:
 
 
 def data_url(image: Image.Image) -> str:
-    """An image as an address, in the smaller of two formats; maps, which are see-through, always as PNG."""
+    """An image as a data URL, as PNG or JPEG, whichever is smaller; transparent ones as PNG."""
     kinds = ["png"] if image.mode == "RGBA" else ["png", "jpeg"]
     found = []
     for kind in kinds:
-        held = io.BytesIO()
-        image.save(held, format=kind, quality=85)
-        found.append(f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}")
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, quality=85)
+        found.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
     return min(found, key=len)

@@ -1,6 +1,6 @@
-"""The page in the browser: gradio's components, laid out and wired to what `handlers.py` does when they are used.
+"""The web page: lays out gradio's components and connects their events to `handlers.py`.
 
-The looks are `static/page.css`; the web application around the page is `web.py`'s.
+Its style is `static/page.css`; `web.py` is the application around it.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import gradio as gr
 
 from vismem.app import rendering
-from vismem.app.chat import Studio
-from vismem.app.handlers import Handlers, Parts
-from vismem.app.session import MOST_TOKENS
+from vismem.app.chat import Chat
+from vismem.app.handlers import Components, Handlers
+from vismem.app.session import MAX_TOKENS
 from vismem.app.uploads import Blocks
 
-KEPT = 3600  # seconds that uploads are kept
+UPLOAD_LIFETIME = 3600  # seconds
 CHOICES = [
     ("Model decides", "learned"),
     ("Off", "off"),
@@ -24,44 +24,46 @@ CHOICES = [
 ]
 
 
-def build(studio: Studio) -> gr.Blocks:
-    """The page of a studio."""
+def build(chat: Chat) -> gr.Blocks:
+    """The page for a chat."""
     quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    with Blocks(analytics_enabled=False, title="VisMem", fill_width=True, delete_cache=(KEPT, KEPT)) as page:
-        parts = layout(studio)
-        do, outputs = Handlers(studio, parts), parts.outputs
-        asked = [parts.composer.submit(do.submit, [parts.composer, *parts.switches], outputs, **quiet)]
-        parts.composer.stop(do.stop, None, None, **quiet)
-        for talk in (parts.past, parts.live):
-            asked.append(talk.example(do.pick, parts.switches, outputs, **quiet))
-            asked.append(talk.follow(do.follow, parts.switches, outputs, **quiet))
-        for each in asked:
-            each.then(do.deepen, None, outputs, **quiet)
+    with Blocks(
+        analytics_enabled=False, title="VisMem", fill_width=True, delete_cache=(UPLOAD_LIFETIME, UPLOAD_LIFETIME)
+    ) as page:
+        parts = layout(chat)
+        handlers, outputs = Handlers(chat, parts), parts.outputs
+        questions = [parts.composer.submit(handlers.submit, [parts.composer, *parts.switches], outputs, **quiet)]
+        parts.composer.stop(handlers.stop, None, None, **quiet)
+        for turns in (parts.past, parts.live):
+            questions.append(turns.example(handlers.pick, parts.switches, outputs, **quiet))
+            questions.append(turns.follow(handlers.follow, parts.switches, outputs, **quiet))
+        for each in questions:
+            each.then(handlers.inspect_latest, None, outputs, **quiet)
         for source in (parts.past, parts.live, parts.inspector):
-            source.inspect(do.inspect, None, outputs, trigger_mode="multiple", **quiet)
-        parts.inspector.closing(do.close, None, outputs, **quiet)
+            source.inspect(handlers.inspect, None, outputs, trigger_mode="multiple", **quiet)
+        parts.inspector.closing(handlers.close, None, outputs, **quiet)
         parts.notice.dismiss(lambda: "", None, parts.notice, **quiet)
-        parts.bar.renew(do.renew, None, outputs, **quiet)
-        page.unload(do.leave)
+        parts.bar.renew(handlers.renew, None, outputs, **quiet)
+        page.unload(handlers.leave)
     return page
 
 
 def html(value: str, name: str, script: str) -> gr.HTML:
-    """A part that `rendering.py` fills, with the script that tells what is clicked in it."""
+    """A component that `rendering.py` fills, with the script that reports clicks in it."""
     return gr.HTML(value, elem_id=name, js_on_load=rendering.static(script), apply_default_css=False)
 
 
-def layout(studio: Studio) -> Parts:
-    """All components, in their places.
+def layout(chat: Chat) -> Components:
+    """Creates all components.
 
-    All of them are in the page from the start, and `page.css` hides what does not apply: what gradio adds later starts
-    over a moment after it is seen, and what was typed into it till then would be lost.
+    All exist from the start, and `page.css` hides those that do not apply: gradio resets a component added later a
+    moment after it appears, which would lose what was typed into it.
     """
-    bar = html(rendering.bar(studio, None), "ui-bar", "bar.js")
+    bar = html(rendering.bar(chat, None), "ui-bar", "bar.js")
     with gr.Row(elem_id="ui-main"):
         with gr.Column(elem_id="ui-left"):
             past = html("", "ui-past", "talk.js")
-            live = html(rendering.welcome(studio), "ui-live", "talk.js")
+            live = html(rendering.welcome(chat), "ui-live", "talk.js")
             with gr.Column(elem_id="ui-dock"):
                 notice = html("", "ui-note", "talk.js")
                 composer = gr.MultimodalTextbox(
@@ -88,12 +90,12 @@ def layout(studio: Studio) -> Parts:
                     with gr.Row(elem_id="ui-schedule"):
                         schedule = gr.Textbox(
                             "short@0,long@12",
-                            label="Schedule: kind@token, comma between",
+                            label="Schedule: kind@token, separated by commas",
                             max_lines=1,
                             elem_id="ui-plan",
                         )
                     with gr.Row(elem_id="ui-random"):
-                        rate = gr.Slider(0, 1, 0.2, step=0.05, label="Chance at each place")
+                        rate = gr.Slider(0, 1, 0.2, step=0.05, label="Probability at each place")
                         where = gr.Radio(
                             [("after each phrase", "delimiter"), ("before any token", "anywhere")],
                             value="delimiter",
@@ -102,16 +104,16 @@ def layout(studio: Studio) -> Parts:
                         )
                     html(rendering.advanced(), "ui-more", "more.js")
                     with gr.Row(elem_id="ui-advanced"):
-                        temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: no sampling")
-                        seed = gr.Number(0, precision=0, label="Seed", info="of sampling and of chance")
-                        most = gr.Slider(1, MOST_TOKENS, 256, step=1, label="Most tokens", info="of an answer")
+                        temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 is greedy")
+                        seed = gr.Number(0, precision=0, label="Seed", info="of sampling and random invocations")
+                        max_tokens = gr.Slider(1, MAX_TOKENS, 256, step=1, label="Max tokens", info="per answer")
         inspector = html("", "ui-right", "inspector.js")
-    return Parts(
+    return Components(
         bar=bar,
         past=past,
         live=live,
         notice=notice,
         composer=composer,
         inspector=inspector,
-        switches=[compare, invocation, schedule, rate, where, temperature, seed, most],
+        switches=[compare, invocation, schedule, rate, where, temperature, seed, max_tokens],
     )

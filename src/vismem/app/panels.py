@@ -1,7 +1,7 @@
-"""An inspected answer as HTML: chips in the text, a strip of its tokens, and a panel for each invocation.
+"""An inspected answer as HTML: chips in the text, a timeline of its tokens, and a panel for each invocation.
 
-Fragments need `CSS` and nothing else: no script, no file, no network. Each can be read without colour, by keyboard, in
-light and dark, and on a narrow screen. What the numbers are is said in `inspection.py`; whole pages are `export.py`'s.
+Fragments need `CSS` and nothing else: no script, file or network. They work without colour, by keyboard, in light and
+dark, and on narrow screens. `analysis/inspection.py` defines the numbers; `export.py` makes whole pages.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 
 from vismem.analysis.findings import AnswerToken, InspectedInvocation, Inspection
 from vismem.analysis.templates import templates_of
-from vismem.app.maps import data_url, look
+from vismem.app.maps import map_context
 from vismem.config import Kind
 from vismem.decoding.markers import SHAPES, Piece
 
 CSS: str = files("vismem.app").joinpath("templates/viewer.css").read_text(encoding="utf-8")
-MOST_WORDS = 240  # tokens that a panel draws one by one
-STRONGEST = 3  # words that get their number
-FEWEST = 12  # tokens drawn at least; then up to the last whose share is not faint
-FAINT = 0.001
+MAX_WORDS = 240  # tokens that a panel shows one by one
+LABELLED = 3  # words labelled with their value
+MIN_LATER = 12  # later tokens shown at least; then up to the last above MIN_SHARE
+MIN_SHARE = 0.001
 
 environment = templates_of("vismem.app")
 
@@ -36,14 +36,14 @@ def answer_html(
     links: str | None = None,
     writing: bool = False,
 ) -> str:
-    """An answer's words, with a chip at each invocation.
+    """An answer's text, with a chip at each invocation.
 
     Args:
-        pieces: as `evaluation.marks.pieces` gives them, or `Inspection.pieces`.
-        turn, side: what the chips carry as `data-turn` and `data-side`; `data-index` is the invocation's.
-        selected: the invocation whose panel is open.
-        links: chips lead to `#<links>-<index>` instead of being buttons, for pages without a script.
-        writing: the answer is still being written: a cursor stands at its end.
+        pieces: from `decoding.markers.pieces`, or `Inspection.pieces`.
+        turn, side: the chips' `data-turn` and `data-side`; `data-index` is the invocation's index.
+        selected: index of the invocation whose panel is open.
+        links: makes chips links to `#<links>-<index>` instead of buttons, for pages without a script.
+        writing: the answer is still being written; shows a cursor at its end.
     """
     return environment.get_template("answer.html").render(
         pieces=pieces, turn=turn, side=side, selected=selected, links=links, writing=writing, shapes=SHAPES
@@ -59,11 +59,11 @@ def timeline(
     selected: int | None = None,
     links: str | None = None,
 ) -> str:
-    """A strip of an answer's tokens with a mark at each invocation, and how much each token attended to memory.
+    """A strip of an answer's tokens with a chip at each invocation, and how much each token attended to memory.
 
     Args:
-        tokens: `Inspection.tokens`, or `inspection.answer_tokens(...)` of an answer that is still being written.
-        attention: `Inspection.attention`, where there is one.
+        tokens: `Inspection.tokens`, or `inspection.answer_tokens(...)` of an answer without an inspection.
+        attention: `Inspection.attention`; None shows none.
         turn, side, selected, links: as for `answer_html`.
     """
     attention = attention or {}
@@ -72,7 +72,7 @@ def timeline(
     most = max((a + b for a, b in zip(short, long, strict=True)), default=0.0)
     return environment.get_template("timeline.html").render(
         tokens=[
-            {"token": token, "name": named(token), "short": short[i], "long": long[i], "place": i}
+            {"token": token, "name": token_label(token), "short": short[i], "long": long[i], "position": i}
             for i, token in enumerate(tokens)
         ],
         count=sum(token.part == "mark" for token in tokens),
@@ -86,13 +86,13 @@ def timeline(
 
 
 def panel(inspection: Inspection, index: int, vector: int | None = None, *, key: str = "0") -> str:
-    """All that is known of one invocation, as one fragment.
+    """Everything about one invocation, as one fragment.
 
     Args:
         inspection: the answer's.
         index: of the invocation.
-        vector: of the memory, to be shown first; None is the mean of all.
-        key: tells this answer from others on the same page.
+        vector: index of the memory vector to show first; None is the mean over all.
+        key: of the answer, unique on the page.
 
     Raises:
         ValueError: if there is no such invocation or vector.
@@ -107,20 +107,22 @@ def panel(inspection: Inspection, index: int, vector: int | None = None, *, key:
         key=f"vm-{key}-{index}",
         shape=SHAPES[moment.kind],
         before="".join(token.text for token in inspection.tokens[: moment.position] if token.part == "word")[-60:],
-        looks=[look(each, inspection.pictures[each.picture]) for each in moment.looked.maps] if moment.looked else [],
+        maps=[map_context(each, inspection.pictures[each.picture]) for each in moment.looked.maps]
+        if moment.looked
+        else [],
         total=len(inspection.moments),
         several=len(inspection.pictures) > 1,
-        shares=shares(moment),
-        words=words(inspection, moment),
-        unread=0 if moment.read is None else max(len(moment.read.mean) - MOST_WORDS, 0),
-        later=later(inspection, moment),
-        groups=groups(moment),
-        likely=likely(moment),
+        shares=formation_shares(moment),
+        words=segment_words(inspection, moment),
+        unread=0 if moment.read is None else max(len(moment.read.mean) - MAX_WORDS, 0),
+        later=later_tokens(inspection, moment),
+        groups=attention_groups(moment),
+        next_token=next_token(moment),
         chosen=vector,
     )
 
 
-# What a template is given.
+# Values for the template.
 
 
 SHARES = {
@@ -133,8 +135,8 @@ SHARES = {
 }
 
 
-def shares(moment: InspectedInvocation) -> list[dict[str, Any]]:
-    """Where a memory's attention went while it was formed."""
+def formation_shares(moment: InspectedInvocation) -> list[dict[str, Any]]:
+    """Attention while the memory was formed, by target."""
     found = moment.looked or moment.read
     return (
         []
@@ -143,8 +145,8 @@ def shares(moment: InspectedInvocation) -> list[dict[str, Any]]:
     )
 
 
-def words(inspection: Inspection, moment: InspectedInvocation) -> list[dict[str, Any]]:
-    """A long memory's segment: for the mean and for each vector its last words with their strength."""
+def segment_words(inspection: Inspection, moment: InspectedInvocation) -> list[dict[str, Any]]:
+    """A long-term memory's segment: its last words with their attention, for the mean and for each vector."""
     if moment.read is None:
         return []
     end = moment.read.start + len(moment.read.mean)
@@ -152,8 +154,8 @@ def words(inspection: Inspection, moment: InspectedInvocation) -> list[dict[str,
     rows += [(f"vector {i + 1}", str(i + 1), row) for i, row in enumerate(moment.read.vectors)]
     found = []
     for title, name, weights in rows:
-        shares = (weights / max(float(weights.mean()), 1e-12))[-MOST_WORDS:]  # 1 is the even share within the segment
-        most, strongest = max(2.0, float(shares.max())), set(np.argsort(-shares)[:STRONGEST].tolist())
+        shares = (weights / max(float(weights.mean()), 1e-12))[-MAX_WORDS:]  # 1 is an even share within the segment
+        most, strongest = max(2.0, float(shares.max())), set(np.argsort(-shares)[:LABELLED].tolist())
         found.append(
             {
                 "title": title,
@@ -169,24 +171,24 @@ def words(inspection: Inspection, moment: InspectedInvocation) -> list[dict[str,
     return found
 
 
-def later(inspection: Inspection, moment: InspectedInvocation) -> dict[str, Any] | None:
-    """The tokens after an invocation with what its slots got, up to the last that attended to them."""
+def later_tokens(inspection: Inspection, moment: InspectedInvocation) -> dict[str, Any] | None:
+    """Attention of each later token to the invocation's slots, up to the last token that attended to them."""
     if moment.later is None:
         return None
     every, start = moment.later.shares, moment.later.start
     most = max(every)
-    last = max((i for i, share in enumerate(every) if share >= FAINT), default=0)
-    shown = every[: min(max(last + 1, FEWEST), MOST_WORDS)]
-    strongest = set(np.argsort([-share for share in shown])[:STRONGEST].tolist())
+    last = max((i for i, share in enumerate(every) if share >= MIN_SHARE), default=0)
+    shown = every[: min(max(last + 1, MIN_LATER), MAX_WORDS)]
+    strongest = set(np.argsort([-share for share in shown])[:LABELLED].tolist())
     return {
         "most": most,
         "words": [
             {
-                "name": named(inspection.tokens[start + i]),
+                "name": token_label(inspection.tokens[start + i]),
                 "token": inspection.tokens[start + i],
                 "share": share,
                 "height": share / most if most else 0.0,
-                "strong": i in strongest and share >= FAINT,
+                "strong": i in strongest and share >= MIN_SHARE,
             }
             for i, share in enumerate(shown)
         ],
@@ -195,25 +197,25 @@ def later(inspection: Inspection, moment: InspectedInvocation) -> dict[str, Any]
     }
 
 
-def groups(moment: InspectedInvocation) -> list[dict[str, Any]]:
-    """Where the attention of later tokens went, and how many places each group has."""
+def attention_groups(moment: InspectedInvocation) -> list[dict[str, Any]]:
+    """Attention of later tokens by group, and the number of positions in each group."""
     if moment.later is None:
         return []
-    found, places = moment.later.groups, moment.later.places
-    return [{"name": name, "share": share, "places": places[name]} for name, share in found.items() if places[name]]
+    shares, counts = moment.later.groups, moment.later.places
+    return [{"name": name, "share": share, "count": counts[name]} for name, share in shares.items() if counts[name]]
 
 
-def likely(moment: InspectedInvocation) -> dict[str, Any] | None:
-    """The next word's distribution with and without the memory, and what it comes to in a sentence."""
+def next_token(moment: InspectedInvocation) -> dict[str, Any] | None:
+    """The next token's distribution with and without the memory."""
     if moment.next is None:
         return None
     found = moment.next.candidates
     given, without = max(found, key=lambda each: each.given), max(found, key=lambda each: each.without)
-    return {"rows": found, "kl": moment.next.kl, "given": given, "without": without, "put_in": moment.next.put_in}
+    return {"rows": found, "kl": moment.next.kl, "given": given, "without": without, "inserted": moment.next.put_in}
 
 
-def named(token: AnswerToken) -> str:
-    """A token in words, for titles and screen readers."""
+def token_label(token: AnswerToken) -> str:
+    """A token's description for titles and screen readers."""
     if token.part == "mark":
         return f"{token.kind}-term memory {(token.index or 0) + 1}"
     if token.part == "end":
@@ -226,12 +228,12 @@ def named(token: AnswerToken) -> str:
 
 
 def visible(text: str) -> str:
-    """A token's text without the space before it, line ends as a sign."""
+    """A token's text without leading spaces, line ends and tabs as symbols."""
     return text.replace("\r", "").replace("\n", "↵").replace("\t", "⇥").strip(" ") or ("space" if text else "")
 
 
 def percent(share: float) -> str:
-    """A share as text, of two digits at most where it is small.
+    """A share as a percentage, with one decimal below 10 %.
 
     Example:
         >>> percent(0.1234), percent(0.00002)
@@ -246,10 +248,8 @@ def percent(share: float) -> str:
 
 
 def times(value: float) -> str:
-    """How many times the even share."""
+    """A multiple of the even share."""
     return f"{value:.1f}\u00d7" if value < 9.95 else f"{value:.0f}\u00d7"
 
 
 environment.filters |= {"percent": percent, "times": times, "visible": visible}
-
-__all__ = ["CSS", "answer_html", "data_url", "environment", "panel", "timeline"]

@@ -1,6 +1,6 @@
-"""Conversations with one model, as data: settings, questions, and answers that grow while a worker writes them.
+"""Conversations with one model, as data: settings, turns, and answers that grow while the worker decodes them.
 
-What is asked is checked and put to the worker by `studio.py`; what it looks like is for `rendering.py`.
+`chat.py` validates and submits questions; `rendering.py` turns conversations into HTML.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from vismem.decoding.detokenizer import Detokenizer
 from vismem.decoding.markers import Piece, joined
 from vismem.decoding.policies import Forced, Policy, read_policy, schedule_of
 from vismem.decoding.trace import Invocation
+from vismem.deprecation import renamed
 from vismem.serving.protocol import bounded_policy
 from vismem.serving.worker import Finish, RowUpdate, Ticket
 
 Side = Literal["memory", "vanilla"]
-MOST_TOKENS = 4096  # of an answer
+MAX_TOKENS = 4096  # per answer
 
 
-class Refused(ValueError):
-    """What was asked cannot be done; the message is for the one who asked."""
+class ChatError(ValueError):
+    """A question or an event is refused; the message is for the visitor."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a question is to be answered.
+class AnswerSettings:
+    """How to answer a question.
 
     Args:
-        invocation: who invokes memory, as `read_policy` reads it.
-        compare: write a second answer without memory beside it, from the same seed.
-        temperature: 0 always takes the likeliest token.
+        invocation: the invocation policy, as `read_policy` reads it.
+        compare: also write an answer without memory, from the same seed.
+        temperature: 0 is greedy.
         seed: of sampling and of random invocations.
-        max_new_tokens: of an answer.
+        max_new_tokens: per answer.
     """
 
     invocation: str = "learned"
@@ -53,52 +54,50 @@ class Settings:
     seed: int = 0
     max_new_tokens: int = 256
 
-    def policy(self, sighted: bool) -> str | Policy:
-        """The policy, once all settings were found good.
+    def policy(self, *, has_image: bool) -> str | Policy:
+        """Validates all settings and returns the policy.
 
         Args:
-            sighted: whether there is a picture.
+            has_image: whether the conversation has a picture.
 
         Raises:
-            Refused: if a setting is out of range, or short-term memory is forced where there is no picture.
+            ChatError: if a setting is out of range, or short-term memory is forced without a picture.
         """
         if not 0 <= self.temperature <= 100:
-            raise Refused(f"The temperature must be between 0 and 100, not {self.temperature}.")
+            raise ChatError(f"The temperature must be between 0 and 100, not {self.temperature}.")
         if not 0 <= self.seed < 2**63:
-            raise Refused(f"The seed must be a whole number of 0 or more, not {self.seed}.")
-        if not 1 <= self.max_new_tokens <= MOST_TOKENS:
-            raise Refused(f"An answer may have 1 to {MOST_TOKENS} tokens, not {self.max_new_tokens}.")
+            raise ChatError(f"The seed must be a whole number of 0 or more, not {self.seed}.")
+        if not 1 <= self.max_new_tokens <= MAX_TOKENS:
+            raise ChatError(f"An answer may have 1 to {MAX_TOKENS} tokens, not {self.max_new_tokens}.")
         try:
             policy = bounded_policy(self.invocation, self.seed)
         except ValueError as error:
-            raise Refused(f"The invocation cannot be read: {error}.") from error
-        if isinstance(policy, Forced) and not sighted:
+            raise ChatError(f"Invalid invocation policy: {error}.") from error
+        if isinstance(policy, Forced) and not has_image:
             for _, step, kind in policy.schedule:
                 if kind == "short":
-                    raise Refused(
-                        f"short@{step} asks for a look at a picture, and there is none: add one, or schedule long only."
-                    )
+                    raise ChatError(f"short@{step} needs an image, and there is none: add one, or schedule long only.")
         return policy
 
 
 class Reply:
-    """One answer; it grows in the worker's thread, and is read in any.
+    """One answer. It grows in the worker's thread and may be read from any thread.
 
     Args:
-        side: `"memory"`, or `"vanilla"` beside it.
-        tokenizer, tokens: of the model.
+        side: `"memory"`, or `"vanilla"` for the answer without memory.
+        tokenizer, tokens: the model's.
     """
 
     def __init__(self, side: Side, tokenizer: Any, tokens: Any) -> None:
-        self.side, self.tokenizer, self.marks = side, tokenizer, tokens
-        self.words, self.ends = Detokenizer(tokenizer), set(tokens.end_ids.values())
+        self.side, self.tokenizer, self.special = side, tokenizer, tokens
+        self.detokenizer, self.ends = Detokenizer(tokenizer), set(tokens.end_ids.values())
         self.written: list[Piece] = []
         self.tokens: list[int] = []
         self.invocations: list[Invocation] = []
-        self.strip: list[AnswerToken] = []  # its tokens with their texts, once it is done
+        self.strip: list[AnswerToken] = []  # all tokens with their texts, once it is finished
         self.finish: Finish | None = None
-        self.trouble: str | None = None
-        self.begun, self.seconds = time.perf_counter(), 0.0
+        self.error: str | None = None
+        self.started, self.seconds = time.perf_counter(), 0.0
         self.over = threading.Event()
         self.ticket: Ticket | None = None
         self.inputs: dict[str, Tensor] = {}
@@ -106,78 +105,79 @@ class Reply:
 
     @property
     def pieces(self) -> list[Piece]:
-        """Words and marks so far."""
+        """Text and invocations so far."""
         return joined(list(self.written))
 
     @property
     def text(self) -> str:
-        """The words so far, without marks."""
+        """Text so far, without invocation markers."""
         return "".join(piece.text for piece in list(self.written))
 
     @property
     def sampled(self) -> int:
-        """Tokens that the model sampled; end tokens and forced invocations are none."""
-        forced = sum(one.forced for one in self.invocations)
+        """Number of tokens the model sampled, which excludes end tokens and forced invocations."""
+        forced = sum(invocation.forced for invocation in self.invocations)
         return sum(token not in self.ends for token in list(self.tokens)) - forced
 
     @property
     def inspectable(self) -> bool:
-        """Whether there is something to look into."""
+        """Whether it is finished and has an invocation to inspect."""
         return self.over.is_set() and self.finish != "error" and bool(self.invocations)
 
-    def tidy(self) -> None:
-        """Lets go what only an inspection would need, where there will be none."""
+    def free_unused(self) -> None:
+        """Frees what an inspection needs, if there can be none."""
         if self.over.is_set() and not self.inspectable:
             self.inputs, self.ticket = {}, None
 
-    def read(self, news: RowUpdate) -> None:
-        """Takes the news of a step, as a worker's listener."""
+    def receive(self, news: RowUpdate) -> None:
+        """Appends what one decoding step produced; the worker's listener."""
         for token in news.tokens:
-            if token in self.marks.kind_of:
-                self.written.append(Piece("", self.marks.kind_of[token], sum(p.kind is not None for p in self.written)))
-            elif token not in self.ends and (text := self.words.put(token)):
+            if token in self.special.kind_of:
+                index = sum(piece.kind is not None for piece in self.written)
+                self.written.append(Piece("", self.special.kind_of[token], index))
+            elif token not in self.ends and (text := self.detokenizer.put(token)):
                 self.written.append(Piece(text))
         self.invocations += news.invocations
         self.tokens += news.tokens
         if news.finish is not None:
-            if text := self.words.end():
+            if text := self.detokenizer.end():
                 self.written.append(Piece(text))
-            self.strip = answer_tokens(self.tokens, self.tokenizer, self.marks)
-            self.seconds = time.perf_counter() - self.begun
-            self.trouble = trouble(news.error) if news.error is not None else None
+            self.strip = answer_tokens(self.tokens, self.tokenizer, self.special)
+            self.seconds = time.perf_counter() - self.started
+            self.error = error_message(news.error) if news.error is not None else None
             self.finish = news.finish
             self.over.set()
 
 
 @dataclass(eq=False)
 class Turn:
-    """A question and its answers, the one without memory first where there are two."""
+    """A question and its answers; the one without memory, if any, is first."""
 
     question: str
     pictures: list[Image.Image]
-    settings: Settings
+    settings: AnswerSettings
     replies: list[Reply] = field(default_factory=list)
     seen: list[Image.Image] = field(default_factory=list)  # all pictures of its prompt
-    thumbnails: list[str] = field(default_factory=list)  # of its pictures, once they were shown
+    thumbnails: list[str] = field(default_factory=list)  # data URLs of its pictures, once rendered
 
     @property
     def main(self) -> Reply:
-        """The answer that the conversation goes on from."""
+        """The answer that the conversation continues from."""
         return self.replies[-1]
 
     @property
     def over(self) -> bool:
-        """Whether all is written."""
+        """Whether all answers are finished."""
         return all(reply.over.is_set() for reply in self.replies)
 
     @property
     def size(self) -> int:
-        """Grows with every token, and with every end."""
+        """A counter that grows with every token and every finished answer."""
         return sum(len(reply.tokens) + reply.over.is_set() for reply in self.replies)
 
     @property
     def unreached(self) -> int:
-        """Scheduled invocations that the answer ended before."""
+        """Number of invocations scheduled after the end of the answer."""
         schedule = schedule_of(read_policy(self.settings.invocation, 0))
         done = self.main.finish in ("stop", "length")
         return max(len(schedule) - len(self.main.invocations), 0) if done else 0
@@ -190,11 +190,12 @@ class Turn:
 
 @dataclass(eq=False)
 class Conversation:
-    """What one visitor asked and was answered.
+    """One visitor's turns.
 
     Args:
-        suggestions: questions that may be asked next.
+        suggestions: follow-up questions to offer.
         selected: turn, side and index of the invocation whose panel is open.
+        key: unguessable name of its export.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -209,49 +210,53 @@ class Conversation:
 
     @property
     def pictures(self) -> list[Image.Image]:
-        """All pictures, in the order in which they were shown."""
+        """All pictures, oldest first."""
         return [picture for turn in self.turns for picture in turn.pictures]
 
-    def invocation(self, number: int, side: str, index: int) -> tuple[Turn, str, Invocation]:
-        """One invocation: its turn, the answer's side, and itself.
+    def turn_with(self, number: int, side: str, index: int) -> Turn:
+        """The turn with that number, checked to have the invocation.
 
         Raises:
-            Refused: if there is none.
+            ChatError: if it has not.
         """
         if 0 <= number < len(self.turns):
             for reply in self.turns[number].replies:
                 if reply.side == side and 0 <= index < len(reply.invocations):
-                    return self.turns[number], side, reply.invocations[index]
-        raise Refused("That invocation is gone: the conversation was begun anew.")
+                    return self.turns[number]
+        raise ChatError("That invocation is gone: a new conversation was started.")
 
     def messages(self, question: str, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        """Chat messages that end with this question. A turn without an answer leaves its pictures to the next."""
+        """Chat messages that end with this question. A turn without an answer passes its pictures to the next."""
         found: list[dict[str, Any]] = []
-        shown: list[Image.Image] = []
+        pending: list[Image.Image] = []
         for turn in self.turns:
-            shown += turn.pictures
+            pending += turn.pictures
             if turn.main.text.strip():
-                found += [said("user", turn.question, shown), said("assistant", turn.main.text)]
-                shown = []
-        return [*found, said("user", question, [*shown, *pictures])]
+                found += [message("user", turn.question, pending), message("assistant", turn.main.text)]
+                pending = []
+        return [*found, message("user", question, [*pending, *pictures])]
 
 
-def said(role: str, text: str, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
-    """A chat message."""
-    shown = [{"type": "image", "image": picture} for picture in pictures]
-    return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
+def message(role: str, text: str, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    images = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": role, "content": [*images, {"type": "text", "text": text}]}
 
 
-def trouble(error: BaseException) -> str:
-    """What went wrong while an answer was written, in one line for the one who asked."""
+def error_message(error: BaseException) -> str:
+    """Why decoding failed, in one line for the visitor."""
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
-        return "The model ran out of memory: use smaller or fewer images, ask for less, or start a new conversation."
+        return (
+            "The model ran out of memory: use fewer or smaller images, allow fewer tokens, or start a new conversation."
+        )
     if isinstance(error, ValueError):
-        return f"The model does not take this: {one_line(error)}"
-    return f"The model failed while it wrote this ({one_line(error)}). The terminal has the details."
+        return f"The model rejects this: {one_line(error)}"
+    return f"The model failed while writing this ({one_line(error)}). See the terminal for details."
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error's message as one line."""
+    """An error's message in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+__getattr__ = renamed(__name__, {"Refused": "ChatError", "Settings": "AnswerSettings"})

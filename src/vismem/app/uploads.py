@@ -1,7 +1,7 @@
-"""Of all files on this computer, a visitor can ask about those that were dropped into the page, and no others.
+"""Lets visitors ask only about files they uploaded, not about others on this machine.
 
-Gradio copies every file that a request names to where it can be fetched. It looks at the names only in pages that it
-launched itself, and this one is part of another application, so here is where they are looked at.
+Gradio copies every file named in a request to a place it serves. It checks the names only in pages that it launched
+itself; this page is mounted into another application, so they are checked here.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 log = logging.getLogger(__name__)
-UNREADABLE = "The page said something that cannot be read: load it again."
+INVALID_EVENT = "The page sent an invalid request: reload it."
 
 
 class Blocks(gr.Blocks):
-    """Gradio's page, whose events take no file but what was uploaded."""
+    """A gradio page whose events accept uploaded files only."""
 
+    # Not in gradio's documented interface, but the one place all inputs go through; tested with gradio 6.31.0.
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *more: Any, **named: Any) -> list[Any]:
-        """What an event's function gets. Raises gr.Error if it cannot be read, or a file in it was not uploaded."""
+        """An event's inputs. Raises gr.Error if one is invalid or names a file that was not uploaded."""
         folder = os.path.realpath(get_upload_folder())
         for path in paths(inputs):
             if not isinstance(path, str) or "\0" in path or not inside(path, folder):
-                raise gr.Error("That file was not dropped into this page: drop it in again.", print_exception=False)
+                raise gr.Error("That file was not uploaded to this page: upload it again.", print_exception=False)
         try:
             return await super().preprocess_data(block_fn, inputs, *more, **named)
-        except Exception as error:  # gradio's parts raise what they like, and gradio prints where
+        except Exception as error:  # components raise errors of any type, and gradio would print the traceback
             debugging = log.isEnabledFor(logging.DEBUG)
-            log.warning("the event %s cannot be read: %s", block_fn.name, type(error).__name__, exc_info=debugging)
-            said = error.message if isinstance(error, gr.Error) else UNREADABLE
-            raise gr.Error(said, print_exception=False) from None
+            log.warning("invalid event %s: %s", block_fn.name, type(error).__name__, exc_info=debugging)
+            message = error.message if isinstance(error, gr.Error) else INVALID_EVENT
+            raise gr.Error(message, print_exception=False) from None
 
 
 def paths(value: Any) -> Iterator[Any]:
-    """Every file's path in what a browser sent, however deep."""
+    """Every file path in what a browser sent, at any depth."""
     if isinstance(value, dict):
         if "path" in value:
             yield value["path"]
@@ -48,5 +49,5 @@ def paths(value: Any) -> Iterator[Any]:
 
 
 def inside(path: str, folder: str) -> bool:
-    """Whether a file lies in the folder, by whatever links its name goes."""
+    """Whether a file is in the folder once symbolic links are resolved."""
     return os.path.realpath(path).startswith(folder + os.sep)

@@ -1,7 +1,7 @@
-"""The page as a web application: its looks and its exports. What keeps it on this machine is in `guards.py`.
+"""The page as an ASGI application, with its theme and its exports.
 
-No font, script or count goes to another host: the theme has system fonts only, gradio's analytics are off, and the
-browser is told to refuse everything that is not the page's own.
+Nothing goes to another host: the theme uses system fonts, gradio's analytics are off, and headers set in `guards.py`
+keep the browser from loading anything else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-os.environ["GRADIO_RUN_HISTORY"] = "False"  # else whoever comes may have runs kept on a hub, with the owner's token
+os.environ["GRADIO_RUN_HISTORY"] = "False"  # otherwise visitors could store runs on a hub with the owner's token
 
 import gradio as gr
 from fastapi import FastAPI
@@ -22,27 +22,27 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from vismem.app import rendering
-from vismem.app.chat import Studio
+from vismem.app.chat import Chat
+from vismem.app.export import exported
 from vismem.app.guards import guarded
 from vismem.app.page import build
 from vismem.app.panels import CSS
-from vismem.app.sharing import exported
 
-LARGEST_FILE = "64mb"  # of an upload
+MAX_FILE = "64mb"  # per file
 SANS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace"]
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's own parts in this page's colours, which `page.css` defines for light and dark."""
-    found = gr.themes.Base(
+    """Gradio's components in this page's colours, which `page.css` defines for light and dark."""
+    base = gr.themes.Base(
         primary_hue=gr.themes.colors.teal,
         neutral_hue=gr.themes.colors.slate,
         font=SANS,
         font_mono=MONO,
         radius_size=gr.themes.sizes.radius_md,
     )
-    plain: dict[str, str] = {
+    light: dict[str, str] = {
         "body_background_fill": "var(--ui-ground)",
         "background_fill_primary": "var(--ui-card)",
         "background_fill_secondary": "var(--ui-well)",
@@ -62,40 +62,42 @@ def theme() -> gr.themes.Base:
         "checkbox_background_color_selected": "var(--ui-short)",
         "checkbox_border_color_selected": "var(--ui-short)",
     }
-    valid = set(vars(found))
-    both = {f"{name}_dark": value for name, value in plain.items() if f"{name}_dark" in valid}
-    return found.set(**plain, **both)
+    valid = set(vars(base))
+    dark = {f"{name}_dark": value for name, value in light.items() if f"{name}_dark" in valid}
+    return base.set(**light, **dark)
 
 
-def web(studio: Studio, address: str, password: str | None = None) -> ASGIApp:
-    """The page as a web application, with the place that exports are fetched from.
+def web(chat: Chat, address: str, password: str | None = None) -> ASGIApp:
+    """The page as an ASGI application, which also serves exports.
 
     Args:
-        studio: what it is a page of.
-        address: where it listens. On loopback it answers to loopback's names alone, and nowhere to other sites' pages.
-        password: what visitors must know, if there is one.
+        chat: answers the questions.
+        address: where it listens. On loopback it answers to loopback host names only; other origins are always refused.
+        password: visitors must know it; None asks for none.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/export/{key}")
     async def export(key: str) -> Response:
-        conversation = studio.by_key(key)
+        conversation = chat.by_key(key)
         if conversation is None:
-            return PlainTextResponse("This conversation is gone: it was closed, or begun anew.", status_code=404)
-        name = {"Content-Disposition": 'attachment; filename="vismem-conversation.html"'}
-        return HTMLResponse(await asyncio.to_thread(exported, studio, conversation), headers=name)
+            return PlainTextResponse(
+                "This conversation is gone: it was closed, or a new one was started.", status_code=404
+            )
+        headers = {"Content-Disposition": 'attachment; filename="vismem-conversation.html"'}
+        return HTMLResponse(await asyncio.to_thread(exported, chat, conversation), headers=headers)
 
-    # As a style of our own, which gradio does not rewrite; the fragments' rules are nested, to outweigh its resets.
+    # In <head>, where gradio does not rewrite it; the fragments' rules are nested to take precedence over its resets.
     style = f":root {{ {CSS} }}\n{rendering.static('page.css')}"
     gr.mount_gradio_app(
         app,
-        build(studio),
+        build(chat),
         path="",
         theme=theme(),
         head=f"<style>{style}</style>",
         footer_links=[],
         show_error=False,
-        max_file_size=LARGEST_FILE,
+        max_file_size=MAX_FILE,
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
@@ -105,7 +107,7 @@ def web(studio: Studio, address: str, password: str | None = None) -> ASGIApp:
 
 @contextmanager
 def uploads() -> Iterator[Path]:
-    """A folder for what is dropped into the page; it is gone afterwards."""
+    """A temporary folder for uploads; deleted on exit."""
     before = os.environ.get("GRADIO_TEMP_DIR")
     with tempfile.TemporaryDirectory(prefix="vismem-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder

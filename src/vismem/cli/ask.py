@@ -1,43 +1,51 @@
-"""`vismem ask IMAGE... "QUESTION"`: writes the answer as it comes, with a mark at each invocation, then a trace."""
+"""`vismem ask IMAGE... "QUESTION"`: streams the answer with a marker at each invocation, then prints a trace."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vismem.cli.images import read_images
 from vismem.cli.model_options import Loaded, add_model_options, load
 from vismem.cli.parsing import (
-    MOST_TOKENS,
-    Misuse,
+    MAX_TOKENS,
+    CommandError,
     Parser,
+    UsageError,
     command_parser,
-    invocation,
+    invocation_policy,
     policy,
     temperature,
     whole,
 )
-from vismem.cli.streaming import SHAPES, Paper, Streamer
+from vismem.cli.streaming import SHAPES, Streamer, TerminalWriter
 from vismem.decoding.policies import SPELLINGS, schedule_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from vismem.decoding.trace import Invocation
+    from vismem.model import VisMem
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model wrote.
+class AskResult:
+    """What the model generated.
 
     Args:
-        text: the words, without marks.
-        invocations: the `vismem.Invocation`s, in order.
-        tokens: how many tokens the model sampled; end tokens and forced invocations are none.
-        seconds: from the prompt to the last token; loading is not in it.
+        text: without markers.
+        invocations: in order.
+        tokens: number of sampled tokens, which excludes end tokens and forced invocations.
+        seconds: of prefill and decoding, without loading.
     """
 
     text: str
-    invocations: list[Any]
+    invocations: list[Invocation]
     tokens: int
     seconds: float
 
@@ -56,15 +64,15 @@ def parser() -> Parser:
         help="paths of images, or - for standard input; the question comes last",
     )
     found.add_argument("--json", action="store_true", help="print one JSON object instead")
-    writing = found.add_argument_group("writing")
-    writing.add_argument("--invocation", type=invocation, default="learned", metavar="POLICY", help=SPELLINGS)
-    writing.add_argument(
-        "--max-new-tokens", type=whole(1, MOST_TOKENS), default=256, metavar="N", help="most tokens (default: 256)"
+    decoding = found.add_argument_group("decoding")
+    decoding.add_argument("--invocation", type=invocation_policy, default="learned", metavar="POLICY", help=SPELLINGS)
+    decoding.add_argument(
+        "--max-new-tokens", type=whole(1, MAX_TOKENS), default=256, metavar="N", help="token limit (default: 256)"
     )
-    writing.add_argument(
+    decoding.add_argument(
         "--temperature", type=temperature, default=0.0, metavar="T", help="sample at this temperature (default: greedy)"
     )
-    writing.add_argument(
+    decoding.add_argument(
         "--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of sampling and of random:RATE (default: 0)"
     )
     add_model_options(found)
@@ -72,78 +80,112 @@ def parser() -> Parser:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    return parser().parse_intermixed_args(arguments)  # options may stand anywhere
+    return parser().parse_intermixed_args(arguments)  # options may come anywhere
 
 
 def run(options: argparse.Namespace) -> int:
-    names, question = split(options.words)
-    check_schedule(options.invocation, bool(names))
+    names, question = split_words(options.words)
+    check_schedule(options.invocation, has_image=bool(names))
     images = read_images(names)
     loaded = load(options)
     inputs = prompt(loaded.model, question, images)
-    paper = Paper()
     if options.json:
-        answer = write(loaded.model, inputs, options)
-        print(json.dumps(report(question, names, answer, loaded)))
+        result = generate(loaded.model, inputs, options)
+        print(json.dumps(report(question, names, result, loaded)))
         return 0
+    out = TerminalWriter()
     try:
-        answer = write(
-            loaded.model, inputs, options, Streamer(loaded.model.processor.tokenizer, loaded.model.tokens, paper)
-        )
+        streamer = Streamer(loaded.model.processor.tokenizer, loaded.model.tokens, out)
+        result = generate(loaded.model, inputs, options, streamer)
     finally:
-        if not paper.fresh:  # also before an error's line
-            paper.write("\n")
-    trace(paper, answer, options.invocation)
+        if not out.at_line_start:  # an error message follows on its own line, too
+            out.write("\n")
+    print_trace(out, result, options.invocation)
     return 0
 
 
-def split(words: list[str]) -> tuple[list[str], str]:
-    """Image names and the question, which comes last.
+def split_words(words: list[str]) -> tuple[list[str], str]:
+    """Splits image names from the question, which comes last.
 
     Raises:
-        Misuse: if there is no question, or the last word is plainly an image.
+        UsageError: if there is no question, or the last word is an image file.
     """
     if not words:
-        raise Misuse('nothing asked: give images and a question, as in `vismem ask photo.png "What is this?"`')
+        raise UsageError('nothing asked: give images and a question, as in `vismem ask photo.png "What is this?"`')
     *names, question = words
     if not question.strip():
-        raise Misuse("the question is empty")
+        raise UsageError("the question is empty")
     try:
         is_file = question == "-" or Path(question).is_file()
-    except (OSError, ValueError):  # a long question is no path
+    except (OSError, ValueError):  # too long for a path, or a NUL in it
         is_file = False
     if is_file:
-        raise Misuse(f"no question: the last argument, {question}, is an image; the question comes after the images")
+        raise UsageError(f"no question: the last argument, {question}, is an image; put the question after the images")
     return names, question
 
 
-def check_schedule(text: str, sighted: bool) -> None:
-    """Refuses a scheduled look at an image where there is none, before anything is loaded."""
+def check_schedule(text: str, *, has_image: bool) -> None:
+    """Raises UsageError if short-term memory is scheduled without an image."""
     for _, step, kind in schedule_of(policy(text, 0)):
-        if kind == "short" and not sighted:
-            raise Misuse(f"--invocation asks for short@{step}, but short-term memory needs an image")
+        if kind == "short" and not has_image:
+            raise UsageError(f"--invocation asks for short@{step}, but short-term memory needs an image")
 
 
-def prompt(model, question: str, images: list) -> dict:
-    """The processor's tensors for one question about those images, on the model's device."""
+def read_images(names: list[str]) -> list[Image]:
+    """Opens images with `vismem.data.images.open_image`; `-` is standard input, allowed once.
+
+    Raises:
+        UsageError: if a path is not a regular file, or standard input is named twice or has nothing piped into it.
+        CommandError: if an image is unreadable, incomplete, or beyond the limits of `vismem.data.images`.
+    """
+    from vismem.data.images import BadImageError, NoImageFileError, open_image
+
+    if names.count("-") > 1:
+        raise UsageError("standard input (-) can be read once only")
+    try:
+        return [open_image(read_standard_input() if name == "-" else Path(name)) for name in names]
+    except NoImageFileError as error:
+        raise UsageError(str(error)) from error
+    except BadImageError as error:
+        raise CommandError(str(error)) from error
+
+
+def read_standard_input() -> dict[str, str | bytes]:
+    from vismem.data.images import MOST_BYTES
+
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("no image on standard input: pipe one in, as in `vismem ask - QUESTION < image.png`")
+    try:
+        content = sys.stdin.buffer.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise CommandError(f"cannot read standard input: {error.strerror or error}") from error
+    if len(content) > MOST_BYTES:
+        raise CommandError(f"the image on standard input is larger than {MOST_BYTES // 2**20} MiB, the limit")
+    return {"bytes": content, "path": "on standard input"}
+
+
+def prompt(model: VisMem, question: str, images: list[Image]) -> dict[str, Tensor]:
+    """The processor's tensors for one question, on the model's device."""
     from vismem.serving.prompts import chat_inputs, reserved_texts
 
-    for mark in reserved_texts(model):
-        if mark in question:
-            raise Misuse(
-                f"the question has the model's own mark {mark} in it; leave that out: images are named as files, "
-                "before the question, and --invocation says who invokes memory"
+    for marker in reserved_texts(model):
+        if marker in question:
+            raise UsageError(
+                f"the question contains the model's special token {marker}: remove it; name image files before the "
+                "question, and use --invocation to invoke memory"
             )
-    shown = [{"type": "image", "image": image} for image in images]
-    messages = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
-    return chat_inputs(model, messages)
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    return chat_inputs(model, [{"role": "user", "content": content}])
 
 
-def write(model, inputs: dict, options: argparse.Namespace, streamer: Streamer | None = None) -> Answer:
-    """Lets the model answer."""
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+def generate(
+    model: VisMem, inputs: dict[str, Any], options: argparse.Namespace, streamer: Streamer | None = None
+) -> AskResult:
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature:
+        sampling = {"do_sample": True, "temperature": options.temperature}
     start = time.perf_counter()
-    out = model.generate(
+    out: Any = model.generate(
         **inputs,
         **sampling,
         num_beams=1,
@@ -157,36 +199,37 @@ def write(model, inputs: dict, options: argparse.Namespace, streamer: Streamer |
     new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     ends = set(model.tokens.end_ids.values())
     words = [token for token in new if token not in ends and token not in model.tokens.kind_of]
-    found = out.invocations[0]
-    sampled = len(words) + sum(not one.forced for one in found)
-    return Answer(model.processor.tokenizer.decode(words, skip_special_tokens=True), found, sampled, seconds)
+    invocations = out.invocations[0]
+    sampled = len(words) + sum(not invocation.forced for invocation in invocations)
+    text = model.processor.tokenizer.decode(words, skip_special_tokens=True)
+    return AskResult(text, invocations, sampled, seconds)
 
 
-def report(question: str, names: list[str], answer: Answer, loaded: Loaded) -> dict:
-    """What `--json` prints."""
+def report(question: str, names: list[str], result: AskResult, loaded: Loaded) -> dict[str, Any]:
+    """The object that `--json` prints."""
     return {
         "question": question,
         "images": names,
-        "answer": answer.text,
-        "invocations": [one.to_dict() for one in answer.invocations],
-        "tokens": answer.tokens,
-        "seconds": round(answer.seconds, 4),
+        "answer": result.text,
+        "invocations": [invocation.to_dict() for invocation in result.invocations],
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 4),
         "base": loaded.base,
         "checkpoint": loaded.checkpoint,
     }
 
 
-def trace(paper: Paper, answer: Answer, invocation_text: str) -> None:
-    """A line for each invocation, one for what was scheduled too late, and one for time and tokens."""
-    paper.line()
-    for one in answer.invocations:
-        name = paper.paint(paper.name(one.kind).ljust(len(SHAPES["short"]) + len("short")), one.kind)
-        how = "forced" if one.forced else "chosen"
-        vectors = f"{one.length} vectors" if one.length else "formed nothing"
-        paper.line(f"  {name}  at token {one.position:<4}  {vectors:<14}  {how}")
-    late = len(schedule_of(policy(invocation_text, 0))) - len(answer.invocations)
-    if late > 0:
-        paper.line(f"  {late} scheduled after the answer's end, so not reached")
-    rate = answer.tokens / answer.seconds if answer.seconds else 0.0
-    tokens = f"{answer.tokens} token{'s' * (answer.tokens != 1)}"
-    paper.line(paper.paint(f"  {tokens} in {answer.seconds:.2f} s ({rate:.0f} tokens/s)", "faint"))
+def print_trace(out: TerminalWriter, result: AskResult, invocation_text: str) -> None:
+    """Prints a line for each invocation, the number of unreached ones, then tokens and time."""
+    out.line()
+    for invocation in result.invocations:
+        name = out.name(invocation.kind).ljust(len(SHAPES["short"]) + len("short"))
+        how = "forced" if invocation.forced else "chosen"
+        vectors = f"{invocation.length} vectors" if invocation.length else "formed nothing"
+        out.line(f"  {out.paint(name, invocation.kind)}  at token {invocation.position:<4}  {vectors:<14}  {how}")
+    unreached = len(schedule_of(policy(invocation_text, 0))) - len(result.invocations)
+    if unreached > 0:
+        out.line(f"  {unreached} scheduled after the answer's end, so not reached")
+    rate = result.tokens / result.seconds if result.seconds else 0.0
+    tokens = f"{result.tokens} token{'s' * (result.tokens != 1)}"
+    out.line(out.paint(f"  {tokens} in {result.seconds:.2f} s ({rate:.0f} tokens/s)", "faint"))

@@ -1,4 +1,4 @@
-"""`vismem audit`: is it memory, or just some latent computation? Replaces, reads and watches a memory, and reports."""
+"""`vismem audit`: tests whether a model uses its memory; replaces, probes and traces memories, and writes a report."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import argparse
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from vismem.audit.names import INTERVENTIONS, KINDS_IN_WORDS
 from vismem.bundled import POCKET
-from vismem.cli.model_options import add_model_options, load, silence_libraries
+from vismem.cli.model_options import add_model_options, load
 from vismem.cli.parsing import (
-    MOST_TOKENS,
-    Failure,
-    Misuse,
+    MAX_TOKENS,
+    CommandError,
     Parser,
+    UsageError,
     command_parser,
     echo,
-    invocation,
+    invocation_policy,
     log_to_stderr,
     policy,
     whole,
 )
 from vismem.decoding.policies import SPELLINGS
 from vismem.interrupts import advising, termination_interrupts
+from vismem.loading import silence_libraries
 
 EXTRA = ("jinja2", "matplotlib", "sklearn", "datasets")
 PLACED = "placed"
@@ -32,10 +34,10 @@ PLACED = "placed"
 def parser() -> Parser:
     found = command_parser(
         "vismem audit",
-        "Asks whether a memory is really used. At every invocation it is replaced: by zeros, the mean memory, noise,\n"
-        "the memory of another image, question or kind, or its slots shuffled. Probes read it, and attention to it is\n"
-        "watched. Prints verdicts with their numbers; writes one page (report.html) and all numbers (audit.json).\n"
-        "A stopped run goes on where it was.",
+        "Tests whether a memory is used. At every invocation it is replaced: by zeros, the mean memory, noise, the\n"
+        "memory of another image, question or kind, or its slots shuffled. Probes read it, and attention to it is\n"
+        "measured. Prints verdicts; writes a page (report.html) and all numbers (audit.json).\n"
+        "Run the same command again to resume.",
         "vismem audit --data pocket:late --n 128 --out runs/audit/late\n"
         "  vismem audit --checkpoint my-memory --data questions.jsonl --rewards choice --probe category,answer",
     )
@@ -50,43 +52,43 @@ def parser() -> Parser:
         "--columns",
         type=columns,
         metavar="OURS=THEIRS",
-        help="names of the data's columns that differ, with commas, as prompt=question,answer=gt",
+        help="columns to rename, separated by commas: prompt=question,answer=gt",
     )
     found.add_argument(
         "--rewards",
         metavar="NAMES",
-        help="what scores answers, with commas (default: exact; pocket for pocket's suites)",
+        help="rewards that score answers, separated by commas (default: exact; pocket for pocket's suites)",
     )
     found.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="FOLDER", help="default: %(default)s")
     asking = found.add_argument_group("questions and answers")
     asking.add_argument(
         "--n",
-        type=whole(1, MOST_TOKENS),
+        type=whole(1, MAX_TOKENS),
         default=128,
         metavar="N",
         help="questions with replaced memories (default: 128)",
     )
     asking.add_argument(
         "--reference",
-        type=whole(1, MOST_TOKENS),
+        type=whole(1, MAX_TOKENS),
         metavar="N",
-        help="questions answered once, those included, to probe and to take other memories from (default: 4 times --n)",
+        help="questions to probe and take other memories from, --n included (default: 4 times --n)",
     )
     asking.add_argument(
         "--invocation",
         type=policy_or_placed,
         default="learned",
         metavar="POLICY",
-        help=f"{SPELLINGS}; or placed: where a row's column `places` says",
+        help=f"{SPELLINGS}; or placed: at each row's `places`",
     )
     asking.add_argument(
-        "--max-new-tokens", type=whole(1, MOST_TOKENS), default=256, metavar="N", help="most tokens (default: 256)"
+        "--max-new-tokens", type=whole(1, MAX_TOKENS), default=256, metavar="N", help="token limit (default: 256)"
     )
     asking.add_argument("--batch-size", type=whole(1, 4096), default=16, metavar="N", help="default: 16")
     asking.add_argument(
         "--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of questions, noise, folds (default: 0)"
     )
-    how = found.add_argument_group("what is looked at")
+    how = found.add_argument_group("analyses")
     how.add_argument(
         "--interventions",
         type=interventions,
@@ -95,10 +97,14 @@ def parser() -> Parser:
         help=f"some of {','.join(INTERVENTIONS)}",
     )
     how.add_argument(
-        "--probe", type=names, default=(), metavar="COLUMNS", help="columns to read from memories, besides `attributes`"
+        "--probe",
+        type=names,
+        default=(),
+        metavar="COLUMNS",
+        help="columns to predict from memories, besides `attributes`",
     )
     how.add_argument(
-        "--map", choices=("pca", "tsne"), default="pca", help="how memories are drawn in two dimensions (default: pca)"
+        "--map", choices=("pca", "tsne"), default="pca", help="projection of memories to two dimensions (default: pca)"
     )
     add_model_options(found)
     return found
@@ -107,7 +113,7 @@ def parser() -> Parser:
 def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser().parse_args(arguments)
     if options.reference is not None and options.reference < options.n:
-        raise Misuse(f"--reference {options.reference} is less than --n {options.n}, whose questions are part of it")
+        raise UsageError(f"--reference {options.reference} is less than --n {options.n}; it includes those questions")
     return options
 
 
@@ -115,13 +121,13 @@ def run(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log_to_stderr(logging.WARNING)
     logging.getLogger("vismem").setLevel(logging.INFO)
-    silence_libraries(debug=options.debug)  # before they are imported, as some speak up then
+    silence_libraries(debug=options.debug)  # before importing them, as some log on import
     try:
         from vismem.audit.audit import AuditOptions, audit
         from vismem.audit.questions import questions_and_unread
     except ImportError as error:
         if (error.name or "").partition(".")[0] in EXTRA:
-            raise Failure(f"`vismem audit` needs {error.name}: pip install 'vismem[eval]'") from error
+            raise CommandError(f"`vismem audit` needs {error.name}: pip install 'vismem[eval]'") from error
         raise
     from vismem.training.rewards import load_rewards
 
@@ -138,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
         "data": options.data,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
-    advice = f"what is answered is kept in {options.out}: run the same command again to continue"
+    advice = f"finished answers are in {options.out}: run the same command again to resume"
     with termination_interrupts(), advising(lambda: advice):
         found = audit(
             loaded.model,
@@ -158,43 +164,44 @@ def run(options: argparse.Namespace) -> int:
             ),
             unread,
         )
-    show(found)
+    print_verdicts(found)
     echo(f"\n{options.out / 'report.html'}")
     return 0
 
 
-def show(found: dict) -> None:
-    """The verdicts on the terminal."""
+def print_verdicts(found: dict[str, Any]) -> None:
+    """Prints the verdicts."""
     for kinds, words in KINDS_IN_WORDS.items():
-        own = [one for one in found["verdicts"] if one["kinds"] == kinds]
+        own = [verdict for verdict in found["verdicts"] if verdict["kinds"] == kinds]
         if own:
             echo(f"\n{words.capitalize()}")
-        for one in own:
-            echo(f"  {one['question']} {one['answer']}{', large' if one['large'] else ''}: {one['text']}")
+        for verdict in own:
+            size = ", large" if verdict["large"] else ""
+            echo(f"  {verdict['question']} {verdict['answer']}{size}: {verdict['text']}")
 
 
 def columns(text: str) -> dict[str, str]:
     """The type of `--columns`."""
     pairs = [part.partition("=") for part in names(text)]
     if not pairs or not all(ours and theirs for ours, _, theirs in pairs):
-        raise argparse.ArgumentTypeError(f"must be pairs as prompt=question,answer=gt, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be pairs such as prompt=question,answer=gt, got {text!r}")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
 def policy_or_placed(text: str) -> str:
     """The type of `--invocation`."""
-    return text if text == PLACED else invocation(text)
+    return text if text == PLACED else invocation_policy(text)
 
 
 def names(text: str) -> tuple[str, ...]:
-    """The type of options that take names with commas."""
+    """The type of options that take names separated by commas."""
     return tuple(name for name in (part.strip() for part in text.split(",")) if name)
 
 
 def interventions(text: str) -> tuple[str, ...]:
-    """The type of `--interventions`, in the order of the table."""
+    """The type of `--interventions`; sorts them as in `INTERVENTIONS`."""
     given = names(text)
     unknown = [name for name in given if name not in INTERVENTIONS]
     if unknown or not given:
-        raise argparse.ArgumentTypeError(f"there are {', '.join(INTERVENTIONS)}; got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be some of {', '.join(INTERVENTIONS)}, got {text!r}")
     return tuple(name for name in INTERVENTIONS if name in given)

@@ -8,7 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from vismem.cli.checkout import checkout_folder, importable
-from vismem.cli.parsing import Misuse, Parser, command_parser
+from vismem.cli.parsing import Parser, UsageError, command_parser
 
 
 def folder() -> Path:
@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     importable(folder(), "benchmarks need")
     if options.name not in names():
-        raise Misuse(f"no benchmark {options.name!r}; there are {', '.join(names())}")
+        raise UsageError(f"no benchmark {options.name!r}; there are {', '.join(names())}")
     path = folder() / f"{options.name}.py"
     spec = spec_from_file_location(f"vismem_benchmarks_{options.name}", path)
     module = module_from_spec(spec)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import vismem
-from vismem.cli.parsing import Failure
+from vismem.cli.parsing import CommandError
 
 
 def checkout_folder(name: str) -> Path:
@@ -18,10 +18,10 @@ def importable(folder: Path, what: str) -> Path:
     """Puts a folder of the checkout on Python's path.
 
     Raises:
-        Failure: if the folder does not exist; `what` says what needs it.
+        CommandError: if the folder does not exist; `what` says what needs it.
     """
     if not folder.is_dir():
-        raise Failure(f"{what} a source checkout of vismem, installed with `pip install -e .`")
+        raise CommandError(f"{what} a source checkout of vismem, installed with `pip install -e .`")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     return folder

@@ -1,4 +1,4 @@
-"""`vismem eval tables|tasks`: the paper's tables from one command each, and the folder of tasks for lmms-eval."""
+"""`vismem eval tables|tasks`: makes the paper's tables; prints the folder of lmms-eval tasks."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
-from vismem.cli.parsing import Failure, Misuse, Parser, add_debug, echo, echo_yaml, log_to_stderr
+from vismem.cli.parsing import CommandError, Parser, UsageError, add_debug, echo, echo_yaml, log_to_stderr
 from vismem.evaluation.settings import load_settings
 from vismem.interrupts import advising, termination_interrupts
 from vismem.loading import quiet_imports
 
-NAMES = {
+TABLES = {
     "main": "every method on every benchmark (Tab. 1)",
-    "subtasks": "short-term, long-term, both, by sub-task (Tab. 5, 6)",
-    "partial": "full against partial training data (Tab. 7)",
-    "continual": "stages of data one after another (Tab. 8)",
-    "invocation": "who invokes: nobody, chance, one kind, both; with time (Tab. 3, 9)",
-    "lengths": "lengths of query and memories (Tab. 10, 11)",
-    "latency": "what an answer takes (Tab. 12)",
+    "subtasks": "short-term, long-term and both, by sub-task (Tab. 5, 6)",
+    "partial": "full and partial training data (Tab. 7)",
+    "continual": "training data in successive stages (Tab. 8)",
+    "invocation": "policies: none, random, one kind, both; with latency (Tab. 3, 9)",
+    "lengths": "lengths of the query and of memories (Tab. 10, 11)",
+    "latency": "time per answer (Tab. 12)",
     "when": "how often memory is invoked, and where (Fig. 5, 9)",
 }
 SETTINGS = """settings (docs/configuration.md lists them all):
-  methods, benchmarks          what is compared, on what
-  output_dir                   where answers, tables and plots go
-  preset=pocket                all of it on the model in the package
+  methods, benchmarks          what to compare, on which data
+  output_dir                   for answers, tables and plots
+  preset=pocket                everything on the model in the package
   seeds, batch_size, max_new_tokens, limit, training, ...
 A name may be inside a section: lengths.short_length=[4, 8]
-What is there already is kept: run the command again to go on.
+Finished answers are kept: run the command again to resume.
 
 tables:
 """
@@ -41,8 +42,8 @@ tables:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         "vismem eval",
-        "Evaluates: the paper's tables for any base and data, and its benchmarks through lmms-eval.",
-        "`vismem eval STEP --help` says more. Example:",
+        "Evaluates: makes the paper's tables for any base and data; runs its benchmarks with lmms-eval.",
+        "See `vismem eval STEP --help`. Example:",
         "vismem eval tables main preset=pocket",
     )
     steps = parser.add_subparsers(dest="step", metavar="STEP", required=True, title="steps")
@@ -51,45 +52,48 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="the paper's tables: JSON, Markdown and a plot each",
         description="Makes tables of the paper; trains and answers what is missing.\n\n"
         + SETTINGS
-        + "\n".join(f"  {name:<12}{what}" for name, what in NAMES.items()),
+        + "\n".join(f"  {name:<12}{what}" for name, what in TABLES.items()),
         details="example:",
         example="vismem eval tables main my.yaml seeds=[0,1,2]",
     )
     tables.add_argument(
-        "tables", nargs="+", metavar="TABLE|CONFIG.yaml|key=value", help="tables (or all), a file, changes"
+        "tables",
+        nargs="+",
+        metavar="TABLE|CONFIG.yaml|key=value",
+        help="tables (or all), a settings file, changed settings",
     )
     tables.add_argument("--show", action="store_true", help="print the resolved settings and stop")
     add_debug(tables)
     tasks = steps.add_parser(
         "tasks",
         help="print the folder of task definitions for lmms-eval",
-        description="Prints the folder of the tasks that come with the package, for lmms-eval's --include_path.",
+        description="Prints the folder of the package's tasks, for lmms-eval's --include_path.",
         details="example:",
         example='lmms-eval --model vismem --include_path "$(vismem eval tasks)" --tasks vismem_mv_math',
     )
     add_debug(tasks)
     options = parser.parse_args(arguments)
     if options.step == "tables":
-        sort_out(options)
+        sort_arguments(options)
     return options
 
 
-def sort_out(options: argparse.Namespace) -> None:
-    """Tells tables, a settings file and changes apart."""
+def sort_arguments(options: argparse.Namespace) -> None:
+    """Sorts the arguments into tables, a settings file and changed settings."""
     words = options.tables
     options.changes = [word for word in words if "=" in word]
     plain = [word for word in words if "=" not in word]
-    options.tables = [word for word in plain if word in NAMES]
-    files = [word for word in plain if word not in NAMES and word != "all"]
+    options.tables = [word for word in plain if word in TABLES]
+    files = [word for word in plain if word not in TABLES and word != "all"]
     if "all" in plain:
-        options.tables = list(NAMES)
+        options.tables = list(TABLES)
     if len(files) > 1:
-        raise Misuse(f"one settings file at most, got {' and '.join(files)}; tables are {', '.join(NAMES)}, all")
+        raise UsageError(f"one settings file at most, got {' and '.join(files)}; tables are {', '.join(TABLES)}, all")
     options.file = files[0] if files else None
     if options.file and not Path(options.file).is_file():
-        raise Misuse(f"{options.file} is neither a table nor a settings file; tables are {', '.join(NAMES)}, all")
+        raise UsageError(f"{options.file} is neither a table nor a settings file; tables are {', '.join(TABLES)}, all")
     if not options.tables:
-        raise Misuse(f"no table named; there are {', '.join(NAMES)}, all")
+        raise UsageError(f"no table named; tables are {', '.join(TABLES)}, all")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -104,18 +108,18 @@ def run(options: argparse.Namespace) -> int:
         quiet_imports()
     settings = load_settings(options.file, options.changes)  # before torch is imported
     if options.show:
-        echo_yaml(plain(dataclasses.asdict(settings)), sort_keys=False)
+        echo_yaml(without_tuples(dataclasses.asdict(settings)), sort_keys=False)
         return 0
     if not settings.output_dir:
-        raise Misuse("no output_dir: where should answers and tables go? (output_dir=results/NAME)")
+        raise UsageError("no output_dir for answers and tables: set output_dir=results/NAME")
     words = [options.file] if options.file else []
     command = " ".join(["vismem eval tables", "{}", *map(shlex.quote, [*words, *options.changes])])
     try:
         from vismem.evaluation.tables import in_terminal, make
     except ImportError as error:
-        raise Failure(f"evaluation needs more packages: pip install 'vismem[eval]' ({error})") from error
+        raise CommandError(f"evaluation needs more packages: pip install 'vismem[eval]' ({error})") from error
     width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
-    advice = f"what is answered is kept in {settings.output_dir}: run the same command again to continue"
+    advice = f"finished answers are in {settings.output_dir}: run the same command again to resume"
     with termination_interrupts(), advising(lambda: advice, replace=True):
         made = make(options.tables, settings, command, lambda table: echo(f"{in_terminal(table, width)}\n"))
     for path in made:
@@ -123,8 +127,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def plain(value):
-    """Settings as YAML has them: lists for tuples."""
+def without_tuples(value: Any) -> Any:
+    """Nested settings with lists for tuples, which YAML cannot represent."""
     if isinstance(value, dict):
-        return {name: plain(inner) for name, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {name: without_tuples(inner) for name, inner in value.items()}
+    return [without_tuples(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -7,7 +7,7 @@ import json
 
 from vismem.cli import meta
 from vismem.cli.model_options import Loaded, add_model_options, load
-from vismem.cli.parsing import Misuse, Parser, command_parser, echo
+from vismem.cli.parsing import Parser, UsageError, command_parser, echo
 
 PARTS = {"builder": "query builder", "short": "short-term former", "long": "long-term former", "tokens": "four tokens"}
 
@@ -36,7 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     if options.paper is not None:
         if options.base:
-            raise Misuse("give --paper or --base, not both (see `vismem info --help`)")
+            raise UsageError("give --paper or --base, not both (see `vismem info --help`)")
         meta.refuse_checkpoint(options)
         rows = meta.paper(options)
         echo(json.dumps(rows) if options.json else meta.paper_table(rows))

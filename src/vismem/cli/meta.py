@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vismem.cli.parsing import Failure, Misuse, whole
+from vismem.cli.parsing import CommandError, UsageError, whole
 from vismem.config import VisMemConfig
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def read_config(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         model_type = json.loads(text)["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{path} is not a base's config: it must be JSON with a model_type") from error
+        raise CommandError(f"{path} is not a base's config: it must be JSON with a model_type") from error
     if model_type == MODEL_TYPE:
         return json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
     if model_type not in CONFIG_MAPPING:
@@ -89,7 +89,7 @@ def read_config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise Failure(f"cannot read {path}: {error}") from error
+        raise CommandError(f"cannot read {path}: {error}") from error
 
 
 def build_base(path: Path) -> Backbone:
@@ -107,7 +107,7 @@ def build_base(path: Path) -> Backbone:
             remote = config.model_type == MODEL_TYPE
             return backbone_of(RemoteBase(config) if remote else AutoModelForImageTextToText.from_config(config))
     except Exception as error:
-        raise Failure(f"cannot count the base of {path}: {error}") from error
+        raise CommandError(f"cannot count the base of {path}: {error}") from error
 
 
 def memory_parameters(backbone: Backbone, config: VisMemConfig) -> dict[str, int]:
@@ -181,10 +181,10 @@ def paper(options: argparse.Namespace) -> list[dict]:
     """The facts of every config in a folder, by default those of the paper's bases, smallest of a family first."""
     folder = Path(options.paper).expanduser() if options.paper else CONFIGS
     if not folder.is_dir():
-        raise Failure(f"--paper {options.paper}: no such folder; name one with configs, or leave the name out")
+        raise CommandError(f"--paper {options.paper}: no such folder; name one with configs, or leave the name out")
     found = [*folder.glob("*.json"), *folder.glob("*/config.json")]
     if not found:
-        raise Failure(f"--paper {options.paper}: the folder has neither NAME.json nor NAME/config.json")
+        raise CommandError(f"--paper {options.paper}: the folder has neither NAME.json nor NAME/config.json")
     facts = [describe(path, options) for path in found]
     return sorted(facts, key=lambda each: (each["base"]["family"], each["base"]["parameters"]))
 
@@ -192,7 +192,7 @@ def paper(options: argparse.Namespace) -> list[dict]:
 def refuse_checkpoint(options: argparse.Namespace) -> None:
     """A memory cannot be loaded without its base."""
     if options.checkpoint:
-        raise Misuse(f"--checkpoint needs a base with weights, and {options.base or '--paper'} has only a config")
+        raise UsageError(f"--checkpoint needs a base with weights, and {options.base or '--paper'} has only a config")
 
 
 def silence(options: argparse.Namespace) -> None:

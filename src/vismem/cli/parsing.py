@@ -1,6 +1,6 @@
-"""Arguments and errors: what every command shares, without torch.
+"""Argument parsers, option types, errors and output shared by all commands; does not import torch.
 
-`Misuse` is an error in the command line itself, `Failure` one in what it names; `vismem.cli` gives each its exit code.
+`vismem.cli` turns `UsageError` and `CommandError` into exit codes.
 """
 
 from __future__ import annotations
@@ -10,35 +10,36 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from vismem.config import SettingsError
 from vismem.decoding.policies import Policy, read_policy
+from vismem.deprecation import renamed
 from vismem.escaping import visible
 
-MOST_TOKENS = 1_000_000
+MAX_TOKENS = 1_000_000
 
 
-class Misuse(Exception):
+class UsageError(Exception):
     """The command line is wrong: exit code 2."""
 
 
-class Failure(Exception):
-    """The command line is right, and what it names cannot be used: exit code 1."""
+class CommandError(Exception):
+    """The command line is right, but what it names cannot be used: exit code 1."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `Misuse`, and whose help ends with an example.
+    """An argument parser that raises `UsageError`, and whose help ends with an example.
 
     Args:
-        prog: the words that lead to the command.
+        prog: the words before the options, such as `"vismem ask"`.
         description, details: help before and after the options.
         example: a command line that works.
     """
 
-    def __init__(self, prog: str, description: str, details: str, example: str, **kwargs) -> None:
+    def __init__(self, prog: str, description: str, details: str, example: str, **kwargs: Any) -> None:
         super().__init__(
             prog=prog,
             description=description,
@@ -48,36 +49,37 @@ class Parser(argparse.ArgumentParser):
             **kwargs,
         )
 
-    def error(self, message: str) -> None:
-        raise Misuse(f"{message} (see `{self.prog} --help`)")
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
-def command_parser(prog: str, description: str, example: str, **kwargs) -> Parser:
-    """A command's parser, with the options that all commands have."""
+def command_parser(prog: str, description: str, example: str, **kwargs: Any) -> Parser:
+    """A command's parser, with the options common to all commands."""
     parser = Parser(prog, description, "example:", example, **kwargs)
     add_debug(parser)
     return parser
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="show warnings and, after an error, the traceback")
+    parser.add_argument("--debug", action="store_true", help="show warnings, and the traceback of an error")
 
 
 def say(message: str) -> None:
-    """One line on stderr, past any progress bar."""
+    """Prints one line to stderr, above any progress bar."""
     if sys.stderr is not None:
         tqdm.write(f"vismem: {visible(message)}", file=sys.stderr)
         sys.stderr.flush()
 
 
 def close_bars() -> None:
-    """Ends the lines of progress bars that an error left standing."""
-    for bar in list(tqdm._instances):
+    """Ends the lines of progress bars that an error left open."""
+    # tqdm has no public list of its bars; tested with tqdm 4.70.1.
+    for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 
 
 def echo(text: object) -> None:
-    """Prints a result: on a terminal with control characters escaped, elsewhere as it is."""
+    """Prints a result; control characters are escaped on a terminal, and kept elsewhere."""
     terminal = sys.stdout is not None and sys.stdout.isatty()
     print(visible(str(text), keep="\n\t") if terminal else text, flush=True)
 
@@ -89,8 +91,8 @@ def echo_yaml(values: Mapping[str, Any], *, sort_keys: bool) -> None:
     echo(yaml.safe_dump(values, sort_keys=sort_keys, allow_unicode=True).rstrip("\n"))
 
 
-class _Lines(logging.StreamHandler):
-    """Log records as lines on stderr, past any progress bar, control characters escaped."""
+class StderrHandler(logging.Handler):
+    """Writes log records to stderr, above any progress bar, with control characters escaped."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -101,36 +103,36 @@ class _Lines(logging.StreamHandler):
 
 
 def log_to_stderr(level: int, layout: str = "%(message)s") -> None:
-    """Has the log written to stderr; what torch warns of while libraries are imported is of no interest to a user."""
-    handler = _Lines()
+    """Logs to stderr, with warnings only from libraries that log much on import or per request."""
+    handler = StderrHandler()
     handler.setFormatter(logging.Formatter(layout))
     logging.basicConfig(level=level, handlers=[handler])
     for noisy in ("httpx", "accelerate", "absl", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def one_line(error: BaseException, limit: int = 400) -> str:
-    """An exception as one line; its type is named where the message was not written for a user."""
-    ours = isinstance(error, (Misuse, Failure, SettingsError))  # of one line; a newline in it is part of a name
+def error_line(error: BaseException, limit: int = 400) -> str:
+    """An exception in one line, with its type if its message was not written for users."""
+    ours = isinstance(error, (UsageError, CommandError, SettingsError))  # one line; a newline is part of a name
     text = str(error).strip() if ours else " ".join(str(error).split())
     text = text if ours or len(text) <= limit else f"{text[:limit]}..."
-    if isinstance(error, (Misuse, Failure, ValueError, OSError)) and text:
+    if isinstance(error, (UsageError, CommandError, ValueError, OSError)) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)" if text else f"{type(error).__name__} (see --debug)"
 
 
-# Types of options: argparse turns their ArgumentTypeError into a Misuse that names the option.
+# Option types. argparse turns their ArgumentTypeError into a UsageError that names the option.
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number in a range."""
+    """The type of an option that takes an integer from `low` to `high`."""
 
     def read(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
+            value = low - 1
+        if not low <= value <= high:
             rule = f"from {low} to {high}" if high < 2**31 else f"of {low} or more"
             raise argparse.ArgumentTypeError(f"must be a whole number {rule}, got {text!r}")
         return value
@@ -139,7 +141,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def temperature(text: str) -> float:
-    """The type of `--temperature`: a finite number, 0 or more."""
+    """The type of `--temperature`: a finite number of 0 or more."""
     try:
         value = float(text)
     except ValueError:
@@ -149,15 +151,18 @@ def temperature(text: str) -> float:
     return value
 
 
-def invocation(text: str) -> str:
-    """The type of `--invocation`: checked here, made into a policy by `policy` once the seed is known."""
+def invocation_policy(text: str) -> str:
+    """The type of `--invocation`: only checked here, as the policy needs the seed."""
     policy(text, 0)
     return text
 
 
 def policy(text: str, seed: int) -> str | Policy:
-    """The invocation policy that a string means, as `read_policy` has it. Raises argparse.ArgumentTypeError."""
+    """Reads an invocation policy with `read_policy`. Raises argparse.ArgumentTypeError."""
     try:
         return read_policy(text, seed)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+__getattr__ = renamed(__name__, {"Misuse": "UsageError", "Failure": "CommandError", "one_line": "error_line"})

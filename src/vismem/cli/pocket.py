@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from vismem.cli.checkout import checkout_folder, importable
-from vismem.cli.parsing import Failure, Parser, add_debug, echo, log_to_stderr, whole
+from vismem.cli.parsing import CommandError, Parser, add_debug, echo, log_to_stderr, whole
 from vismem.interrupts import advising, termination_interrupts
 from vismem.pocket import BASE_PATH
 
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         STEPS[options.step](options)
     except ImportError as error:
         if (error.name or "").partition(".")[0] in EXTRA:
-            raise Failure(f'`vismem pocket` needs {error.name}: pip install "vismem[pocket]"') from error
+            raise CommandError(f'`vismem pocket` needs {error.name}: pip install "vismem[pocket]"') from error
         raise
     return 0
 

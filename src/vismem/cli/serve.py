@@ -1,4 +1,4 @@
-"""`vismem serve`: a model behind the interface of OpenAI's clients, for many at once."""
+"""`vismem serve`: an HTTP server with OpenAI's chat completions API."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vismem.bundled import POCKET
 from vismem.cli.model_options import add_model_options, load
 from vismem.cli.parsing import (
-    MOST_TOKENS,
-    Failure,
-    Misuse,
+    MAX_TOKENS,
+    CommandError,
     Parser,
+    UsageError,
     command_parser,
     echo,
-    invocation,
+    invocation_policy,
     log_to_stderr,
     say,
     whole,
@@ -30,94 +30,105 @@ from vismem.decoding.policies import SPELLINGS
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from vismem.serving.engine import Answering
+
 KEY_VARIABLE = "VISMEM_API_KEY"
 MIB = 2**20
-MOST_MEGAPIXELS = 178  # Pillow refuses more by itself
+MAX_MEGAPIXELS = 178  # Pillow's own limit
 
 
 def parser() -> Parser:
     found = command_parser(
         "vismem serve",
-        "Serves a model as OpenAI's chat completions are served: text and images in, streams out, and in one field\n"
-        "more who may invoke memory and where it was invoked. Requests of all users share one live batch.\n"
-        "Listens on this machine alone unless --host says otherwise.",
+        "Serves a model with OpenAI's chat completions API: text and images in, streams out. One extra field sets the\n"
+        "invocation policy and reports invocations. Requests of all clients share one live batch.\n"
+        "Listens on this machine only, unless --host is given.",
         "vismem serve --base Qwen/Qwen2.5-VL-7B-Instruct --checkpoint my-memory --port 8000",
     )
-    place = found.add_argument_group("where")
-    place.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    place.add_argument(
-        "--port", type=whole(0, 65535), default=8000, metavar="N", help="0 is any free one (default: 8000)"
+    address = found.add_argument_group("address and access")
+    address.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    address.add_argument(
+        "--port",
+        type=whole(0, 65535),
+        default=8000,
+        metavar="N",
+        help="port to listen on, 0 for any free one (default: 8000)",
     )
-    place.add_argument("--name", metavar="NAME", help="what clients call the model (default: the base's last name)")
-    place.add_argument(
+    address.add_argument(
+        "--name", metavar="NAME", help="the model's name for clients (default: last part of the base's name)"
+    )
+    address.add_argument(
         "--api-key",
         action="append",
         default=[],
         metavar="KEY",
-        help=f"a key that clients must send; can be repeated. Better out of sight: --api-key-file, or {KEY_VARIABLE}",
+        help="a key that clients must send; repeatable. Other users of the machine may see it: prefer --api-key-file "
+        f"or {KEY_VARIABLE}",
     )
-    place.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line")
-    place.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a name that clients may call this server by"
+    address.add_argument("--api-key-file", type=Path, metavar="FILE", help="file of keys, one per line")
+    address.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a host name to accept in requests"
     )
-    place.add_argument(
-        "--allow-origin", action="append", default=[], metavar="URL", help="a web page's origin that may ask (CORS)"
+    address.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="an origin whose web pages may send requests (CORS)",
     )
-    place.add_argument(
+    address.add_argument(
         "--allow-image-host",
         action="append",
         default=[],
         metavar="HOST",
-        help="fetch images by https from there; private addresses never (default: data URIs only)",
+        help="a host to fetch images from by https, never at private addresses (default: data URIs only)",
     )
-    place.add_argument(
+    address.add_argument(
         "--no-access-log",
         action="store_false",
         dest="access_log",
-        help="do not print a line for each request: time, method, path, status, seconds, tokens",
+        help="do not log requests (time, method, path, status, seconds, tokens)",
     )
-    writing = found.add_argument_group("writing")
-    writing.add_argument(
+    decoding = found.add_argument_group("decoding")
+    decoding.add_argument(
         "--invocation",
-        type=invocation,
+        type=invocation_policy,
         default="learned",
         metavar="POLICY",
-        help=f"where a request has none: {SPELLINGS}",
+        help=f"default for requests without one: {SPELLINGS}",
     )
-    writing.add_argument(
-        "--batch-size", type=whole(1, 4096), default=16, metavar="N", help="rows at a time (default: 16)"
+    decoding.add_argument(
+        "--batch-size", type=whole(1, 4096), default=16, metavar="N", help="rows decoded at a time (default: 16)"
     )
-    writing.add_argument(
+    decoding.add_argument(
         "--replicas",
         type=whole(1, 1024),
         default=1,
         metavar="N",
-        help="models, in processes of their own, by Ray Serve",
+        help="number of model processes, run by Ray Serve (default: 1, without Ray)",
     )
-    writing.add_argument(
-        "--replica-gpus", type=float, metavar="N", help="of each replica (default: one where there are any)"
+    decoding.add_argument(
+        "--replica-gpus", type=float, metavar="N", help="GPUs per replica (default: 1 if there are any)"
     )
-    writing.add_argument(
-        "--ray-address", metavar="ADDRESS", help="of a Ray cluster of several machines (default: this one)"
-    )
+    decoding.add_argument("--ray-address", metavar="ADDRESS", help="address of a Ray cluster (default: this machine)")
     limits = found.add_argument_group("limits")
 
     def limit(name: str, low: int, default: int | None, meaning: str, unit: str = "N", high: int = 2**40) -> None:
-        shown = "what the base was made for" if default is None else f"{default}"
+        shown = "the base's" if default is None else f"{default}"
         limits.add_argument(
             name, type=whole(low, high), default=default, metavar=unit, help=f"{meaning} (default: {shown})"
         )
 
-    limit("--max-waiting", 0, 64, "rows that may wait; more are told 429")
-    limit("--max-tokens", 1, 4096, "tokens of an answer", high=MOST_TOKENS)
-    limit("--max-context", 2, None, "tokens of a prompt and its answer")
-    limit("--max-body", 1, 32, "of a request", "MIB")
-    limit("--max-images", 0, 8, "of a request")
-    limit("--max-pixels", 1, 40, "of an image, in millions", "MPX", MOST_MEGAPIXELS)
-    limit("--max-connections", 1, 512, "at a time; more are told 503")
-    limit("--body-timeout", 1, 30, "for a request to arrive, and for a client to take what it was sent", "SECONDS")
-    limit("--answer-timeout", 1, 300, "for an answer, waiting included; then 504", "SECONDS")
-    limit("--grace", 0, 30, "for answers under way when the server is stopped", "SECONDS")
+    limit("--max-waiting", 0, 64, "rows that may wait; more get status 429")
+    limit("--max-tokens", 1, 4096, "tokens per answer", high=MAX_TOKENS)
+    limit("--max-context", 2, None, "tokens of a prompt with its answer")
+    limit("--max-body", 1, 32, "size of a request", "MIB")
+    limit("--max-images", 0, 8, "images per request")
+    limit("--max-pixels", 1, 40, "pixels per image, in millions", "MPX", MAX_MEGAPIXELS)
+    limit("--max-connections", 1, 512, "connections at a time; more get status 503")
+    limit("--body-timeout", 1, 30, "time for a client to send a request, and to receive its answer", "SECONDS")
+    limit("--answer-timeout", 1, 300, "time per answer, including waiting; then status 504", "SECONDS")
+    limit("--grace", 0, 30, "time for running answers to finish when the server stops", "SECONDS")
     add_model_options(found)
     return found
 
@@ -125,18 +136,18 @@ def parser() -> Parser:
 def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser().parse_args(arguments)
     if options.replica_gpus is not None and not 0 <= options.replica_gpus <= 64:
-        raise Misuse(f"--replica-gpus must be from 0 to 64, got {options.replica_gpus:g}")
+        raise UsageError(f"--replica-gpus must be from 0 to 64, got {options.replica_gpus:g}")
     if (options.replica_gpus is not None or options.ray_address) and options.replicas == 1:
-        raise Misuse("--replica-gpus and --ray-address are for several models; give --replicas too")
+        raise UsageError("--replica-gpus and --ray-address need several models: give --replicas too")
     return options
 
 
 def run(options: argparse.Namespace) -> int:
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client", "httpx") if find_spec(name) is None]
     if missing:
-        raise Failure(f'the server needs {missing[0]}: pip install "vismem[serve]"')
+        raise CommandError(f'the server needs {missing[0]}: pip install "vismem[serve]"')
     if options.replicas > 1 and find_spec("ray") is None:
-        raise Failure('replicas need Ray Serve: pip install "vismem[replicas]"')
+        raise CommandError('replicas need Ray Serve: pip install "vismem[replicas]"')
 
     from vismem.serving.access import AccessLog, LineWriter
     from vismem.serving.connections import ConnectionLimits
@@ -147,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
 
     log_to_stderr(logging.INFO if options.debug else logging.WARNING, "%(levelname)s: %(message)s")
     keys = read_keys(options.api_key, options.api_key_file, os.environ)
-    bound = listening_socket(options.host, options.port)  # before a model is loaded
+    bound = listening_socket(options.host, options.port)  # fails before the model is loaded
     here = bound.getsockname()[0]
     engine = engine_of(options)
     metrics = Metrics(engine.load)
@@ -170,7 +181,7 @@ def run(options: argparse.Namespace) -> int:
         outermost = AccessLog(outermost, lines)
     config = config_of(outermost, options.grace, limits)
     if not keys and not is_loopback(here):
-        say(f"note: without --api-key, whoever reaches {here} can ask")
+        say(f"note: without --api-key, anyone who can reach {here} can use the server")
     line = f"Serving {name} on {address_of(bound)}/v1 - Ctrl-C stops it"
     stop = partial(setattr, app.state, "stopping", True)
     server = Server(config, on_start=partial(echo, line), on_stop=stop)
@@ -180,11 +191,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def engine_of(options: argparse.Namespace):
-    """What answers: a model in this process, or replicas of it in theirs."""
+def engine_of(options: argparse.Namespace) -> Answering:
+    """A model in this process, or replicas in others."""
     from vismem.serving.pictures import PictureLimits
 
-    settings = {
+    settings: dict[str, Any] = {
         "batch_size": options.batch_size,
         "max_waiting": options.max_waiting,
         "context": options.max_context,
@@ -213,6 +224,6 @@ def engine_of(options: argparse.Namespace):
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """What clients call the model: the base's or the memory's name, of a folder the last part."""
+    """The model's name for clients: the base's or the memory's, of a folder only the last part."""
     name = options.base or options.checkpoint or POCKET
     return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name

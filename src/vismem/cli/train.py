@@ -1,4 +1,4 @@
-"""`vismem train warmup|stage1|stage2|all|sft|grpo`: trains a memory, or a baseline, by a YAML file and `key=value`."""
+"""`vismem train warmup|stage1|stage2|all|sft|grpo`: trains a memory or a baseline from YAML and `key=value`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vismem.cli.parsing import Failure, Misuse, command_parser, echo, echo_yaml, log_to_stderr
+from vismem.cli.parsing import CommandError, UsageError, command_parser, echo, echo_yaml, log_to_stderr
 from vismem.interrupts import advising, termination_interrupts
 from vismem.loading import quiet_imports
 from vismem.training.settings import load_settings, values_for
@@ -17,14 +17,14 @@ from vismem.training.stages import STAGES
 
 STEPS = ("warmup", "stage1", "stage2", "all", "sft", "grpo")
 SETTINGS = """settings (docs/configuration.md lists them all):
-  base, data, output_dir       what is trained, on what, and where it goes
+  base, data, output_dir       the model, the data, and a folder for results
   checkpoint                   the memory, or the baseline's adapter, to start from
   rewards                      exact, choice, numeric, ... or module:function
   preset                       paper (default) or pocket
   group_size, learning_rate, max_steps, per_device_train_batch_size, ...
                                every field of transformers' TrainingArguments works too
 A key may name its stage: stage2.learning_rate=1e-5.
-sft and grpo train no memory but a LoRA adapter of the base's language model, to compare with (docs/training.md).
+sft and grpo train a LoRA adapter of the base's language model instead of a memory, as baselines (docs/training.md).
 """
 
 
@@ -32,24 +32,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "vismem train",
         "Trains a memory: an optional supervised warm-up, stage I (what memory holds) and stage II (when to invoke it)."
-        "\nOr a baseline on the same data: supervised fine-tuning (sft) or GRPO (grpo) of a LoRA adapter."
+        "\nOr a baseline on the same data: a LoRA adapter, by supervised fine-tuning (sft) or GRPO (grpo)."
         f"\n\n{SETTINGS}",
         "vismem train all preset=pocket output_dir=runs/pocket\n"
         "  vismem train stage1 my.yaml learning_rate=1e-4 --resume\n"
         "  vismem train sft preset=pocket output_dir=runs/sft",
     )
     parser.add_argument("stage", choices=STEPS, help="what to train")
-    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml|key=value", help="a file of settings, and changes")
+    parser.add_argument(
+        "settings", nargs="*", metavar="CONFIG.yaml|key=value", help="a settings file, changed settings"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     parser.add_argument("--show", action="store_true", help="print the resolved settings and stop")
     options = parser.parse_intermixed_args(arguments)
     files = [text for text in options.settings if "=" not in text]
     if len(files) > 1:
-        raise Misuse(f"one settings file at most, got {' and '.join(files)} (changes are written key=value)")
+        raise UsageError(f"one settings file at most, got {' and '.join(files)} (changes are written key=value)")
     options.file = files[0] if files else None
     options.changes = [text for text in options.settings if "=" in text]
     if options.file and not Path(options.file).is_file():
-        raise Misuse(f"no settings file {options.file}")
+        raise UsageError(f"no settings file {options.file}")
     return options
 
 
@@ -67,14 +69,14 @@ def run(options: argparse.Namespace) -> int:
         from vismem.training.arguments import arguments_for
         from vismem.training.run import train
     except ImportError as error:
-        raise Failure(f"training needs more packages: pip install 'vismem[train]' ({error})") from error
+        raise CommandError(f"training needs more packages: pip install 'vismem[train]' ({error})") from error
 
     if options.show:
         for stage in stages:
             shown = arguments_for(stage, layers).to_dict()
             echo_yaml({stage: {name: value for name, value in shown.items() if value is not None}}, sort_keys=True)
         return 0
-    with termination_interrupts(), advising(lambda: "training has not begun, so run the same command again"):
+    with termination_interrupts(), advising(lambda: "training has not started: run the same command again"):
         folder = train(options.stage, layers, resume=options.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         echo(folder)
@@ -82,18 +84,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_needs(values: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses settings, by stage, that lack what every run needs.
+    """Checks the settings of each stage.
 
     Raises:
-        Misuse: if there is no output_dir, no data, or neither a base nor a memory to start from.
+        UsageError: if output_dir or data is missing, or base and checkpoint both are.
     """
     trained = {stage: own for stage, own in values.items() if own.get("max_steps") != 0}
     for number, own in enumerate((trained or values).values()):
         if not own.get("output_dir"):
-            raise Misuse("no output_dir: where should checkpoints and the memory go? (output_dir=runs/NAME)")
+            raise UsageError("no output_dir for checkpoints and the memory: set output_dir=runs/NAME")
         if number == 0 and not own.get("base") and not own.get("checkpoint"):
-            raise Misuse(
+            raise UsageError(
                 "no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of what a run made, which names its own"
             )
         if not own.get("data"):
-            raise Misuse("no data: set data=FILE.jsonl, a folder or a hub name")
+            raise UsageError("no data: set data=FILE.jsonl, a folder or a hub name")

@@ -1,7 +1,7 @@
-"""Examples to begin with: questions that the pocket model answers well, some about a picture of its world.
+"""Example questions that the pocket model answers well, most of them about a picture of its world.
 
-`examples.json` says for each which kinds of memory its answers invoke, what to ask next, and the scene that the picture
-shows (`pocket.world.sample_scene(Random(scene), "test")`).
+`examples.json` gives for each the kinds of memory it invokes, follow-up questions, and the seed of the picture's scene
+(`pocket.world.sample_scene(Random(scene), "test")`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Example:
     """One example.
 
     Args:
-        title, note: what a card says of it.
+        title, note: text of its card.
         kinds: of memory that the answer to `question` invokes.
         picture: a file in this folder, or None.
         alt: the picture in words.
-        question: to begin with.
-        next: questions to go on with.
-        scene: the seed of the picture's scene.
+        question: the first question.
+        next: follow-up questions.
+        scene: seed of the picture's scene.
     """
 
     title: str
@@ -41,7 +41,7 @@ class Example:
     scene: str | None
 
     def open(self) -> list[Image.Image]:
-        """Its pictures: one or none."""
+        """Its picture in a list, which is empty if it has none."""
         if self.picture is None:
             return []
         return [open_image((files(__package__) / self.picture).read_bytes())]
@@ -49,6 +49,6 @@ class Example:
 
 @lru_cache(maxsize=1)
 def examples() -> list[Example]:
-    """All of them, in the order in which they are shown."""
-    read = json.loads((files(__package__) / "examples.json").read_text(encoding="utf-8"))
-    return [Example(**{**each, "kinds": tuple(each["kinds"]), "next": tuple(each["next"])}) for each in read]
+    """All examples, in display order."""
+    rows = json.loads((files(__package__) / "examples.json").read_text(encoding="utf-8"))
+    return [Example(**{**each, "kinds": tuple(each["kinds"]), "next": tuple(each["next"])}) for each in rows]

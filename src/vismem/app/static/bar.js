@@ -1,4 +1,4 @@
-// New conversation; light and dark, kept for the next visit where the browser lets us.
+// New conversation; light or dark, remembered if the browser allows storage.
 const KEY = 'vismem-theme';
 const kept = (value) => {
   try {

@@ -1,4 +1,4 @@
-// The open panel: takes the focus when it comes, gives it back to its chip with Escape or Close.
+// The open panel: takes the focus when it opens, returns it to its chip on Escape or Close.
 const still = () => window.matchMedia('(prefers-reduced-motion: reduce)').matches;
 const back = () => {
   const from = window.vismemChip;
@@ -29,7 +29,7 @@ watch('value', () => {
   const panel = element.querySelector('.vm-panel');
   const before = shown;
   shown = panel?.id ?? null;
-  if (!panel || shown === before) return; // drawn again, it stays where it was scrolled to
+  if (!panel || shown === before) return; // rendered again: keep the scroll position
   const stepping = element.contains(document.activeElement) && document.activeElement.closest('.ui-steps');
   if (!stepping || document.activeElement.disabled) panel.focus({ preventScroll: true });
   if (window.matchMedia('(max-width: 68rem)').matches) {

@@ -1,4 +1,4 @@
-// What is clicked in the conversation goes to Python; arrow keys walk from chip to chip.
+// Sends clicks in the conversation to Python; arrow keys move from chip to chip.
 element.addEventListener('click', (event) => {
   const at = event.target.closest('button');
   if (!at) return;
@@ -23,8 +23,8 @@ element.addEventListener('keydown', (event) => {
     event.preventDefault();
   }
 });
-// A question that was taken leaves its box. Python says so too, but a box that has the focus may not hear of it: what
-// comes while a key's stroke is still worked on is not written into it.
+// Empties the box once its question was accepted. Python does so too, but gradio ignores an update that arrives while
+// a key event in the focused box is being handled.
 let taken = '';
 const empty = (turn) => {
   const name = turn?.getAttribute('aria-label') ?? '';
@@ -35,8 +35,8 @@ const empty = (turn) => {
   box.value = '';
   box.dispatchEvent(new Event('input', { bubbles: true }));
 };
-// While an answer is written, its last line stays above the question's box, or on a low screen, where that is at the
-// page's end, in sight.
+// Keeps the last line of a running answer above the question box; on a low screen, where the box is at the end of the
+// page, in the viewport.
 let writing = false;
 watch('value', () => {
   const turn = element.closest('#ui-live')?.querySelector('.ui-turn');
