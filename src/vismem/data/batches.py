@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vismem.data.rows import BadRowError, Row
+from vismem.deprecation import renamed
 
 _PLACEHOLDERS = ("image_token", "video_token", "boi_token", "fake_image_token", "audio_token")  # processor attributes
 
@@ -139,3 +140,6 @@ def reward_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {"id": [row.id for row in rows], "answer": [row.answer for row in rows]}
     columns["references"] = [row.references or [row.answer] for row in rows]
     return {**columns, **{name: [row.columns.get(name) for row in rows] for name in names}}
+
+
+__getattr__ = renamed(__name__, {"conversation": "row_messages", "encoded": "encode", "marks_of": "placeholders_of"})

@@ -286,7 +286,7 @@ def _table(dataset: Any, name: str, folder: Path) -> Table | Stream:
 
 
 def _prepare(found: Any, columns: Mapping[str, str]) -> Table | Stream:
-    """Sets a datasets.Dataset or IterableDataset to plain values and encoded images, so a broken image affects one row.
+    """Sets a datasets.Dataset or IterableDataset to plain values and encoded images, so a broken image is one bad row.
 
     Raises:
         BadDataError: if it has no prompt column or no answer column.

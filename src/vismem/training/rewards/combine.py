@@ -129,13 +129,13 @@ class _Call:
 
     def start(self) -> None:
         try:
-            self.value = start(self.reward.function(**self.given))
+            self.value = _start(self.reward.function(**self.given))
         except FAILURES as error:
             self.fail(error)
 
     def result(self) -> Any:
         try:
-            return result_of(self.value)
+            return _result_of(self.value)
         except FAILURES as error:
             self.fail(error)
 
@@ -164,7 +164,7 @@ def _failing_row(
     for row in range(count):
         alone = {name: [value[row]] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
         try:
-            result_of(start(reward.function(**alone)))
+            _result_of(_start(reward.function(**alone)))
         except FAILURES as again:
             if type(again) is type(error):
                 return row, error
@@ -173,13 +173,13 @@ def _failing_row(
     return None, error
 
 
-def start(value: Any) -> Any:
+def _start(value: Any) -> Any:
     """Schedules an awaitable on the background loop and returns its future; returns any other value unchanged."""
     return asyncio.run_coroutine_threadsafe(_await(value), _loop()) if inspect.isawaitable(value) else value
 
 
-def result_of(value: Any) -> Any:
-    """Waits for a future from `start`; returns any other value unchanged."""
+def _result_of(value: Any) -> Any:
+    """Waits for a future from `_start`; returns any other value unchanged."""
     return value.result() if isinstance(value, Future) else value
 
 
