@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 def gathered(learner: nn.Module, numbers: set[Parameter]) -> Iterator[None]:
     """Replaces sharded parameters by whole tensors, as `state_dict` returns shards even inside `whole`."""
     places = [(module, name, p) for module in learner.modules() for name, p in module.named_parameters(recurse=False)]
-    sharded = [(module, name, p) for module, name, p in places if hasattr(p, "full_tensor")]
+    sharded: list[tuple[nn.Module, str, Any]] = [each for each in places if hasattr(each[2], "full_tensor")]
     try:
         for module, name, parameter in sharded:
             tensor = parameter.full_tensor()
