@@ -25,7 +25,7 @@ def make_shardable(learner: nn.Module) -> set[Parameter]:
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """Keeps a wrapped model's parameters unsharded inside the context, for use outside its forward."""
-    sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+    sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     for module in sharded:
         module.unshard()
     try:
