@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 STAGES = ("warmup", "stage1", "stage2")
 STEPS = 10
