@@ -248,7 +248,9 @@ def test_pages_for_browsers_load_nothing_and_need_the_key(address):
     for path, words in (
         ("/", ["VisMem", "pocket:vanilla", "/v1/chat/completions", "/docs"]),
         ("/docs", ["min_p", "/v1"]),
+        ("/docs/", ["min_p", "/v1"]),
     ):
+        assert httpx.head(address + path, headers=BEARER).status_code == 200
         assert httpx.get(address + path).status_code == 401
         found = httpx.get(address + path, headers=BEARER)
         assert found.status_code == 200 and found.headers["content-type"].startswith("text/html")

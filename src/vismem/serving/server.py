@@ -167,11 +167,12 @@ def application(engine: ChatEngine, config: ServingConfig, metrics: Metrics | No
         content, media_type = metrics.render()
         return Response(content, media_type=media_type)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def home() -> Response:
         return page.home(config.names, app.openapi())
 
-    @app.get("/docs", include_in_schema=False)
+    @app.api_route("/docs/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
     async def reference() -> Response:
         return page.reference(app.openapi())
 
