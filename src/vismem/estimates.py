@@ -8,10 +8,12 @@ measurements.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vismem.backbones import Backbone
 from vismem.config import VisMemConfig
+
+if TYPE_CHECKING:
+    from vismem.backbones import Backbone
 
 FLOAT32 = 4
 TRAINED = {"warmup": ("builder", "short", "long"), "stage1": ("builder", "short", "long"), "stage2": ("tokens",)}

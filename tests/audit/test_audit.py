@@ -271,7 +271,7 @@ def test_the_command_reads_a_file_and_prints_verdicts(capsys, caplog, tmp_path):
     [
         ("", 2, "--data"),
         ("--data pocket:late --n 9 --reference 3", 2, "--reference 3 is less than --n 9"),
-        ("--data pocket:late --interventions ones", 2, "there are zeros, mean"),
+        ("--data pocket:late --interventions ones", 2, "must be some of zeros, mean"),
         ("--data pocket:late --invocation sometimes", 2, "unknown policy"),
         ("--data pocket:lte", 1, "unknown pocket suite 'lte'"),
         ("--data nowhere.jsonl", 1, "no such file or folder"),

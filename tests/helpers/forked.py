@@ -85,5 +85,6 @@ def _run(streams: tuple[Connection, Connection], environment: dict[str, str], wo
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # rebuilds torch's thread pool, before several threads race to do it
     os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # or tokenizers warns of the fork
     sys.exit(work(*given))

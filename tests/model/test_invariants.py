@@ -287,7 +287,7 @@ def test_cached_patches_give_the_same_memory(family):
     observe = engine.Decoder.observe
 
     def forgetful(self, row, kind, states):
-        row.sight.patches = None
+        row.images.patches = None
         return observe(self, row, kind, states)
 
     engine.Decoder.observe = forgetful
