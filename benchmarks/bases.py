@@ -84,11 +84,11 @@ def family(name: str) -> tuple[Any, Any]:
     return module.build(), module.processor()
 
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+HELPERS = Path(__file__).resolve().parents[1] / "tests" / "helpers"
 FAMILIES = sorted(
-    p.stem for p in (TESTS / "families").iterdir() if p.stem.strip("_") not in ("init", "pycache", "words")
+    p.stem for p in (HELPERS / "families").iterdir() if p.stem.strip("_") not in ("init", "pycache", "words")
 )
-sys.path.append(str(TESTS))
+sys.path.append(str(HELPERS))
 
 BASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "pocket": load_base,

@@ -17,7 +17,7 @@ from vismem.memory.soft import SoftMemory
 from vismem.training.replay import collate
 from vismem.training.rollout import sampling, write
 
-__all__ = ["quick"]  # a fixture of test_trainer.py
+__all__ = ["quick"]  # a fixture
 
 
 def soft(family: str = "idefics3", **changes):

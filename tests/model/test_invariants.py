@@ -317,18 +317,18 @@ def test_saved_models_answer_alike_in_a_new_process(tmp_path):
         out = answers(model, tiny.mixed_batch(model.processor), SCHEDULE, do_sample=False)
         save_file({"expected": out.sequences}, folder / "expected.safetensors")
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import sys; from pathlib import Path; sys.path[:0] = sys.argv[1:3]\n"
         "import tiny, torch, vismem, test_invariants as t; from safetensors.torch import load_file\n"
         "for family in tiny.FAMILIES:\n"
-        "    folder = Path(sys.argv[2]) / family\n"
+        "    folder = Path(sys.argv[3]) / family\n"
         "    loading = getattr(tiny.FAMILIES[family], 'LOADING', {})\n"
         "    model = vismem.VisMem.from_pretrained(folder / 'memory', **loading)\n"
         "    out = t.answers(model, tiny.mixed_batch(model.processor), t.SCHEDULE, do_sample=False)\n"
         "    expected = load_file(folder / 'expected.safetensors')['expected']\n"
         "    assert torch.equal(out.sequences, expected), family + ' writes other words'\n"
     )
-    here = str(Path(tiny.__file__).parent)
-    ran = subprocess.run([sys.executable, "-c", code, here, str(tmp_path)], capture_output=True, text=True)
+    places = [str(Path(place).parent) for place in (__file__, tiny.__file__)]
+    ran = subprocess.run([sys.executable, "-c", code, *places, str(tmp_path)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
 
 

@@ -26,7 +26,7 @@ from vismem.training.rollout import sampling, write
 from vismem.training.supervised import supervised_batch
 from vismem.training.trainer import MemoryTrainer
 
-__all__ = ["folder", "quick"]  # fixtures of test_trainer.py
+__all__ = ["folder", "quick"]  # fixtures
 STAGES = ("sft", "grpo")
 EVERY = list(tiny.FAMILIES)
 

@@ -19,7 +19,9 @@ from training_runs import (
     command,
     distance,
     equip,
+    folder,
     low,
+    quick,
     rows,
     settings,
     train,
@@ -39,6 +41,8 @@ from vismem.training.rewards import RewardError
 from vismem.training.rollout import sampling, write
 from vismem.training.sampler import PromptSampler
 from vismem.training.trainer import MemoryTrainer, TrainingDivergedError
+
+__all__ = ["folder", "quick"]  # fixtures
 
 # What each stage moves.
 
