@@ -263,6 +263,8 @@ def test_a_replica_that_cannot_load_its_model_says_why(engine):
 
 
 def test_close_is_graceful_and_leaves_nothing_behind(engine):
+    import ray
+
     async def run():
         short, long = asyncio.ensure_future(read(engine, ask(30))), await begun(engine)
         await until(lambda: engine.load().writing == 2)
@@ -282,6 +284,7 @@ def test_close_is_graceful_and_leaves_nothing_behind(engine):
     asyncio.run(run())
     assert not folder.exists()
     asyncio.run(until(lambda: not engine.processes & family(), 20))
+    assert not any(engine.cluster.running()) and not ray.is_initialized()  # a late call starts no other cluster
 
 
 def test_start_errors_are_one_line():

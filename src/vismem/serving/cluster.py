@@ -15,6 +15,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 import uuid
 from typing import Any
 
@@ -40,6 +41,7 @@ class Cluster:
     def __init__(self, address: str | None, object_store: int) -> None:
         self.local, self.name = address is None, f"vismem-{uuid.uuid4().hex[:8]}"
         self.apps: list[str] = []
+        self.lock = threading.Lock()
         self.methods: list[Any] = []
         self.folder = tempfile.mkdtemp(prefix="vismem-ray-") if self.local else None
         environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
@@ -59,9 +61,10 @@ class Cluster:
     def _connect(self, address: str | None, object_store: int) -> None:
         import ray
         import ray.serve
-        from ray._private import ray_constants  # Ray 2.60.0 reads the environment only at import
+        from ray._private import auto_init_hook, ray_constants  # Ray 2.60.0 reads the environment only at import
         from ray._raylet import Config  # the same
 
+        auto_init_hook.enable_auto_connect = False  # or a call that comes after `stop` starts another cluster
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the import above sets another level
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "vismem"}
         if address is not None:
@@ -139,9 +142,10 @@ class Cluster:
         import ray
         from ray import serve
 
-        if not ray.is_initialized():  # serve.status would start a cluster with default settings
-            return [False] * len(self.apps)
-        apps = serve.status().applications
+        with self.lock:
+            if not ray.is_initialized():  # serve.status would start a cluster with default settings
+                return [False] * len(self.apps)
+            apps = serve.status().applications
         return [app in apps and apps[app].status == "RUNNING" for app in self.apps]
 
     def stop(self) -> None:
@@ -157,7 +161,8 @@ class Cluster:
     def _end(self) -> None:
         import ray
 
-        ray.shutdown()
+        with self.lock:  # not between a check that Ray runs and the call that needs it
+            ray.shutdown()
         for name, value in self.environment_before.items():
             if value is None:
                 os.environ.pop(name, None)
