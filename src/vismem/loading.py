@@ -279,7 +279,7 @@ def device_of(name: str) -> torch.device:
             f"unknown device {name!r}; give auto, cpu, cuda, cuda:1, mps or another of torch's"
         ) from error
     if device.type == "meta":
-        raise UnknownDeviceError("device 'meta' holds no numbers; give auto, cpu or a GPU")
+        raise UnknownDeviceError("device 'meta' stores no data; use auto, cpu or a GPU")
     try:
         torch.empty(1, device=device)
     except Exception as error:  # each backend has its own error for a device that is not there

@@ -53,8 +53,8 @@ class Aligned:
         )[:, -1]
 
     def retract(self, slot: int) -> None:
-        """Not possible: see `ahead`."""
-        raise NotImplementedError
+        """Never called, as `ahead` is False."""
+        raise NotImplementedError("a dynamic cache cannot take a column back for one row")
 
     def drop(self, slots: list[int]) -> list[int]:
         """Keeps all rows in place; result as in `Slots.drop`."""
@@ -80,7 +80,8 @@ class SlotLayer(CacheLayerMixin):
             shape = (self.slots.rows, heads, self.slots.columns, size)
             buffer = torch.zeros(shape, dtype=states.dtype, device=states.device)
             if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(buffer)  # noqa: SLF001  # no public name in torch 2.14: a graph may then write into it in place
+                # A graph may then write into it in place; torch 2.14 has no public name for this.
+                torch._dynamo.mark_static_address(buffer)  # noqa: SLF001
             setattr(self, name, buffer)
         self.is_initialized = True
 
