@@ -6,7 +6,7 @@ writes answers, and `reading/` reads finished ones for training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -193,6 +193,10 @@ class VisMem(nn.Module):
     def delimiters(self) -> frozenset[int]:
         """Ids of the tokens that end a phrase, by `memory_config.delimiters`."""
         return delimiter_ids(self.processor.tokenizer, self.memory_config.delimiters)
+
+    def move_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns a processor's tensors on the model's device, floating-point ones in its dtype."""
+        return {n: t.to(self.device, self.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
 
     # Decoding.
 

@@ -28,7 +28,6 @@ from vismem.config import Kind
 from vismem.data import Row, prompt_inputs
 from vismem.decoding.trace import Invocation, Rollout
 from vismem.deprecation import renamed
-from vismem.evaluation.answering import on_device
 from vismem.evaluation.records import ResultFile
 from vismem.memory import Observation
 from vismem.model import VisMem
@@ -171,7 +170,7 @@ class ActivationStore:
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """The rows' prompts as model inputs, on its device."""
-        return on_device(self.model, prompt_inputs(self.model.processor, rows))
+        return self.model.move_inputs(prompt_inputs(self.model.processor, rows))
 
     def pending(self, ids: Sequence[str], results: ResultFile, size: int, label: str) -> Iterator[list[str]]:
         """Batches of the rows that invoked memory and are not in `results`, with a progress bar.

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from vismem.data import BadRowError, Row, reward_columns, row_inputs
@@ -107,12 +106,7 @@ def requests_for(
         except BadRowError as error:
             failed(Record.failed(row.id, str(error), kept_columns(row, keep)))
             continue
-        yield Request(on_device(model, inputs), policy_for(model, row, invocation), seed_of(seed, row.id), tag=row.id)
-
-
-def on_device(model: VisMem, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A processor's output on the model's device, floating-point tensors in its dtype."""
-    return {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
+        yield Request(model.move_inputs(inputs), policy_for(model, row, invocation), seed_of(seed, row.id), tag=row.id)
 
 
 def answerable(model: VisMem, rows: Sequence[Row]) -> tuple[list[Row], list[Record]]:

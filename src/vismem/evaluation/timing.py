@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from vismem import files
 from vismem.data import Row, prompt_inputs
-from vismem.evaluation.answering import answerable, on_device, policy_for
+from vismem.evaluation.answering import answerable, policy_for
 from vismem.evaluation.records import check_settings
 from vismem.evaluation.runs import DryRunFinishedError, Runs, policy_of
 from vismem.evaluation.settings import Method
@@ -156,7 +156,7 @@ def questions(runs: Runs, count: int) -> list[Row]:
 @torch.inference_mode()
 def time_answer(model: VisMem, row: Row, policy: Any, tokens: int, clock: Any) -> Timing:
     """Times one greedy answer."""
-    inputs: dict[str, Any] = on_device(model, prompt_inputs(model.processor, [row]))
+    inputs: dict[str, Any] = model.move_inputs(prompt_inputs(model.processor, [row]))
     watch = FirstToken(clock)
     synchronize(model.device)
     start = clock()

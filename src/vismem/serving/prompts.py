@@ -39,7 +39,7 @@ def chat_inputs(
         return_dict=True,
         return_tensors="pt",
     )
-    return dict(inputs.to(model.device, dtype=model.dtype))
+    return model.move_inputs(inputs)
 
 
 def reserved_texts(model: VisMem) -> list[str]:

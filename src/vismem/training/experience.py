@@ -182,4 +182,4 @@ def inputs_of(model: VisMem, rows: list[Row]) -> dict[str, Tensor]:
     found = prompt_inputs(model.processor, rows)
     for row, length in zip(rows, found["attention_mask"].sum(1).tolist(), strict=True):
         check_length(model.base, length, f"the prompt of {row.id}")
-    return {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in found.items()}
+    return model.move_inputs(found)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vismem.data import row_inputs
 from vismem.decoding.policies import read_policy
 from vismem.decoding.queue import Answer, Request
-from vismem.evaluation.answering import on_device, policy_for
+from vismem.evaluation.answering import policy_for
 from vismem.evaluation.lmms.messages import row_of
 from vismem.loading import DTYPES, load_model, silence_libraries
 from vismem.model import VisMem
@@ -273,7 +273,7 @@ class VisMemChat(lmms):
                 continue
             lengths[question.name] = inputs["input_ids"].shape[1]
             policy, seed = policy_for(model, row, self.policy), seed_of(self.seed, question.name)
-            yield Request(on_device(model, inputs), policy, seed, self.keywords(question.generation), question.name)
+            yield Request(model.move_inputs(inputs), policy, seed, self.keywords(question.generation), question.name)
 
     def _result(self, answer: Answer, prompt: int, stops: list[str]) -> GenerationResult:
         """An answer as lmms-eval's result."""
