@@ -108,7 +108,7 @@ def test_stored_activations_form_the_same_memories(bank):
         assert [one.kind for one in entry.rollout.invocations] == list(KINDS)
         for index, one in enumerate(entry.rollout.invocations):
             with torch.no_grad():
-                again = bank.model.memory.form(one.kind, [bank.observation(row_id, index)])[0]
+                again = bank.model.memory.form(one.kind, [bank.observation(row_id, index)]).vectors[0]
                 query = bank.model.memory.builder([bank.observation(row_id, index).visual], [one.states])[0]
             assert torch.allclose(again, one.memory, atol=1e-4)
             assert torch.allclose(query, entry.queries[index], atol=1e-4)
@@ -145,12 +145,12 @@ def test_another_image_replaces_only_the_image(bank, rows):
         mine, theirs = seen[one.id, 0], seen[other, 0]
         with torch.no_grad():
             mixed = replace(mine, visual=theirs.visual, patches=theirs.patches)
-            expected = bank.model.memory.form("short", [mixed])[0]
+            expected = bank.model.memory.form("short", [mixed]).vectors[0]
         own = bank.entries[one.id].rollout.invocations[0].memory
         assert torch.allclose(found[one.id][1][0], expected, atol=1e-4)
         assert (expected - own).norm() > 0.05 * own.norm()
         with torch.no_grad():  # what that row itself recalled there is another memory: its words are others
-            assert (expected - bank.model.memory.form("short", [theirs])[0]).norm() > 1e-3 * own.norm()
+            assert (expected - bank.model.memory.form("short", [theirs]).vectors[0]).norm() > 1e-3 * own.norm()
 
 
 def test_another_question_replaces_states_and_segment(bank, rows):
@@ -161,7 +161,7 @@ def test_another_question_replaces_states_and_segment(bank, rows):
         theirs, mine = bank.observation(other, index), bank.observation(one.id, 1)
         seen = replace(mine, states=theirs.states, segment=theirs.segment)
         with torch.no_grad():
-            assert torch.allclose(found[one.id][1][1], bank.model.memory.form("long", [seen])[0], atol=1e-4)
+            assert torch.allclose(found[one.id][1][1], bank.model.memory.form("long", [seen]).vectors[0], atol=1e-4)
         own = bank.entries[one.id].rollout.invocations
         assert torch.allclose(found[one.id][1][0], own[0].memory, atol=1e-4)  # the other kind is left alone
         assert (found[one.id][1][1] - own[1].memory).norm() > 1e-3 * own[1].memory.norm()

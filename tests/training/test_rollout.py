@@ -314,7 +314,7 @@ def test_counterfactuals_swap_the_first_invocation(family):
             visual = model.backbone.visual_states(inputs["input_ids"] == model.backbone.image_token_id, features)[0]
             patches = model.memory.short.encode(model.backbone.images(**vision))
             segment = model.tokens.embed(found.tokens[: here + 1])
-            expected = model.memory.form(kind, [Observation(visual, first.states, segment, patches)])[0]
+            expected = model.memory.form(kind, [Observation(visual, first.states, segment, patches)]).vectors[0]
         assert torch.allclose(found.invocations[0].memory, expected, atol=1e-4)
         assert torch.equal(found.invocations[0].states, first.states)
 

@@ -78,6 +78,9 @@ def collate(
     sampled = torch.cat([before, answers("sampled", False)], 1)
     allowed = torch.cat([before[..., None].expand(-1, -1, 2), answers("allowed", False)], 1)
     given: dict[str, Any] = {"states": [[i.states for i in r.invocations] for r in rollouts]}
+    chosen = [[None if i.choice is None else i.choice.blocks for i in r.invocations] for r in rollouts]
+    if any(blocks is not None for row in chosen for blocks in row):
+        given["blocks"] = chosen
     if formed:
         given = {"memories": [[i.memory for i in r.invocations] for r in rollouts]}
     rest = {name: value for name, value in prompts.items() if name not in ("input_ids", "attention_mask")}
