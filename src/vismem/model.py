@@ -32,6 +32,7 @@ from vismem.decoding.trace import VisMemOutput
 from vismem.memory import Choice, memory_of
 from vismem.reading import forward as reading
 from vismem.reading import heads
+from vismem.reading.gaze import gaze_losses, gaze_targets
 from vismem.tokens import MemoryTokens, add_memory_tokens, delimiter_ids, single_token_id
 
 
@@ -47,6 +48,7 @@ class VisMemForwardOutput(ModelOutput):
         choices: for each row and invocation the `Choice` of its blocks, with gradient; None unless short memory with
             `memory_init="attended"` was formed.
         log_probs: with `sampled`, float32 [B, L]: of the sampled tokens, and 0 elsewhere.
+        gaze_loss: with `gaze`, float32 [B]: mean over each row's looks, 0 for a row without one.
         last_hidden_state: [B, L, d], the last layer's states at the tokens of `input_ids`.
     """
 
@@ -56,6 +58,7 @@ class VisMemForwardOutput(ModelOutput):
     states: list[list[Tensor]] | None = None
     choices: list[list[Choice | None]] | None = None
     log_probs: Tensor | None = None
+    gaze_loss: Tensor | None = None
     last_hidden_state: Tensor | None = None
 
 
@@ -317,6 +320,8 @@ class VisMem(nn.Module):
         sampled: Tensor | None = None,
         allowed: Tensor | None = None,
         temperature: float = 1.0,
+        *,
+        gaze: bool = False,
         **inputs: Tensor,
     ) -> VisMemForwardOutput:
         """The training forward: reads finished answers with their memories in place, in one pass.
@@ -343,6 +348,8 @@ class VisMem(nn.Module):
             sampled: bool [B, L]; return `log_probs` of these tokens instead of logits.
             allowed: bool [B, L, 2], with `sampled`: kinds that might have been invoked at each token; by default all.
             temperature: of the distribution of `log_probs`.
+            gaze: with `sampled` and `memory_init="attended"`, return `gaze_loss` too: how far the choices are
+                from where the frozen base looks as it reads the sampled tokens; takes one more read of the answers.
             **inputs: the processor's image tensors, and its per-token tensors if the family has them
                 (`mm_token_type_ids`, `token_type_ids`), at least for the prompts: answers are text.
 
@@ -362,6 +369,9 @@ class VisMem(nn.Module):
             memories, choices = reading.form(self, located, states, forms, blocks)
         hidden = reading.read(located, reader, memories)
         output = VisMemForwardOutput(memories=memories, states=states, choices=choices, last_hidden_state=hidden)
+        if gaze and sampled is not None and any(choice is not None for row in choices or () for choice in row):
+            assert choices is not None
+            output.gaze_loss = gaze_losses(choices, gaze_targets(self, located, reader, sampled))
         if sampled is not None:
             output.log_probs = heads.sampled_log_probs(self, hidden, input_ids, sampled, allowed, temperature)
             return output

@@ -37,6 +37,7 @@ class Located:
         embeds: [B, L, d], input embeddings; image places not yet filled.
         visual: for each prompt its visual states [y, d].
         images: for each prompt its images.
+        shown: bool [B, L], the places of visual tokens.
         copies: consecutive rows that share a prompt.
         patches: for each prompt that is looked at, its images as the short former encoded them.
     """
@@ -45,6 +46,7 @@ class Located:
     embeds: Tensor
     visual: list[Tensor]
     images: list[list[Image]]
+    shown: Tensor
     copies: int
     patches: dict[int, list[Patches]] = field(default_factory=dict)
 
@@ -99,6 +101,7 @@ def locate(
         embeds=embeds,
         visual=backbone.visual_states(prompt_places, features),
         images=backbone.rows_of_images(prompt_places, images),
+        shown=shown & ~written,
         copies=copies,
     )
     reader = Reader(

@@ -62,6 +62,7 @@ class MemoryTrainingArguments(TrainingArguments):
         injection_places: `"delimiter"`, `"anywhere"`, or `"delimiter-then-anywhere"`: delimiters in the first half.
         replace_rate: probability that an injected invocation replaces the delimiter before it, as a sampled one does
             (warm-up).
+        gaze_coef: weight of the frozen base's own gaze, which teaches the choice of `memory_init="attended"` (warm-up).
         end_rate: learning rate of the end tokens' embeddings, relative to the invocation tokens' (stage II).
         micro_batch: trajectories per forward and backward; 0 for all at once. Must divide `group_size` or be a
             multiple of it.
@@ -100,6 +101,7 @@ class MemoryTrainingArguments(TrainingArguments):
     anywhere_rate: float = 0.05
     injection_places: Literal["delimiter", "anywhere", "delimiter-then-anywhere"] = "delimiter-then-anywhere"
     replace_rate: float = 0.5
+    gaze_coef: float = 1.0
     end_rate: float = 0.1
     micro_batch: int = 0
     baseline: Literal["greedy", "sample", "off"] = "greedy"
@@ -149,7 +151,16 @@ class MemoryTrainingArguments(TrainingArguments):
             self._require(name, "1 or more", getattr(self, name) >= 1)
         self._require("group_size", "2 or more: a group of one has zero advantage", self.group_size >= 2)
         self._require("temperature", "more than 0", self.temperature > 0)
-        at_least_0 = ("clip_ratio", "kl_coef", "target_kl", "penalty_coef", "micro_batch", "max_bad_rows", "end_rate")
+        at_least_0 = (
+            "gaze_coef",
+            "clip_ratio",
+            "kl_coef",
+            "target_kl",
+            "penalty_coef",
+            "micro_batch",
+            "max_bad_rows",
+            "end_rate",
+        )
         for name in (*at_least_0, "importance_sampling_cap"):
             self._require(name, "0 or more", getattr(self, name) >= 0)
         for name in ("injection_rate", "anywhere_rate", "replace_rate"):

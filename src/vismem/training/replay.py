@@ -6,14 +6,42 @@ with gradient; stage II passes the memories themselves, and only the four tokens
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vismem.decoding.trace import Rollout
+from vismem.memory import Choice
 from vismem.model import VisMem
+
+
+class Replayed(NamedTuple):
+    """What a replay computes with gradient.
+
+    Args:
+        log_probs: float32 [n, L], of the sampled tokens; 0 elsewhere.
+        choices: float32 [n, C], of the blocks that short memories started from, with `memory_init="attended"`; 0 beyond
+            a row's own.
+        gaze: float32 [n], each row's `gaze_loss`; one zero if it was not asked for.
+    """
+
+    log_probs: Tensor
+    choices: Tensor
+    gaze: Tensor
+
+
+def choice_log_probs(choices: list[list[Choice | None]] | None) -> Tensor:
+    """Log-probabilities [n, C] of the chosen blocks, row by row, padded with 0."""
+    rows = [
+        torch.cat([choice.log_probs for choice in row if choice is not None] or [torch.zeros(0)])
+        for row in choices or ()
+    ]
+    if not rows:
+        return torch.zeros(0, 0)
+    device = next((row.device for row in rows if len(row)), rows[0].device)
+    return pad_sequence([row.to(device) for row in rows], batch_first=True)
 
 
 class Learner(nn.Module):
@@ -40,16 +68,19 @@ class Learner(nn.Module):
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # its name in older versions
 
-    def forward(self, inputs: dict[str, Any] | None) -> Tensor:
-        """Log-probabilities [n, L] of the sampled tokens by `VisMem.forward(**inputs)`; zero for None.
+    def forward(self, inputs: dict[str, Any] | None) -> Replayed:
+        """Log-probabilities of the sampled tokens by `VisMem.forward(**inputs)`; zero for None.
 
         Every trained parameter takes part, unused ones with weight 0, so that processes whose trajectories invoked
         different kinds reduce the same gradients.
         """
         zero = sum((0 * p.float().sum() for p in self.parameters() if p.requires_grad), torch.zeros(()))
         if inputs is None:
-            return zero
-        return self._model[0](**inputs).log_probs + zero
+            return Replayed(zero, zero, zero)
+        output = self._model[0](**inputs)
+        choices = choice_log_probs(output.choices)
+        gaze = zero if output.gaze_loss is None else output.gaze_loss.to(zero.device)
+        return Replayed(output.log_probs + zero, choices + zero, gaze + zero)
 
 
 def collate(

@@ -282,7 +282,7 @@ class MemoryTrainer(CheckpointingTrainer):
                 if args.kl_coef and number not in experience.reference:
                     experience.reference[number] = self.reference_log_probs(batch)
                 with contextlib.nullcontext() if number + 1 == turns else self.accelerator.no_sync(model):
-                    log_probs = model(batch)
+                    log_probs = model(batch).log_probs
                     if batch is None:  # no trajectory left, but other processes wait for this gradient
                         self.accelerator.backward(log_probs)
                         continue
@@ -338,8 +338,11 @@ class MemoryTrainer(CheckpointingTrainer):
                 prompts = inputs_of(self.vismem, part)
                 batch = supervised_batch(self.vismem, prompts, replies, sighted, rngs, self.places(), args)
                 with contextlib.nullcontext() if start + size >= len(rows) else self.accelerator.no_sync(model):
-                    log_probs = model(batch)
-                    losses = -grpo.trajectory_mean(log_probs, batch["sampled"].to(log_probs.device))
+                    found = model({**batch, "gaze": bool(args.gaze_coef)})
+                    losses = -grpo.trajectory_mean(found.log_probs, batch["sampled"].to(found.log_probs.device))
+                    if found.gaze.requires_grad and found.gaze.dim():
+                        self.metrics.note("gaze", found.gaze.detach())
+                        losses = losses + args.gaze_coef * found.gaze.to(losses.device)
                     loss = losses.sum() / len(rows)
                     self.backward(loss, part)
                 total += loss.detach().cpu()
@@ -371,17 +374,17 @@ class MemoryTrainer(CheckpointingTrainer):
         model = self.learner.forward  # not the wrapper, which would shard the parameters again
         if self.args.reference == "no_memory" and self.args.plan.adapts:
             with without_adapter(self.vismem.base):
-                return model(batch)
+                return model(batch).log_probs
         if self.args.reference == "no_memory" and batch is not None:
             tokens = torch.tensor(self.vismem.tokens.ids, device=batch["input_ids"].device)
             bare, order = without_memory(batch, tokens)
             found = torch.zeros(batch["input_ids"].shape, device=order.device)
             with whole(self.model_wrapped):
-                found = found.scatter(1, order, model(bare))
+                found = found.scatter(1, order, model(bare).log_probs)
                 # Tokens without a counterpart are compared with themselves: no divergence.
-                return torch.where(torch.isin(batch["input_ids"], tokens), model(batch), found)
+                return torch.where(torch.isin(batch["input_ids"], tokens), model(batch).log_probs, found)
         with whole(self.model_wrapped), self.starting():
-            return model(batch)
+            return model(batch).log_probs
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
