@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -103,7 +104,8 @@ def test_answers_can_be_sent_back_as_history(client, kind):
         for message in (whole.choices[-1].message, streamed.choices[-1].message)
         for form in FORMS.values()
     ]
-    found = [ask(client, user("Read row 1."), turn, TURN, seed=0, max_tokens=4) for turn in turns]
+    with ThreadPoolExecutor(4) as pool:  # as many as the batch has rows
+        found = list(pool.map(lambda turn: ask(client, user("Read row 1."), turn, TURN, seed=0, max_tokens=4), turns))
     assert len({(each.choices[0].message.content, each.usage.prompt_tokens) for each in found}) == 1  # as one history
 
 

@@ -23,7 +23,7 @@ from vismem.serving.engine import Engine, Load
 from vismem.serving.errors import ApiError
 from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.protocol import ChatRequest
-from vismem.serving.server import ClientDisconnectedError, ServingConfig, application, while_connected
+from vismem.serving.server import ClientDisconnectedError, ServingConfig, application, streamed, while_connected
 
 
 def hello(**more) -> ChatRequest:
@@ -357,6 +357,19 @@ def test_work_is_cancelled_when_the_client_disconnects():
             await waiting
 
     asyncio.run(give_up())
+
+
+def test_an_unexpected_error_in_a_stream_is_its_last_event_and_stays_in_the_log(caplog):
+    async def events():
+        yield b"second"
+        raise RuntimeError("secret of the house")
+
+    async def read() -> list[bytes]:
+        return [each async for each in streamed(b"first", events())]
+
+    *before, last = asyncio.run(read())
+    assert before == [b"first", b"second"] and b"the server failed" in last and b"secret" not in last
+    assert "secret of the house" in caplog.text
 
 
 def test_a_stop_string_ends_decoding(endless):

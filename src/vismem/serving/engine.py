@@ -83,6 +83,11 @@ class Engine:
         max_tokens: maximum tokens of an answer.
         pictures: limits on images and where they may be fetched from.
         **generation: generation keywords for all requests.
+
+    Example:
+        >>> request = ChatRequest(model="any", messages=[{"role": "user", "content": "What is on the shelf?"}])
+        >>> async for chunk in Engine(model).answer(request):
+        ...     print(chunk.choices[0].delta.content or "", end="")
     """
 
     @renamed_arguments(most_waiting="max_waiting")
@@ -106,7 +111,7 @@ class Engine:
         self.reserved = reserved_texts(model)
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[ChatChunk, None]:
-        """See `ChatEngine`. `model` is not looked at; the policy is `learned` by default."""
+        """See `ChatEngine`. Ignores `request.model`; without a policy, memory is invoked as learned."""
         rows, batch_size = request.n, self.worker.queue.batch_size
         if rows > batch_size:
             raise ApiError(400, f"n is {rows}, but this server decodes at most {batch_size} rows at a time", param="n")

@@ -297,7 +297,7 @@ def validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"this server does not support {field}", param=field)
     elif path[-1:] == ["content"] and found["type"] in ("list_type", "string_type"):
         message = "must be a string or a list of parts"
-    elif found["type"].startswith("union_tag"):
+    elif found["type"] in ("union_tag_invalid", "union_tag_not_found", "model_attributes_type"):
         message = "a part must be of type text or image_url"
     elif found["type"] in ("too_short", "string_too_short"):  # every minimum length in the schema is 1
         message = "is empty"
