@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -426,10 +425,6 @@ def self_signed(folder: Path, name: str) -> Path:
     place = folder / f"{name}.pem"
     place.write_bytes(secret + made.public_bytes(serialization.Encoding.PEM))
     return place
-
-
-def test_the_tests_reach_loopback_only(web: Web) -> None:
-    assert web.server.socket.family == socket.AF_INET and web.server.server_address[0] == "127.0.0.1"
 
 
 def test_all_files_together_have_a_limit_too(web: Web) -> None:

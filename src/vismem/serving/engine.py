@@ -57,19 +57,15 @@ class ChatEngine(Protocol):
         Raises:
             ApiError: if the request is refused or fails.
         """
-        ...
 
     def load(self) -> Load:
         """How many rows there are."""
-        ...
 
     def ready(self) -> bool:
         """Whether requests are accepted."""
-        ...
 
     async def close(self, finish_within: float = 0.0) -> None:
         """Accepts no more requests, gives answers that many seconds to finish, and cancels the rest."""
-        ...
 
 
 class Engine:

@@ -100,7 +100,7 @@ class Pictures:
                 plain, orientation = stripped(file)
                 picture = open_image(plain, most_pixels=min(self.limits.pixels, left), formats=FORMATS)
             except TooManyPixelsError as error:
-                raise self._too_many_pixels() from error
+                raise _over_limit("pixels", self.limits.pixels, self.limits.total_pixels) from error
             except BadImageError as error:
                 raise _bad(str(error).replace("image in bytes", "it")) from error
             if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
@@ -162,15 +162,11 @@ class Pictures:
         return bytes(file)
 
     def _too_large(self) -> ApiError:
-        limits = f"{self.limits.size} bytes, or all have more than {self.limits.total_size}"
-        return _over_limit(f"an image's file has more than {limits}; make them smaller")
-
-    def _too_many_pixels(self) -> ApiError:
-        limits = f"{self.limits.pixels} pixels, or all have more than {self.limits.total_pixels}"
-        return _over_limit(f"an image has more than {limits}; make them smaller")
+        return _over_limit("bytes", self.limits.size, self.limits.total_size)
 
 
-def _over_limit(message: str) -> ApiError:
+def _over_limit(unit: str, most: int, total: int) -> ApiError:
+    message = f"an image has more than {most} {unit}, or all have more than {total}; make them smaller"
     return ApiError(413, message, code="image_too_large", param="messages")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 
 import pytest
@@ -268,8 +267,3 @@ def test_requests_cancelled_by_a_shutdown_get_an_error(caplog: pytest.LogCapture
         last = rest(stream)
         assert b'data: {"error": {"message": "the server is stopping' in last and last.endswith(b"\n0\r\n\r\n")
     assert "Exception" not in caplog.text and "without" not in caplog.text
-
-
-def test_test_sockets_listen_on_loopback_only(port: int) -> None:
-    with connected(port) as raw:
-        assert raw.family == socket.AF_INET and raw.getpeername()[0] == "127.0.0.1"
