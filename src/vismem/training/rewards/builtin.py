@@ -22,6 +22,7 @@ from vismem.training.rewards.answers import (
     numbers,
     plain,
     prompt_text,
+    references,
 )
 from vismem.training.rewards.errors import FAILURES, RowError
 from vismem.training.rewards.judge import judge
@@ -64,12 +65,6 @@ def per_row(
     return reward
 
 
-def _references(answer: Any) -> list[str]:
-    """The non-empty reference answers as strings; the column may hold one or a list."""
-    answers = answer if isinstance(answer, (list, tuple)) else [answer]
-    return [str(one) for one in answers if one is not None and str(one).strip()]
-
-
 def _any(hits: Sequence[bool | None]) -> float | None:
     """1.0 if any reference matches, None if none can be compared."""
     known = [hit for hit in hits if hit is not None]
@@ -81,7 +76,7 @@ def exact() -> RewardFunction:
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
         found = normalise(extract_answer(text))
-        return _any([found == normalise(extract_answer(one)) for one in _references(answer)])
+        return _any([found == normalise(extract_answer(one)) for one in references(answer)])
 
     return per_row("exact", score, "answer")
 
@@ -91,7 +86,7 @@ def contains() -> RewardFunction:
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
         found = plain(text).casefold()
-        wanted = [normalise(one) for one in _references(answer)]
+        wanted = [normalise(one) for one in references(answer)]
         return _any([bool(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", found)) for one in wanted if one])
 
     return per_row("contains", score, "answer")
@@ -101,7 +96,7 @@ def yes_no() -> RewardFunction:
     """The answer agrees with the reference, which is yes or no (or true or false)."""
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
-        wanted = [read_yes_no(one) for one in _references(answer)]
+        wanted = [read_yes_no(one) for one in references(answer)]
         found = read_yes_no(extract_answer(text))
         return _any([None if one is None else found == one for one in wanted])
 
@@ -132,32 +127,30 @@ def numeric(relative: float = 1e-6, absolute: float = 1e-9) -> RewardFunction:
         return abs(value - wanted) <= max(absolute, relative * abs(wanted))
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
-        references = [found for one in _references(answer) if (found := number_alone(extract_answer(one)))]
         answer_text, marked = find_answer(text)
-        parsed = _read_numbers(answer_text, marked=marked)
-        if not parsed:
-            return _any([False] * len(references))
-        first = parsed[0]
+        found = _read_number(answer_text, marked=marked)
         hits = []
-        for wanted in references:
-            hit = near(first.value, wanted.value)
-            if first.percent and not wanted.percent:
-                hit = hit or near(first.value / 100, wanted.value)
-            elif wanted.percent and not first.percent:
-                hit = hit or near(first.value, wanted.value / 100)
+        for wanted in filter(None, (number_alone(extract_answer(one)) for one in references(answer))):
+            hit = found is not None and near(found.value, wanted.value)
+            if found is not None and found.percent != wanted.percent:
+                ours, theirs = (100 if number.percent else 1 for number in (found, wanted))
+                hit = hit or near(found.value / ours, wanted.value / theirs)
             hits.append(hit)
         return _any(hits)
 
     return per_row("numeric", score, "answer")
 
 
-def _read_numbers(text: str, *, marked: bool) -> list[ParsedNumber]:
-    """The numbers in an answer, starting with the one that counts."""
+def _read_number(text: str, *, marked: bool) -> ParsedNumber | None:
+    """The number in an answer that counts."""
     parts = re.split(EQUALS, text)
-    ending = numbers(re.sub(r"^\s*([-+\u2212\u2013])\s+(?=[\d.])", r"\1", parts[-1]) if marked else parts[-1])
-    if marked or (len(parts) > 1 and ending):
-        return ending or numbers(text)[::-1]
-    return ending[::-1]
+    ending = parts[-1]
+    if marked:
+        ending = re.sub(r"^\s*([-+\u2212\u2013])\s+(?=[\d.])", r"\1", ending)  # "the answer is - 3"
+    if found := numbers(ending):
+        return found[0] if marked or len(parts) > 1 else found[-1]
+    found = numbers(text) if marked else []
+    return found[-1] if found else None
 
 
 def choice() -> RewardFunction:
@@ -169,7 +162,7 @@ def choice() -> RewardFunction:
 
     def score(prompt: Any, text: str, answer: Any, choices: Any) -> float | None:
         options = read_options(prompt_text(prompt), choices)
-        wanted = [read_choice(extract_answer(one), options) for one in _references(answer)]
+        wanted = [read_choice(extract_answer(one), options) for one in references(answer)]
         found = read_choice(extract_answer(text), options)
         return _any([None if one is None else found == one for one in wanted])
 
@@ -259,7 +252,7 @@ def math(timeout: int | None = 5) -> RewardFunction:
             found = read(stated, seconds) if len(stated) <= LONGEST_FORMULA else []
         else:
             found = parse(stated[-4 * LONGEST_FORMULA :], parsing_timeout=seconds)
-        wanted = [read(extract_answer(one), seconds) for one in _references(answer)]
+        wanted = [read(extract_answer(one), seconds) for one in references(answer)]
         hits = [
             verify(one, found, timeout_seconds=seconds) if one and found else (False if one else None) for one in wanted
         ]
@@ -283,14 +276,13 @@ def format_of(pattern: str = "any", *, whole: bool = False) -> RewardFunction:
         whole: require the pattern to match the whole completion.
     """
     try:
-        wanted = [FORMATS[pattern]] if pattern in FORMATS else [re.compile(pattern, re.DOTALL)]
+        own = FORMATS.get(pattern) or re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
-    if pattern == "any":
-        wanted = list(FORMATS.values())
+    wanted = list(FORMATS.values()) if pattern == "any" else [own]
 
     def score(_prompt: Any, text: str) -> float | None:
-        if wanted[-1] is FORMATS["answer"] and text.count("<answer>") > 1:
+        if FORMATS["answer"] in wanted and text.count("<answer>") > 1:
             return 0.0
         return float(any(one.fullmatch(text.strip()) if whole else one.search(text) for one in wanted))
 
@@ -308,9 +300,9 @@ def pocket() -> RewardFunction:
     def score(_prompt: Any, text: str, task: Any, answer: Any) -> float | None:
         from vismem.pocket.tasks import score as score_pocket
 
-        return (
-            None if task is None else max((score_pocket(task, text, one) for one in _references(answer)), default=0.0)
-        )
+        if task is None:
+            return None
+        return max((score_pocket(task, text, one) for one in references(answer)), default=0.0)
 
     return per_row("pocket", score, "task", "answer")
 
