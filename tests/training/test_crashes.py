@@ -24,8 +24,6 @@ from vismem.training.checkpoints import (
     MANIFEST,
     DamagedCheckpointError,
     last_checkpoint,
-    newest_checkpoint,
-    put_in_place,
 )
 from vismem.training.rewards import RewardError
 from vismem.training.trainer import MemoryTrainer
@@ -178,38 +176,21 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(work, whole, st
     assert "checkpoint-3/optimizer.pt is damaged or missing" in capsys.readouterr().err
 
 
-def test_checkpoints_of_earlier_versions_resume_with_a_warning(work, stopped, tmp_path, caplog):
+def test_a_checkpoint_without_checksums_resumes_with_a_warning(work, stopped, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     for path in run.glob(f"checkpoint-*/{MANIFEST}"):
         path.unlink()
-    for path in run.glob("checkpoint-*/memory_state_0.pt"):
-        state = torch.load(path, weights_only=True)
-        del state["sums"]
-        torch.save(state, path)
     assert command(work, run, "--resume") == 0
     assert f"checkpoint-3 has no {MANIFEST}" in caplog.text
 
 
-def test_a_replaced_checkpoint_stays_on_disk_until_the_rename(tmp_path, monkeypatch):
-    for folder, text in ((tmp_path / "checkpoint-2", "old"), (tmp_path / "new", "new")):
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(text)
-    real = os.rename
-
-    def dying(source, target):
-        if Path(source).name == "new":
-            raise Killed
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", dying)
-        with pytest.raises(Killed):
-            put_in_place(tmp_path / "new", tmp_path / "checkpoint-2")
-    assert (newest_checkpoint(tmp_path) / "trainer_state.json").read_text() == "old"
-    put_in_place(tmp_path / "new", tmp_path / "checkpoint-2")
-    assert (newest_checkpoint(tmp_path) / "trainer_state.json").read_text() == "new"
-    assert os.listdir(tmp_path) == ["checkpoint-2"]
+def test_a_second_save_at_a_step_leaves_the_first(tmp_path):
+    trainer = train(equip("idefics3"), settings(tmp_path, save_strategy="steps", save_steps=1))
+    before = (tmp_path / "checkpoint-1" / MANIFEST).stat()
+    trainer._save_checkpoint(trainer.model, None)
+    assert (tmp_path / "checkpoint-1" / MANIFEST).stat() == before
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1") and not (tmp_path / ".partial").exists()
 
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"steps": 4}', "no memory", "no files", "other memory", "flipped"])
@@ -222,7 +203,7 @@ def test_done_counts_only_with_an_intact_result(work, whole, tmp_path, caplog, b
     if broken == "no memory":
         shutil.rmtree(run / "memory")
     elif broken == "other memory":
-        del record["files"]  # as earlier versions wrote it
+        del record["files"]
         done.write_text(json.dumps(record))
         (run / "memory" / "vismem_config.json").unlink()
     elif broken == "no files":

@@ -32,14 +32,14 @@ from transformers import TrainerState
 from vismem.data import BadDataError, Row, prompt_inputs
 from vismem.decoding.policies import Random
 from vismem.memory import Memory
-from vismem.training import experience, grpo, run, watch
+from vismem.training import experience, grpo, metrics, run
 from vismem.training.arguments import PRESETS, arguments_for, load_settings
 from vismem.training.checkpoints import last_checkpoint
 from vismem.training.replay import Learner, collate
-from vismem.training.reporting import reported_apart
 from vismem.training.rewards import RewardError
 from vismem.training.rollout import sampling, write
-from vismem.training.sampler import PromptSampler
+from vismem.training.rows import PromptSampler
+from vismem.training.run import reported_apart
 from vismem.training.trainer import MemoryTrainer, TrainingDivergedError
 
 __all__ = ["folder", "quick"]  # fixtures
@@ -103,10 +103,10 @@ def alike(completions, **columns) -> list[float]:
     ],
 )
 def test_a_run_that_learns_nothing_says_so(tmp_path, caplog, monkeypatch, stage, reward, config, said):
-    monkeypatch.setattr(watch, "PATIENCE", 2)
+    monkeypatch.setattr(metrics, "PATIENCE", 2)
     args = settings(tmp_path, stage, max_steps=3, penalty_coef=0.0, skip_solved=False)
     train(equip("idefics3", **config), args, reward=reward)
-    found = [record.getMessage() for record in caplog.records if record.name == watch.__name__]
+    found = [record.getMessage() for record in caplog.records if record.name == metrics.__name__]
     assert len(found) == (2 if said else 0), found
     for message, start in zip(found, ("warning: in the last 2 updates", "warning: in 3 of 3 updates"), strict=False):
         assert message.startswith(start) and said in message and "docs/training.md" in message

@@ -1,14 +1,14 @@
 """LoRA baselines: ordinary PEFT adapters on the base's language model, to compare memory with.
 
 The adapters are transformers' and peft's (`add_adapter`, `LoraConfig`). This module places them on the query and value
-projections of the language model, at the rank of the memory's own adapters, and saves and loads them. The trainer
-trains them by the plans in `stages.py`.
+projections of the language model, at the rank of the memory's own adapters, and saves and loads them.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -143,23 +143,14 @@ def find_adapter(folder: str | Path) -> str | Path:
     return found[0]
 
 
-def base_name(folder: str | Path) -> str:
-    """The name of the base that an adapter was made for.
-
-    Raises:
-        ValueError: if there is no adapter.
-    """
-    return str(read_config(folder).base_model_name_or_path or "")
-
-
 def read_config(folder: str | Path) -> LoraConfig:
     """Reads an adapter's config from a folder or the hub."""
     place = find_adapter(folder)
     try:
-        with TemporaryDirectory() as temporary:
-            if isinstance(place, Path):
-                (Path(temporary) / CONFIG_FILE).write_bytes(_config_of(place) or b"")
-            config = PeftConfig.from_pretrained(temporary if isinstance(place, Path) else place)
+        if isinstance(place, Path):
+            config = PeftConfig.from_peft_type(**json.loads(_config_of(place) or b""))
+        else:
+            config = PeftConfig.from_pretrained(place)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"no adapter {folder}: it cannot be read from a folder or the hub ({reason})") from error
