@@ -255,8 +255,8 @@ def training(
     """One update of a stage on one device.
 
     The base stays in its dtype, memory and token rows in float32; what is trained has AdamW's two moments and a copy of
-    its start (the KL reference). On top comes the larger of two peaks: the rollout of all `prompts * group_size` answers
-    at once (none in the warm-up), and the update of a micro-batch with its gradients.
+    its start (the KL reference). On top comes the larger of two peaks: the rollout of all `prompts * group_size`
+    answers at once (none in the warm-up), and the update of a micro-batch with its gradients.
     """
     from vismem.reading.heads import MOST_LOGITS
 
