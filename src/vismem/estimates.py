@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vismem.config import VisMemConfig
+from vismem.training.stages import PLANS, STAGES
 
 if TYPE_CHECKING:
     from vismem.backbones import Backbone
 
 FLOAT32 = 4
-TRAINED = {"warmup": ("builder", "short", "long"), "stage1": ("builder", "short", "long"), "stage2": ("tokens",)}
+TRAINED = {stage: PLANS[stage].trains for stage in STAGES}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from training_runs import equip, low, rows, settings, train
+from training_runs import Killed, equip, folder, killed_at, low, quick, rows, settings, train
 
 from vismem import VisMem, files
 from vismem.checkpoint import CARD_FILE, WEIGHTS_FILE
@@ -28,6 +27,7 @@ from vismem.training.checkpoints import (
 from vismem.training.rewards import RewardError
 from vismem.training.trainer import MemoryTrainer
 
+__all__ = ["folder", "quick"]  # fixtures
 CONFIG = {
     "preset": "pocket",
     "dtype": "float32",
@@ -46,54 +46,21 @@ CONFIG = {
 }
 
 
-class Killed(BaseException):
-    """Stands in for SIGKILL, which pytest would not survive."""
-
-
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """Files: a tiny base, data with line separators in its text, a reward and settings."""
-    found = tmp_path_factory.mktemp("work")
-    base, processor = tiny.base_and_processor("idefics3")
-    base.save_pretrained(found / "base")
-    processor.save_pretrained(found / "base")
-    lines = []
-    for i in range(4):
-        tiny.picture(i).save(found / f"{i}.png")
-        lines.append({"prompt": f"Row {i},\u2028\x85gold\x1c?", "images": [f"{i}.png"], "answer": "a red\u2029 cup"})
-    (found / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-    (found / "reward.py").write_text(
-        "def low(completion_ids, **columns):\n"
-        "    return [sum(t < 160 for t in ids) / max(len(ids), 1) for ids in completion_ids]\n"
-    )
-    own = {"base": str(found / "base"), "data": str(found / "data.jsonl"), "rewards": f"{found / 'reward.py'}:low"}
-    (found / "settings.yaml").write_text(json.dumps({**CONFIG, **own}))
-    return found
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    """Tiny models run fastest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def work(folder) -> Path:
+    """Files: a tiny base, a reward, settings, and data with line separators in its text."""
+    lines = [
+        {"prompt": f"Row {i},\u2028\x85gold\x1c?", "images": [f"{i}.png"], "answer": "a red\u2029 cup"}
+        for i in range(4)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    own = {"base": str(folder / "base"), "data": str(folder / "data.jsonl"), "rewards": f"{folder / 'reward.py'}:low"}
+    (folder / "settings.yaml").write_text(json.dumps({**CONFIG, **own}))
+    return folder
 
 
 def command(work: Path, out: Path, *more: str, stage: str = "stage1") -> int:
     return main(["train", stage, str(work / "settings.yaml"), f"output_dir={out}", *more])
-
-
-def killed_at(step: int, monkeypatch, method: str = "_save_rng_state"):
-    """Kills the trainer while it saves the checkpoint of that step."""
-    real = getattr(MemoryTrainer, method)
-
-    def dying(self, *given, **named):
-        if self.state.global_step == step:
-            raise Killed
-        return real(self, *given, **named)
-
-    monkeypatch.setattr(MemoryTrainer, method, dying)
 
 
 def without_times(log: list[dict]) -> list[dict]:

@@ -174,6 +174,16 @@ class MemoryTrainingArguments(TrainingArguments):
         """What the stage trains, and how."""
         return PLANS[self.stage]
 
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(str(self.output_dir))
+
+    @property
+    def result(self) -> Path:
+        """The folder of the memory or adapter that the stage makes."""
+        return self.folder / self.plan.result
+
     def memory_config(self) -> VisMemConfig:
         """The config of a new memory.
 

@@ -58,17 +58,12 @@ class CheckpointingTrainer(Trainer):
     start: dict[str, Tensor]  # the stage's initial parameters
     metrics: Metrics
     samples: Samples
-    numbers: set[Parameter]  # scalars, as `make_shardable` returns them
+    scalars: set[Parameter]  # as `make_shardable` returns them
     sampler: PromptSampler | None = None
 
     staging = ""  # folder of the checkpoint being written
     restored: dict[str, Any] | None = None  # sums from a checkpoint, until the loop starts
     started = earlier = 0.0  # start time in this process, and the seconds of earlier processes
-
-    @property
-    def run_folder(self) -> Path:
-        """`args.output_dir`."""
-        return Path(str(self.args.output_dir))
 
     @property
     def learner(self) -> Learner:
@@ -94,12 +89,12 @@ class CheckpointingTrainer(Trainer):
             DiskFullError: if there is no room; names the newest checkpoint.
             DamagedCheckpointError: if a file of the checkpoint is damaged.
         """
-        folder, main = self.run_folder, self.is_world_process_zero()
+        folder, main = self.args.folder, self.is_world_process_zero()
         with files.locked(folder) if main else contextlib.nullcontext():
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_checkpoint(folder)
             elif not resume_from_checkpoint:
-                self.refuse_old_run(folder)
+                self.refuse_old_run()
             step = 0
             if resume_from_checkpoint:
                 verify(Path(resume_from_checkpoint))
@@ -119,13 +114,13 @@ class CheckpointingTrainer(Trainer):
             finally:
                 self.learner.eval()
 
-    def refuse_old_run(self, folder: Path) -> None:
+    def refuse_old_run(self) -> None:
         """Raises ValueError if training from scratch would overwrite an earlier run."""
         if self.state.global_step:
             raise ValueError("this trainer has trained already: make a new one, with another output_dir")
-        if newest_checkpoint(folder) or (folder / self.args.plan.result).exists():
+        if newest_checkpoint(self.args.folder) or self.args.result.exists():
             raise ValueError(
-                f"{folder} holds a run already: continue it with train(resume_from_checkpoint=True), "
+                f"{self.args.folder} holds a run already: continue it with train(resume_from_checkpoint=True), "
                 "or choose another output_dir"
             )
 
@@ -140,7 +135,7 @@ class CheckpointingTrainer(Trainer):
         return self.staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name, target = f"checkpoint-{self.state.global_step}", self.run_folder
+        name, target = f"checkpoint-{self.state.global_step}", self.args.folder
         staging = target / ".partial"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -221,10 +216,10 @@ class CheckpointingTrainer(Trainer):
     def naming_checkpoint(self) -> Iterator[None]:
         """Adds the newest checkpoint to the error for a full disk."""
         try:
-            with files.disk_errors(self.run_folder):
+            with files.disk_errors(self.args.folder):
                 yield
         except files.DiskFullError as error:
-            last = newest_checkpoint(self.run_folder)
+            last = newest_checkpoint(self.args.folder)
             raise files.DiskFullError(
                 f"{error}; last good checkpoint: {last or 'none yet'}. Free some space and continue with --resume"
             ) from error
@@ -234,13 +229,13 @@ class CheckpointingTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
         else:
-            self.save_result(output_dir or self.run_folder / self.args.plan.result)
+            self.save_result(output_dir or self.args.result)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves the learner's weights for resuming, and the settings as JSON."""
         if not self.args.should_save:  # called on every process if parameters are sharded
             return
-        folder = Path(output_dir or self.run_folder)
+        folder = Path(output_dir or self.args.folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.learner.state_dict() if state_dict is None else state_dict
         weights = {n: t.detach().cpu().contiguous() for n, t in state.items()}
@@ -261,7 +256,7 @@ class CheckpointingTrainer(Trainer):
 
     def save_gathered(self, save: Callable[[Path], None], folder: str | Path) -> None:
         """Calls `save` on the main process, with sharded parameters gathered."""
-        with gathered(self.learner, self.numbers), self.naming_checkpoint():
+        with gathered(self.learner, self.scalars), self.naming_checkpoint():
             if self.args.should_save:
                 save(Path(folder))
         self.accelerator.wait_for_everyone()

@@ -67,13 +67,14 @@ class Metrics:
 
     def describe(self, rollouts: list[Rollout], delimiters: Container[int]) -> None:
         """Adds the lengths of the answers, and how often, where and with which kind they invoke memory."""
-        self.add("completions/mean_length", torch.tensor([int(rollout.sampled.sum()) for rollout in rollouts]))
         invocations = [rollout.invocations for rollout in rollouts]
-        self.add("invocations/rate", torch.tensor([len(found) for found in invocations]))
-        self.add("invocations/answers", torch.tensor([bool(found) for found in invocations]))
-        for kind in KINDS:
-            counts = [sum(i.kind == kind for i in found) for found in invocations]
-            self.add(f"invocations/{kind}", torch.tensor(counts))
+        for name, counts in {
+            "completions/mean_length": [int(rollout.sampled.sum()) for rollout in rollouts],
+            "invocations/rate": [len(found) for found in invocations],
+            "invocations/answers": [bool(found) for found in invocations],
+            **{f"invocations/{kind}": [sum(i.kind == kind for i in found) for found in invocations] for kind in KINDS},
+        }.items():
+            self.add(name, torch.tensor(counts))
         # An invocation may come at the start and after every delimiter; a sampled one took a delimiter's place.
         places = len(rollouts) + sum(token in delimiters for r in rollouts for token in r.tokens.tolist())
         sampled = sum(not i.forced for found in invocations for i in found)

@@ -31,8 +31,8 @@ def choose_precision(args: TrainingArguments, *, bf16: bool | None, dtype: str |
     """
     found: list[Any] = [None]
     if args.process_index == 0:
-        on_cpu, newest = args.device.type == "cpu", last_checkpoint(str(args.output_dir))
-        file = Path(newest or args.output_dir or "") / "training_args.json"
+        on_cpu, folder = args.device.type == "cpu", str(args.output_dir)
+        file = Path(last_checkpoint(folder) or folder) / "training_args.json"
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if bf16 is None and earlier:
             bf16 = bool(earlier["bf16"])

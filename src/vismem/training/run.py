@@ -56,12 +56,12 @@ def train(stage: str, layers: list[dict[str, Any]], *, resume: bool = False) -> 
         return run_stage(arguments_for(stage, layers), {}, resume=resume)
     first = arguments_for("stage1", layers)
     with locked(first):
-        return run_all(Path(str(first.output_dir)), layers, resume=resume)
+        return run_all(first.folder, layers, resume=resume)
 
 
 def locked(args: MemoryTrainingArguments) -> contextlib.AbstractContextManager[None]:
     """Locks the output folder against other runs; only the main process does so."""
-    return files.locked(str(args.output_dir)) if args.process_index == 0 else contextlib.nullcontext()
+    return files.locked(args.folder) if args.process_index == 0 else contextlib.nullcontext()
 
 
 def run_all(output: Path, layers: list[dict[str, Any]], *, resume: bool) -> Path:
@@ -75,7 +75,7 @@ def run_all(output: Path, layers: list[dict[str, Any]], *, resume: bool) -> Path
         if args.max_steps == 0:
             log.info("%s is skipped (max_steps=0)", name)
             continue
-        planned[name], memory = fixed, output / name / args.plan.result
+        planned[name], memory = fixed, args.result
         if not progress(args, resume=resume)[0]:
             load_checked_rows(args, rows)
     if memory is None:
@@ -87,32 +87,30 @@ def run_all(output: Path, layers: list[dict[str, Any]], *, resume: bool) -> Path
 
 def run_stage(args: MemoryTrainingArguments, rows: dict[str, Any], *, resume: bool) -> Path:
     """Trains one stage and returns the folder of its memory or adapter; `rows` are those already loaded."""
-    folder = Path(str(args.output_dir))
-    result = folder / args.plan.result
     with locked(args), advising(lambda: how_to_resume(args)):
         done, checkpoint = progress(args, resume=resume)
         if done:
-            log.info("%s is already done; its %s is in %s", args.stage, args.plan.result, result)
-            return result
+            log.info("%s is already done; its %s is in %s", args.stage, args.plan.result, args.result)
+            return args.result
         dataset = load_checked_rows(args, rows)
-        log.info("%s: %s", args.stage, folder)
+        log.info("%s: %s", args.stage, args.folder)
         set_seed(args.seed)  # for a new memory's initial weights
         model = load_model(args)
         trainer = MemoryTrainer(model, args, dataset)
         with reported_apart(args):
             trainer.train(resume_from_checkpoint=checkpoint or resume)
-        trainer.save_result(result)
+        trainer.save_result(args.result)
         if args.should_save:
             history = {"stage": args.stage, "seed": args.seed, "log": trainer.state.log_history}
             record = {"stage": args.stage, "steps": trainer.state.global_step, "base": args.base}
-            files.write_json(folder / "log.json", history, indent=0)
-            files.write_json(folder / DONE, {**record, "files": checksums(result)})
-    return result
+            files.write_json(args.folder / "log.json", history, indent=0)
+            files.write_json(args.folder / DONE, {**record, "files": checksums(args.result)})
+    return args.result
 
 
 def how_to_resume(args: MemoryTrainingArguments) -> str:
     """What `--resume` would do with a stage interrupted now."""
-    newest = newest_checkpoint(str(args.output_dir))
+    newest = newest_checkpoint(args.folder)
     if newest is None:
         return f"{args.stage} has no checkpoint yet, so --resume starts it again"
     return f"--resume continues {args.stage} from step {step_of(newest)} ({newest})"
@@ -160,7 +158,7 @@ def progress(args: MemoryTrainingArguments, *, resume: bool) -> tuple[bool, str 
         ValueError: if the folder holds a run of another stage, any run while `resume` is false, or only damaged
             checkpoints.
     """
-    folder = Path(str(args.output_dir))
+    folder = args.folder
     done, newest = folder / DONE, newest_checkpoint(folder)
     for record in (done, *([newest / "training_args.json"] if newest else [])):
         if read_stage(record) not in (None, args.stage):
@@ -168,7 +166,7 @@ def progress(args: MemoryTrainingArguments, *, resume: bool) -> tuple[bool, str 
     if not resume and (newest or done.exists()):
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another output_dir")
     if done.exists():
-        problem = check_done(done, folder / args.plan.result)
+        problem = check_done(done, args.result)
         if problem is None:
             return True, None
         log.warning("%s marks %s as done, but %s; training continues", done, args.stage, problem)

@@ -91,10 +91,10 @@ class MemoryTrainer(CheckpointingTrainer):
             model.base.to(args.device)
         if self.is_deepspeed_enabled:  # its engine steps at each backward, and an update has several
             raise ValueError("DeepSpeed is not supported; configs/fsdp2.yaml shards what is trained without it")
-        self.numbers = make_shardable(self.learner) if self.is_fsdp_enabled else set()
+        self.scalars = make_shardable(self.learner) if self.is_fsdp_enabled else set()
         self.kl = grpo.AdaptiveKL(args.kl_coef, args.target_kl, args.kl_horizon)
         self.start = {name: p.detach().clone() for name, p in self.trained()}
-        self.metrics, self.samples = Metrics(), Samples(str(args.output_dir))
+        self.metrics, self.samples = Metrics(), Samples(args.folder)
         self.watch = SignalWatch(self.accelerator.reduce)
         self.add_callback(self.watch)
         self.collector = None
@@ -355,7 +355,7 @@ class MemoryTrainer(CheckpointingTrainer):
 
     def diverged(self, what: str, rows: list[Row]) -> TrainingDivergedError:
         """The error that stops a run: what is not finite, for which rows, and the newest checkpoint."""
-        last = newest_checkpoint(self.run_folder)
+        last = newest_checkpoint(self.args.folder)
         return TrainingDivergedError(
             f"{what} at step {self.state.global_step}, rows "
             f"{', '.join(row.id for row in rows[:8])}; last good checkpoint: {last or 'none yet'}. "
