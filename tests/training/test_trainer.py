@@ -206,6 +206,15 @@ def test_the_coefficient_may_fall_only_after_the_warm_up(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_reference_is_the_start_or_the_base_alone(stage, tmp_path):
+    found = {}
+    for reference in ("start", "no_memory"):
+        done = train(equip("idefics3"), settings(tmp_path / reference, stage, reference=reference, max_new_tokens=16))
+        found[reference] = done.state.log_history[0]["kl"]
+    assert found["start"] == 0 and found["no_memory"] > 1e-5
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_the_gap_between_decode_and_replay_is_logged(stage, tmp_path, monkeypatch):
     def logged(folder, **changes) -> dict:
         done = train(equip("idefics3"), settings(tmp_path / folder, stage, **changes))

@@ -125,11 +125,7 @@ def _config_of(folder: Path) -> bytes | None:
 
 
 def find_adapter(folder: str | Path) -> str | Path:
-    """The folder of an adapter: `folder` itself, or the only one below it; a hub name is returned unchanged.
-
-    Raises:
-        ValueError: if the folder has no adapter, or several; names them.
-    """
+    """The folder of an adapter: `folder` itself, or the only one below it; a hub name is returned unchanged."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         return folder
@@ -152,7 +148,7 @@ def read_config(folder: str | Path) -> LoraConfig:
         else:
             config = PeftConfig.from_pretrained(place)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no adapter {folder}: it cannot be read from a folder or the hub ({reason})") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} is an adapter of type {config.peft_type.value}; only LoRA is supported")
@@ -201,10 +197,10 @@ def check_fit(state: dict[str, Tensor], base: PreTrainedModel, what: str) -> Non
     modules = dict(base.named_modules())
     for name, tensor in state.items():
         layer, _, part = name.partition(".lora_")
-        plain, side = modules.get(layer), ("in_features", 1) if part.startswith("A") else ("out_features", 0)
-        size = getattr(plain, side[0], None)
-        if size != tensor.shape[side[1]]:
-            found = f"that has {size} {side[0]}" if size else "which has no such linear layer"
+        side, axis = ("in_features", 1) if part.startswith("A") else ("out_features", 0)
+        size = getattr(modules.get(layer), side, None)
+        if size != tensor.shape[axis]:
+            found = f"that has {size} {side}" if size else "which has no such linear layer"
             raise ValueError(f"{what} does not fit {recorded_name(base) or type(base).__name__}: {layer}, {found}")
 
 

@@ -189,11 +189,7 @@ class CheckpointingTrainer(Trainer):
             self.restored = state["sums"]
 
     def restore_sums(self, started: float) -> None:
-        """Restores the sums behind the next log and `train_loss` from a checkpoint.
-
-        Args:
-            started: when the Trainer started in this process and reset its sums, in seconds.
-        """
+        """Restores a checkpoint's sums, once the Trainer has reset its own at `started` (in seconds)."""
         self.started = started
         if self.restored is None:
             return
@@ -284,11 +280,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Verifies a checkpoint's checksums; one without checksums passes with a warning.
-
-    Raises:
-        DamagedCheckpointError: if a file is missing or differs; names it.
-    """
+    """Raises DamagedCheckpointError if a checkpoint's file is missing or differs; without checksums, only warns."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         log.warning("%s has no %s, so damage cannot be detected", folder, MANIFEST)
@@ -324,9 +316,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """A run's newest intact checkpoint, or None if there is no checkpoint.
-
-    Skips damaged ones with a warning that names the file.
+    """A run's newest intact checkpoint, or None if it has no checkpoint; warns of the damaged ones that it skips.
 
     Raises:
         DamagedCheckpointError: if there are checkpoints and all of them are damaged.

@@ -194,13 +194,7 @@ def check_done(done: Path, result: Path) -> str | None:
 def load_checked_rows(args: MemoryTrainingArguments, loaded: dict[str, Any]) -> Any:
     """Loads a stage's rows after checking its rewards, and reads the first row.
 
-    Args:
-        args: of the stage.
-        loaded: rows already loaded, by their settings; stages with the same data settings share them.
-
-    Raises:
-        ValueError: if there is no data, a reward is unknown or needs a missing package, or the data cannot be read or
-            has no good row.
+    `loaded` are the rows loaded so far, by their settings: stages with the same data share them.
     """
     if not args.plan.supervised:
         load_rewards(args.rewards)

@@ -65,10 +65,14 @@ def per_row(
     return reward
 
 
-def _any(hits: Sequence[bool | None]) -> float | None:
-    """1.0 if any reference matches, None if none can be compared."""
-    known = [hit for hit in hits if hit is not None]
-    return float(any(known)) if known else None
+def _any(hits: Sequence[bool]) -> float | None:
+    """1.0 if any reference matches, None if there is none to compare with."""
+    return float(any(hits)) if hits else None
+
+
+def _holds(text: str, words: str) -> bool:
+    """Whether a text contains some words, and not just as parts of longer ones."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 def exact() -> RewardFunction:
@@ -86,8 +90,7 @@ def contains() -> RewardFunction:
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
         found = plain(text).casefold()
-        wanted = [normalise(one) for one in references(answer)]
-        return _any([bool(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", found)) for one in wanted if one])
+        return _any([_holds(found, one) for one in map(normalise, references(answer)) if one])
 
     return per_row("contains", score, "answer")
 
@@ -96,9 +99,8 @@ def yes_no() -> RewardFunction:
     """The answer agrees with the reference, which is yes or no (or true or false)."""
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
-        wanted = [read_yes_no(one) for one in references(answer)]
         found = read_yes_no(extract_answer(text))
-        return _any([None if one is None else found == one for one in wanted])
+        return _any([found == one for one in map(read_yes_no, references(answer)) if one is not None])
 
     return per_row("yes_no", score, "answer")
 
@@ -162,9 +164,8 @@ def choice() -> RewardFunction:
 
     def score(prompt: Any, text: str, answer: Any, choices: Any) -> float | None:
         options = read_options(prompt_text(prompt), choices)
-        wanted = [read_choice(extract_answer(one), options) for one in references(answer)]
-        found = read_choice(extract_answer(text), options)
-        return _any([None if one is None else found == one for one in wanted])
+        found, *wanted = (read_choice(extract_answer(one), options) for one in (text, *references(answer)))
+        return _any([found == one for one in wanted if one is not None])
 
     return per_row("choice", score, "answer", optional=["choices"])
 
@@ -174,15 +175,12 @@ def read_options(prompt: str, choices: Any = None) -> dict[str, str]:
     if isinstance(choices, Mapping):
         named = {str(key).strip(" ().:").upper(): str(value) for key, value in choices.items() if value is not None}
         if {"TEXT", "LABEL"} <= set(named):  # the layout of ARC
-            return {
-                str(label).upper(): str(text) for label, text in zip(choices["label"], choices["text"], strict=True)
-            }
+            pairs = zip(choices["label"], choices["text"], strict=True)
+            return {str(label).upper(): str(text) for label, text in pairs}
         return named
     if isinstance(choices, (list, tuple)) and choices:
-        texts = [
-            re.sub(rf"^\s*\(?{letter}[.):]\s*", "", str(one)) for letter, one in zip(LETTERS, choices, strict=False)
-        ]
-        return dict(zip(LETTERS, texts, strict=False))
+        pairs = zip(LETTERS, map(str, choices), strict=False)
+        return {letter: re.sub(rf"^\s*\(?{letter}[.):]\s*", "", text) for letter, text in pairs}
     lines = re.findall(r"^[\s*-]*[(\[]?([A-Z])[)\].:][\s*]*(\S.*?)\s*$", prompt, re.MULTILINE)
     inline = re.findall(r"\(([A-Z])\)\s*(.*?)[\s,;]*(?=\([A-Z]\)|$)", prompt, re.DOTALL)
     for found in (lines, inline):
@@ -212,17 +210,14 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
     if lead and _known(lead.group(1) or lead.group(2), options):
         return (lead.group(1) or lead.group(2)).upper()
     said = normalise(text)
-    inside = {
-        letter for letter, option in texts.items() if option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", said)
-    }
+    inside = {letter for letter, option in texts.items() if option and _holds(said, option)}
     inside = {one for one in inside if not any(one != other and texts[one] in texts[other] for other in inside)}
     if len(inside) == 1:
         return inside.pop()
     named = re.findall(
         r"\(([A-Za-z])\)|\b(?:option|choice)\s+([A-Za-z])\b|(?<![\w'])([B-HJ-Z])(?![\w'])|\bis\s+([AI])\W*$", text
     )
-    letters = {"".join(found).upper() for found in named}
-    letters = {letter for letter in letters if _known(letter, options)}
+    letters = {letter for found in named if _known(letter := "".join(found).upper(), options)}
     return letters.pop() if len(letters) == 1 and not inside else None
 
 
@@ -253,10 +248,7 @@ def math(timeout: int | None = 5) -> RewardFunction:
         else:
             found = parse(stated[-4 * LONGEST_FORMULA :], parsing_timeout=seconds)
         wanted = [read(extract_answer(one), seconds) for one in references(answer)]
-        hits = [
-            verify(one, found, timeout_seconds=seconds) if one and found else (False if one else None) for one in wanted
-        ]
-        return _any(hits)
+        return _any([bool(found) and verify(one, found, timeout_seconds=seconds) for one in wanted if one])
 
     return per_row("math", score, "answer")
 
