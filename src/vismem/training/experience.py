@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vismem.data import Row, prompt_inputs, reward_columns
 from vismem.decoding.policies import Policy, Random
-from vismem.decoding.prepare import check_length
 from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
 from vismem.training import grpo
@@ -172,9 +171,6 @@ def inputs_of(model: VisMem, rows: list[Row]) -> dict[str, Tensor]:
     """The processor's output for the prompts, on the base's device and in its dtype.
 
     Raises:
-        ValueError: if a row cannot be encoded, or its prompt is longer than the base's context; names the row.
+        ValueError: if a row cannot be encoded; names the rows.
     """
-    found = prompt_inputs(model.processor, rows)
-    for row, length in zip(rows, found["attention_mask"].sum(1).tolist(), strict=True):
-        check_length(model.base, length, f"the prompt of {row.id}")
-    return model.move_inputs(found)
+    return model.move_inputs(prompt_inputs(model.processor, rows))

@@ -7,7 +7,6 @@ the next one. Rows and order depend on data and seed alone, so resumed runs and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -15,8 +14,6 @@ from torch.utils.data import Sampler
 
 from vismem.data import BadRowError, Row, Rows, StreamingRows, load_dataset_rows, row_inputs
 from vismem.data.batches import placeholders_of
-from vismem.decoding.prepare import context_of
-from vismem.model import VisMem
 from vismem.training.arguments import MemoryTrainingArguments
 
 
@@ -42,11 +39,6 @@ def load_rows(args: MemoryTrainingArguments, source: Any = None) -> Rows | Strea
         limit=args.max_rows,
         columns=args.columns,
     )
-
-
-def check_rows(rows: Rows | StreamingRows, args: MemoryTrainingArguments, model: VisMem) -> Rows | StreamingRows:
-    """The same rows; those that the model cannot read, or whose reply has an image token, are bad."""
-    return rows.checked(partial(check_row, model.processor, context_of(model.base), supervised=args.plan.supervised))
 
 
 def check_row(processor: Any, context: int, row: Row, *, supervised: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from transformers import Trainer
 
 from vismem.data import Row
 from vismem.decoding.output import NonFiniteError
+from vismem.decoding.prepare import context_of
 from vismem.model import VisMem
 from vismem.training import grpo
 from vismem.training.arguments import NO_EVALUATION, MemoryTrainingArguments
@@ -28,7 +30,7 @@ from vismem.training.experience import Collector, Experience, inputs_of
 from vismem.training.metrics import Metrics, Samples, SignalWatch
 from vismem.training.replay import Learner, collate, decoded_log_probs, without_memory
 from vismem.training.rewards import load_rewards
-from vismem.training.rows import PromptSampler, check_rows, load_rows
+from vismem.training.rows import PromptSampler, check_row, load_rows
 from vismem.training.sharding import make_shardable, whole
 from vismem.training.supervised import supervised_batch
 
@@ -75,7 +77,8 @@ class MemoryTrainer(CheckpointingTrainer):
                 raise ValueError(NO_EVALUATION if name in EVALUATION else own)
         if train_dataset is None:
             raise ValueError("MemoryTrainer needs a train_dataset: a file's name, a datasets.Dataset, a list, or rows")
-        rows = check_rows(load_rows(args, train_dataset), args, model)
+        check = partial(check_row, model.processor, context_of(model.base), supervised=args.plan.supervised)
+        rows = load_rows(args, train_dataset).checked(check)
         model.memory.float()
         model.tokens.float()
         model.base.requires_grad_(False)
