@@ -53,7 +53,7 @@ class Learner(nn.Module):
 
 
 def collate(
-    prompts: dict[str, Tensor], rollouts: list[Rollout], pad: int, temperature: float, *, formed: bool
+    prompts: dict[str, Tensor], rollouts: list[Rollout], pad: int, temperature: float, *, formed: bool | None
 ) -> dict[str, Any]:
     """Prompts and their rollouts as arguments of `VisMem.forward`.
 
@@ -62,35 +62,30 @@ def collate(
         rollouts: n per prompt, those of one prompt adjacent.
         pad: the padding id.
         temperature: of the rollouts' sampling.
-        formed: pass the memories that decoding formed; else the observed states, to form them again.
+        formed: pass the memories that decoding formed; if False the observed states, to form them again; if None
+            neither, as none were recorded.
     """
-    copies, device = len(rollouts) // len(prompts["input_ids"]), prompts["input_ids"].device
-    start = prompts["input_ids"].shape[1]
+    copies = len(rollouts) // len(prompts["input_ids"])
+    ids, mask = (prompts[name].repeat_interleave(copies, 0) for name in ("input_ids", "attention_mask"))
+    unsampled = torch.zeros_like(ids, dtype=torch.bool)
 
-    def answers(name: str, value: float) -> Tensor:
-        rows = [getattr(rollout, name) for rollout in rollouts]
-        return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+    def with_answers(before: Tensor, answers: list[Tensor], padding: float = 0) -> Tensor:
+        return torch.cat([before, pad_sequence(answers, True, padding).to(before.device)], 1)
 
-    tokens, real = answers("tokens", pad), pad_sequence([torch.ones_like(r.tokens) for r in rollouts], True)
-    ids = torch.cat([prompts["input_ids"].repeat_interleave(copies, 0), tokens], 1)
-    mask = torch.cat([prompts["attention_mask"].repeat_interleave(copies, 0), real.to(device)], 1)
-    before = torch.zeros(len(ids), start, dtype=torch.bool, device=device)
-    sampled = torch.cat([before, answers("sampled", False)], 1)
-    allowed = torch.cat([before[..., None].expand(-1, -1, 2), answers("allowed", False)], 1)
-    given: dict[str, Any] = {"states": [[i.states for i in r.invocations] for r in rollouts]}
-    if formed:
-        given = {"memories": [[i.memory for i in r.invocations] for r in rollouts]}
-    rest = {name: value for name, value in prompts.items() if name not in ("input_ids", "attention_mask")}
+    given: dict[str, Any] = {}
+    if formed is not None:
+        name, field = ("memories", "memory") if formed else ("states", "states")
+        given[name] = [[getattr(i, field) for i in rollout.invocations] for rollout in rollouts]
     return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "prompt_length": start,
+        "input_ids": with_answers(ids, [r.tokens for r in rollouts], pad),
+        "attention_mask": with_answers(mask, [torch.ones_like(r.tokens) for r in rollouts]),
+        "prompt_length": ids.shape[1],
         "copies": copies,
-        "sampled": sampled,
-        "allowed": allowed,
+        "sampled": with_answers(unsampled, [r.sampled for r in rollouts]),
+        "allowed": with_answers(unsampled[..., None].expand(-1, -1, 2), [r.allowed for r in rollouts]),
         "temperature": temperature,
         **given,
-        **rest,
+        **{name: value for name, value in prompts.items() if name not in ("input_ids", "attention_mask")},
     }
 
 
@@ -117,15 +112,16 @@ def without_memory(inputs: dict[str, Any], tokens: Tensor) -> tuple[dict[str, An
         Arguments of `VisMem.forward`, and for each of their positions the original one [n, L]. Sampled invocation
         tokens have no counterpart.
     """
-    ids, start = inputs["input_ids"], inputs["prompt_length"]
+    ids = inputs["input_ids"]
     word = ~torch.isin(ids, tokens)
-    word[:, :start] = True
+    word[:, : inputs["prompt_length"]] = True
     order = torch.argsort(~word, dim=1, stable=True)  # words first, in their order
-    moved = {name: inputs[name].gather(1, order) for name in ("input_ids", "sampled")}
     left = word.gather(1, order)
-    mask = inputs["attention_mask"].gather(1, order) * left
-    allowed = torch.zeros_like(inputs["allowed"])
-    rest = {name: value for name, value in inputs.items() if name not in ("states", "memories")}
-    changed = {**rest, **moved, "sampled": moved["sampled"] & left, "attention_mask": mask, "allowed": allowed}
-    changed["input_ids"] = moved["input_ids"].masked_fill(~left, int(ids[0, 0]))
-    return {**changed, "memories": [[] for _ in ids]}, order
+    changed = {
+        "input_ids": ids.gather(1, order).masked_fill(~left, int(ids[0, 0])),
+        "sampled": inputs["sampled"].gather(1, order) & left,
+        "attention_mask": inputs["attention_mask"].gather(1, order) * left,
+        "allowed": torch.zeros_like(inputs["allowed"]),
+        "memories": [[] for _ in ids],
+    }
+    return {name: value for name, value in inputs.items() if name != "states"} | changed, order
