@@ -1,8 +1,7 @@
 """Estimated peak memory of a base with a latent memory: for answering, and for each stage of training.
 
 Every estimate is a sum of named parts in bytes. Attention is taken as fused (no score matrix is kept); the allocator's
-overhead and the CUDA context are not counted. `docs/speed.md` has the formulas in one place, and how they compare with
-measurements.
+overhead and the CUDA context are not counted. `docs/speed.md` explains the parts and compares them with measurements.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vismem.config import VisMemConfig
+from vismem.training.stages import PLANS, STAGES
 
 if TYPE_CHECKING:
     from vismem.backbones import Backbone
 
 FLOAT32 = 4
-TRAINED = {"warmup": ("builder", "short", "long"), "stage1": ("builder", "short", "long"), "stage2": ("tokens",)}
+TRAINED = {stage: PLANS[stage].trains for stage in STAGES}
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything about a base that the estimates depend on.
-
-    Args:
-        family: `config.model_type`.
-        language, tower: its two models.
-        parameters: of the whole base.
-    """
+    """Everything about a base that the estimates depend on; the family is its `model_type`."""
 
     family: str
     language: Language
@@ -130,11 +124,11 @@ class Load:
         return -(-self.answer_tokens // (self.invocations + 1))
 
 
-# The parts, in bytes.
+# The parts, in bytes; `each` is the size of one number.
 
 
 def cache(shape: Shape, rows: int, columns: int, each: int) -> int:
-    """Keys and values of the language model: `rows * columns * layers * 2 * kv_heads * head_dim` numbers."""
+    """Keys and values of the language model."""
     language = shape.language
     return rows * columns * language.layers * 2 * language.kv_heads * language.head_dim * each
 
@@ -145,33 +139,40 @@ def patches_of(shape: Shape, load: Load) -> int:
 
 
 def patch_cache(shape: Shape, images: int, load: Load) -> int:
-    """The short-term former's keys and values of every patch: `images * patches * blocks * 2 * d_vision` numbers."""
+    """The short-term former's keys and values of every patch."""
     return images * patches_of(shape, load) * shape.tower.layers * 2 * shape.tower.width * load.bytes_each
+
+
+def gated_inner(tower: Tower) -> int:
+    """Vectors of the MLP's width that a block of the tower holds."""
+    return (3 if tower.gated else 2) * tower.inner
 
 
 def reading(shape: Shape, rows: int, load: Load) -> int:
     """Peak of reading prompts without gradient: one layer of the language model or one block of the tower.
 
-    A layer of the language model holds `3 d + 3 inner` numbers at each position: its input, the states and their
-    norm, and three of the MLP's. A block of the tower holds the same at each patch (2 inner where the MLP is not
-    gated). Visual states [y, d] are kept as well.
+    Either holds three vectors of its width (input, states, norm) and those of its MLP; visual states are kept as well.
     """
     language, tower = shape.language, shape.tower
     words = load.prompt * 3 * (language.hidden + language.inner)
-    patches = patches_of(shape, load) * (3 * tower.width + (3 if tower.gated else 2) * tower.inner)
+    patches = patches_of(shape, load) * (3 * tower.width + gated_inner(tower))
     return rows * (max(words, patches) + load.visual_tokens * language.hidden) * load.bytes_each
+
+
+def building(shape: Shape, config: VisMemConfig, load: Load, widths: int) -> tuple[int, int]:
+    """Numbers that the query builder holds for a query, `widths` vectors of its inner width a state, and its mask."""
+    states, hidden = load.visual_tokens + load.segment + config.query_length, shape.language.hidden
+    return states * (2 * hidden + widths * config.inner_width(hidden)), states**2
 
 
 def forming(shape: Shape, config: VisMemConfig, rows: int, load: Load, each: int) -> int:
     """Peak of forming memory without gradient for `rows` rows at once: the builder, or the short-term former.
 
-    The builder holds `2 d + 13 width` numbers of `each` bytes at each state that it reads, and its mask; the former
-    holds one block's keys and values of all patches, twice while they are concatenated.
+    The former holds one block's keys and values of all patches, twice while they are concatenated.
     """
-    held = load.visual_tokens + load.segment + config.query_length
-    builder = held * (2 * shape.language.hidden + 13 * config.inner_width(shape.language.hidden)) * each + held**2
+    numbers, mask = building(shape, config, load, 13)
     short = 2 * patches_of(shape, load) * 2 * shape.tower.width * load.bytes_each
-    return rows * max(builder, short)
+    return rows * max(numbers * each + mask, short)
 
 
 def logits(shape: Shape, tokens: int, load: Load) -> int:
@@ -180,7 +181,7 @@ def logits(shape: Shape, tokens: int, load: Load) -> int:
 
 
 def layer_activations(shape: Shape, load: Load) -> int:
-    """Bytes that one frozen layer of the language model keeps for the backward pass at each position.
+    """What one frozen layer of the language model keeps for the backward pass at each position.
 
     Frozen linear layers keep nothing. Norms keep their input in float32 (two of width d, plus query and key norms where
     the family has them), attention its query and output, the MLP three vectors of its width.
@@ -192,16 +193,14 @@ def layer_activations(shape: Shape, load: Load) -> int:
 
 
 def seen_keys(shape: Shape, load: Load) -> int:
-    """Bytes of keys and values that attention keeps for one layer and position: one of each per query head."""
+    """Keys and values that attention keeps for one layer and position: one of each per query head."""
     return 2 * shape.language.heads * shape.language.head_dim * load.bytes_each
 
 
 def replay(shape: Shape, config: VisMemConfig, rows: int, load: Load, *, checkpointing: bool) -> dict[str, int]:
     """Reading `rows` answers with gradient, after reading their prompts without.
 
-    The prompts' keys and values are held for every row. Each layer keeps its activations at the answer's E positions
-    and the keys and values of all P + E; with checkpointing only its input, plus one layer's activations while they
-    are recomputed.
+    With checkpointing a layer keeps only its input, and one layer's activations come on top while they are recomputed.
     """
     language, answer = shape.language, load.written(config)
     layer = rows * (answer * layer_activations(shape, load) + (load.prompt + answer) * seen_keys(shape, load))
@@ -216,25 +215,22 @@ def replay(shape: Shape, config: VisMemConfig, rows: int, load: Load, *, checkpo
 def formation(shape: Shape, config: VisMemConfig, rows: int, images: int, load: Load, *, checkpointing: bool) -> int:
     """Forming all memories of `rows` answers with gradient.
 
-    Four things are kept: the tower's activations at every patch of `images` prompts (with checkpointing the blocks'
-    inputs and one block's activations), and its keys and values; for each short-term invocation every block's keys and
-    values of all patches, copied beside its own; for each long-term one the language model's activations over segment,
-    query and memory; for each invocation the builder's, in float32: `2 d + 21 width` numbers at each state it reads,
-    and its masks. Checkpointing does not affect the last three.
+    Kept are: the tower's activations at every patch of `images` prompts (with checkpointing the blocks' inputs and one
+    block's activations), and its keys and values; those of all patches again for each short-term invocation, beside its
+    own; for each long-term one the language model's activations over segment, query and memory; and for each invocation
+    the builder's, in float32.
     """
-    language, tower, each = shape.language, shape.tower, load.bytes_each
+    tower, each = shape.tower, load.bytes_each
     patches, each_kind = patches_of(shape, load), rows * load.invocations / 2
-    norms = 2 * tower.width * (FLOAT32 if tower.gated else each)
-    block = norms + (6 * tower.width + (3 if tower.gated else 2) * tower.inner) * each
+    block = 2 * tower.width * (FLOAT32 if tower.gated else each) + (6 * tower.width + gated_inner(tower)) * each
     seen = tower.layers * tower.width * each + block if checkpointing else tower.layers * block
     encode = images * patches * seen + patch_cache(shape, images, load)
     own = config.query_length + config.short_length * tower.merge**2
     short = tower.layers * ((patches + own) * 2 * tower.width * each + own * block)
     recalled = load.segment + config.query_length + config.long_length
-    long = language.layers * recalled * (layer_activations(shape, load) + seen_keys(shape, load))
-    held = load.visual_tokens + load.segment + config.query_length
-    build = held * (2 * language.hidden + 21 * config.inner_width(shape.language.hidden)) * FLOAT32 + held**2
-    return round(encode + each_kind * (short + long + 2 * build))
+    long = shape.language.layers * recalled * (layer_activations(shape, load) + seen_keys(shape, load))
+    numbers, mask = building(shape, config, load, 21)
+    return round(encode + each_kind * (short + long + 2 * (numbers * FLOAT32 + mask)))
 
 
 # The estimates.
@@ -259,9 +255,9 @@ def training(
 ) -> dict[str, Any]:
     """One update of a stage on one device.
 
-    The base stays in its dtype. The memory and the token rows are kept in float32; the trained part also has AdamW's
-    two moments and a copy of its start (the KL reference). On top comes the larger of two peaks: the rollout of all
-    `prompts * group_size` answers at once (none in the warm-up), and the update of a micro-batch with its gradients.
+    The base stays in its dtype, memory and token rows in float32; what is trained has AdamW's two moments and a copy of
+    its start (the KL reference). On top comes the larger of two peaks: the rollout of all `prompts * group_size`
+    answers at once (none in the warm-up), and the update of a micro-batch with its gradients.
     """
     from vismem.reading.heads import MOST_LOGITS
 
@@ -273,9 +269,10 @@ def training(
         "optimizer": 2 * trained * FLOAT32,
         "start": trained * FLOAT32,
     }
-    update = {"gradients": trained * FLOAT32} | replay(
-        shape, config, load.micro_batch, load, checkpointing=checkpointing
-    )
+    update = {
+        "gradients": trained * FLOAT32,
+        **replay(shape, config, load.micro_batch, load, checkpointing=checkpointing),
+    }
     images = load.micro_batch if stage == "warmup" else -(-load.micro_batch // load.group_size)
     if stage != "stage2":
         update["formation"] = formation(shape, config, load.micro_batch, images, load, checkpointing=checkpointing)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,15 +16,12 @@ from transformers import TrainerCallback
 from vismem.cli import main
 from vismem.data import Row
 from vismem.training.arguments import MemoryTrainingArguments
+from vismem.training.checkpoints import last_checkpoint
 from vismem.training.replay import Learner
 from vismem.training.trainer import MemoryTrainer
 
 STAGES = ("warmup", "stage1", "stage2")
-
-
 QUESTIONS = ("What is on the table?", "look again!", "Describe the image: it is bright;")
-
-
 PARTS = ("builder", "short", "long", "tokens")
 
 
@@ -85,6 +84,41 @@ def train(model, args, data=None, reward=low, resume=None, callbacks=None) -> Me
     found = MemoryTrainer(model, args, rows() if data is None else data, reward, callbacks=callbacks)
     found.train(resume_from_checkpoint=resume)
     return found
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL, which pytest would not survive."""
+
+
+def killed_at(step: int, patch: pytest.MonkeyPatch, method: str = "_save_rng_state") -> None:
+    """Kills trainers from now on at a step: by default in the middle of writing its checkpoint."""
+    real = getattr(MemoryTrainer, method)
+
+    def dying(self, *given, **named):
+        if self.state.global_step == step:
+            raise Killed
+        return real(self, *given, **named)
+
+    patch.setattr(MemoryTrainer, method, dying)
+
+
+def whole_and_resumed(folder: Path, stage: str, fresh: Callable[[], Any], **changes) -> tuple[Any, Any]:
+    """A model trained for six steps, and one whose run was killed in the last and resumed from step 4.
+
+    Six rows in batches of two: step 4 is in the middle of the second epoch (with two inner iterations, of the first).
+    """
+    plan = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3, "logging_steps": 2}
+    plan |= {"lr_scheduler_type": "cosine", "warmup_steps": 1, "max_new_tokens": 6, **changes}
+    train(whole := fresh(), settings(folder / "whole", stage, **plan), rows(6))
+    cut = folder / "cut"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_at(6, patch)
+        train(fresh(), settings(cut, stage, **plan), rows(6))
+    assert sorted(path.name for path in cut.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert last_checkpoint(cut) == str(cut / "checkpoint-4")
+    train(again := fresh(), settings(cut, stage, **plan), rows(6), resume=last_checkpoint(cut))
+    assert not (cut / ".partial").exists() and (cut / "checkpoint-6").is_dir()
+    return whole, again
 
 
 def weights(model) -> dict[str, torch.Tensor]:

@@ -38,8 +38,8 @@ def test_new_names_do_not_warn():
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("vismem.serving.engine", "Ask", "EngineRequest"),
-        ("vismem.serving.events", "Delta", "TextDelta"),
+        ("vismem.serving.engine", "Ask", "ChatRequest"),
+        ("vismem.serving.engine", "EngineRequest", "ChatRequest"),
         ("vismem.serving.prompts", "marks_of", "reserved_texts"),
         ("vismem.serving.worker", "Closed", "WorkerClosedError"),
         ("vismem.serving.worker", "Full", "QueueFullError"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ pytest.importorskip("httpx")
 
 from image_requests import KINDS, fetched, refused, uri
 
-from vismem.serving import pictures as module
+from vismem.serving import addresses as module
 from vismem.serving.addresses import is_public, read_hosts, read_url
 from vismem.serving.pictures import PictureLimits, Pictures
 
@@ -184,7 +183,7 @@ def test_addresses_that_are_taken() -> None:
     "host", ["", "*", "*.", "a b", "ftp://a.org", "a.org/", "a.org:0", "a.org:x", "a.org:70000", "::1", "b@a.org"]
 )
 def test_a_host_written_wrongly_is_found_out_at_the_start(host: str) -> None:
-    with pytest.raises(ValueError, match="no host to fetch images from"):
+    with pytest.raises(ValueError, match="is not an image host"):
         PictureLimits(hosts=("a.example.org", host))
 
 
@@ -243,19 +242,21 @@ def web() -> Iterator[Web]:
         yield found
 
 
-def fetch(web: Web, *paths: str, found: tuple[str, ...] = ("127.0.0.1",), **settings: object) -> list[bytes]:
-    """Fetches from the test's server, whose name leads to loopback, which alone is permitted besides what is public."""
+def fetch(web: Web, *paths: str, find=None, found: tuple[str, ...] = ("127.0.0.1",), **settings: object) -> list[bytes]:
+    """Fetches from the test's server, whose name leads to 127.0.0.1, which here counts as public."""
     looked_up: list[str] = []
 
-    async def find(host: str, port: int) -> list[str]:
+    async def resolve(host: str, port: int) -> list[str]:
         looked_up.append(host)
         return list(found)
 
     limits = PictureLimits(
         **{"size": 50_000, "hosts": (f"http://{HOST}:{web.port}", f"{HOST}:{web.port}"), "timeout": 10.0, **settings}
     )
-    pictures = Pictures(limits, find=find, permitted=lambda ip: ip == ipaddress.ip_address("127.0.0.1"))
-    files = asyncio.run(pictures.fetch([path if ":" in path else web.url(path) for path in paths]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "resolve", find or resolve)
+        patch.setattr(module, "is_public", lambda ip: str(ip) == "127.0.0.1")
+        files = asyncio.run(Pictures(limits).fetch([path if ":" in path else web.url(path) for path in paths]))
     assert set(looked_up) <= {HOST}
     return files
 
@@ -285,9 +286,7 @@ def test_a_name_is_looked_up_once_and_every_address_must_be_public(web: Web) -> 
     async def find(host: str, port: int) -> list[str]:
         return next(answers)
 
-    limits = PictureLimits(hosts=(f"http://{HOST}:{web.port}", f"{HOST}:{web.port}"))
-    pictures = Pictures(limits, find=find, permitted=lambda ip: str(ip) == "127.0.0.1")
-    assert asyncio.run(pictures.fetch([web.url("/a")])) == [b"file"]
+    assert fetch(web, "/a", find=find) == [b"file"]
 
 
 def test_private_addresses_are_refused_whatever_is_allowed(web: Web) -> None:
@@ -335,10 +334,9 @@ def test_a_redirect_whose_name_leads_inside_is_refused(web: Web) -> None:
     async def find(host: str, port: int) -> list[str]:
         return ["127.0.0.1"] if host == HOST else ["127.0.0.2"]
 
-    limits = PictureLimits(hosts=(f"http://{HOST}:{web.port}", f"http://inner.example.org:{web.port}"))
-    pictures = Pictures(limits, find=find, permitted=lambda ip: str(ip) == "127.0.0.1")
+    hosts = (f"http://{HOST}:{web.port}", f"http://inner.example.org:{web.port}")
     with refused(403, "not public"):
-        asyncio.run(pictures.fetch([web.url("/a")]))
+        fetch(web, "/a", find=find, hosts=hosts)
     assert [path for path, _ in web.asked] == ["/a"]
 
 
@@ -373,9 +371,8 @@ def test_a_name_server_that_does_not_answer_is_given_up(web: Web) -> None:
         await asyncio.sleep(60)
         return []
 
-    limits = PictureLimits(hosts=(f"http://{HOST}:{web.port}", f"{HOST}:{web.port}"), timeout=0.1)
     with refused(400, "within 0.1 seconds"):
-        asyncio.run(Pictures(limits, find=find).fetch([web.url("/a")]))
+        fetch(web, "/a", find=find, timeout=0.1)
 
 
 def test_a_secure_host_is_held_to_its_name(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,10 +425,6 @@ def self_signed(folder: Path, name: str) -> Path:
     place = folder / f"{name}.pem"
     place.write_bytes(secret + made.public_bytes(serialization.Encoding.PEM))
     return place
-
-
-def test_the_tests_reach_loopback_only(web: Web) -> None:
-    assert web.server.socket.family == socket.AF_INET and web.server.server_address[0] == "127.0.0.1"
 
 
 def test_all_files_together_have_a_limit_too(web: Web) -> None:

@@ -9,7 +9,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import replace
 
 import httpx
 import openai
@@ -20,19 +19,16 @@ from PIL import Image, ImageOps
 from serving_clients import BOUND, JSON, QUESTION, SHELF, ask, client_of, own, running, uri, user, wait_for
 from starlette.requests import Request
 
-from vismem.loading import load_model
-from vismem.serving.engine import Ended, Engine, EngineRequest, Load, Started, TextDelta
+from vismem.serving.engine import Engine, Load
 from vismem.serving.errors import ApiError
 from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
 from vismem.serving.protocol import ChatRequest
-from vismem.serving.server import ClientDisconnectedError, ServingConfig, application, while_connected
-
-HELLO = EngineRequest([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], invocation="off")
+from vismem.serving.server import ClientDisconnectedError, ServingConfig, application, streamed, while_connected
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_model().model
+def hello(**more) -> ChatRequest:
+    off = {"messages": [{"role": "user", "content": "Hello"}], "vismem": {"invocation": "off"}}
+    return ChatRequest(model="pocket", **off, **more)
 
 
 @pytest.fixture(scope="module")
@@ -363,20 +359,33 @@ def test_work_is_cancelled_when_the_client_disconnects():
     asyncio.run(give_up())
 
 
+def test_an_unexpected_error_in_a_stream_is_its_last_event_and_stays_in_the_log(caplog):
+    async def events():
+        yield b"second"
+        raise RuntimeError("secret of the house")
+
+    async def read() -> list[bytes]:
+        return [each async for each in streamed(b"first", events())]
+
+    *before, last = asyncio.run(read())
+    assert before == [b"first", b"second"] and b"the server failed" in last and b"secret" not in last
+    assert "secret of the house" in caplog.text
+
+
 def test_a_stop_string_ends_decoding(endless):
-    asked = replace(HELLO, n=2, seed=7, sampling={"temperature": 1.3})
+    asked = {"n": 2, "seed": 7, "temperature": 1.3}
 
     async def read() -> None:
         texts = ["", ""]
-        async for event in endless.answer(replace(asked, max_tokens=40)):
-            if isinstance(event, TextDelta):
-                texts[event.index] += event.text
+        async for chunk in endless.answer(hello(**asked, max_tokens=40)):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
         ours, others = texts
         stop = next(ours[at : at + 4] for at in range(len(ours)) if ours[at : at + 4] not in others)
-        async with aclosing(endless.answer(replace(asked, stops=(stop,)))) as events:
-            while not isinstance(event := await anext(events), Ended):
+        async with aclosing(endless.answer(hello(**asked, stop=stop))) as chunks:
+            while not (choice := (await anext(chunks)).choices[0]).finish_reason:
                 pass
-            assert event.index == 0 and (await anext(events)).index == 1
+            assert choice.index == 0 and (await anext(chunks)).choices[0].index == 1
             (ticket,) = endless.worker.tickets
             found = endless.worker.call(lambda: [answer.finish for answer in ticket.answers])
             assert await asyncio.wrap_future(found) == ["cancelled", None]
@@ -389,7 +398,7 @@ def test_prompts_in_preparation_count_as_waiting(endless):
     endless.prompt_thread.submit(gate.wait, BOUND)
 
     async def read() -> None:
-        answers = [endless.answer(HELLO) for _ in range(4)]
+        answers = [endless.answer(hello()) for _ in range(4)]
         firsts = [asyncio.ensure_future(anext(each)) for each in answers]
         try:
             await asyncio.sleep(0)
@@ -399,7 +408,7 @@ def test_prompts_in_preparation_count_as_waiting(endless):
             assert endless.load() == Load(3, 0)
             gate.set()
             started = await asyncio.gather(*firsts[:3])
-            assert all(isinstance(event, Started) for event in started) and endless.preparing_rows == 0
+            assert all(chunk.usage.prompt_tokens for chunk in started) and endless.preparing_rows == 0
         finally:
             gate.set()
             await asyncio.gather(*firsts, return_exceptions=True)
@@ -410,33 +419,33 @@ def test_prompts_in_preparation_count_as_waiting(endless):
 
 
 def test_prompt_and_answer_may_fill_the_context(endless, monkeypatch):
-    async def read(ask: EngineRequest) -> list:
-        return [event async for event in endless.answer(ask)]
+    async def read(**more) -> tuple:
+        *_, last = [chunk async for chunk in endless.answer(hello(**more))]
+        return last.usage, last.choices[0].finish_reason
 
-    started, *_ = asyncio.run(read(replace(HELLO, max_tokens=1)))
-    monkeypatch.setattr(endless, "context", started.prompt_tokens + 5)
+    usage, _ = asyncio.run(read(max_tokens=1))
+    monkeypatch.setattr(endless, "context", usage.prompt_tokens + 5)
     for most in (5, None):
-        *_, last = asyncio.run(read(replace(HELLO, max_tokens=most)))
-        assert (last.finish, last.completion_tokens) == ("length", 5)
+        usage, finish = asyncio.run(read(max_tokens=most))
+        assert (finish, usage.completion_tokens) == ("length", 5)
     with pytest.raises(ApiError, match="the answer may have 6, but the context is") as refused:
-        asyncio.run(read(replace(HELLO, max_tokens=6)))
+        asyncio.run(read(max_tokens=6))
     assert refused.value.code == "context_length_exceeded"
-    monkeypatch.setattr(endless, "context", started.prompt_tokens + 1)
-    *_, last = asyncio.run(read(HELLO))
-    assert last.completion_tokens == 1
+    monkeypatch.setattr(endless, "context", usage.prompt_tokens + 1)
+    assert asyncio.run(read())[0].completion_tokens == 1
 
 
 def test_a_slow_reader_blocks_nobody(engine):
     """Once it is written, an answer that is still being read counts no more."""
 
     async def read() -> None:
-        async with aclosing(engine.answer(HELLO)) as it:
-            assert isinstance(await anext(it), Started)
+        async with aclosing(engine.answer(hello())) as it:
+            assert (await anext(it)).choices[0].delta.role == "assistant"
             while engine.worker.rows:
                 await asyncio.sleep(0.01)
             assert engine.load() == Load(0, 0)
-            *_, last = [event async for event in it]
-            assert isinstance(last, Ended)
+            *_, last = [chunk async for chunk in it]
+            assert last.choices[0].finish_reason
 
     asyncio.run(asyncio.wait_for(read(), BOUND))
 

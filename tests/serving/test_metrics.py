@@ -19,13 +19,21 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from vismem.serving.access import RequestLog
 from vismem.serving.connections import ConnectionLimits, uvicorn_settings
 from vismem.serving.engine import Load
 from vismem.serving.errors import ApiError
-from vismem.serving.events import Ended, Event, Invoked, Started, TextDelta
-from vismem.serving.guards import Guards, guarded
-from vismem.serving.metrics import Metrics, RequestCounter
-from vismem.serving.protocol import InvocationTrace, MemoryUsage
+from vismem.serving.guards import guarded
+from vismem.serving.metrics import Metrics
+from vismem.serving.protocol import (
+    ChatChunk,
+    ChunkChoice,
+    Delta,
+    InvocationTrace,
+    MemoryUsage,
+    Trace,
+    Usage,
+)
 
 
 def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
@@ -43,24 +51,47 @@ def idle() -> Load:
     return Load(0, 0)
 
 
-EVENTS: list[Event] = [
-    Started(30),
-    Invoked(0, InvocationTrace(kind="short", position=0, offset=0, length=8, forced=False)),
-    TextDelta(0, "a"),
-    TextDelta(1, "b"),
-    TextDelta(0, "c"),
-    Invoked(1, InvocationTrace(kind="long", position=1, offset=1, length=8, forced=True)),
-    TextDelta(0, "d"),
-    Ended(0, "stop", 5, MemoryUsage(invocation_tokens=2, short_vectors=8)),
-    Ended(1, "length", 7, MemoryUsage(invocation_tokens=2, long_vectors=8)),
+USAGE = Usage(
+    prompt_tokens=30,
+    completion_tokens=12,
+    total_tokens=42,
+    memory=MemoryUsage(invocation_tokens=4, short_vectors=8, long_vectors=8),
+)
+
+
+def chunk(index: int, **choice: object) -> ChatChunk:
+    choices = [ChunkChoice(index=index, **{"delta": Delta(), **choice})]
+    return ChatChunk(id="one", created=0, model="pocket", choices=choices, usage=USAGE)
+
+
+def text(index: int, content: str) -> ChatChunk:
+    return chunk(index, delta=Delta(content=content))
+
+
+def invoked(index: int, kind: str, *, forced: bool) -> ChatChunk:
+    trace = InvocationTrace(kind=kind, position=0, offset=0, length=8, forced=forced)
+    return chunk(index, vismem=Trace(invocations=[trace]))
+
+
+CHUNKS = [
+    text(0, ""),
+    text(1, ""),
+    invoked(0, "short", forced=False),
+    text(0, "a"),
+    text(1, "b"),
+    text(0, "c"),
+    invoked(1, "long", forced=True),
+    text(0, "d"),
+    chunk(0, finish_reason="stop"),
+    chunk(1, finish_reason="length"),
 ]
 
 
-async def stream(*events: Event, error: BaseException | None = None, closed: list[bool] | None = None):
+async def stream(*chunks: ChatChunk, error: BaseException | None = None, closed: list[bool] | None = None):
     try:
-        for event in events:
+        for each in chunks:
             await asyncio.sleep(0)
-            yield event
+            yield each
         if error is not None:
             raise error
     finally:
@@ -68,14 +99,14 @@ async def stream(*events: Event, error: BaseException | None = None, closed: lis
             closed.append(True)
 
 
-async def drained(events: AsyncIterator[Event]) -> list[Event]:
-    async with aclosing(events) as each:
-        return [event async for event in each]
+async def drained(chunks: AsyncIterator[ChatChunk]) -> list[ChatChunk]:
+    async with aclosing(chunks) as each:
+        return [chunk async for chunk in each]
 
 
-def test_an_answers_tokens_times_and_memory_are_counted_and_its_events_unchanged() -> None:
+def test_an_answers_tokens_times_and_memory_are_counted_and_its_chunks_unchanged() -> None:
     metrics = Metrics(idle)
-    assert asyncio.run(drained(metrics.watch(stream(*EVENTS)))) == EVENTS
+    assert asyncio.run(drained(metrics.watch(stream(*CHUNKS)))) == CHUNKS
     found = read(metrics)
     tokens = {kind: found["vismem_tokens_total", kind] for kind in ("prompt", "completion", "invocation")}
     assert tokens == {"prompt": 30, "completion": 12, "invocation": 4}
@@ -102,7 +133,7 @@ def test_an_answers_tokens_times_and_memory_are_counted_and_its_events_unchanged
 def test_failed_answers_are_counted_by_outcome(error: Exception, outcome: str) -> None:
     metrics = Metrics(idle)
     with pytest.raises(type(error)) as caught:
-        asyncio.run(drained(metrics.watch(stream(EVENTS[0], error=error))))
+        asyncio.run(drained(metrics.watch(stream(CHUNKS[0], error=error))))
     assert caught.value is error
     found = read(metrics)
     outcomes = {name[1]: value for name, value in found.items() if name[0] == "vismem_answers_total"}
@@ -114,13 +145,13 @@ def test_an_abandoned_answer_is_closed_and_counted_as_cancelled() -> None:
     metrics, closed = Metrics(idle), []
 
     async def left_early() -> None:
-        async with aclosing(metrics.watch(stream(*EVENTS, closed=closed))) as events:
-            async for _ in events:
+        async with aclosing(metrics.watch(stream(*CHUNKS, closed=closed))) as chunks:
+            async for _ in chunks:
                 break
 
     async def cancelled() -> None:
         async def waits():
-            yield EVENTS[0]
+            yield CHUNKS[0]
             await asyncio.Event().wait()
 
         task = asyncio.create_task(drained(metrics.watch(waits())))
@@ -173,7 +204,7 @@ def site():
         Route("/v1/models/{name:path}", echo),
     ]
     metrics = Metrics(idle)
-    app = RequestCounter(guarded(Starlette(routes=routes), Guards(keys=["sk-right"], max_body=1000)), metrics)
+    app = RequestLog(guarded(Starlette(routes=routes), keys=["sk-right"], max_body=1000), metrics)
     with listening(app, **uvicorn_settings(ConnectionLimits(head=0.3, on_drop=metrics.count_drop))) as port:
         yield metrics, port, free
         free.set()

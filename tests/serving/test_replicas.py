@@ -6,9 +6,12 @@ import asyncio
 import copy
 import importlib.util
 import os
+import tempfile
 import time
 from contextlib import aclosing
+from logging.handlers import BufferingHandler
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,33 +19,31 @@ if importlib.util.find_spec("ray") is None or not Path("/proc/net/tcp").exists()
     pytest.skip("needs Ray Serve (vismem[replicas]) and Linux's /proc", allow_module_level=True)
 
 from vismem.loading import LoadError, load_model
-from vismem.serving.cluster import Cluster
-from vismem.serving.engine import Engine, EngineRequest
+from vismem.serving.engine import Engine, Load
 from vismem.serving.errors import ApiError
-from vismem.serving.events import Ended, Started, TextDelta
-from vismem.serving.replica import batched_events, error_arguments
-from vismem.serving.replicas import start_replicas
+from vismem.serving.protocol import ChatRequest
+from vismem.serving.replicas import Cluster, Replica, batched, start_replicas
 
 pytestmark = pytest.mark.xdist_group("replicas")  # one cluster for all
-PICTURE = {"type": "image", "url": ""}
+PICTURE = {"type": "image_url", "image_url": "data:,"}
 SETTINGS = {"batch_size": 2, "suppress_tokens": [3]}  # never an end, so that answers are as long as they may be
 SMALL = 80 * 2**20  # bytes of shared memory
 
 
-def ask(tokens: int = 12, **more: object) -> EngineRequest:
-    turn = {"role": "user", "content": [{"type": "text", "text": "Describe the shelf."}]}
-    return EngineRequest([turn], max_tokens=tokens, sampling={"temperature": 1.0}, **more)
+def ask(tokens: int = 12, *content: object, invocation: str = "learned", **more: object) -> ChatRequest:
+    turn = {"role": "user", "content": content or "Describe the shelf."}
+    settings = {"max_tokens": tokens, "temperature": 1.0, "seed": 0, "vismem": {"invocation": invocation}, **more}
+    return ChatRequest(model="pocket", messages=[turn], **settings)
 
 
-async def read(engine, asked: EngineRequest) -> tuple[list[str], list[object]]:
-    """The texts of all choices, and the other events."""
+async def read(engine, asked: ChatRequest) -> tuple[list[str], list[object]]:
+    """The texts of all choices, and what else their chunks have."""
     texts, others = [""] * asked.n, []
-    async for event in engine.answer(asked):
-        if isinstance(event, TextDelta):
-            texts[event.index] += event.text
-        else:
-            others.append(event)
-    return texts, others
+    async for chunk in engine.answer(asked):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            others.append((choice.logprobs, choice.vismem, choice.finish_reason, chunk.vismem))
+    return texts, [*others, chunk.usage]
 
 
 async def until(true, seconds: float = 60.0) -> None:
@@ -55,7 +56,7 @@ async def until(true, seconds: float = 60.0) -> None:
 async def begun(engine, tokens: int = 3000):
     """An answer that is being written, and will be for long."""
     events = engine.answer(ask(tokens))
-    while not isinstance(await anext(events), TextDelta):
+    while not (await anext(events)).choices[0].delta.content:
         pass
     return events
 
@@ -110,14 +111,14 @@ def local():
 
 
 def test_replicas_give_the_same_answers_as_one_engine(engine, local):
-    asked = [ask(seed=seed, top=1, invocation="short@0" if seed == 5 else "long@2") for seed in range(4)]
-    asked.append(ask(n=2, seed=9, stops=("mint",)))
+    asked = [ask(seed=seed, logprobs=True, top_logprobs=1, invocation="long@2") for seed in range(4)]
+    asked.append(ask(n=2, seed=9, stop="mint"))
 
     async def both():
         for one in asked:
             assert await read(engine, one) == await read(local, one)
-        texts, others = await read(engine, asked[0])
-        assert texts[0] and isinstance(others[0], Started) and isinstance(others[-1], Ended)
+        texts, (first, *_, last, _) = await read(engine, asked[0])
+        assert texts[0] and first[-1].invocation == "long@2" and last[2] == "length"
 
     asyncio.run(both())
 
@@ -143,7 +144,7 @@ def test_an_abandoned_answer_frees_its_row(engine):
                 await events.aclose()
         end = time.monotonic() + 20
         for index in range(2):
-            while max([message.writing async for message in engine.cluster.answer(index, ask(4))]) > 1:
+            while max([update.writing async for update in engine.cluster.methods[index](ask(4))]) > 1:
                 assert time.monotonic() < end
 
     asyncio.run(run())
@@ -166,7 +167,7 @@ def test_a_full_queue_is_refused_by_the_server(engine):
 
 
 def test_errors_of_a_replica_arrive_unchanged(engine, local):
-    def told_by(which, asked: EngineRequest) -> dict:
+    def told_by(which, asked: ChatRequest) -> dict:
         with pytest.raises(ApiError) as caught:
             asyncio.run(read(which, asked))
         return vars(caught.value)
@@ -175,11 +176,25 @@ def test_errors_of_a_replica_arrive_unchanged(engine, local):
         ask(n=3),
         ask(n=100),
         ask(10**6),
-        EngineRequest([{"role": "user", "content": [PICTURE]}], max_tokens=4),
+        ask(4, PICTURE),
     ):
         assert told_by(engine, asked) == told_by(local, asked)
-    assert error_arguments(None) is None
-    assert error_arguments(ZeroDivisionError("secret"))["message"] == "the server failed; its log has the reason"
+
+
+def test_an_unexpected_error_of_a_replica_stays_in_its_log(caplog):
+    async def broken(_):
+        raise ZeroDivisionError("secret")
+        yield
+
+    replica = Replica.__new__(Replica)
+    replica.engine = SimpleNamespace(answer=broken, load=lambda: Load(0, 0))
+    replica.running, replica.warnings = 0, BufferingHandler(9)
+
+    async def run():
+        return [update async for update in replica.answer(ask())]
+
+    (update,) = asyncio.run(run())
+    assert update.error.message == "the server failed; its log has the reason" and "secret" in caplog.text
 
 
 def test_events_are_batched_and_closing_closes_the_answer():
@@ -197,11 +212,11 @@ def test_events_are_batched_and_closing_closes_the_answer():
             closed.append(error)
 
     async def run():
-        found = [each async for each in batched_events(events(True), lambda: 0.05)]
+        found = [each async for each in batched(events(True), lambda: 0.05)]
         assert found[0][0][0] == 0 and len(found) < 5
         assert [number for numbers, _ in found for number in numbers] == list(range(5))
         assert [error is None for _, error in found] == [True] * (len(found) - 1) + [False]
-        async with aclosing(batched_events(events(False), lambda: 0.0)) as parts:
+        async with aclosing(batched(events(False), lambda: 0.0)) as parts:
             await anext(parts)
         assert closed == [True, False]
 
@@ -256,8 +271,10 @@ def test_a_replica_that_cannot_load_its_model_says_why(engine):
 
     other = copy.copy(engine.cluster)
     other.name = "other"
+    with pytest.raises(LoadError, match="need more than the 0 that Ray has"):
+        other.deploy({"device": "cpu"}, 1, {}, 2, 1)
     with pytest.raises(LoadError, match="no-such-folder"):
-        other.deploy({"device": "cpu", "checkpoint": "/no-such-folder"}, 1, {}, 1, 1, None)
+        other.deploy({"device": "cpu", "checkpoint": "/no-such-folder"}, 1, {}, 1, None)
     serve.delete(*other.apps)
     assert engine.ready()
 
@@ -288,23 +305,23 @@ def test_close_is_graceful_and_leaves_nothing_behind(engine):
 
 
 def test_start_errors_are_one_line():
-    import ray
-
     with pytest.raises(ValueError, match="1 replica or more, got 0"):
         start_replicas({}, 0)
-    with pytest.raises(LoadError, match="need more than the 0 that Ray has"):
-        start_replicas({"device": "cpu"}, 2, gpus=1, object_store=SMALL)
-    assert not ray.is_initialized() and "RAY_AUTH_TOKEN" not in os.environ
     with pytest.raises(LoadError, match=r"cannot use Ray at 127\.0\.0\.1:9: "):
         start_replicas({"device": "cpu"}, 2, address="127.0.0.1:9")
 
 
-def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatch):
+def test_a_start_that_fails_is_one_line_and_leaves_nothing(monkeypatch):
     def timeout(*_):
         raise Exception("The current node timed out during startup.")  # as Ray 2.60 does
 
+    before, folders = dict(os.environ), set(Path(tempfile.gettempdir()).glob("vismem-ray-*"))
+    monkeypatch.setattr(Cluster, "deploy", timeout)
+    with monkeypatch.context() as patch, pytest.raises(Exception, match="timed out during startup"):
+        patch.setattr(Cluster, "_connect", lambda *_: None)
+        start_replicas({}, 2)
     monkeypatch.setattr(Cluster, "_connect", timeout)
-    before = dict(os.environ)
     with pytest.raises(LoadError, match="cannot use Ray at this machine: The current node timed out"):
-        Cluster(None, SMALL)
+        start_replicas({}, 2)
+    assert set(Path(tempfile.gettempdir()).glob("vismem-ray-*")) == folders
     assert dict(os.environ) == before

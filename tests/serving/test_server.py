@@ -26,20 +26,20 @@ from serving_clients import BOUND, JSON, QUESTION, SHELF, ask, client_of, user, 
 from vismem.cli import main
 from vismem.loading import load_model
 from vismem.serving import page
-from vismem.serving.access import AccessLog
+from vismem.serving.access import RequestLog
 from vismem.serving.connections import ConnectionLimits
 from vismem.serving.engine import Engine
-from vismem.serving.guards import Guards, guarded, hosts_for
+from vismem.serving.guards import guarded, hosts_for
 from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
-from vismem.serving.metrics import Metrics, RequestCounter
+from vismem.serving.metrics import Metrics
 from vismem.serving.server import ServingConfig, application
 
 KEY = "open-sesame"
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return Engine(load_model().model, batch_size=8, max_waiting=8, max_tokens=60)
+def engine(model):
+    return Engine(model, batch_size=8, max_waiting=8, max_tokens=60)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def address(engine):
     """The server as `vismem serve` puts it together."""
     metrics = Metrics(engine.load)
     app = application(engine, ServingConfig("pocket", answer_timeout=BOUND, requires_key=True), metrics)
-    guards = Guards([KEY], hosts=hosts_for("127.0.0.1"), max_body=2**20, body_timeout=2)
+    safe = guarded(app, keys=[KEY], hosts=hosts_for("127.0.0.1"), max_body=2**20, body_timeout=2)
     limits = ConnectionLimits(head=2, write=2, connections=150, on_drop=metrics.count_drop)
-    server = Server(config_of(RequestCounter(guarded(app, guards), metrics), 5, limits))
+    server = Server(config_of(RequestLog(safe, metrics), 5, limits))
     bound = listening_socket("127.0.0.1", 0)
     thread = threading.Thread(target=serve, args=(server, bound))
     thread.start()
@@ -270,7 +270,7 @@ def test_model_names_are_escaped_on_the_page(engine):
 
 
 def test_the_access_log_has_the_token_counts(engine):
-    lines: list[str] = []
+    app, lines = application(engine, ServingConfig("pocket")), []
 
     async def told(body: dict) -> str:
         content = json.dumps(body).encode()
@@ -285,7 +285,7 @@ def test_the_access_log_has_the_token_counts(engine):
         async def send(message: dict) -> None:
             pass
 
-        await AccessLog(application(engine, ServingConfig("pocket")), lines.append)(scope, receive, send)
+        await RequestLog(app, Metrics(engine.load), lines.append)(scope, receive, send)
         return lines[-1]
 
     async def both() -> None:

@@ -95,6 +95,8 @@ def test_a_full_queue_raises(model, worker):
         assert box.all()[-1].finish == "length"
     with pytest.raises(ValueError, match="5 rows does not fit a batch of 4"):
         worker.submit(Request(prompt(model)), print, rows=5)
+    with pytest.raises(ValueError, match="max_waiting must be 0 or more, got -1"):
+        Worker(model, max_waiting=-1)
 
 
 def test_waiting_and_running_rows_can_be_cancelled(model, worker):

@@ -12,7 +12,19 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from training_runs import Gradients, command, distance, folder, low, quick, rows, settings, train, weights
+from training_runs import (
+    Gradients,
+    command,
+    distance,
+    folder,
+    low,
+    quick,
+    rows,
+    settings,
+    train,
+    weights,
+    whole_and_resumed,
+)
 
 import vismem
 from vismem.data import prompt_inputs
@@ -20,7 +32,6 @@ from vismem.decoding.policies import Forced, Random
 from vismem.pocket.practice import MIXTURES, PocketRows, annotated, practice
 from vismem.training.arguments import arguments_for, load_settings
 from vismem.training.baselines import LanguageAdapter, adapter_of, load_adapter, lora_layers, without_adapter
-from vismem.training.checkpoints import last_checkpoint
 from vismem.training.replay import collate
 from vismem.training.rollout import sampling, write
 from vismem.training.supervised import supervised_batch
@@ -341,34 +352,15 @@ def test_grpo_raises_the_reward(tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_resuming_equals_an_uninterrupted_run(stage, tmp_path, monkeypatch):
-    plan = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3, "logging_steps": 2}
-    plan |= {"lr_scheduler_type": "cosine", "warmup_steps": 1, "max_new_tokens": 6}
-
+def test_resuming_equals_an_uninterrupted_run(stage, tmp_path):
     def fresh():
         model = equip(lora_dropout=0.1)
         torch.manual_seed(7)
         return model
 
-    train(whole := fresh(), settings(tmp_path / "whole", stage, **plan), rows(6))
-
-    class Killed(BaseException):
-        pass
-
-    def killed(self, output_dir):
-        if self.state.global_step == 6:
-            raise Killed
-        real(self, output_dir)
-
-    real = MemoryTrainer._save_rng_state
-    monkeypatch.setattr(MemoryTrainer, "_save_rng_state", killed)
-    with pytest.raises(Killed):
-        train(fresh(), settings(tmp_path / "cut", stage, **plan), rows(6))
-    monkeypatch.undo()
-    newest = last_checkpoint(tmp_path / "cut")
-    assert Path(newest).name == "checkpoint-4"
-    assert set(load_file(Path(newest) / "model.safetensors")) == {f"adapter.{name}" for name in lora(whole)}
-    train(again := fresh(), settings(tmp_path / "cut", stage, **plan), rows(6), resume=newest)
+    whole, again = whole_and_resumed(tmp_path, stage, fresh)
+    saved = load_file(tmp_path / "cut" / "checkpoint-4" / "model.safetensors")
+    assert set(saved) == {f"adapter.{name}" for name in lora(whole)}
     assert distance(lora(again), lora(whole)) == 0
     assert max(float(p.abs().max()) for name, p in lora(whole).items() if "up" in name) > 1e-3
 

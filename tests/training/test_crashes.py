@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from training_runs import equip, low, rows, settings, train
+from training_runs import Killed, equip, folder, killed_at, low, quick, rows, settings, train
 
 from vismem import VisMem, files
 from vismem.checkpoint import CARD_FILE, WEIGHTS_FILE
@@ -24,12 +23,11 @@ from vismem.training.checkpoints import (
     MANIFEST,
     DamagedCheckpointError,
     last_checkpoint,
-    newest_checkpoint,
-    put_in_place,
 )
 from vismem.training.rewards import RewardError
 from vismem.training.trainer import MemoryTrainer
 
+__all__ = ["folder", "quick"]  # fixtures
 CONFIG = {
     "preset": "pocket",
     "dtype": "float32",
@@ -48,54 +46,21 @@ CONFIG = {
 }
 
 
-class Killed(BaseException):
-    """Stands in for SIGKILL, which pytest would not survive."""
-
-
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """Files: a tiny base, data with line separators in its text, a reward and settings."""
-    found = tmp_path_factory.mktemp("work")
-    base, processor = tiny.base_and_processor("idefics3")
-    base.save_pretrained(found / "base")
-    processor.save_pretrained(found / "base")
-    lines = []
-    for i in range(4):
-        tiny.picture(i).save(found / f"{i}.png")
-        lines.append({"prompt": f"Row {i},\u2028\x85gold\x1c?", "images": [f"{i}.png"], "answer": "a red\u2029 cup"})
-    (found / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-    (found / "reward.py").write_text(
-        "def low(completion_ids, **columns):\n"
-        "    return [sum(t < 160 for t in ids) / max(len(ids), 1) for ids in completion_ids]\n"
-    )
-    own = {"base": str(found / "base"), "data": str(found / "data.jsonl"), "rewards": f"{found / 'reward.py'}:low"}
-    (found / "settings.yaml").write_text(json.dumps({**CONFIG, **own}))
-    return found
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    """Tiny models run fastest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def work(folder) -> Path:
+    """Files: a tiny base, a reward, settings, and data with line separators in its text."""
+    lines = [
+        {"prompt": f"Row {i},\u2028\x85gold\x1c?", "images": [f"{i}.png"], "answer": "a red\u2029 cup"}
+        for i in range(4)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    own = {"base": str(folder / "base"), "data": str(folder / "data.jsonl"), "rewards": f"{folder / 'reward.py'}:low"}
+    (folder / "settings.yaml").write_text(json.dumps({**CONFIG, **own}))
+    return folder
 
 
 def command(work: Path, out: Path, *more: str, stage: str = "stage1") -> int:
     return main(["train", stage, str(work / "settings.yaml"), f"output_dir={out}", *more])
-
-
-def killed_at(step: int, monkeypatch, method: str = "_save_rng_state"):
-    """Kills the trainer while it saves the checkpoint of that step."""
-    real = getattr(MemoryTrainer, method)
-
-    def dying(self, *given, **named):
-        if self.state.global_step == step:
-            raise Killed
-        return real(self, *given, **named)
-
-    monkeypatch.setattr(MemoryTrainer, method, dying)
 
 
 def without_times(log: list[dict]) -> list[dict]:
@@ -178,38 +143,21 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(work, whole, st
     assert "checkpoint-3/optimizer.pt is damaged or missing" in capsys.readouterr().err
 
 
-def test_checkpoints_of_earlier_versions_resume_with_a_warning(work, stopped, tmp_path, caplog):
+def test_a_checkpoint_without_checksums_resumes_with_a_warning(work, stopped, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     for path in run.glob(f"checkpoint-*/{MANIFEST}"):
         path.unlink()
-    for path in run.glob("checkpoint-*/memory_state_0.pt"):
-        state = torch.load(path, weights_only=True)
-        del state["sums"]
-        torch.save(state, path)
     assert command(work, run, "--resume") == 0
     assert f"checkpoint-3 has no {MANIFEST}" in caplog.text
 
 
-def test_a_replaced_checkpoint_stays_on_disk_until_the_rename(tmp_path, monkeypatch):
-    for folder, text in ((tmp_path / "checkpoint-2", "old"), (tmp_path / "new", "new")):
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(text)
-    real = os.rename
-
-    def dying(source, target):
-        if Path(source).name == "new":
-            raise Killed
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", dying)
-        with pytest.raises(Killed):
-            put_in_place(tmp_path / "new", tmp_path / "checkpoint-2")
-    assert (newest_checkpoint(tmp_path) / "trainer_state.json").read_text() == "old"
-    put_in_place(tmp_path / "new", tmp_path / "checkpoint-2")
-    assert (newest_checkpoint(tmp_path) / "trainer_state.json").read_text() == "new"
-    assert os.listdir(tmp_path) == ["checkpoint-2"]
+def test_a_second_save_at_a_step_leaves_the_first(tmp_path):
+    trainer = train(equip("idefics3"), settings(tmp_path, save_strategy="steps", save_steps=1))
+    before = (tmp_path / "checkpoint-1" / MANIFEST).stat()
+    trainer._save_checkpoint(trainer.model, None)
+    assert (tmp_path / "checkpoint-1" / MANIFEST).stat() == before
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1") and not (tmp_path / ".partial").exists()
 
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"steps": 4}', "no memory", "no files", "other memory", "flipped"])
@@ -222,7 +170,7 @@ def test_done_counts_only_with_an_intact_result(work, whole, tmp_path, caplog, b
     if broken == "no memory":
         shutil.rmtree(run / "memory")
     elif broken == "other memory":
-        del record["files"]  # as earlier versions wrote it
+        del record["files"]
         done.write_text(json.dumps(record))
         (run / "memory" / "vismem_config.json").unlink()
     elif broken == "no files":

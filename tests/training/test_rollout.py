@@ -207,9 +207,9 @@ def test_the_learner_lets_every_trained_parameter_take_part(family):
     learner = Learner(model)
     rollouts = rollouts_of(model, "one")
     batch = replayed(model, rollouts, "states")
-    assert torch.equal(learner(batch), model(**batch).log_probs)
+    assert torch.equal(learner(batch).log_probs, model(**batch).log_probs)
     learner.zero_grad()
-    learner(None).backward()
+    learner(None).log_probs.backward()
     assert all(p.grad is not None and not p.grad.any() for p in learner.parameters())
     assert not any(name.startswith("base") for name, _ in learner.named_parameters())
 

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import tiny
@@ -26,20 +25,20 @@ from training_runs import (
     settings,
     train,
     weights,
+    whole_and_resumed,
 )
 from transformers import TrainerState
 
 from vismem.data import BadDataError, Row, prompt_inputs
 from vismem.decoding.policies import Random
 from vismem.memory import Memory
-from vismem.training import experience, grpo, run, watch
+from vismem.training import experience, grpo, metrics, run
 from vismem.training.arguments import PRESETS, arguments_for, load_settings
-from vismem.training.checkpoints import last_checkpoint
 from vismem.training.replay import Learner, collate
-from vismem.training.reporting import reported_apart
 from vismem.training.rewards import RewardError
 from vismem.training.rollout import sampling, write
-from vismem.training.sampler import PromptSampler
+from vismem.training.rows import PromptSampler
+from vismem.training.run import reported_apart
 from vismem.training.trainer import MemoryTrainer, TrainingDivergedError
 
 __all__ = ["folder", "quick"]  # fixtures
@@ -103,10 +102,10 @@ def alike(completions, **columns) -> list[float]:
     ],
 )
 def test_a_run_that_learns_nothing_says_so(tmp_path, caplog, monkeypatch, stage, reward, config, said):
-    monkeypatch.setattr(watch, "PATIENCE", 2)
+    monkeypatch.setattr(metrics, "PATIENCE", 2)
     args = settings(tmp_path, stage, max_steps=3, penalty_coef=0.0, skip_solved=False)
     train(equip("idefics3", **config), args, reward=reward)
-    found = [record.getMessage() for record in caplog.records if record.name == watch.__name__]
+    found = [record.getMessage() for record in caplog.records if record.name == metrics.__name__]
     assert len(found) == (2 if said else 0), found
     for message, start in zip(found, ("warning: in the last 2 updates", "warning: in 3 of 3 updates"), strict=False):
         assert message.startswith(start) and said in message and "docs/training.md" in message
@@ -204,6 +203,15 @@ def test_the_coefficient_may_fall_only_after_the_warm_up(tmp_path):
     done = train(equip("idefics3"), settings(tmp_path, kl_coef=0.5, kl_horizon=10, max_new_tokens=3, **plan))
     coefs = [entry["kl_coef"] for entry in done.state.log_history if "kl_coef" in entry]
     assert coefs == pytest.approx([0.5, 0.5, 0.5, 0.49]) and done.kl.coef == pytest.approx(0.5 * 0.98**2)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_reference_is_the_start_or_the_base_alone(stage, tmp_path):
+    found = {}
+    for reference in ("start", "no_memory"):
+        done = train(equip("idefics3"), settings(tmp_path / reference, stage, reference=reference, max_new_tokens=16))
+        found[reference] = done.state.log_history[0]["kl"]
+    assert found["start"] == 0 and found["no_memory"] > 1e-5
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -311,15 +319,9 @@ def test_prompts_come_in_whole_chunks(length, chunk, repeats):
     assert list(sampler) == first
 
 
-def full_marks(completions, **columns) -> list[float]:
-    return [1.0] * len(completions)
-
-
 def test_solved_prompts_are_left_out(tmp_path):
     before = weights(model := equip("idefics3"))
-    done = train(
-        model, settings(tmp_path, weight_decay=0.0), reward=lambda completions, **columns: [1.0] * len(completions)
-    )
+    done = train(model, settings(tmp_path, weight_decay=0.0), reward=alike)
     assert done.state.log_history[0]["frac_solved"] == 1
     assert distance(weights(model), before) == 0
 
@@ -382,42 +384,17 @@ def test_out_of_memory_names_the_setting(where, phase, setting, tmp_path, monkey
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("inner", [1, 2])
-def test_going_on_is_as_if_never_stopped(family, stage, inner, tmp_path, monkeypatch):
-    """Six rows in batches of two: step 4 is in the middle of the second epoch (or of the first, read twice)."""
+def test_going_on_is_as_if_never_stopped(family, stage, inner, tmp_path):
     if inner == 2 and (stage == "warmup" or family != "idefics3"):
         pytest.skip("one family and stage are enough for inner iterations")
-    plan = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3, "logging_steps": 2}
-    plan |= {"lr_scheduler_type": "cosine", "warmup_steps": 1, "inner_iterations": inner, "max_new_tokens": 6}
 
     def fresh():
         torch.manual_seed(7)
         return equip(family, lora_dropout=0.1)
 
-    whole = fresh()
-    train(whole, settings(tmp_path / "whole", stage, **plan), rows(6))
-    assert not (tmp_path / "whole" / ".partial" / "checkpoint-6").exists()
-
-    class Killed(BaseException):
-        pass
-
-    def killed(self, output_dir):
-        if self.state.global_step == 6:
-            raise Killed
-        real(self, output_dir)
-
-    real = MemoryTrainer._save_rng_state
-    monkeypatch.setattr(MemoryTrainer, "_save_rng_state", killed)
-    with pytest.raises(Killed):  # in the middle of writing a checkpoint
-        train(fresh(), settings(tmp_path / "cut", stage, **plan), rows(6))
-    monkeypatch.undo()
-    assert sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    newest = last_checkpoint(tmp_path / "cut")
-    assert Path(newest).name == "checkpoint-4"
-    again = fresh()
-    train(again, settings(tmp_path / "cut", stage, **plan), rows(6), resume=newest)
+    whole, again = whole_and_resumed(tmp_path, stage, fresh, inner_iterations=inner)
     assert distance(weights(whole), weights(fresh())) > 1e-3
     assert distance(weights(again), weights(whole)) == 0
-    assert (tmp_path / "cut" / "checkpoint-6").is_dir()
 
 
 # The command.

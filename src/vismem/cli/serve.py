@@ -28,9 +28,7 @@ from vismem.cli.parsing import (
 from vismem.decoding.policies import SPELLINGS
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
-    from vismem.serving.engine import Answering
+    from vismem.serving.engine import ChatEngine
 
 KEY_VARIABLE = "VISMEM_API_KEY"
 MIB = 2**20
@@ -45,72 +43,47 @@ def parser() -> Parser:
         "Listens on this machine only, unless --host is given.",
         "vismem serve --base Qwen/Qwen2.5-VL-7B-Instruct --checkpoint my-memory --port 8000",
     )
-    address = found.add_argument_group("address and access")
-    address.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    address.add_argument(
-        "--port",
-        type=whole(0, 65535),
-        default=8000,
-        metavar="N",
-        help="port to listen on, 0 for any free one (default: 8000)",
-    )
-    address.add_argument(
-        "--name", metavar="NAME", help="the model's name for clients (default: last part of the base's name)"
-    )
-    address.add_argument(
+    add = found.add_argument_group("address and access").add_argument
+    repeatable: dict[str, Any] = {"action": "append", "default": []}
+    port_help = "port to listen on, 0 for any free one (default: 8000)"
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=whole(0, 65535), default=8000, metavar="N", help=port_help)
+    add("--name", metavar="NAME", help="the model's name for clients (default: last part of the base's name)")
+    add(
         "--api-key",
-        action="append",
-        default=[],
+        **repeatable,
         metavar="KEY",
         help="a key that clients must send; repeatable. Other users of the machine may see it: prefer --api-key-file "
         f"or {KEY_VARIABLE}",
     )
-    address.add_argument("--api-key-file", type=Path, metavar="FILE", help="file of keys, one per line")
-    address.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a host name to accept in requests"
-    )
-    address.add_argument(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="an origin whose web pages may send requests (CORS)",
-    )
-    address.add_argument(
+    add("--api-key-file", type=Path, metavar="FILE", help="file of keys, one per line")
+    add("--allow-host", **repeatable, metavar="NAME", help="a host name to accept in requests")
+    add("--allow-origin", **repeatable, metavar="URL", help="an origin whose web pages may send requests (CORS)")
+    add(
         "--allow-image-host",
-        action="append",
-        default=[],
+        **repeatable,
         metavar="HOST",
         help="a host to fetch images from by https, never at private addresses (default: data URIs only)",
     )
-    address.add_argument(
+    add(
         "--no-access-log",
         action="store_false",
         dest="access_log",
         help="do not log requests (time, method, path, status, seconds, tokens)",
     )
-    decoding = found.add_argument_group("decoding")
-    decoding.add_argument(
-        "--invocation",
-        type=invocation_policy,
-        default="learned",
-        metavar="POLICY",
-        help=f"default for requests without one: {SPELLINGS}",
-    )
-    decoding.add_argument(
-        "--batch-size", type=whole(1, 4096), default=16, metavar="N", help="rows decoded at a time (default: 16)"
-    )
-    decoding.add_argument(
+    add = found.add_argument_group("decoding").add_argument
+    policy_help = f"default for requests without one: {SPELLINGS}"
+    add("--invocation", type=invocation_policy, default="learned", metavar="POLICY", help=policy_help)
+    add("--batch-size", type=whole(1, 4096), default=16, metavar="N", help="rows decoded at a time (default: 16)")
+    add(
         "--replicas",
         type=whole(1, 1024),
         default=1,
         metavar="N",
         help="number of model processes, run by Ray Serve (default: 1, without Ray)",
     )
-    decoding.add_argument(
-        "--replica-gpus", type=float, metavar="N", help="GPUs per replica (default: 1 if there are any)"
-    )
-    decoding.add_argument("--ray-address", metavar="ADDRESS", help="address of a Ray cluster (default: this machine)")
+    add("--replica-gpus", type=float, metavar="N", help="GPUs per replica (default: 1 if there are any)")
+    add("--ray-address", metavar="ADDRESS", help="address of a Ray cluster (default: this machine)")
     limits = found.add_argument_group("limits")
 
     def limit(name: str, low: int, default: int | None, meaning: str, unit: str = "N", high: int = 2**40) -> None:
@@ -149,11 +122,11 @@ def run(options: argparse.Namespace) -> int:
     if options.replicas > 1 and find_spec("ray") is None:
         raise CommandError('replicas need Ray Serve: pip install "vismem[replicas]"')
 
-    from vismem.serving.access import AccessLog, LineWriter
+    from vismem.serving.access import LineWriter, RequestLog
     from vismem.serving.connections import ConnectionLimits
-    from vismem.serving.guards import Guards, guarded, hosts_for, is_loopback, read_keys
+    from vismem.serving.guards import guarded, hosts_for, is_loopback, read_keys
     from vismem.serving.lifespan import Server, address_of, config_of, listening_socket, serve
-    from vismem.serving.metrics import Metrics, RequestCounter
+    from vismem.serving.metrics import Metrics
     from vismem.serving.server import ServingConfig, application
 
     log_to_stderr(logging.INFO if options.debug else logging.WARNING, "%(levelname)s: %(message)s")
@@ -164,8 +137,9 @@ def run(options: argparse.Namespace) -> int:
     metrics = Metrics(engine.load)
     name = options.name or name_of(options)
     app = application(engine, ServingConfig(name, options.invocation, options.answer_timeout, bool(keys)), metrics)
-    guards = Guards(
-        keys,
+    safe = guarded(
+        app,
+        keys=keys,
         hosts=hosts_for(here, options.allow_host),
         origins=options.allow_origin,
         max_body=options.max_body * MIB,
@@ -175,11 +149,8 @@ def run(options: argparse.Namespace) -> int:
     limits = ConnectionLimits(
         write=options.body_timeout, connections=options.max_connections, on_drop=metrics.count_drop
     )
-    outermost: ASGIApp = RequestCounter(guarded(app, guards), metrics)
     lines = LineWriter(sys.stdout.fileno()) if options.access_log else None
-    if lines is not None:
-        outermost = AccessLog(outermost, lines)
-    config = config_of(outermost, options.grace, limits)
+    config = config_of(RequestLog(safe, metrics, lines), options.grace, limits)
     if not keys and not is_loopback(here):
         say(f"note: without --api-key, anyone who can reach {here} can use the server")
     line = f"Serving {name} on {address_of(bound)}/v1 - Ctrl-C stops it"
@@ -191,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def engine_of(options: argparse.Namespace) -> Answering:
+def engine_of(options: argparse.Namespace) -> ChatEngine:
     """A model in this process, or replicas in others."""
     from vismem.serving.pictures import PictureLimits
 

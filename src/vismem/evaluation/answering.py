@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from vismem.data import BadRowError, Row, reward_columns, row_inputs
 from vismem.decoding.policies import After, Policy, Random
+from vismem.decoding.prepare import context_of
 from vismem.decoding.queue import Answer, Request
 from vismem.escaping import visible
 from vismem.evaluation.records import Record, RecordFile
@@ -21,7 +22,6 @@ from vismem.model import VisMem
 from vismem.tokens import single_token_id
 from vismem.training.experience import seed_of
 from vismem.training.rewards import Rewards, load_rewards
-from vismem.training.rows import context_of
 
 log = logging.getLogger(__name__)
 KEPT = ("benchmark", "suite", "cell", "ability", "task", "subtask", "distance")  # columns that records keep
@@ -102,7 +102,7 @@ def requests_for(
     """A request for each row, created when the batch has room; `failed` receives records of rows that are rejected."""
     for row in rows:
         try:
-            inputs = row_inputs(model.processor, row, context_of(model))
+            inputs = row_inputs(model.processor, row, context_of(model.base))
         except BadRowError as error:
             failed(Record.failed(row.id, str(error), kept_columns(row, keep)))
             continue
@@ -115,7 +115,7 @@ def answerable(model: VisMem, rows: Sequence[Row]) -> tuple[list[Row], list[Reco
     failed: list[Record] = []
     for row in rows:
         try:
-            row_inputs(model.processor, row, context_of(model))
+            row_inputs(model.processor, row, context_of(model.base))
             found.append(row)
         except BadRowError as error:
             failed.append(Record.failed(row.id, str(error)))

@@ -1,4 +1,4 @@
-"""The access log: one line per request, without message texts, keys or query strings."""
+"""Counts and logs requests: one line each, without message texts, keys or query strings."""
 
 from __future__ import annotations
 
@@ -8,45 +8,52 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from vismem.serving.metrics import Metrics
 
 MAX_PATH = 200  # characters of a path that are logged
 MAX_QUEUED = 10_000  # lines
 
 
-class AccessLog:
-    """Logs time, method, path, status, seconds, and prompt and completion tokens when a request ends.
+class RequestLog:
+    """Counts and logs every request. Goes outside the guards, so that refused requests are included.
 
     Args:
         app: the guarded application.
-        write: called with each line, without its newline.
+        metrics: what to count with.
+        write: called with a line when a request ends: time, method, path, status, seconds, counts of tokens.
     """
 
-    def __init__(self, app: ASGIApp, write: Callable[[str], None]) -> None:
-        self.app, self.write = app, write
+    def __init__(self, app: ASGIApp, metrics: Metrics, write: Callable[[str], None] | None = None) -> None:
+        self.app, self.metrics, self.write = app, metrics, write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), "-"  # stays "-" if the client leaves before a response starts
+        start, status = time.perf_counter(), None  # stays None if the client leaves before a response starts
 
         async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = str(message["status"])
+                status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, send_and_record)
+            with self.metrics.in_flight.track_inprogress():
+                await self.app(scope, receive, send_and_record)
         finally:
-            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {request_line(scope)} {status}"
-            line += f" {time.perf_counter() - start:.3f}s"
-            builder = scope.get("state", {}).get("response")
-            if builder is not None and builder.prompt_tokens:
-                line += f" {builder.prompt_tokens}+{builder.completion_tokens} tokens"
-            self.write(line)
+            self.metrics.count_request(scope["method"], scope["path"], status)
+            if self.write is not None:
+                line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {request_line(scope)} {status or '-'}"
+                line += f" {time.perf_counter() - start:.3f}s"
+                if (usage := scope.get("state", {}).get("usage")) is not None:
+                    line += f" {usage.prompt_tokens}+{usage.completion_tokens} tokens"
+                self.write(line)
 
 
 def request_line(scope: Scope) -> str:
@@ -58,13 +65,9 @@ def request_line(scope: Scope) -> str:
 
 
 class LineWriter:
-    """Writes lines from its own thread, so that a blocked log file or pipe does not block requests.
+    """Writes lines to a file descriptor from its own thread, so that a blocked pipe or disk does not block requests.
 
     Drops lines while the queue is full.
-
-    Args:
-        descriptor: of the open file.
-        max_queued: lines that may be queued.
     """
 
     def __init__(self, descriptor: int, max_queued: int = MAX_QUEUED) -> None:

@@ -1,26 +1,24 @@
-"""Which web addresses the server may fetch from: their spelling, the allowed hosts, and public IP addresses only.
-
-A name is resolved once, all its addresses must be public, and the connection goes to one of them: a second lookup could
-give others.
-"""
+"""Which web addresses the server may fetch from: their spelling, the allowed hosts, and public IP addresses only."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import re
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import ssl
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import httpx
+from typing_extensions import override
 
 from vismem.serving.errors import ApiError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Resolve = Callable[[str, int], Awaitable[list[str]]]
-MOST_CHARACTERS = 4096  # of a web address
+Host = tuple[str, str, int]  # scheme, name (with `*.` in front it stands for all subdomains) and port
+MAX_LENGTH = 4096  # characters of a web address
 PORTS = {"http": 80, "https": 443}
 ALLOWED = re.compile(r"(?:(https?)://)?(\[[0-9a-f:.]+\]|(?:\*\.)?[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
 NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
@@ -53,32 +51,6 @@ async def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(each[4][0]) for each in found))
 
 
-@dataclass(frozen=True)
-class Place:
-    """A checked web address: `url`, and the IP address to connect to."""
-
-    url: httpx.URL
-    address: Address
-
-    @property
-    def pinned(self) -> httpx.URL:
-        """The url with the IP address in place of the name."""
-        return self.url.copy_with(host=str(self.address))
-
-
-class Host(NamedTuple):
-    """A host that images may be fetched from; `*.` at the start of its name stands for all subdomains."""
-
-    scheme: str
-    name: str
-    port: int
-
-    def takes(self, scheme: str, name: str, port: int) -> bool:
-        """Whether an address with these parts is on this host."""
-        named = name.endswith(self.name[1:]) if self.name.startswith("*.") else name == self.name
-        return named and (scheme, port) == (self.scheme, self.port)
-
-
 def read_hosts(texts: Sequence[str]) -> tuple[Host, ...]:
     """Parses the hosts of an option.
 
@@ -93,9 +65,9 @@ def read_hosts(texts: Sequence[str]) -> tuple[Host, ...]:
     for text in texts:
         found = ALLOWED.fullmatch(text.lower())
         if found is None or int(found[3] or 1) not in range(1, 65536):
-            raise ValueError(f"{text!r} is no host to fetch images from; write it as in pictures.example.org:443")
+            raise ValueError(f"{text!r} is not an image host; write it like pictures.example.org:443")
         scheme = found[1] or "https"
-        hosts.append(Host(scheme, found[2].strip("[]"), int(found[3] or PORTS[scheme])))
+        hosts.append((scheme, found[2].strip("[]"), int(found[3] or PORTS[scheme])))
     return tuple(hosts)
 
 
@@ -109,8 +81,8 @@ def read_url(text: str, hosts: Sequence[Host]) -> httpx.URL:
     Raises:
         ApiError: 400 for an address that is malformed, 403 for one that is not allowed.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise _wrong(f"it has more than {MOST_CHARACTERS} characters")
+    if len(text) > MAX_LENGTH:
+        raise _wrong(f"it has more than {MAX_LENGTH} characters")
     if not text.isascii() or not text.isprintable() or any(mark in text for mark in ' \\"<>^`{|}'):
         raise _wrong("it has characters that must be percent-encoded")
     try:
@@ -119,43 +91,65 @@ def read_url(text: str, hosts: Sequence[Host]) -> httpx.URL:
     except (httpx.InvalidURL, ValueError, UnicodeError):
         raise _wrong("it cannot be read") from None
     if url.scheme not in PORTS:
-        raise _wrong("only data:image/...;base64, http and https are taken")
+        raise _wrong("only data:image/...;base64, http and https are accepted")
     if not host:
         raise _wrong("it has no host")
     if url.userinfo or "@" in re.split("[/?#]", text.partition("://")[2])[0]:
-        raise _wrong("it has a user in it")
+        raise _wrong("it contains a user name")
     if not _is_literal(host) and (len(host) > 253 or not NAME.fullmatch(host) or _ends_in_number(host)):
         raise _wrong("its host is neither a name nor a plain IP address")
-    if any(each.takes(url.scheme, host, port) for each in hosts):
+    if any((url.scheme, port) == (scheme, at) and fnmatchcase(host, name) for scheme, name, at in hosts):
         return url.copy_with(fragment=None)
     raise ApiError(
         403, "this server does not fetch images from there; send a data URI", code="image_url_refused", param="messages"
     )
 
 
-async def place_of(url: httpx.URL, find: Resolve, permitted: Callable[[Address], bool]) -> Place:
-    """Resolves a web address.
+class PublicTransport(httpx.AsyncHTTPTransport):
+    """Connects to allowed hosts at public addresses only, whether a request is the first or follows a redirect.
+
+    A name is resolved once, all its addresses must be public, and the connection goes to one of them: a second lookup
+    could give others. No proxies are used.
 
     Args:
-        url: from `read_url`.
-        find: resolves a name.
-        permitted: whether an IP address may be connected to.
-
-    Raises:
-        ApiError: 400 if the name has no address, 403 if any of its addresses is not permitted.
+        hosts: from `read_hosts`.
     """
-    try:
-        found = [url.host] if _is_literal(url.host) else await find(url.host, url.port or PORTS[url.scheme])
-        addresses = [ipaddress.ip_address(each.partition("%")[0]) for each in found]
-    except (OSError, ValueError, UnicodeError):
-        addresses = []
-    if not addresses:
-        raise ApiError(400, "an image's host has no address", code="image_unavailable", param="messages")
-    if not all(permitted(each) for each in addresses):
-        raise ApiError(
-            403, "an image's host leads to an address that is not public", code="image_url_refused", param="messages"
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        super().__init__(verify=_tls(), trust_env=False)
+        self.hosts = hosts
+
+    @override
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Sends a request.
+
+        Raises:
+            ApiError: 400 for a malformed address or a name without one, 403 for one that is not allowed or not public.
+        """
+        url = read_url(str(request.url), self.hosts)
+        try:
+            found = [url.host] if _is_literal(url.host) else await resolve(url.host, url.port or PORTS[url.scheme])
+            addresses = [ipaddress.ip_address(each.partition("%")[0]) for each in found]
+        except (OSError, ValueError, UnicodeError):
+            addresses = []
+        if not addresses:
+            raise ApiError(400, "an image's host has no address", code="image_unavailable", param="messages")
+        if not all(is_public(each) for each in addresses):
+            message = "an image's host leads to an address that is not public"
+            raise ApiError(403, message, code="image_url_refused", param="messages")
+        return await super().handle_async_request(
+            httpx.Request(
+                request.method,
+                url.copy_with(host=str(addresses[0])),
+                headers=request.headers,
+                extensions={**request.extensions, "sni_hostname": url.host},
+            )
         )
-    return Place(url, addresses[0])
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
 
 
 def _is_literal(host: str) -> bool:
@@ -173,4 +167,4 @@ def _ends_in_number(host: str) -> bool:
 
 
 def _wrong(why: str) -> ApiError:
-    return ApiError(400, f"an image's address is not taken: {why}", code="invalid_image_url", param="messages")
+    return ApiError(400, f"an image's URL is not accepted: {why}", code="invalid_image_url", param="messages")

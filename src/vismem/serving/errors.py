@@ -56,11 +56,14 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, message)  # which pickle passes to a copy
         self.status, self.message, self.param = status, message, param
         self.type = type or TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.code = code or CODES.get(status)
         self.headers = {**HEADERS.get(status, {}), **(headers or {})}
+
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""

@@ -12,8 +12,8 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
@@ -25,6 +25,8 @@ from typing_extensions import override
 from vismem.serving.errors import ApiError, has_body, refuse, stopping
 
 PUBLIC = ("/health",)  # paths that need no key
+MAX_HEADERS, MAX_HEAD = 100, 16 * 2**10  # of a request: their number, and bytes of all of them
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(?::[0-9]*)?")
 SMALL_BODY = 16 * 2**10  # bytes that are accepted beyond `max_held`, so that stalled uploads do not block text requests
 SHUTDOWN_TIMEOUT = 1.0  # seconds that a client has to read the shutdown error
 SAFE_HEADERS = {
@@ -35,46 +37,36 @@ SAFE_HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class Guards:
-    """How an application is guarded.
+def guarded(
+    app: ASGIApp,
+    *,
+    keys: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
+    origins: Sequence[str] = (),
+    max_body: int = 32 * 2**20,
+    body_timeout: float = 30.0,
+    max_held: int = 256 * 2**20,
+    max_commas: int = 50_000,
+) -> ASGIApp:
+    """The application with its guards around it.
 
     Args:
+        app: the application.
         keys: accepted API keys; if empty, no key is needed.
         hosts: accepted `Host` names (`"*.example.org"` for subdomains), or None for any. See `hosts_for`.
         origins: web origins that may use the server from a browser, e.g. "https://example.org"; "*" for all.
-        max_body: bytes per body.
-        body_timeout: seconds for a body to arrive.
-        max_held: bytes of all bodies held at the same time; small bodies are accepted beyond it.
-        max_commas: commas per body. Each JSON value costs the parser far more memory than it has bytes.
-        max_headers: headers per request.
-        max_head: bytes of all headers of a request.
+        max_body, body_timeout, max_held, max_commas: see `BodyLimit`.
     """
-
-    keys: Sequence[str] = field(default=(), repr=False)
-    hosts: Sequence[str] | None = None
-    origins: Sequence[str] = ()
-    max_body: int = 32 * 2**20
-    body_timeout: float = 30.0
-    max_held: int = 256 * 2**20
-    max_commas: int = 50_000
-    max_headers: int = 100
-    max_head: int = 16 * 2**10
-
-
-def guarded(app: ASGIApp, guards: Guards) -> ASGIApp:
-    """The application with its guards around it."""
-    app = BodyLimit(app, guards.max_body, guards.body_timeout, guards.max_held, guards.max_commas)
-    if guards.keys:
-        app = ApiKeys(app, guards.keys)
-    app = WellFormed(app, guards.max_headers, guards.max_head)
-    app = Origins(app, guards.origins)
-    if guards.hosts is not None:
-        app = Hosts(app, guards.hosts)
-    if guards.origins:
+    app = BodyLimit(app, max_body, body_timeout, max_held, max_commas)
+    if keys:
+        app = ApiKeys(app, keys)
+    app = Origins(WellFormed(app), origins)
+    if hosts is not None:
+        app = Hosts(app, hosts)
+    if origins:
         app = CORSMiddleware(
             app,
-            allow_origins=list(guards.origins),
+            allow_origins=list(origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["Retry-After"],
@@ -103,20 +95,16 @@ class Check:
 class WellFormed(Check):
     """Refuses ambiguous requests that proxies may parse differently, oversized headers, and bodies other than JSON."""
 
-    def __init__(self, app: ASGIApp, max_headers: int, max_head: int) -> None:
-        super().__init__(app)
-        self.max_headers, self.max_head = max_headers, max_head
-
     @override
     def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
         if scope["http_version"] not in ("1.0", "1.1"):
             return ApiError(505, "this server speaks HTTP/1.1", code="bad_http")
         size = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
         size += sum(len(name) + len(value) + 4 for name, value in headers.raw)
-        if len(headers.raw) > self.max_headers:
-            return ApiError(431, f"the request has {len(headers.raw)} headers; the limit is {self.max_headers}")
-        if size > self.max_head:
-            return ApiError(431, f"the headers have {size} bytes; the limit is {self.max_head}")
+        if len(headers.raw) > MAX_HEADERS:
+            return ApiError(431, f"the request has {len(headers.raw)} headers; the limit is {MAX_HEADERS}")
+        if size > MAX_HEAD:
+            return ApiError(431, f"the headers have {size} bytes; the limit is {MAX_HEAD}")
         if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
             return ApiError(400, "send either Content-Length or, with HTTP/1.1, Transfer-Encoding")
         if not has_body(headers):
@@ -139,8 +127,8 @@ class Hosts(Check):
     @override
     def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
         given = headers.getlist("host")
-        name = _host_name(given[0]) if len(given) == 1 else None
-        if name is not None and any(_matches(name, allowed) for allowed in self.allowed):
+        found = HOST.fullmatch(given[0].strip().lower()) if len(given) == 1 else None
+        if found and any(_matches(found[1].strip("[]"), allowed) for allowed in self.allowed):
             return None
         return ApiError(403, "this server does not answer to that Host; allow it with --allow-host")
 
@@ -178,19 +166,6 @@ def _matches(name: str, allowed: str) -> bool:
     return name == allowed.strip("[]")
 
 
-def _host_name(value: str) -> str | None:
-    """The name in a `Host` header, without the port, or None if the header is malformed."""
-    value = value.strip().lower()
-    if value.startswith("["):
-        name, closed, port = value[1:].partition("]")
-        if not closed or (port and not port.startswith(":")):
-            return None
-        port = port[1:]
-    else:
-        name, _, port = value.partition(":")
-    return name if name and (not port or port.isdecimal()) else None
-
-
 class Origins(Check):
     """Refuses requests sent by web pages of other origins."""
 
@@ -210,14 +185,13 @@ class Origins(Check):
 class ApiKeys(Check):
     """Requires one of several API keys, compared in constant time."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], public: Sequence[str] = PUBLIC) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         super().__init__(app)
         self.digests = [digest(key.encode()) for key in keys]
-        self.public = public
 
     @override
     def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
-        if scope["path"] in self.public:
+        if scope["path"] in PUBLIC:
             return None
         given = headers.getlist("authorization")
         scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
@@ -250,8 +224,8 @@ def read_keys(
             message never contains a key.
     """
     keys = [("an API key on the command line", key) for key in given]
-    if "VISMEM_API_KEY" in (environ or {}):
-        keys += [("an API key in VISMEM_API_KEY", key) for key in (environ or {})["VISMEM_API_KEY"].split(",")]
+    if (listed := (environ or {}).get("VISMEM_API_KEY")) is not None:
+        keys += [("an API key in VISMEM_API_KEY", key) for key in listed.split(",")]
     if file is not None:
         try:
             lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
@@ -281,12 +255,7 @@ class BodyLimit:
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        max_body: int,
-        timeout: float = 30.0,
-        max_held: int = 256 * 2**20,
-        max_commas: int = 50_000,
+        self, app: ASGIApp, max_body: int, timeout: float = 30.0, max_held: int = 2**28, max_commas: int = 50_000
     ) -> None:
         self.app, self.max_body, self.timeout = app, max_body, timeout
         self.max_held, self.max_commas = max_held, max_commas
@@ -299,14 +268,13 @@ class BodyLimit:
         body = bytearray()
         try:
             complete = await self._read(scope, receive, body)
-        except ApiError as error:
+        except BaseException as error:
             self.held -= len(body)
+            if not isinstance(error, ApiError):
+                raise
             body.clear()
             await refuse(error, scope, receive, send)
             return
-        except BaseException:
-            self.held -= len(body)
-            raise
         size = len(body)
         content: list[bytes] = [bytes(body)]
         body.clear()

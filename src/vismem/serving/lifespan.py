@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -22,12 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with callbacks and a graceful shutdown that cannot hang.
+    """uvicorn's server, with a graceful shutdown that cannot hang.
 
-    Args:
-        config: uvicorn's configuration.
-        on_start: called once the server accepts requests.
-        on_stop: called on the first signal.
+    Calls `on_start` once it accepts requests, and `on_stop` on the first signal.
     """
 
     def __init__(
@@ -66,31 +64,21 @@ class Server(uvicorn.Server):
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A listening socket, opened before the model loads so that a port in use fails early.
-
-    Args:
-        host: an address or a host name.
-        port: 0 for any free port.
+    """A listening socket, opened before the model loads so that a port in use fails early; port 0 is any free one.
 
     Raises:
         ValueError: if the address cannot be listened on.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
         raise ValueError(f"cannot listen on {host}: {error.strerror or error}") from error
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(2048)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
-        bound.close()
-        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
-    bound.setblocking(False)
-    return bound
+        reason = os.strerror(error.errno) if error.errno else error
+        raise ValueError(f"cannot listen on {host}, port {port}: {reason}") from error
 
 
 def address_of(bound: socket.socket) -> str:
@@ -105,13 +93,7 @@ def serve(server: Server, bound: socket.socket) -> None:
 
 
 def config_of(app: Any, grace: float, limits: ConnectionLimits | None = None) -> uvicorn.Config:
-    """uvicorn's configuration: logs errors only, and limits connections.
-
-    Args:
-        app: the guarded application.
-        grace: seconds that running answers have to finish on shutdown.
-        limits: on connections.
-    """
+    """uvicorn's configuration for a guarded application; on shutdown, answers have `grace` seconds to finish."""
     return uvicorn.Config(
         app,
         log_level="error",  # warnings would let clients flood the log with malformed requests

@@ -13,23 +13,14 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vismem.serving.errors import ApiError
-from vismem.serving.events import Ended, Event, Invoked, Started, TextDelta
+from vismem.serving.protocol import ChatChunk
 
 if TYPE_CHECKING:
     from vismem.serving.engine import Load
 
-ROUTES = (
-    "/v1/chat/completions",
-    "/v1/models",
-    "/health",
-    "/metrics",
-    "/openapi.json",
-    "/docs",
-    "/",
-)
+ROUTES = ("/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json", "/docs", "/")
 MODEL_ROUTE = "/v1/models/{name}"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REFUSALS = {
@@ -53,11 +44,7 @@ DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """The metrics of one application, in their own registry.
-
-    Args:
-        load: returns the number of waiting and running rows; called whenever the metrics are read.
-    """
+    """The metrics of one application, in their own registry. `load` is called whenever they are read."""
 
     def __init__(self, load: Callable[[], Load]) -> None:
         registry = self.registry = CollectorRegistry()
@@ -97,15 +84,24 @@ class Metrics:
         """Counts a dropped connection; for `ConnectionLimits.on_drop`."""
         self.refused.labels(reason if reason in DROPS else "other").inc()
 
-    async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-        """Yields the events and counts them. Closing it closes `events` and counts a cancelled answer."""
-        start, outcome = time.perf_counter(), "cancelled"
+    async def watch(self, chunks: AsyncGenerator[ChatChunk, None]) -> AsyncGenerator[ChatChunk, None]:
+        """Yields the chunks and counts them. Closing it closes `chunks` and counts a cancelled answer."""
+        start, outcome, usage = time.perf_counter(), "cancelled", None
         last: dict[int, float] = {}  # when each choice had its last text
         try:
-            async with aclosing(events):
-                async for event in events:
-                    self._count(event, start, last)
-                    yield event
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    usage, now = chunk.usage, time.perf_counter()
+                    for choice in chunk.choices:
+                        if choice.delta.content or choice.logprobs:
+                            if not last:
+                                self.first_text.observe(now - start)
+                            elif choice.index in last:
+                                self.gap.observe(now - last[choice.index])
+                            last[choice.index] = now
+                        for each in choice.vismem.invocations if choice.vismem else ():
+                            self.invocations.labels(each.kind, str(each.forced).lower()).inc()
+                    yield chunk
             outcome = "done"
         except ApiError as error:
             outcome = "timeout" if error.status == 504 else "error" if error.status >= 500 else "refused"
@@ -117,62 +113,17 @@ class Metrics:
             self.answers.labels(outcome).inc()
             if outcome != "refused":
                 self.duration.observe(time.perf_counter() - start)
+            if usage is not None:
+                self.tokens.labels("prompt").inc(usage.prompt_tokens)
+                self.tokens.labels("completion").inc(usage.completion_tokens)
+                self.tokens.labels("invocation").inc(usage.memory.invocation_tokens)
+                self.tokens.labels("short").inc(usage.memory.short_vectors)
+                self.tokens.labels("long").inc(usage.memory.long_vectors)
 
-    def _count(self, event: Event, start: float, last: dict[int, float]) -> None:
-        now = time.perf_counter()
-        if isinstance(event, Started):
-            self.tokens.labels("prompt").inc(event.prompt_tokens)
-        elif isinstance(event, TextDelta):
-            if not last:
-                self.first_text.observe(now - start)
-            elif event.index in last:
-                self.gap.observe(now - last[event.index])
-            last[event.index] = now
-        elif isinstance(event, Invoked):
-            self.invocations.labels(event.invocation.kind, str(event.invocation.forced).lower()).inc()
-        elif isinstance(event, Ended):
-            self.tokens.labels("completion").inc(event.completion_tokens)
-            self.tokens.labels("invocation").inc(event.memory.invocation_tokens)
-            self.tokens.labels("short").inc(event.memory.short_vectors)
-            self.tokens.labels("long").inc(event.memory.long_vectors)
-
-
-class RequestCounter:
-    """Counts every request and its status. Goes outside the guards, so refused requests count too.
-
-    Args:
-        app: the guarded application.
-        metrics: what to count with.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = 0
-
-        async def send_and_record(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        metrics, method = self.metrics, scope["method"] if scope["method"] in METHODS else "other"
-        metrics.in_flight.inc()
-        try:
-            await self.app(scope, receive, send_and_record)
-        finally:
-            metrics.in_flight.dec()
-            metrics.requests.labels(route_of(scope["path"]), method, str(status) if status else "none").inc()
-            if status in REFUSALS:
-                metrics.refused.labels(REFUSALS[status]).inc()
-
-
-def route_of(path: str) -> str:
-    """The route label of a path."""
-    if path in ROUTES:
-        return path
-    return MODEL_ROUTE if path.startswith("/v1/models/") else "other"
+    def count_request(self, method: str, path: str, status: int | None) -> None:
+        """Counts a request that has ended; `status` is None if it got no response."""
+        route = path if path in ROUTES else MODEL_ROUTE if path.startswith("/v1/models/") else "other"
+        method = method if method in METHODS else "other"
+        self.requests.labels(route, method, str(status or "none")).inc()
+        if status in REFUSALS:
+            self.refused.labels(REFUSALS[status]).inc()

@@ -8,9 +8,7 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -19,10 +17,11 @@ from PIL import Image
 
 from vismem import __version__
 from vismem.data.images import BadImageError, TooManyPixelsError, open_image, read_data_uri, upright
-from vismem.serving.addresses import Address, Place, Resolve, is_public, place_of, read_hosts, read_url, resolve
+from vismem.serving.addresses import PublicTransport, read_hosts, read_url
 from vismem.serving.errors import ApiError
 from vismem.serving.metadata import stripped
 
+HEADERS = {"User-Agent": f"vismem/{__version__}", "Accept": "image/*", "Accept-Encoding": "identity"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # whose decoders clients can reach; of a GIF only the first frame
 MAX_ASPECT_RATIO = 200  # a one-pixel line resized to a model's minimum width becomes huge
 MAX_URI_PREFIX = 256  # characters of a data URI before its data
@@ -64,15 +63,10 @@ class Pictures:
 
     Args:
         limits: the limits.
-        find: resolves a host's addresses.
-        permitted: whether an address may be connected to.
     """
 
-    def __init__(
-        self, limits: PictureLimits, *, find: Resolve = resolve, permitted: Callable[[Address], bool] = is_public
-    ) -> None:
-        self.limits, self.find, self.permitted = limits, find, permitted
-        self.hosts = read_hosts(limits.hosts)
+    def __init__(self, limits: PictureLimits) -> None:
+        self.limits, self.hosts = limits, read_hosts(limits.hosts)
 
     async def fetch(self, urls: Sequence[str]) -> list[bytes]:
         """The undecoded files of a request's images, in order.
@@ -106,7 +100,7 @@ class Pictures:
                 plain, orientation = stripped(file)
                 picture = open_image(plain, most_pixels=min(self.limits.pixels, left), formats=FORMATS)
             except TooManyPixelsError as error:
-                raise self._too_many_pixels() from error
+                raise _over_limit("pixels", self.limits.pixels, self.limits.total_pixels) from error
             except BadImageError as error:
                 raise _bad(str(error).replace("image in bytes", "it")) from error
             if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
@@ -139,43 +133,24 @@ class Pictures:
         return file
 
     async def _from_web(self, url: httpx.URL, max_size: int) -> bytes:
-        for _ in range(self.limits.redirects + 1):
-            place = await place_of(url, self.find, self.permitted)
-            found = await self._get(place, max_size)
-            if isinstance(found, bytes):
-                return found
-            url = read_url(found, self.hosts)
+        transport = PublicTransport(self.hosts)
+        async with httpx.AsyncClient(transport=transport, headers=HEADERS, timeout=self.limits.timeout) as client:
+            request = client.build_request("GET", url)
+            for _ in range(self.limits.redirects + 1):
+                response = await client.send(request, auth=None, stream=True)
+                try:
+                    if response.next_request is None:
+                        return await self._read(response, max_size)
+                    request = response.next_request  # httpx would read the whole body before following it
+                finally:
+                    await response.aclose()
         raise _unavailable(f"it is more than {self.limits.redirects} redirects away")
 
-    async def _get(self, place: Place, max_size: int) -> bytes | str:
-        """The file, or the URL that its host redirects to."""
-        host = place.url.netloc.decode("ascii")
-        request = httpx.Request(
-            "GET",
-            place.pinned,
-            headers={
-                "Host": host,
-                "User-Agent": f"vismem/{__version__}",
-                "Accept": "image/*",
-                "Accept-Encoding": "identity",
-            },
-            extensions={"sni_hostname": place.url.host, "timeout": httpx.Timeout(self.limits.timeout).as_dict()},
-        )
-        # A bare transport uses no proxies, credentials or cookies, and leaves redirects to us.
-        async with httpx.AsyncHTTPTransport(verify=_tls(), trust_env=False) as transport:
-            response = await transport.handle_async_request(request)
-            try:
-                if response.has_redirect_location:
-                    return str(place.url.join(response.headers["location"]))
-                if response.status_code != 200:
-                    raise _unavailable(f"its host answered {response.status_code}")
-                if response.headers.get("content-encoding", "identity").lower() != "identity":
-                    raise _unavailable("its host sent it compressed, although uncompressed data was requested")
-                return await self._read(response, max_size)
-            finally:
-                await response.aclose()
-
     async def _read(self, response: httpx.Response, max_size: int) -> bytes:
+        if response.status_code != 200:
+            raise _unavailable(f"its host answered {response.status_code}")
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise _unavailable("its host sent it compressed, although uncompressed data was requested")
         announced = response.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > max_size:
             raise self._too_large()
@@ -187,20 +162,11 @@ class Pictures:
         return bytes(file)
 
     def _too_large(self) -> ApiError:
-        limits = f"{self.limits.size} bytes, or all have more than {self.limits.total_size}"
-        return _over_limit(f"an image's file has more than {limits}; make them smaller")
-
-    def _too_many_pixels(self) -> ApiError:
-        limits = f"{self.limits.pixels} pixels, or all have more than {self.limits.total_pixels}"
-        return _over_limit(f"an image has more than {limits}; make them smaller")
+        return _over_limit("bytes", self.limits.size, self.limits.total_size)
 
 
-@functools.cache
-def _tls() -> ssl.SSLContext:
-    return httpx.create_ssl_context()
-
-
-def _over_limit(message: str) -> ApiError:
+def _over_limit(unit: str, most: int, total: int) -> ApiError:
+    message = f"an image has more than {most} {unit}, or all have more than {total}; make them smaller"
     return ApiError(413, message, code="image_too_large", param="messages")
 
 

@@ -1,14 +1,12 @@
 """The request and response schemas: OpenAI's chat completions, with an extra field `vismem` in both.
 
-Requests are validated here as far as possible without a model. Null always means "not given". Unknown fields are
-ignored and logged once; known fields that would change the answer but are not supported are refused by name.
+Requests are validated here as far as possible without a model. Null means "not given". Unknown fields are ignored and
+logged once; fields that would change the answer but are not supported are refused by name.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,11 +14,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -52,39 +48,32 @@ Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
-class UnknownFields:
-    """Logs each unknown field name once, up to a limit.
-
-    Args:
-        max_names: names that are logged and remembered.
-    """
-
-    def __init__(self, max_names: int = MAX_UNKNOWN_FIELDS) -> None:
-        self.max_names = max_names
-        self.names: set[str] = set()
-        self.lock = threading.Lock()
-
-    def log(self, name: str, where: str) -> None:
-        """Logs a field of the object described by `where`, unless its name was logged before."""
-        name = name[:MAX_NAME]
-        with self.lock:
-            if name in self.names or len(self.names) > self.max_names:
-                return
-            self.names.add(name)
-            full = len(self.names) > self.max_names
-        if full:
-            log.warning("ignoring more unknown fields; their names are no longer logged")
-        else:
-            log.warning("ignoring the unknown field %r of %s", name, where)
+unknown_fields: set[str] = set()  # names that were logged
 
 
-unknown_fields = UnknownFields()
+def log_unknown_field(name: str, where: str) -> None:
+    """Logs a field of the object described by `where`, unless its name was logged before or there are too many."""
+    name = name[:MAX_NAME]
+    if name in unknown_fields or len(unknown_fields) > MAX_UNKNOWN_FIELDS:
+        return
+    unknown_fields.add(name)
+    if len(unknown_fields) > MAX_UNKNOWN_FIELDS:
+        log.warning("ignoring more unknown fields; their names are no longer logged")
+    else:
+        log.warning("ignoring the unknown field %r of %s", name, where)
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()):
+            notes = {key: field.pop(key) for key in ("title", "description", "default", "examples") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **notes}
 
 
 class Lenient(BaseModel):
     """Base of the request objects: null counts as not given, unknown fields are ignored."""
 
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True, json_schema_extra=_allow_null)
 
     @model_validator(mode="before")
     @classmethod
@@ -92,11 +81,10 @@ class Lenient(BaseModel):
         if not isinstance(value, dict):
             return value
         for name in value.keys() - cls.model_fields.keys():
-            unknown_fields.log(str(name), (cls.__doc__ or cls.__name__).partition(".")[0].lower())
+            log_unknown_field(str(name), (cls.__doc__ or cls.__name__).partition(".")[0].lower())
         return {name: item for name, item in value.items() if item is not None}
 
 
-@dataclass(frozen=True, init=False)
 class Unsupported:
     """Annotates an unsupported field: only values without effect are accepted.
 
@@ -104,10 +92,8 @@ class Unsupported:
         *neutral: values without effect, besides null, false, empty values, and objects of such values.
     """
 
-    neutral: tuple[Any, ...]
-
     def __init__(self, *neutral: Any) -> None:
-        object.__setattr__(self, "neutral", neutral)
+        self.neutral = neutral
 
     def check(self, value: Any) -> None:
         """Raises PydanticCustomError for a value that would have an effect."""
@@ -149,6 +135,10 @@ class RefusalPart(Lenient):
     type: Literal["refusal"]
     refusal: Text
 
+    @property
+    def text(self) -> str:
+        return self.refusal
+
 
 class ImageUrl(Lenient):
     """An image URL: a data URI, or a web address on a host that the server may fetch from."""
@@ -166,27 +156,10 @@ class ImagePart(Lenient):
 
     @property
     def url(self) -> str:
-        """The image's URL."""
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
-PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-PARTS |= {"image_url": "image", "input_image": "image"}
-
-
-def _part_type(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return PARTS.get(kind) if isinstance(kind, str) else None
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")] | Annotated[ImagePart, Tag("image")],
-    Discriminator(
-        _part_type,
-        custom_error_type="unsupported_part",
-        custom_error_message="a part must be of type text or image_url",
-    ),
-]
+Part = Annotated[TextPart | RefusalPart | ImagePart, Field(discriminator="type")]
 
 
 def _role(value: Any) -> Any:
@@ -237,6 +210,20 @@ class Message(Lenient):
             raise ValueError(f"only user messages may contain images, not a message of role {self.role}")
         return self
 
+    @property
+    def parts(self) -> list[dict[str, str]]:
+        """The content as chat templates take it, with URLs in place of images. An assistant's parts become one text."""
+        content = self.content or self.refusal or ""
+        found = [
+            {"type": "image", "url": part.url}
+            if isinstance(part, ImagePart)
+            else {"type": "text", "text": part if isinstance(part, str) else part.text}
+            for part in ([content] if isinstance(content, str) else content)
+        ]
+        if self.role == "assistant":
+            return [{"type": "text", "text": "".join(part["text"] for part in found)}]
+        return found
+
 
 def bounded_policy(text: str, seed: int = 0) -> str | Policy:
     """As `read_policy` for untrusted text: also raises ValueError for schedules longer than `MAX_SCHEDULED`."""
@@ -259,15 +246,13 @@ class Memory(Lenient):
         description=f"One of: {SPELLINGS}. The default is set with the server's --invocation.",
         examples=["learned", "off", "short@0,long@12"],
     )
-    trace: bool | None = Field(
-        default=None, description="Whether each choice's field `vismem` lists its invocations; true by default."
-    )
+    trace: bool = Field(default=True, description="Whether each choice's field `vismem` lists its invocations.")
 
 
 class StreamOptions(Lenient):
     """Stream options."""
 
-    include_usage: bool | None = Field(default=None, description="Send the token counts in a last chunk.")
+    include_usage: bool = Field(default=False, description="Send the token counts in a last chunk.")
     include_obfuscation: Accepted = None
 
 
@@ -304,24 +289,22 @@ class ChatRequest(Lenient):
         lt=2**63,
         description="Choice n is sampled with `seed + n`. If missing or -1, the server picks it.",
     )
-    stop: Stop | Annotated[list[Stop | None], Field(max_length=MAX_STOPS)] | None = None
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    logprobs: bool | None = Field(
-        default=None, description="Return log-probabilities of the text tokens, before temperature and truncation."
+    stop: Stop | Annotated[list[Stop | None], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    logprobs: bool = Field(
+        default=False, description="Return log-probabilities of the text tokens, before temperature and truncation."
     )
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    ignore_eos: bool | None = Field(
-        default=None, description="vLLM's: ignore the end token and generate until max_tokens."
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+    ignore_eos: bool = Field(default=False, description="vLLM's: ignore the end token and generate until max_tokens.")
+    add_generation_prompt: bool = Field(
+        default=True, description="vLLM's: start an assistant message after the given ones."
     )
-    add_generation_prompt: bool | None = Field(
-        default=None, description="vLLM's: start an assistant message after the given ones; true by default."
+    continue_final_message: bool = Field(
+        default=False, description="vLLM's: continue the last message, which must be the assistant's."
     )
-    continue_final_message: bool | None = Field(
-        default=None, description="vLLM's: continue the last message, which must be the assistant's."
-    )
-    vismem: Memory | None = None
+    vismem: Memory = Field(default_factory=Memory)
     # Fields that would change the answer.
     tools: Refused = None
     functions: Refused = None
@@ -366,16 +349,26 @@ class ChatRequest(Lenient):
     store: Accepted = None
     user: Accepted = None
 
+    @field_validator("top_k")
+    @classmethod
+    def _zero_is_all(cls, top_k: int | None) -> int | None:
+        return 0 if top_k == -1 else top_k
+
+    @field_validator("seed")
+    @classmethod
+    def _server_picks(cls, seed: int | None) -> int | None:
+        return None if seed == -1 else seed
+
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give only one of them")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+        if self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options needs stream: true")
         if self.continue_final_message:
-            if self.add_generation_prompt:
+            if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
                 raise ValueError(
                     "continue_final_message needs add_generation_prompt: false, because it starts no new message"
                 )
@@ -388,17 +381,22 @@ class ChatRequest(Lenient):
     @property
     def stops(self) -> list[str]:
         """The stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else [stop for stop in self.stop or [] if stop is not None]
+        return [self.stop] if isinstance(self.stop, str) else [stop for stop in self.stop if stop is not None]
 
     @property
-    def invocation(self) -> str | None:
-        """The requested policy, if any."""
-        return None if self.vismem is None else self.vismem.invocation
+    def top(self) -> int | None:
+        """The number of likeliest tokens to report beside each log-probability; None reports no log-probabilities."""
+        return self.top_logprobs if self.logprobs else None
 
     @property
-    def traced(self) -> bool:
-        """Whether the answer lists the invocations."""
-        return self.vismem is None or self.vismem.trace is not False
+    def continues(self) -> bool:
+        """Whether the answer continues the last message. An empty one has nothing to continue."""
+        return self.continue_final_message and self.messages[-1].parts[0]["text"] != ""
+
+    @property
+    def image_urls(self) -> list[str]:
+        """The URLs of all images, in order."""
+        return [part["url"] for message in self.messages for part in message.parts if part["type"] == "image"]
 
 
 # The answer.
@@ -447,7 +445,7 @@ class TokenLogprob(TopLogprob):
 class ChoiceLogprobs(BaseModel):
     """Log-probabilities of a choice's tokens."""
 
-    content: list[TokenLogprob] | None = None
+    content: list[TokenLogprob]
     refusal: None = None
 
 
@@ -531,14 +529,19 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """A chunk of a streamed answer."""
+    """A chunk of a streamed answer: what is new in some choices.
+
+    Args:
+        usage: of the request so far; sent to the client in a last chunk, if it asked for it.
+        vismem: in the first chunk only.
+    """
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChunkChoice]
-    usage: Usage | None = None
+    usage: Usage
     vismem: Provenance | None = None
 
 

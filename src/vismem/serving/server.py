@@ -13,6 +13,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import anyio
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
@@ -22,10 +23,9 @@ from vismem import __version__
 from vismem.serving import page, protocol
 from vismem.serving.engine import ChatEngine
 from vismem.serving.errors import ApiError, internal_error, stopping
-from vismem.serving.events import Event
 from vismem.serving.metrics import Metrics
-from vismem.serving.protocol import ChatCompletion, ChatRequest, Health, Model, Models
-from vismem.serving.responses import DONE, ResponseBuilder, engine_request, server_sent
+from vismem.serving.protocol import ChatChunk, ChatCompletion, ChatRequest, Health, Model, Models
+from vismem.serving.responses import event, server_sent, whole
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class ServingConfig:
         """
         if request.model not in self.names:
             raise self.no_such_model(request.model, param="model")
-        wanted = request.invocation
+        wanted = request.vismem.invocation
         if request.model == self.name:
             return wanted or self.invocation
         if wanted not in (None, "off"):
@@ -121,20 +121,15 @@ def application(engine: ChatEngine, config: ServingConfig, metrics: Metrics | No
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={**ERRORS, 200: STREAMED})
     async def chat_completions(request: Request, body: ChatRequest) -> Response | ChatCompletion:
         """Answers a conversation with images, whole or as server-sent events."""
-        invocation = config.invocation_for(body)
+        body.vismem.invocation = config.invocation_for(body)
         if app.state.stopping or not engine.ready():
             raise stopping()
-        builder = request.state.response = ResponseBuilder(body, engine_request(body, invocation))
-        events = metrics.watch(with_timeout(engine.answer(builder.engine_request), config.answer_timeout))
+        chunks = metrics.watch(answered(request, engine.answer(body), config.answer_timeout))
         if not body.stream:
-            async with aclosing(events):
-                return await while_connected(request, builder.completion(events))
-        try:
-            first = await while_connected(request, anext(events))  # a refused request gets its own HTTP status
-        except BaseException:
-            await events.aclose()
-            raise
-        return StreamingResponse(streamed(builder, first, events), media_type="text/event-stream")
+            return await while_connected(request, whole(chunks, body))
+        events = server_sent(chunks, body)
+        first = await while_connected(request, anext(events))  # a refused request gets its own HTTP status
+        return StreamingResponse(streamed(first, events), media_type="text/event-stream")
 
     @app.get("/v1/models", responses=errors(401))
     async def models() -> Models:
@@ -155,9 +150,10 @@ def application(engine: ChatEngine, config: ServingConfig, metrics: Metrics | No
     )
     async def health(response: Response) -> Health:
         """Reports whether requests are accepted."""
-        ready, load = engine.ready(), engine.load()
-        status: Literal["ok", "stopping", "failed"] = "ok" if ready else "failed"
-        status = "stopping" if app.state.stopping else status
+        load = engine.load()
+        status: Literal["ok", "stopping", "failed"] = "ok" if engine.ready() else "failed"
+        if app.state.stopping:
+            status = "stopping"
         response.status_code = 200 if status == "ok" else 503
         return Health(status=status, waiting=load.waiting, writing=load.writing)
 
@@ -176,7 +172,7 @@ def application(engine: ChatEngine, config: ServingConfig, metrics: Metrics | No
     async def reference() -> Response:
         return page.reference(app.openapi())
 
-    app.openapi = lambda: openapi_schema(app, requires_key=config.requires_key)  # type: ignore[method-assign]
+    correct_schema(app.openapi(), requires_key=config.requires_key)
     return app
 
 
@@ -186,45 +182,40 @@ STREAMED = {
 }
 
 
-async def streamed(
-    builder: ResponseBuilder, first: Event, events: AsyncGenerator[Event, None]
-) -> AsyncGenerator[bytes, None]:
+async def streamed(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """The body of a stream. An error after its start becomes the last event."""
-
-    async def all_events() -> AsyncGenerator[Event, None]:
-        yield first
-        async for event in events:
-            yield event
-
-    async with aclosing(events), aclosing(all_events()) as each, aclosing(builder.chunks(each)) as chunks:
+    async with aclosing(events):
         try:
-            async for chunk in chunks:
-                yield chunk
-            yield DONE
+            yield first
+            async for each in events:
+                yield each
         except ApiError as error:
-            yield server_sent(error.body())
+            yield event(error.body())
         except Exception:
             log.exception("a streamed answer failed")
-            yield server_sent(internal_error().body())
+            yield event(internal_error().body())
 
 
-async def with_timeout(events: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T, None]:
-    """Yields the events.
+async def answered(
+    request: Request, chunks: AsyncGenerator[ChatChunk, None], seconds: float
+) -> AsyncGenerator[ChatChunk, None]:
+    """Yields the chunks, and leaves their token counts in the request's state for the access log.
 
     Raises:
         ApiError: if they are not over after that many seconds.
     """
-    end = asyncio.get_running_loop().time() + seconds
-    async with aclosing(events):
+    end = anyio.current_time() + seconds
+    async with aclosing(chunks):
         while True:
-            left = end - asyncio.get_running_loop().time()
             try:
-                event = await asyncio.wait_for(anext(events), max(left, 0))
+                with anyio.fail_after(end - anyio.current_time()):
+                    chunk = await anext(chunks)
             except StopAsyncIteration:
                 return
-            except asyncio.TimeoutError as error:
+            except TimeoutError as error:
                 raise ApiError(504, f"the answer was not done within {seconds:g} seconds, the limit") from error
-            yield event
+            request.state.usage = chunk.usage
+            yield chunk
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -306,6 +297,8 @@ def validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"this server does not support {field}", param=field)
     elif path[-1:] == ["content"] and found["type"] in ("list_type", "string_type"):
         message = "must be a string or a list of parts"
+    elif found["type"] in ("union_tag_invalid", "union_tag_not_found", "model_attributes_type"):
+        message = "a part must be of type text or image_url"
     elif found["type"] in ("too_short", "string_too_short"):  # every minimum length in the schema is 1
         message = "is empty"
     return ApiError(400, f"{field}: {message}" if field else message, param=field or None)
@@ -329,19 +322,14 @@ def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: ERRORS[code] for code in codes}
 
 
-def openapi_schema(app: FastAPI, *, requires_key: bool) -> dict[str, Any]:
-    """FastAPI's OpenAPI schema, with our errors in place of its 422."""
-    if app.openapi_schema is None:
-        schema = FastAPI.openapi(app)
-        for path in schema["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        components = schema["components"]
-        for name in ("HTTPValidationError", "ValidationError"):
-            components["schemas"].pop(name, None)
-        if requires_key:
-            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            schema["security"] = [{"key": []}]
-            schema["paths"]["/health"]["get"]["security"] = []
-        app.openapi_schema = schema
-    return app.openapi_schema
+def correct_schema(schema: dict[str, Any], *, requires_key: bool) -> None:
+    """Takes FastAPI's own error, 422, out of its OpenAPI schema, and adds the API key."""
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+    if requires_key:
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+        schema["paths"]["/health"]["get"]["security"] = []

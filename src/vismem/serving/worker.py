@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from vismem.decoding.output import NonFiniteError
@@ -76,14 +77,6 @@ class Ticket:
     finished: set[int] = field(default_factory=set)  # rows whose end was reported
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A call for the worker's thread, and the future of its result if somebody waits for it."""
-
-    run: Callable[[], None]
-    future: Future[Any] | None = None
-
-
 class Worker:
     """Decodes requests from any thread in one continuous batch, in its own thread.
 
@@ -111,7 +104,8 @@ class Worker:
             raise ValueError(f"max_waiting must be 0 or more, got {max_waiting}")
         self.model, self.max_waiting = model, max_waiting
         self.queue = RequestQueue(model, batch_size, record=record, **generation)
-        self.tasks: deque[Task] = deque()  # run between two steps
+        # Run between two steps; with the future of the result if somebody waits for it.
+        self.tasks: deque[tuple[Callable[[], object], Future[Any] | None]] = deque()
         self.awake = threading.Condition()
         self.tickets: dict[Ticket, None] = {}  # in order of submission
         self.closing, self.deadline = False, float("inf")
@@ -155,22 +149,20 @@ class Worker:
         if rows > size:
             raise ValueError(f"a request of {rows} rows does not fit a batch of {size}")
         with self.awake:
-            if self.closing or not self.alive:
-                raise WorkerClosedError("the worker accepts no more requests")
-            held = sum(other.rows - len(other.finished) for other in self.tickets)
-            if held + rows > size + self.max_waiting:
+            self._check_open()
+            if self.rows + rows > size + self.max_waiting:
                 raise QueueFullError(
-                    f"{held} rows are running or waiting, and at most {size} can run and {self.max_waiting} wait"
+                    f"{self.rows} rows are running or waiting, and at most {size} can run and {self.max_waiting} wait"
                 )
             self.tickets[ticket] = None
-            self._add(Task(lambda: self._enqueue(ticket)))
+            self._add(lambda: self._enqueue(ticket))
         return ticket
 
     def cancel(self, ticket: Ticket, row: int | None = None) -> None:
         """Cancels a request, or one of its rows. Finished rows stay as they are."""
+        part = slice(None) if row is None else slice(row, row + 1)
         with self.awake:
-            part = slice(None) if row is None else slice(row, row + 1)
-            self._add(Task(lambda: self.queue.cancel(ticket.answers[part])))
+            self._add(lambda: self.queue.cancel(ticket.answers[part]))
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Runs a function in the worker's thread, between two steps.
@@ -179,18 +171,9 @@ class Worker:
             WorkerClosedError: if the worker accepts no more calls.
         """
         future: Future[R] = Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*args, **kwargs))
-                except BaseException as error:
-                    future.set_exception(error)
-
         with self.awake:
-            if self.closing or not self.alive:
-                raise WorkerClosedError("the worker accepts no more calls")
-            self._add(Task(run, future))
+            self._check_open()
+            self._add(partial(function, *args, **kwargs), future)
         return future
 
     def close(self, finish_within: float = 0.0) -> None:
@@ -202,8 +185,12 @@ class Worker:
         if threading.current_thread() is not self.thread:
             self.thread.join()
 
-    def _add(self, task: Task) -> None:
-        self.tasks.append(task)
+    def _check_open(self) -> None:
+        if self.closing or not self.alive:
+            raise WorkerClosedError("the worker accepts no more requests")
+
+    def _add(self, task: Callable[[], object], future: Future[Any] | None = None) -> None:
+        self.tasks.append((task, future))
         self.awake.notify()
 
     # Called in the worker's thread.
@@ -221,9 +208,9 @@ class Worker:
             with self.awake:
                 self.closing = True
                 tasks, self.tasks = self.tasks, deque()
-            for task in tasks:
-                if task.future is not None and task.future.set_running_or_notify_cancel():
-                    task.future.set_exception(error)
+            for _, future in tasks:
+                if future is not None and future.set_running_or_notify_cancel():
+                    future.set_exception(error)
             for ticket in self.tickets:
                 for index in set(range(ticket.rows)) - ticket.finished:
                     with suppress(Exception):
@@ -237,8 +224,14 @@ class Worker:
                     self.awake.wait()
                 if not self.tasks:
                     return bool(self.tickets)
-                task = self.tasks.popleft()
-            task.run()
+                task, future = self.tasks.popleft()
+            if future is None:
+                task()
+            elif future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(task())
+                except BaseException as error:
+                    future.set_exception(error)
 
     def _enqueue(self, ticket: Ticket) -> None:
         ticket.reported = [(0, 0)] * ticket.rows
@@ -274,14 +267,8 @@ class Worker:
                 ticket.reported[index] = len(answer.tokens), len(answer.invocations)
                 if answer.error is not None:  # its traceback would keep tensors alive, in reference cycles
                     answer.error.__traceback__ = None
-                update = RowUpdate(
-                    index,
-                    answer.tokens[tokens:],
-                    answer.invocations[invocations:],
-                    answer.tops[tokens:],
-                    finish,
-                    answer.error,
-                )
+                new = answer.tokens[tokens:], answer.invocations[invocations:], answer.tops[tokens:]
+                update = RowUpdate(index, *new, finish, answer.error)
                 if finish is not None:
                     with self.awake:
                         ticket.finished.add(index)

@@ -7,7 +7,7 @@ command line overrides both (`settings.py`). Precedence: command line, file's se
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,11 @@ from vismem.training.stages import PLANS, STAGES, Plan
 
 __all__ = ["PRESETS", "SECTIONS", "STAGES", "MemoryTrainingArguments", "arguments_for", "load_settings"]
 
+AT_LEAST_0 = ["learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "max_bad_rows", "micro_batch"]
+AT_LEAST_0 += ["clip_ratio", "kl_coef", "target_kl", "penalty_coef", "end_rate", "importance_sampling_cap", "gaze_coef"]
+AT_LEAST_0 += ["choice_coef"]
+AT_LEAST_1 = ["per_device_train_batch_size", "gradient_accumulation_steps", "inner_iterations", "max_new_tokens"]
+AT_LEAST_1 += ["kl_horizon"]
 NO_EVALUATION = "training does not evaluate: leave out eval_dataset and eval_strategy, and run `vismem eval` afterwards"
 
 
@@ -63,6 +68,7 @@ class MemoryTrainingArguments(TrainingArguments):
         replace_rate: probability that an injected invocation replaces the delimiter before it, as a sampled one does
             (warm-up).
         gaze_coef: weight of the frozen base's own gaze, which teaches the choice of `memory_init="attended"` (warm-up).
+        choice_coef: weight of the sampled choices in stage I's objective.
         end_rate: learning rate of the end tokens' embeddings, relative to the invocation tokens' (stage II).
         micro_batch: trajectories per forward and backward; 0 for all at once. Must divide `group_size` or be a
             multiple of it.
@@ -102,6 +108,7 @@ class MemoryTrainingArguments(TrainingArguments):
     injection_places: Literal["delimiter", "anywhere", "delimiter-then-anywhere"] = "delimiter-then-anywhere"
     replace_rate: float = 0.5
     gaze_coef: float = 1.0
+    choice_coef: float = 1.0
     end_rate: float = 0.1
     micro_batch: int = 0
     baseline: Literal["greedy", "sample", "off"] = "greedy"
@@ -128,46 +135,33 @@ class MemoryTrainingArguments(TrainingArguments):
             raise SettingsError(" ".join(str(error).split())) from error
         if self.eval_strategy != "no" or self.do_eval or self.eval_on_start or self.load_best_model_at_end:
             raise SettingsError(NO_EVALUATION)
-        for name in ("log_level", "log_level_replica"):
-            allowed = ", ".join(trainer_log_levels)
-            self._require(name, f"one of {allowed}", getattr(self, name) in trainer_log_levels)
+        group, levels, known = self.group_size, trainer_log_levels, integrations.INTEGRATION_TO_CALLBACK
+        rules: list[tuple[str, Callable[[Any], bool], Sequence[str]]] = [
+            ("0 or more", lambda value: value >= 0, AT_LEAST_0),
+            ("1 or more", lambda value: value >= 1, AT_LEAST_1),
+            ("2 or more: a group of one has zero advantage", lambda value: value >= 2, ["group_size"]),
+            (
+                "more than 0",
+                lambda value: value > 0,
+                ["num_train_epochs", "logging_steps", "save_steps", "temperature"],
+            ),
+            ("between 0 and 1", lambda value: 0 <= value <= 1, ["injection_rate", "anywhere_rate", "replace_rate"]),
+            ("from 0 to 4294967295", lambda value: value is None or 0 <= value < 2**32, ["seed", "data_seed"]),
+            (
+                f"0, a divisor of group_size ({group}) or a multiple of it",
+                lambda value: not value or group % value == 0 or value % group == 0,
+                ["micro_batch"],
+            ),
+            (f"one of {', '.join(levels)}", lambda value: value in levels, ["log_level", "log_level_replica"]),
+            (f"none, all or some of {', '.join(known)}", lambda value: {*(value or ())} <= {*known}, ["report_to"]),
+        ]
+        for rule, holds, names in rules:
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise SettingsError(f"{name} must be {rule}, got {format_value(getattr(self, name))}")
         for reporter in self.report_to or ():
-            known = ", ".join(integrations.INTEGRATION_TO_CALLBACK)
-            self._require(
-                "report_to", f"none, all or some of {known}", reporter in integrations.INTEGRATION_TO_CALLBACK
-            )
             if not getattr(integrations, f"is_{reporter}_available", lambda: True)():
                 raise SettingsError(f"report_to={reporter} needs the package {reporter}, which is not installed")
-        for name in ("seed", "data_seed"):
-            seed = getattr(self, name)
-            self._require(name, "from 0 to 4294967295", seed is None or 0 <= seed < 2**32)
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            self._require(name, "1 or more", getattr(self, name) >= 1)
-        for name in ("num_train_epochs", "logging_steps", "save_steps"):
-            self._require(name, "more than 0", getattr(self, name) > 0)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
-            self._require(name, "0 or more", getattr(self, name) >= 0)
-        for name in ("inner_iterations", "max_new_tokens", "kl_horizon"):
-            self._require(name, "1 or more", getattr(self, name) >= 1)
-        self._require("group_size", "2 or more: a group of one has zero advantage", self.group_size >= 2)
-        self._require("temperature", "more than 0", self.temperature > 0)
-        at_least_0 = (
-            "gaze_coef",
-            "clip_ratio",
-            "kl_coef",
-            "target_kl",
-            "penalty_coef",
-            "micro_batch",
-            "max_bad_rows",
-            "end_rate",
-        )
-        for name in (*at_least_0, "importance_sampling_cap"):
-            self._require(name, "0 or more", getattr(self, name) >= 0)
-        for name in ("injection_rate", "anywhere_rate", "replace_rate"):
-            self._require(name, "between 0 and 1", 0 <= getattr(self, name) <= 1)
-        group = self.group_size
-        fits = not self.micro_batch or group % self.micro_batch == 0 or self.micro_batch % group == 0
-        self._require("micro_batch", f"0, a divisor of group_size ({group}) or a multiple of it", fits)
         if self.inner_iterations > 1 and self.streaming:
             raise SettingsError("inner_iterations > 1 needs data that can be read again; set streaming=false")
         if self.inner_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.inner_iterations:
@@ -176,14 +170,20 @@ class MemoryTrainingArguments(TrainingArguments):
         if self.streaming and self.max_steps <= 0:
             raise SettingsError("streaming data has no length: set max_steps")
 
-    def _require(self, name: str, rule: str, holds: object) -> None:
-        if not holds:
-            raise SettingsError(f"{name} must be {rule}, got {format_value(getattr(self, name))}")
-
     @property
     def plan(self) -> Plan:
         """What the stage trains, and how."""
         return PLANS[self.stage]
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(str(self.output_dir))
+
+    @property
+    def result(self) -> Path:
+        """The folder of the memory or adapter that the stage makes."""
+        return self.folder / self.plan.result
 
     def memory_config(self) -> VisMemConfig:
         """The config of a new memory.

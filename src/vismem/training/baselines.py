@@ -1,14 +1,14 @@
 """LoRA baselines: ordinary PEFT adapters on the base's language model, to compare memory with.
 
 The adapters are transformers' and peft's (`add_adapter`, `LoraConfig`). This module places them on the query and value
-projections of the language model, at the rank of the memory's own adapters, and saves and loads them. The trainer
-trains them by the plans in `stages.py`.
+projections of the language model, at the rank of the memory's own adapters, and saves and loads them.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -125,11 +125,7 @@ def _config_of(folder: Path) -> bytes | None:
 
 
 def find_adapter(folder: str | Path) -> str | Path:
-    """The folder of an adapter: `folder` itself, or the only one below it; a hub name is returned unchanged.
-
-    Raises:
-        ValueError: if the folder has no adapter, or several; names them.
-    """
+    """The folder of an adapter: `folder` itself, or the only one below it; a hub name is returned unchanged."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         return folder
@@ -143,25 +139,16 @@ def find_adapter(folder: str | Path) -> str | Path:
     return found[0]
 
 
-def base_name(folder: str | Path) -> str:
-    """The name of the base that an adapter was made for.
-
-    Raises:
-        ValueError: if there is no adapter.
-    """
-    return str(read_config(folder).base_model_name_or_path or "")
-
-
 def read_config(folder: str | Path) -> LoraConfig:
     """Reads an adapter's config from a folder or the hub."""
     place = find_adapter(folder)
     try:
-        with TemporaryDirectory() as temporary:
-            if isinstance(place, Path):
-                (Path(temporary) / CONFIG_FILE).write_bytes(_config_of(place) or b"")
-            config = PeftConfig.from_pretrained(temporary if isinstance(place, Path) else place)
+        if isinstance(place, Path):
+            config = PeftConfig.from_peft_type(**json.loads(_config_of(place) or b""))
+        else:
+            config = PeftConfig.from_pretrained(place)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no adapter {folder}: it cannot be read from a folder or the hub ({reason})") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} is an adapter of type {config.peft_type.value}; only LoRA is supported")
@@ -210,10 +197,10 @@ def check_fit(state: dict[str, Tensor], base: PreTrainedModel, what: str) -> Non
     modules = dict(base.named_modules())
     for name, tensor in state.items():
         layer, _, part = name.partition(".lora_")
-        plain, side = modules.get(layer), ("in_features", 1) if part.startswith("A") else ("out_features", 0)
-        size = getattr(plain, side[0], None)
-        if size != tensor.shape[side[1]]:
-            found = f"that has {size} {side[0]}" if size else "which has no such linear layer"
+        side, axis = ("in_features", 1) if part.startswith("A") else ("out_features", 0)
+        size = getattr(modules.get(layer), side, None)
+        if size != tensor.shape[axis]:
+            found = f"that has {size} {side}" if size else "which has no such linear layer"
             raise ValueError(f"{what} does not fit {recorded_name(base) or type(base).__name__}: {layer}, {found}")
 
 

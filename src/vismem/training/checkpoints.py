@@ -1,4 +1,4 @@
-"""Atomic training checkpoints: written to a staging folder with checksums, then renamed; and a stage's results.
+"""A run's files: atomic checkpoints with checksums, resuming from them exactly, and a stage's results.
 
 The Trainer saves learner, optimizer, schedule and RNG states. This adds what the method and exact logs need: the KL
 coefficient, the baselines, the stage's initial parameters, and sums not logged yet.
@@ -20,27 +20,27 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from vismem import files
 from vismem.card import METRICS
 from vismem.training.baselines import save_adapter
-from vismem.training.sharding import gathered
+from vismem.training.sharding import Parameter, gathered
 
 if TYPE_CHECKING:
     from vismem.model import VisMem
     from vismem.training.arguments import MemoryTrainingArguments
     from vismem.training.experience import Collector
     from vismem.training.grpo import AdaptiveKL
-    from vismem.training.metrics import Metrics
+    from vismem.training.metrics import Metrics, Samples
     from vismem.training.replay import Learner
+    from vismem.training.rows import PromptSampler
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "checksums.json"  # in a checkpoint: SHA-256 of every other file
 STATE = "trainer_state.json"
-REPLACED = ".replaced"  # folder of checkpoints about to be replaced
 
 
 class DamagedCheckpointError(ValueError):
@@ -48,25 +48,94 @@ class DamagedCheckpointError(ValueError):
 
 
 class CheckpointingTrainer(Trainer):
-    """A Trainer with atomic checkpoints that hold the method's state; the base of `MemoryTrainer`."""
+    """A Trainer whose checkpoints are atomic and hold the method's state; the base of `MemoryTrainer`."""
 
     args: MemoryTrainingArguments
     vismem: VisMem
+    history: tuple[dict[str, Any], ...]  # of the memory before this stage
     kl: AdaptiveKL
     collector: Collector | None
     start: dict[str, Tensor]  # the stage's initial parameters
     metrics: Metrics
-    numbers: set[Any]  # scalar parameters, as `make_shardable` returns them
+    samples: Samples
+    scalars: set[Parameter]  # as `make_shardable` returns them
+    sampler: PromptSampler | None = None
 
     staging = ""  # folder of the checkpoint being written
     restored: dict[str, Any] | None = None  # sums from a checkpoint, until the loop starts
     started = earlier = 0.0  # start time in this process, and the seconds of earlier processes
 
+    @property
+    def learner(self) -> Learner:
+        """The learner without accelerate's wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def train(  # transformers' signature
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains; leaves the model in evaluation mode, with this stage in its `history`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of `output_dir`, if there
+                is one.
+            *args, **kwargs: as in transformers.
+
+        Raises:
+            ValueError: if this trainer has trained before, or `output_dir` holds a run and none is resumed.
+            FolderInUseError: if another run writes into `output_dir`.
+            DiskFullError: if there is no room; names the newest checkpoint.
+            DamagedCheckpointError: if a file of the checkpoint is damaged.
+        """
+        folder, main = self.args.folder, self.is_world_process_zero()
+        with files.locked(folder) if main else contextlib.nullcontext():
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(folder)
+            elif not resume_from_checkpoint:
+                self.refuse_old_run()
+            step = 0
+            if resume_from_checkpoint:
+                verify(Path(resume_from_checkpoint))
+                step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE)).global_step
+            self.accelerator.wait_for_everyone()  # before anything is written that others look for
+            if main:
+                if resume_from_checkpoint:
+                    drop_newer(folder, step)
+                self.samples.forget_from(step)
+            self.accelerator.wait_for_everyone()
+            self.earlier, self.restored = 0.0, None
+            try:
+                with self.naming_checkpoint():
+                    output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+                self.vismem.history = (*self.history, self.summary())
+                return output
+            finally:
+                self.learner.eval()
+
+    def refuse_old_run(self) -> None:
+        """Raises ValueError if training from scratch would overwrite an earlier run."""
+        if self.state.global_step:
+            raise ValueError("this trainer has trained already: make a new one, with another output_dir")
+        if newest_checkpoint(self.args.folder) or self.args.result.exists():
+            raise ValueError(
+                f"{self.args.folder} holds a run already: continue it with train(resume_from_checkpoint=True), "
+                "or choose another output_dir"
+            )
+
+    def _run_epoch(self, *positional: Any, **named: Any) -> None:
+        self.restore_sums(named["start_time"])
+        # On several processes the sampler would otherwise not learn of an epoch that is resumed in the middle.
+        if self.sampler is not None:
+            self.sampler.set_epoch(named["epoch"])
+        super()._run_epoch(*positional, **named)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name, target = f"checkpoint-{self.state.global_step}", self.run_folder
+        name, target = f"checkpoint-{self.state.global_step}", self.args.folder
         staging = target / ".partial"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -79,28 +148,16 @@ class CheckpointingTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     write_manifest(staging / name)
-        except BaseException:
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
+                    if not (target / name).exists():  # a callback may ask for two at one step
+                        os.rename(staging / name, target / name)
+                        files.sync(target)
         finally:
             self.staging = ""
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
         if self.args.should_save:
-            put_in_place(staging / name, target / name)
-            shutil.rmtree(staging, ignore_errors=True)
-            limit = self.args.save_total_limit
-            rotate_checkpoints(output_dir=str(target), save_total_limit=limit, use_mtime=False)
+            rotate_checkpoints(output_dir=str(target), save_total_limit=self.args.save_total_limit, use_mtime=False)
         self.accelerator.wait_for_everyone()
-
-    @property
-    def run_folder(self) -> Path:
-        """`args.output_dir`."""
-        return Path(str(self.args.output_dir))
-
-    @property
-    def learner(self) -> Learner:
-        """The learner without accelerate's wrappers."""
-        return self.accelerator.unwrap_model(self.model)
 
     def own_state(self) -> dict[str, Any]:
         """What a checkpoint holds beyond the Trainer's state."""
@@ -129,14 +186,10 @@ class CheckpointingTrainer(Trainer):
                 self.collector.baselines = state["baselines"]
             for name, value in state["start"].items():
                 self.start[name].copy_(value)
-            self.restored = state.get("sums")
+            self.restored = state["sums"]
 
     def restore_sums(self, started: float) -> None:
-        """Restores the sums behind the next log and `train_loss` from a checkpoint.
-
-        Args:
-            started: when the Trainer started in this process and reset its sums, in seconds.
-        """
+        """Restores a checkpoint's sums, once the Trainer has reset its own at `started` (in seconds)."""
         self.started = started
         if self.restored is None:
             return
@@ -159,10 +212,10 @@ class CheckpointingTrainer(Trainer):
     def naming_checkpoint(self) -> Iterator[None]:
         """Adds the newest checkpoint to the error for a full disk."""
         try:
-            with files.disk_errors(self.run_folder):
+            with files.disk_errors(self.args.folder):
                 yield
         except files.DiskFullError as error:
-            last = newest_checkpoint(self.run_folder)
+            last = newest_checkpoint(self.args.folder)
             raise files.DiskFullError(
                 f"{error}; last good checkpoint: {last or 'none yet'}. Free some space and continue with --resume"
             ) from error
@@ -172,13 +225,13 @@ class CheckpointingTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
         else:
-            self.save_result(output_dir or self.run_folder / self.args.plan.result)
+            self.save_result(output_dir or self.args.result)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves the learner's weights for resuming, and the settings as JSON."""
         if not self.args.should_save:  # called on every process if parameters are sharded
             return
-        folder = Path(output_dir or self.run_folder)
+        folder = Path(output_dir or self.args.folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.learner.state_dict() if state_dict is None else state_dict
         weights = {n: t.detach().cpu().contiguous() for n, t in state.items()}
@@ -199,7 +252,7 @@ class CheckpointingTrainer(Trainer):
 
     def save_gathered(self, save: Callable[[Path], None], folder: str | Path) -> None:
         """Calls `save` on the main process, with sharded parameters gathered."""
-        with gathered(self.learner, self.numbers), self.naming_checkpoint():
+        with gathered(self.learner, self.scalars), self.naming_checkpoint():
             if self.args.should_save:
                 save(Path(folder))
         self.accelerator.wait_for_everyone()
@@ -227,11 +280,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Verifies a checkpoint's checksums; one without checksums passes with a warning.
-
-    Raises:
-        DamagedCheckpointError: if a file is missing or differs; names it.
-    """
+    """Raises DamagedCheckpointError if a checkpoint's file is missing or differs; without checksums, only warns."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         log.warning("%s has no %s, so damage cannot be detected", folder, MANIFEST)
@@ -241,36 +290,18 @@ def verify(folder: Path) -> None:
     except (ValueError, TypeError) as error:
         raise DamagedCheckpointError(f"{manifest} is damaged ({error})") from error
     if wrong := changed(folder, expected):
-        raise DamagedCheckpointError(f"{folder / wrong} is damaged or missing: it does not match {MANIFEST}")
+        raise DamagedCheckpointError(f"{wrong} is damaged or missing: it does not match {MANIFEST}")
 
 
-def changed(folder: Path, expected: dict[str, str]) -> str | None:
+def changed(folder: Path, expected: dict[str, str]) -> Path | None:
     """The first file that is missing or has a different checksum; None if all match."""
-    for name, digest in expected.items():
-        if not (folder / name).is_file() or files.sha256(folder / name) != digest:
-            return name
-    return None
-
-
-def put_in_place(staged: Path, target: Path) -> None:
-    """Renames a finished checkpoint to its target; an existing one stays on disk until then."""
-    aside = target.parent / REPLACED / target.name
-    if target.exists():
-        aside.parent.mkdir(exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(target, aside)
-    os.rename(staged, target)
-    files.sync(target.parent)
-    shutil.rmtree(aside.parent, ignore_errors=True)
+    found = ((folder / name, digest) for name, digest in expected.items())
+    return next((path for path, digest in found if not path.is_file() or files.sha256(path) != digest), None)
 
 
 def checkpoints_of(folder: str | Path) -> list[Path]:
-    """A run's checkpoints, oldest first; restores one that a killed process was about to replace."""
-    folder = Path(folder)
-    for aside in (folder / REPLACED).glob("checkpoint-*"):
-        with contextlib.suppress(OSError):  # the new one exists, or another process was faster
-            os.rename(aside, folder / aside.name)
-    found = [path for path in folder.glob("checkpoint-*") if (path / STATE).is_file()]
+    """A run's checkpoints, oldest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if (path / STATE).is_file()]
     return sorted((path for path in found if path.name.partition("-")[2].isdigit()), key=step_of)
 
 
@@ -285,9 +316,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """A run's newest intact checkpoint, or None if there is no checkpoint.
-
-    Skips damaged ones with a warning that names the file.
+    """A run's newest intact checkpoint, or None if it has no checkpoint; warns of the damaged ones that it skips.
 
     Raises:
         DamagedCheckpointError: if there are checkpoints and all of them are damaged.
@@ -298,10 +327,10 @@ def last_checkpoint(folder: str | Path) -> str | None:
             verify(path)
         except DamagedCheckpointError as error:
             errors.append(error)
-            continue
-        for damaged in errors:
-            log.warning("%s; continuing from %s", damaged, path)
-        return str(path)
+        else:
+            for damaged in errors:
+                log.warning("%s; continuing from %s", damaged, path)
+            return str(path)
     if errors:
         raise DamagedCheckpointError(f"{errors[0]}; no older checkpoint is intact, so choose another output_dir")
     return None

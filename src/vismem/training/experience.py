@@ -14,14 +14,14 @@ from torch import Tensor
 
 from vismem.data import Row, prompt_inputs, reward_columns
 from vismem.decoding.policies import Policy, Random
-from vismem.decoding.prepare import check_length
 from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
 from vismem.training import grpo
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.baselines import without_adapter
 from vismem.training.metrics import Metrics, Samples
-from vismem.training.rewards import Rewards
+from vismem.training.replay import Replayed
+from vismem.training.rewards import RewardResult, Rewards
 from vismem.training.rollout import counterfactuals, sampling, seed_of, write
 
 
@@ -35,7 +35,7 @@ class Experience:
         rollouts: B * G, those of one prompt adjacent.
         advantages: float [B * G].
         trained: bool [B], False for prompts that are already solved.
-        old, reference: log-probabilities by micro-batch, filled in at its first update.
+        old, reference: what the policy at the first update, and the reference, give by micro-batch.
     """
 
     rows: list[Row]
@@ -43,12 +43,12 @@ class Experience:
     rollouts: list[Rollout]
     advantages: Tensor
     trained: list[bool]
-    old: dict[int, Tensor] = field(default_factory=dict)
-    reference: dict[int, Tensor] = field(default_factory=dict)
+    old: dict[int, Replayed] = field(default_factory=dict)
+    reference: dict[int, Replayed] = field(default_factory=dict)
 
 
 class Collector:
-    """Collects experience.
+    """Collects experience: decodes, scores and compares trajectories.
 
     Args:
         model: the policy with its memory.
@@ -84,10 +84,13 @@ class Collector:
         seeds = [seed_of(args.seed, step, row.id, copy) for row in rows for copy in range(group)]
         settings = sampling(self.model, args.max_new_tokens, args.temperature)
         with metrics.timed("rollout"):
-            rollouts = write(self.model, prompts, self.policy(places, seeds), settings, seeds, group)
-        scores = self.score(rows, rollouts, state, noted=True)
-        base = self.baseline(rows, prompts, state)
-        returns = gained = scores - base.repeat_interleave(group)
+            policy, looks = self.policy(places, seeds), args.plan.forms
+            rollouts = write(self.model, prompts, policy, settings, seeds, group, sample_blocks=looks)
+        result = self.score(rows, rollouts, state)
+        for name, part in zip(result.names, result.parts.unbind(1), strict=True):
+            metrics.add(f"rewards/{name}", part[~part.isnan()])
+        scores, base = result.total, self.baseline(rows, prompts, state)
+        returns = improvement = scores - base.repeat_interleave(group)
         if args.plan.invokes == "model":
             with metrics.timed("counterfactual"):
                 sighted = [bool(row.images) for row in rows]
@@ -96,33 +99,33 @@ class Collector:
                 turned = counterfactuals(self.model, prompts, rollouts, group, sighted, settings, seeds)
             swapped = scores.clone()
             if turned:
-                swapped[list(turned)] = self.score([rows[i // group] for i in turned], list(turned.values()), state)
+                their_rows = [rows[index // group] for index in turned]
+                swapped[list(turned)] = self.score(their_rows, list(turned.values()), state).total
             invoked = torch.tensor([bool(rollout.invocations) for rollout in rollouts])
             found = grpo.invocation_returns(scores, base, swapped, invoked, group, args.penalty_coef)
             returns = found.total
-            metrics.note("penalties/type", found.type_penalty)
-            metrics.note("penalties/negative", found.negative_penalty)
+            metrics.add("penalties/type", found.type_penalty)
+            metrics.add("penalties/negative", found.negative_penalty)
         advantages, spread = grpo.group_advantages(returns, group)
-        best, groups = sum(self.rewards.weights), scores.view(-1, group)
-        solved = (spread == 0) & (groups[:, 0] >= best - 1e-6) & (base >= best - 1e-6)
+        groups, best = scores.view(-1, group), sum(self.rewards.weights) - 1e-6
+        solved = (spread == 0) & (groups[:, 0] >= best) & (base >= best)
         for name, values in {
             "reward": scores,
             "reward_std": groups.std(1),
             "baseline": base,
-            "improvement": gained,
+            "improvement": improvement,
             "return_std": spread,
             "advantage_std": advantages.view(-1, group).std(1),
             "frac_reward_zero_std": (spread == 0).float(),
             "frac_solved": solved.float(),
         }.items():
-            metrics.note(name, values)
+            metrics.add(name, values)
         metrics.describe(rollouts, self.model.delimiters)
-        count = min(args.log_completions, len(rows))
-        if self.samples is not None and count and step % max(int(args.logging_steps), 1) == 0:
-            decode, first = self.model.processor.tokenizer.decode, range(0, count * group, group)
-            texts = [decode(rollouts[i].tokens, skip_special_tokens=False) for i in first]
-            rewards, bases = scores[::group][:count].tolist(), base[:count].tolist()
-            self.samples.keep(step, rows[:count], texts, rewards, bases)
+        shown = rows[: args.log_completions]
+        if self.samples is not None and shown and step % max(int(args.logging_steps), 1) == 0:
+            decode = self.model.processor.tokenizer.decode
+            texts = [decode(rollouts[i * group].tokens, skip_special_tokens=False) for i in range(len(shown))]
+            self.samples.keep(step, shown, texts, groups[: len(shown), 0].tolist(), base[: len(shown)].tolist())
         trained = [not (args.skip_solved and done) for done in solved.tolist()]
         return Experience(rows, prompts, rollouts, advantages, trained)
 
@@ -136,11 +139,8 @@ class Collector:
         rate = self.args.injection_rate if places == "delimiter" else self.args.anywhere_rate
         return Random(rate, places, seed=seeds)
 
-    def score(self, rows: list[Row], rollouts: list[Rollout], state: Any, *, noted: bool = False) -> Tensor:
-        """Scores S of all answers, float [n]; `rows` are the prompts, each with the same number of answers.
-
-        With `noted`, the mean of each reward is added to the metrics.
-        """
+    def score(self, rows: list[Row], rollouts: list[Rollout], state: Any) -> RewardResult:
+        """Scores S of all answers; `rows` are the prompts, each with the same number of answers."""
         tokenizer = self.model.processor.tokenizer
         rows = [row for row in rows for _ in range(len(rollouts) // len(rows))]
         texts = [tokenizer.decode(rollout.tokens, skip_special_tokens=True) for rollout in rollouts]
@@ -148,11 +148,7 @@ class Collector:
         columns = {**reward_columns(rows), "completion_ids": ids, "trainer_state": state}
         replies = [[{"role": "assistant", "content": text}] for text in texts]
         with self.metrics.timed("reward"):
-            result = self.rewards([row.prompt for row in rows], replies, columns)
-        for name, part in zip(result.names, result.parts.unbind(1), strict=True):
-            if noted:
-                self.metrics.note(f"rewards/{name}", part[~part.isnan()])
-        return result.total.float()
+            return self.rewards([row.prompt for row in rows], replies, columns)
 
     def baseline(self, rows: list[Row], prompts: dict[str, Tensor], state: Any) -> Tensor:
         """S(tau_base), float [B]: scores of the base's own answers, computed once per prompt as they never change."""
@@ -168,8 +164,8 @@ class Collector:
                 inputs = prompts if len(missing) == len(rows) else inputs_of(self.model, missing)
                 with without_adapter(self.model.base) if args.plan.adapts else nullcontext():
                     rollouts = write(self.model, inputs, "off", settings, seeds)
-            scores = self.score(missing, rollouts, state)
-            self.baselines.update(zip((row.id for row in missing), scores.tolist(), strict=True))
+            scores = self.score(missing, rollouts, state).total.tolist()
+            self.baselines.update({row.id: score for row, score in zip(missing, scores, strict=True)})
         return torch.tensor([self.baselines[row.id] for row in rows])
 
 
@@ -177,9 +173,6 @@ def inputs_of(model: VisMem, rows: list[Row]) -> dict[str, Tensor]:
     """The processor's output for the prompts, on the base's device and in its dtype.
 
     Raises:
-        ValueError: if a row cannot be encoded, or its prompt is longer than the base's context; names the row.
+        ValueError: if a row cannot be encoded; names the rows.
     """
-    found = prompt_inputs(model.processor, rows)
-    for row, length in zip(rows, found["attention_mask"].sum(1).tolist(), strict=True):
-        check_length(model.base, length, f"the prompt of {row.id}")
-    return model.move_inputs(found)
+    return model.move_inputs(prompt_inputs(model.processor, rows))

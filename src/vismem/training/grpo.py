@@ -1,12 +1,13 @@
 """Group-relative policy optimisation as pure functions on tensors (Eq. 12-15); they know no model and no stage.
 
-A trajectory is a row of T tokens with a mask: True where the policy sampled the token. Everything that was put in -
-end tokens, forced invocations, padding - is False there and counts nowhere.
+A trajectory is a row of T tokens with a mask: True where the policy sampled the token. Everything that was inserted
+(end tokens, forced invocations, padding) is False there and counts nowhere.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ EPSILON = 1e-4  # beside the standard deviation, so that a group without spread 
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """How much better than its group each trajectory did, in units of the group's spread (Eq. 12).
+    """By how many standard deviations of its group each trajectory is better than the group's mean (Eq. 12).
 
     Args:
         rewards: float [n * group_size], groups one after another.
@@ -54,10 +55,9 @@ def clipped_surrogate(
         Objective [n, T], and bool [n, T]: True where the clipped branch is the smaller one.
     """
     ratio = (log_probs - old_log_probs).exp()
-    gain = advantages[:, None]
-    free = ratio * gain
-    bound = ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * gain
-    return torch.minimum(free, bound), bound < free
+    free = ratio * advantages[:, None]
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages[:, None]
+    return torch.minimum(free, clipped), clipped < free
 
 
 def k3_divergence(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -96,12 +96,14 @@ def grpo_loss(
         `clip_share` [n].
     """
     objective, clipped = clipped_surrogate(log_probs, old_log_probs, advantages, clip_ratio)
-    per_token, divergence = -objective if weights is None else -objective * weights, torch.zeros_like(log_probs)
+    if weights is not None:
+        objective = objective * weights
+    divergence = torch.zeros_like(log_probs)
     if reference_log_probs is not None:
         divergence = k3_divergence(log_probs, reference_log_probs)
-        per_token = per_token + kl_coef * divergence
+    losses = trajectory_mean(kl_coef * divergence - objective, sampled)
     metrics = {"kl": divergence.detach(), "clip_share": clipped.float()}
-    return trajectory_mean(per_token, sampled), {name: trajectory_mean(v, sampled) for name, v in metrics.items()}
+    return losses, {name: trajectory_mean(values, sampled) for name, values in metrics.items()}
 
 
 def importance_weights(old_log_probs: Tensor, sampled_log_probs: Tensor, cap: float) -> Tensor:
@@ -117,8 +119,8 @@ def importance_weights(old_log_probs: Tensor, sampled_log_probs: Tensor, cap: fl
 class AdaptiveKL:
     """Proportional controller that moves the KL coefficient to keep the divergence near a target.
 
-    The coefficient stays between a tenth of its initial value and ten times that value, so a long stretch on one side
-    of the target cannot leave it too far away to come back.
+    It stays between a tenth and ten times its initial value, so that it can come back after a long stretch on one side
+    of the target.
 
     Args:
         coef: initial beta.
@@ -148,9 +150,19 @@ class AdaptiveKL:
         return self.coef
 
 
-@dataclass(frozen=True)
-class Returns:
-    """Stage II's returns, and the penalties in them; each [n]."""
+def type_penalty(scores: Tensor, swapped_scores: Tensor, invoked: Tensor) -> Tensor:
+    """p_type of Eq. 15: by how much the other kind of memory would have done better; 0 where nothing was invoked."""
+    return (swapped_scores - scores).clamp(min=0) * invoked
+
+
+def negative_penalty(scores: Tensor, invoked: Tensor, group_size: int) -> Tensor:
+    """p_neg of Eq. 15: by how much a trajectory that invoked falls short of its group's mean."""
+    means = scores.view(-1, group_size).mean(dim=1).repeat_interleave(group_size)
+    return (means - scores).clamp(min=0) * invoked
+
+
+class Returns(NamedTuple):
+    """Stage II's returns and the penalties in them, each [n]."""
 
     total: Tensor
     type_penalty: Tensor
@@ -170,8 +182,7 @@ def invocation_returns(
     Args:
         scores: S(tau) [n], groups one after another.
         baselines: S(tau_base) [n / group_size], one for each prompt.
-        swapped_scores: S(tau_rev) [n]; ignored where nothing was invoked. The row's own score where a row has no
-            counterfactual.
+        swapped_scores: S(tau_rev) [n]; the row's own score where it has no counterfactual.
         invoked: bool [n].
         group_size: G.
         penalty_coef: alpha.
@@ -185,14 +196,3 @@ def invocation_returns(
     harmful = negative_penalty(scores, invoked, group_size)
     total = scores - baselines.repeat_interleave(group_size) - penalty_coef * (wrong_kind + harmful)
     return Returns(total, wrong_kind, harmful)
-
-
-def type_penalty(scores: Tensor, swapped_scores: Tensor, invoked: Tensor) -> Tensor:
-    """p_type of Eq. 15: by how much the other kind of memory would have done better; 0 where nothing was invoked."""
-    return (swapped_scores - scores).clamp(min=0) * invoked
-
-
-def negative_penalty(scores: Tensor, invoked: Tensor, group_size: int) -> Tensor:
-    """p_neg of Eq. 15: by how much a trajectory that invoked falls short of its group's mean."""
-    means = scores.view(-1, group_size).mean(dim=1).repeat_interleave(group_size)
-    return (means - scores).clamp(min=0) * invoked

@@ -22,44 +22,31 @@ from vismem.training.checkpoints import last_checkpoint
 
 log = logging.getLogger(__name__)
 
-SIZE, ROUNDS = 256, 5  # size and number of the products; some milliseconds in all
-
 
 def choose_precision(args: TrainingArguments, *, bf16: bool | None, dtype: str | None) -> dict[str, Any]:
-    """Chooses `bf16` and `dtype` if the settings leave them open; the same on every process of the run.
+    """`bf16` and the base's `dtype`, chosen where they are None; the same on every process of the run.
 
-    Values that are set stay. Others are those of the run's newest checkpoint; without one a CPU trains in the dtype it
-    multiplies faster, and a GPU in bfloat16 if it supports that.
-
-    Args:
-        args: of the run.
-        bf16: whether to compute in bfloat16; None to choose.
-        dtype: of the base's weights; None to choose.
+    They are those of the run's newest checkpoint; without one a CPU trains in the dtype it multiplies faster, and a GPU
+    in bfloat16 if it supports that.
     """
-    found: list[Any] = [_choice(args, bf16=bf16, dtype=dtype) if args.process_index == 0 else None]
+    found: list[Any] = [None]
+    if args.process_index == 0:
+        on_cpu, folder = args.device.type == "cpu", str(args.output_dir)
+        file = Path(last_checkpoint(folder) or folder) / "training_args.json"
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if bf16 is None and earlier:
+            bf16 = bool(earlier["bf16"])
+            if bf16 and on_cpu and not bfloat16_is_faster():
+                log.warning("continuing in bfloat16, as the run started, although float32 is faster on this processor")
+        elif bf16 is None and on_cpu:
+            bf16 = dtype == "bfloat16" or bfloat16_is_faster()
+        elif bf16 is None:
+            bf16 = args.device.type != "cuda" or torch.cuda.is_bf16_supported()
+        default = "bfloat16" if bf16 or not on_cpu else "float32"
+        found = [{"bf16": bf16, "dtype": dtype or earlier.get("dtype") or default}]
     if args.world_size > 1:
         broadcast_object_list(found)
     return found[0]
-
-
-def _choice(args: TrainingArguments, *, bf16: bool | None, dtype: str | None) -> dict[str, Any]:
-    earlier = _recorded(str(args.output_dir))
-    on_cpu = args.device.type == "cpu"
-    if bf16 is None and earlier:
-        bf16 = bool(earlier["bf16"])
-        if bf16 and on_cpu and not bfloat16_is_faster():
-            log.warning("training goes on in bfloat16, as it began, though float32 is faster on this processor")
-    elif bf16 is None and on_cpu:
-        bf16 = dtype == "bfloat16" or bfloat16_is_faster()
-    elif bf16 is None:
-        bf16 = args.device.type != "cuda" or torch.cuda.is_bf16_supported()
-    return {"bf16": bf16, "dtype": dtype or earlier.get("dtype") or ("bfloat16" if bf16 or not on_cpu else "float32")}
-
-
-def _recorded(output_dir: str) -> dict[str, Any]:
-    """The settings of a run's newest checkpoint; empty if there is none."""
-    file = Path(last_checkpoint(output_dir) or output_dir) / "training_args.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 @cache
@@ -71,13 +58,11 @@ def bfloat16_is_faster() -> bool:
     return bfloat16 > float32
 
 
-def speed(dtype: torch.dtype) -> float:
-    """Billions of operations per second in the product of two matrices [256, 256], the median of a few."""
-    left, right = torch.ones(SIZE, SIZE, dtype=dtype), torch.ones(SIZE, SIZE, dtype=dtype)
-    left @ right  # warm-up
-    times = []
-    for _ in range(ROUNDS):
+def speed(dtype: torch.dtype, size: int = 256) -> float:
+    """Billions of operations per second in the product of two square matrices; takes some milliseconds."""
+    matrix, times = torch.ones(size, size, dtype=dtype), []
+    for _ in range(6):
         start = time.perf_counter()
-        left @ right
+        matrix @ matrix
         times.append(time.perf_counter() - start)
-    return 2 * SIZE**3 / statistics.median(times) / 1e9
+    return 2 * size**3 / statistics.median(times[1:]) / 1e9  # the first one warms up

@@ -18,30 +18,22 @@ from vismem.model import VisMem
 
 
 class Replayed(NamedTuple):
-    """What a replay computes with gradient.
+    """What a replay computes.
 
     Args:
         log_probs: float32 [n, L], of the sampled tokens; 0 elsewhere.
-        choices: float32 [n, C], of the blocks that short memories started from, with `memory_init="attended"`; 0 beyond
-            a row's own.
-        gaze: float32 [n], each row's `gaze_loss`; one zero if it was not asked for.
+        choices: float32 [n, C], of the blocks that each row's short memories started from, in order, with
+            `memory_init="attended"`; 0 beyond a row's own, and C is 0 without a choice.
+        gaze: float32 [n], each row's `gaze_loss`; a single 0 if none was asked for.
     """
 
     log_probs: Tensor
     choices: Tensor
     gaze: Tensor
 
-
-def choice_log_probs(choices: list[list[Choice | None]] | None) -> Tensor:
-    """Log-probabilities [n, C] of the chosen blocks, row by row, padded with 0."""
-    rows = [
-        torch.cat([choice.log_probs for choice in row if choice is not None] or [torch.zeros(0)])
-        for row in choices or ()
-    ]
-    if not rows:
-        return torch.zeros(0, 0)
-    device = next((row.device for row in rows if len(row)), rows[0].device)
-    return pad_sequence([row.to(device) for row in rows], batch_first=True)
+    def detach(self) -> Replayed:
+        """The same without gradient."""
+        return Replayed(*(part.detach() for part in self))
 
 
 class Learner(nn.Module):
@@ -69,7 +61,7 @@ class Learner(nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable  # its name in older versions
 
     def forward(self, inputs: dict[str, Any] | None) -> Replayed:
-        """Log-probabilities of the sampled tokens by `VisMem.forward(**inputs)`; zero for None.
+        """Log-probabilities of what was sampled, by `VisMem.forward(**inputs)`; zeros for None.
 
         Every trained parameter takes part, unused ones with weight 0, so that processes whose trajectories invoked
         different kinds reduce the same gradients.
@@ -78,13 +70,26 @@ class Learner(nn.Module):
         if inputs is None:
             return Replayed(zero, zero, zero)
         output = self._model[0](**inputs)
-        choices = choice_log_probs(output.choices)
-        gaze = zero if output.gaze_loss is None else output.gaze_loss.to(zero.device)
-        return Replayed(output.log_probs + zero, choices + zero, gaze + zero)
+        gaze = zero if output.gaze_loss is None else output.gaze_loss.to(zero.device) + zero
+        return Replayed(output.log_probs + zero, choice_log_probs(output.choices, zero.device) + zero, gaze)
+
+
+def choice_log_probs(choices: list[list[Choice | None]] | None, device: torch.device) -> Tensor:
+    """Log-probabilities [n, C] of the chosen blocks of each row's memories, padded with 0."""
+    rows = [[choice.log_probs.to(device) for choice in row if choice is not None] for row in choices or ()]
+    flat = [torch.cat(row) if row else torch.zeros(0, device=device) for row in rows]
+    return pad_sequence(flat, batch_first=True) if flat else torch.zeros(0, 0, device=device)
+
+
+def chosen_blocks(rollouts: list[Rollout], device: torch.device) -> Tensor:
+    """bool [n, C], True at the rollouts' own entries of `Replayed.choices`."""
+    counts = [sum(len(i.choice.blocks) for i in rollout.invocations if i.choice is not None) for rollout in rollouts]
+    own = torch.arange(max(counts, default=0), device=device)
+    return own < torch.tensor(counts, device=device)[:, None]
 
 
 def collate(
-    prompts: dict[str, Tensor], rollouts: list[Rollout], pad: int, temperature: float, *, formed: bool
+    prompts: dict[str, Tensor], rollouts: list[Rollout], pad: int, temperature: float, *, formed: bool | None
 ) -> dict[str, Any]:
     """Prompts and their rollouts as arguments of `VisMem.forward`.
 
@@ -93,38 +98,32 @@ def collate(
         rollouts: n per prompt, those of one prompt adjacent.
         pad: the padding id.
         temperature: of the rollouts' sampling.
-        formed: pass the memories that decoding formed; else the observed states, to form them again.
+        formed: pass the memories that decoding formed; if False the observed states, to form them again; if None
+            neither, as none were recorded.
     """
-    copies, device = len(rollouts) // len(prompts["input_ids"]), prompts["input_ids"].device
-    start = prompts["input_ids"].shape[1]
+    copies = len(rollouts) // len(prompts["input_ids"])
+    ids, mask = (prompts[name].repeat_interleave(copies, 0) for name in ("input_ids", "attention_mask"))
+    unsampled = torch.zeros_like(ids, dtype=torch.bool)
 
-    def answers(name: str, value: float) -> Tensor:
-        rows = [getattr(rollout, name) for rollout in rollouts]
-        return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+    def with_answers(before: Tensor, answers: list[Tensor], padding: float = 0) -> Tensor:
+        return torch.cat([before, pad_sequence(answers, True, padding).to(before.device)], 1)
 
-    tokens, real = answers("tokens", pad), pad_sequence([torch.ones_like(r.tokens) for r in rollouts], True)
-    ids = torch.cat([prompts["input_ids"].repeat_interleave(copies, 0), tokens], 1)
-    mask = torch.cat([prompts["attention_mask"].repeat_interleave(copies, 0), real.to(device)], 1)
-    before = torch.zeros(len(ids), start, dtype=torch.bool, device=device)
-    sampled = torch.cat([before, answers("sampled", False)], 1)
-    allowed = torch.cat([before[..., None].expand(-1, -1, 2), answers("allowed", False)], 1)
-    given: dict[str, Any] = {"states": [[i.states for i in r.invocations] for r in rollouts]}
-    chosen = [[None if i.choice is None else i.choice.blocks for i in r.invocations] for r in rollouts]
-    if any(blocks is not None for row in chosen for blocks in row):
-        given["blocks"] = chosen
-    if formed:
-        given = {"memories": [[i.memory for i in r.invocations] for r in rollouts]}
-    rest = {name: value for name, value in prompts.items() if name not in ("input_ids", "attention_mask")}
+    given: dict[str, Any] = {}
+    if formed is not None:
+        name, field = ("memories", "memory") if formed else ("states", "states")
+        given[name] = [[getattr(i, field) for i in rollout.invocations] for rollout in rollouts]
+    if formed is False and any(i.choice is not None for rollout in rollouts for i in rollout.invocations):
+        given["blocks"] = [[i.choice and i.choice.blocks for i in rollout.invocations] for rollout in rollouts]
     return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "prompt_length": start,
+        "input_ids": with_answers(ids, [r.tokens for r in rollouts], pad),
+        "attention_mask": with_answers(mask, [torch.ones_like(r.tokens) for r in rollouts]),
+        "prompt_length": ids.shape[1],
         "copies": copies,
-        "sampled": sampled,
-        "allowed": allowed,
+        "sampled": with_answers(unsampled, [r.sampled for r in rollouts]),
+        "allowed": with_answers(unsampled[..., None].expand(-1, -1, 2), [r.allowed for r in rollouts]),
         "temperature": temperature,
         **given,
-        **rest,
+        **{name: value for name, value in prompts.items() if name not in ("input_ids", "attention_mask")},
     }
 
 
@@ -151,15 +150,16 @@ def without_memory(inputs: dict[str, Any], tokens: Tensor) -> tuple[dict[str, An
         Arguments of `VisMem.forward`, and for each of their positions the original one [n, L]. Sampled invocation
         tokens have no counterpart.
     """
-    ids, start = inputs["input_ids"], inputs["prompt_length"]
+    ids = inputs["input_ids"]
     word = ~torch.isin(ids, tokens)
-    word[:, :start] = True
+    word[:, : inputs["prompt_length"]] = True
     order = torch.argsort(~word, dim=1, stable=True)  # words first, in their order
-    moved = {name: inputs[name].gather(1, order) for name in ("input_ids", "sampled")}
     left = word.gather(1, order)
-    mask = inputs["attention_mask"].gather(1, order) * left
-    allowed = torch.zeros_like(inputs["allowed"])
-    rest = {name: value for name, value in inputs.items() if name not in ("states", "memories")}
-    changed = {**rest, **moved, "sampled": moved["sampled"] & left, "attention_mask": mask, "allowed": allowed}
-    changed["input_ids"] = moved["input_ids"].masked_fill(~left, int(ids[0, 0]))
-    return {**changed, "memories": [[] for _ in ids]}, order
+    changed = {
+        "input_ids": ids.gather(1, order).masked_fill(~left, int(ids[0, 0])),
+        "sampled": inputs["sampled"].gather(1, order) & left,
+        "attention_mask": inputs["attention_mask"].gather(1, order) * left,
+        "allowed": torch.zeros_like(inputs["allowed"]),
+        "memories": [[] for _ in ids],
+    }
+    return {name: value for name, value in inputs.items() if name != "states"} | changed, order

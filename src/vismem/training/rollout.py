@@ -28,23 +28,15 @@ def seed_of(*parts: Any) -> int:
 
 
 def sampling(model: VisMem, max_new_tokens: int, temperature: float | None) -> GenerationConfig:
-    """Sampling at a temperature, or greedy decoding for None; no other default of the base applies."""
-    defaults = model.generation_config
-    chance = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": 1.0}
-    )
+    """Settings of `write`: sampling at a temperature and nothing else, or greedy decoding for None."""
+    defaults, pad = model.generation_config, model.processor.tokenizer.pad_token_id
     return GenerationConfig(
-        **chance,
-        top_k=None if model.generation_config.top_k is None and not temperature else 0,
-        top_p=1.0,
-        typical_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
+        do_sample=temperature is not None,
+        temperature=temperature or 1.0,
+        top_k=0 if temperature else None,  # transformers' default is 50
         max_new_tokens=max_new_tokens,
         eos_token_id=defaults.eos_token_id,
-        pad_token_id=defaults.pad_token_id
-        if defaults.pad_token_id is not None
-        else model.processor.tokenizer.pad_token_id,
+        pad_token_id=pad if defaults.pad_token_id is None else defaults.pad_token_id,
         return_dict_in_generate=True,
         cache_implementation="static",  # finished answers leave the batch
         disable_compile=True,  # prompt lengths change with every update
@@ -71,6 +63,8 @@ def write(
     settings: GenerationConfig,
     seeds: list[int] | None = None,
     copies: int = 1,
+    *,
+    sample_blocks: bool = False,
 ) -> list[Rollout]:
     """`copies` answers to every prompt in one batched decode; each prompt is read once and its cache expanded.
 
@@ -79,6 +73,8 @@ def write(
         policy: of invocation.
         settings: from `sampling`.
         seeds: one for each of the B * copies rows; None for greedy decoding.
+        copies: G.
+        sample_blocks: sample the blocks that short memories start from, with `memory_init="attended"`.
 
     Returns:
         B * copies rollouts without padding, those of one prompt adjacent.
@@ -87,7 +83,14 @@ def write(
     settings.num_return_sequences = copies
     keywords: dict[str, Any] = {**inputs}
     with without_defaults(model.base):
-        out = model.generate(**keywords, generation_config=settings, invocation=policy, seed=seeds, record=True)
+        out = model.generate(
+            **keywords,
+            generation_config=settings,
+            invocation=policy,
+            seed=seeds,
+            record=True,
+            sample_blocks=sample_blocks,
+        )
     assert isinstance(out, VisMemOutput) and out.rollout is not None  # as `sampling` and `record` ask for
     return out.rollout
 
@@ -112,18 +115,16 @@ def counterfactuals(
     Returns:
         From a rollout's index to its counterfactual.
     """
-    openings, wanted = [], []
+    openings: dict[int, Opening] = {}
     for index, rollout in enumerate(rollouts):
-        if not rollout.invocations or not sighted[index // copies]:
-            continue
-        first = rollout.invocations[0]
-        other = KINDS[1 - KINDS.index(first.kind)]
-        words = tuple(rollout.tokens[: first.position].tolist())
-        assert first.states is not None  # rollouts record them
-        openings.append(Opening(index // copies, words, other, first.states))
-        wanted.append(index)
-    if not wanted:
+        prompt = index // copies
+        if rollout.invocations and sighted[prompt]:
+            first = rollout.invocations[0]
+            assert first.states is not None  # rollouts record them
+            other = KINDS[1 - KINDS.index(first.kind)]
+            openings[index] = Opening(prompt, tuple(rollout.tokens[: first.position].tolist()), other, first.states)
+    if not openings:
         return {}
-    policy = Counterfactual(openings=tuple(openings))
-    found = write(model, inputs, policy, settings, [seeds[index] for index in wanted])
-    return dict(zip(wanted, found, strict=True))
+    policy = Counterfactual(openings=tuple(openings.values()))
+    found = write(model, inputs, policy, settings, [seeds[index] for index in openings])
+    return dict(zip(openings, found, strict=True))

@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +20,17 @@ from transformers.trainer_utils import set_seed
 
 from vismem import checkpoint as checkpoint_files
 from vismem import files
-from vismem.data import load_dataset_rows
 from vismem.interrupts import advising
 from vismem.loading import load_base
 from vismem.model import VisMem
 from vismem.training import baselines
 from vismem.training.arguments import STAGES, MemoryTrainingArguments, arguments_for
 from vismem.training.checkpoints import changed, last_checkpoint, newest_checkpoint, step_of
-from vismem.training.reporting import reported_apart
 from vismem.training.rewards import load_rewards
+from vismem.training.rows import load_rows
 from vismem.training.trainer import MemoryTrainer
 
 log = logging.getLogger(__name__)
-
-RowsBySettings = dict[tuple[Any, ...], Any]
 
 DONE = "done.json"  # in the folder of a finished stage
 
@@ -53,21 +53,21 @@ def train(stage: str, layers: list[dict[str, Any]], *, resume: bool = False) -> 
         Interrupted: at Ctrl-C; says where `resume` would continue.
     """
     if stage != "all":
-        return run_stage(arguments_for(stage, layers), resume=resume)
+        return run_stage(arguments_for(stage, layers), {}, resume=resume)
     first = arguments_for("stage1", layers)
     with locked(first):
-        return run_all(Path(str(first.output_dir)), layers, resume=resume)
+        return run_all(first.folder, layers, resume=resume)
 
 
 def locked(args: MemoryTrainingArguments) -> contextlib.AbstractContextManager[None]:
     """Locks the output folder against other runs; only the main process does so."""
-    return files.locked(str(args.output_dir)) if args.process_index == 0 else contextlib.nullcontext()
+    return files.locked(args.folder) if args.process_index == 0 else contextlib.nullcontext()
 
 
 def run_all(output: Path, layers: list[dict[str, Any]], *, resume: bool) -> Path:
     """Runs the three stages in order, in folders of `output`; returns the folder of the last memory."""
     planned: dict[str, dict[str, str]] = {}  # by stage, the arguments that follow from the stages before it
-    rows: RowsBySettings = {}
+    rows: dict[str, Any] = {}
     memory: Path | None = None
     for name in STAGES:  # check every stage before the first one starts
         fixed = {"output_dir": str(output / name), **({"checkpoint": str(memory)} if memory else {})}
@@ -75,47 +75,72 @@ def run_all(output: Path, layers: list[dict[str, Any]], *, resume: bool) -> Path
         if args.max_steps == 0:
             log.info("%s is skipped (max_steps=0)", name)
             continue
-        planned[name], memory = fixed, output / name / args.plan.result
+        planned[name], memory = fixed, args.result
         if not progress(args, resume=resume)[0]:
             load_checked_rows(args, rows)
     if memory is None:
         raise ValueError(f"nothing to train: max_steps is 0 in each of {', '.join(STAGES)}")
     for name, fixed in planned.items():  # new arguments, because creating them sets environment variables
-        run_stage(arguments_for(name, layers, **fixed), resume=resume, rows=rows)
+        run_stage(arguments_for(name, layers, **fixed), rows, resume=resume)
     return memory
 
 
-def run_stage(args: MemoryTrainingArguments, *, resume: bool, rows: RowsBySettings | None = None) -> Path:
-    """Trains one stage and returns the folder of its memory or adapter; `rows` is that of `load_checked_rows`."""
-    folder = Path(str(args.output_dir))
-    result = folder / args.plan.result
+def run_stage(args: MemoryTrainingArguments, rows: dict[str, Any], *, resume: bool) -> Path:
+    """Trains one stage and returns the folder of its memory or adapter; `rows` are those already loaded."""
     with locked(args), advising(lambda: how_to_resume(args)):
         done, checkpoint = progress(args, resume=resume)
         if done:
-            log.info("%s is already done; its %s is in %s", args.stage, args.plan.result, result)
-            return result
-        dataset = load_checked_rows(args, {} if rows is None else rows)
-        log.info("%s: %s", args.stage, folder)
+            log.info("%s is already done; its %s is in %s", args.stage, args.plan.result, args.result)
+            return args.result
+        dataset = load_checked_rows(args, rows)
+        log.info("%s: %s", args.stage, args.folder)
         set_seed(args.seed)  # for a new memory's initial weights
         model = load_model(args)
         trainer = MemoryTrainer(model, args, dataset)
         with reported_apart(args):
             trainer.train(resume_from_checkpoint=checkpoint or resume)
-        trainer.save_result(result)
+        trainer.save_result(args.result)
         if args.should_save:
             history = {"stage": args.stage, "seed": args.seed, "log": trainer.state.log_history}
             record = {"stage": args.stage, "steps": trainer.state.global_step, "base": args.base}
-            files.write_json(folder / "log.json", history, indent=0)
-            files.write_json(folder / DONE, {**record, "files": checksums(result)})
-    return result
+            files.write_json(args.folder / "log.json", history, indent=0)
+            files.write_json(args.folder / DONE, {**record, "files": checksums(args.result)})
+    return args.result
 
 
 def how_to_resume(args: MemoryTrainingArguments) -> str:
     """What `--resume` would do with a stage interrupted now."""
-    newest = newest_checkpoint(str(args.output_dir))
+    newest = newest_checkpoint(args.folder)
     if newest is None:
         return f"{args.stage} has no checkpoint yet, so --resume starts it again"
     return f"--resume continues {args.stage} from step {step_of(newest)} ({newest})"
+
+
+@contextlib.contextmanager
+def reported_apart(args: MemoryTrainingArguments) -> Iterator[None]:
+    """Closes the tracker runs that transformers' callbacks open inside the context, so that each stage has its own.
+
+    Weights & Biases and SwanLab otherwise keep a run open until the process ends. A run that was open before stays
+    open. `args.project` is Weights & Biases' project too, unless WANDB_PROJECT names one.
+    """
+    before = open_tracker_runs()
+    unnamed = "WANDB_PROJECT" not in os.environ
+    if unnamed:
+        os.environ["WANDB_PROJECT"] = str(args.project)
+    try:
+        yield
+    finally:
+        for name, run in open_tracker_runs().items():
+            if run is not None and run is not before[name]:
+                sys.modules[name].finish()
+        if unnamed:
+            del os.environ["WANDB_PROJECT"]
+
+
+def open_tracker_runs() -> dict[str, Any]:
+    """The open run of each tracker, or None."""
+    wandb, swanlab = sys.modules.get("wandb"), sys.modules.get("swanlab")
+    return {"wandb": getattr(wandb, "run", None), "swanlab": swanlab.get_run() if swanlab is not None else None}
 
 
 def checksums(result: Path) -> dict[str, str]:
@@ -133,15 +158,15 @@ def progress(args: MemoryTrainingArguments, *, resume: bool) -> tuple[bool, str 
         ValueError: if the folder holds a run of another stage, any run while `resume` is false, or only damaged
             checkpoints.
     """
-    folder = Path(str(args.output_dir))
+    folder = args.folder
     done, newest = folder / DONE, newest_checkpoint(folder)
-    for earlier in (done, *([newest / "training_args.json"] if newest else [])):
-        if read_stage(earlier) not in (None, args.stage):
+    for record in (done, *([newest / "training_args.json"] if newest else [])):
+        if read_stage(record) not in (None, args.stage):
             raise ValueError(f"{folder} holds a run of another stage; choose another output_dir for {args.stage}")
     if not resume and (newest or done.exists()):
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another output_dir")
     if done.exists():
-        problem = check_done(done, folder / args.plan.result)
+        problem = check_done(done, args.result)
         if problem is None:
             return True, None
         log.warning("%s marks %s as done, but %s; training continues", done, args.stage, problem)
@@ -159,49 +184,30 @@ def read_stage(path: Path) -> str | None:
 def check_done(done: Path, result: Path) -> str | None:
     """The problem with a `done.json` or the result it names; None if both are intact."""
     try:
-        record = json.loads(done.read_bytes())
-        expected = record.get("files") or expected_checksums(result)
-        wrong = changed(result, dict(expected))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        expected = dict(json.loads(done.read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"it is damaged ({error})"
-    if read_stage(done) is None:
-        return "it names no stage"
-    if not result.is_dir():
-        return f"there is no {result}"
-    return f"{result / wrong} is missing or changed" if wrong else None
+    wrong = changed(result, expected)
+    return f"{wrong or result} is missing or changed" if wrong or not expected else None
 
 
-def expected_checksums(result: Path) -> dict[str, str]:
-    """The checksums for a `done.json` of earlier versions, which has none: taken from the memory's record."""
-    sums = checksums(result)
-    if checkpoint_files.CONFIG_FILE in sums:
-        sums[checkpoint_files.WEIGHTS_FILE] = checkpoint_files.read_record(result).sha256
-    elif len(sums) < 2:
-        raise ValueError(f"{result} is incomplete")
-    return sums
-
-
-def load_checked_rows(args: MemoryTrainingArguments, rows: RowsBySettings) -> Any:
+def load_checked_rows(args: MemoryTrainingArguments, loaded: dict[str, Any]) -> Any:
     """Loads a stage's rows after checking its rewards, and reads the first row.
 
-    Args:
-        args: of the stage.
-        rows: rows already loaded, by their settings; stages with the same data settings share them.
-
-    Raises:
-        ValueError: if a reward is unknown or needs a missing package, or the data cannot be read or has no good row.
+    `loaded` are the rows loaded so far, by their settings: stages with the same data share them.
     """
     if not args.plan.supervised:
         load_rewards(args.rewards)
-    key: tuple[Any, ...] = (args.data, args.split, args.strict, args.max_bad_rows, args.streaming, args.max_rows)
-    key = (*key, str(args.columns))
-    if args.data.partition(":")[0] == "pocket":
-        key = (*key, args.stage)
-    if key not in rows:
-        loaded = load_rows(args)
-        next(iter(loaded))  # only this opens a stream, or samples the pocket world
-        rows[key] = loaded
-    return rows[key]
+    if not args.data:
+        raise ValueError("no data: set data=FILE.jsonl, a folder or a hub name")
+    stage = args.stage if args.data.partition(":")[0] == "pocket" else ""
+    settings = (args.data, args.split, args.strict, args.max_bad_rows, args.streaming, args.max_rows, args.columns)
+    key = str((stage, *settings))
+    if key not in loaded:
+        rows = load_rows(args)
+        next(iter(rows))  # only this opens a stream, or samples the pocket world
+        loaded[key] = rows
+    return loaded[key]
 
 
 def load_model(args: MemoryTrainingArguments) -> VisMem:
@@ -209,16 +215,14 @@ def load_model(args: MemoryTrainingArguments) -> VisMem:
     name = args.base
     if not name and args.checkpoint:
         if args.plan.adapts:
-            name = baselines.base_name(args.checkpoint)
+            name = str(baselines.read_config(args.checkpoint).base_model_name_or_path or "")
         else:
             folder = checkpoint_files.locate(args.checkpoint)
             name = checkpoint_files.base_location(checkpoint_files.read_record(folder), folder)
     if not name:
         made = "an adapter" if args.plan.adapts else "a memory"
         raise ValueError(f"no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of {made} that names its base")
-    options: dict[str, Any] = {}
-    if args.attn_implementation:
-        options["attn_implementation"] = args.attn_implementation
+    options: dict[str, Any] = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     base, processor = load_base(
         name, dtype=args.dtype, trust_remote_code=args.trust_remote_code, say=log.info, **options
     )
@@ -228,23 +232,3 @@ def load_model(args: MemoryTrainingArguments) -> VisMem:
     if args.checkpoint:
         baselines.load_adapter(model, args.checkpoint)
     return model
-
-
-def load_rows(args: MemoryTrainingArguments) -> Any:
-    """Loads the rows of the stage."""
-    if not args.data:
-        raise ValueError("no data: set data=FILE.jsonl, a folder or a hub name")
-    if args.data.partition(":")[0] == "pocket":
-        from vismem.pocket.practice import PocketRows
-
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return PocketRows(args.stage, seed, args.max_rows, args.data.partition(":")[2])
-    return load_dataset_rows(
-        args.data,
-        split=args.split,
-        strict=args.strict,
-        max_bad_rows=args.max_bad_rows,
-        streaming=args.streaming,
-        limit=args.max_rows,
-        columns=args.columns,
-    )

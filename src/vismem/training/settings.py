@@ -178,21 +178,21 @@ def load_settings(path: str | Path | None, overrides: Sequence[str]) -> list[dic
 
 
 def check_layer(layer: Any, where: str = "") -> dict[str, Any]:
-    """Checks the names and types of a layer of settings and its sections; `where` prefixes names in messages.
-
-    Raises:
-        SettingsError: if it is not a mapping, a name is unknown, or a value has the wrong type.
-    """
+    """Checks the names and types of a layer of settings and its sections; `where` prefixes names in messages."""
     if not isinstance(layer, Mapping):
         raise SettingsError(f"{where.rstrip('.')} must be a mapping of settings, got {format_value(layer)}")
-    general = {name: value for name, value in layer.items() if name not in (*SECTIONS, "preset")}
-    found = _section(general, where)
+    found = _section(general(layer), where)
     if "preset" in layer:
         found["preset"] = check_preset(layer["preset"], PRESETS, where and f"{where.rstrip('.')}: ")
     for section in SECTIONS:
         if layer.get(section) is not None:
             found[section] = _section(layer[section], f"{where}{section}.")
     return found
+
+
+def general(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer without its sections and its preset."""
+    return {name: value for name, value in layer.items() if name not in (*SECTIONS, "preset")}
 
 
 def _section(values: Any, section: str) -> dict[str, Any]:
@@ -205,17 +205,12 @@ def _section(values: Any, section: str) -> dict[str, Any]:
 
 
 def values_for(stage: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merges the settings of one stage: the preset, then each layer, each with its section for the stage.
-
-    Raises:
-        SettingsError: if a name, a type or the memory's configuration is wrong.
-    """
+    """Merges the settings of one stage: the preset, then each layer, each with its section for the stage."""
     layers = [check_layer(layer) for layer in layers]
     preset = next((layer["preset"] for layer in reversed(layers) if "preset" in layer), "paper")
     values: dict[str, Any] = {}
     for layer in (PRESETS[preset], *layers):
-        general = {name: value for name, value in layer.items() if name not in (*SECTIONS, "preset")}
-        for source in (general, layer.get(stage) or {}):
+        for source in (general(layer), layer.get(stage) or {}):
             memory = {**(values.get("memory") or {}), **(source.get("memory") or {})}
             values.update({**source, "memory": memory})
     memory_config(values["memory"])

@@ -13,13 +13,13 @@ Parameter = tuple[nn.Module, str]  # the module that holds it, and its name ther
 
 def make_shardable(learner: nn.Module) -> set[Parameter]:
     """Gives scalar parameters a dimension, without which FSDP2 cannot shard them; returns which they are."""
-    numbers = set()
+    scalars = set()
     for module in learner.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if not p.dim():
                 module.register_parameter(name, nn.Parameter(p.detach()[None], requires_grad=p.requires_grad))
-                numbers.add((module, name))
-    return numbers
+                scalars.add((module, name))
+    return scalars
 
 
 @contextmanager
@@ -36,14 +36,14 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(learner: nn.Module, numbers: set[Parameter]) -> Iterator[None]:
+def gathered(learner: nn.Module, scalars: set[Parameter]) -> Iterator[None]:
     """Replaces sharded parameters by whole tensors, as `state_dict` returns shards even inside `whole`."""
     places = [(module, name, p) for module in learner.modules() for name, p in module.named_parameters(recurse=False)]
     sharded: list[tuple[nn.Module, str, Any]] = [each for each in places if hasattr(each[2], "full_tensor")]
     try:
         for module, name, parameter in sharded:
             tensor = parameter.full_tensor()
-            tensor = tensor[0] if (module, name) in numbers else tensor
+            tensor = tensor[0] if (module, name) in scalars else tensor
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         yield
     finally:

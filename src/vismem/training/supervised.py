@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vismem.config import KINDS, Kind
+from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
 from vismem.training.arguments import MemoryTrainingArguments
+from vismem.training.replay import collate
 
 
 def with_invocations(
@@ -95,27 +96,13 @@ def supervised_batch(
         sighted: whether each prompt has an image.
         rngs: one for each row.
     """
-    tokenizer = model.processor.tokenizer
-    end = end_of_turn(model)
-    device, start = prompts["input_ids"].device, prompts["input_ids"].shape[1]
-    answers, learned = [], []
+    tokenizer, end = model.processor.tokenizer, end_of_turn(model)
+    examples = []
     for reply, sees, rng in zip(replies, sighted, rngs, strict=True):
         words = tokenizer.encode(reply, add_special_tokens=False)
         words = [*words, *([] if end is None else [end])][: args.max_new_tokens]  # a truncated reply has no end
-        ids, kept = with_invocations(words, model, args, places, rng, sighted=sees)
-        answers.append(torch.tensor(ids))
-        learned.append(torch.tensor(kept))
-    tokens = pad_sequence(answers, True, tokenizer.pad_token_id or 0).to(device)
-    real = pad_sequence([torch.ones_like(answer) for answer in answers], True).to(device)
-    sampled = pad_sequence(learned, True, False).to(device)
-    before = torch.zeros(len(tokens), start, dtype=torch.bool, device=device)
-    sampled = torch.cat([before, sampled], 1)
-    rest = {name: value for name, value in prompts.items() if name not in ("input_ids", "attention_mask")}
-    return {
-        "input_ids": torch.cat([prompts["input_ids"], tokens], 1),
-        "attention_mask": torch.cat([prompts["attention_mask"], real], 1),
-        "prompt_length": start,
-        "sampled": sampled,
-        "allowed": sampled[..., None].expand(-1, -1, 2) & False,
-        **rest,
-    }
+        ids, learned = with_invocations(words, model, args, places, rng, sighted=sees)
+        tokens, sampled = torch.tensor(ids, dtype=torch.long), torch.tensor(learned, dtype=torch.bool)
+        nothing = torch.zeros(len(ids), 2, dtype=torch.bool)
+        examples.append(Rollout(tokens, sampled, nothing, torch.zeros(len(ids)), []))
+    return collate(prompts, examples, tokenizer.pad_token_id or 0, 1.0, formed=None)

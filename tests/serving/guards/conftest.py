@@ -27,7 +27,7 @@ def port(site, dropped):
     from vismem.serving.guards import guarded
 
     limits = ConnectionLimits(head=0.5, idle=1.0, write=0.5, connections=60, on_drop=dropped.append)
-    with listening(guarded(site.app, GUARDS), **uvicorn_settings(limits)) as found:
+    with listening(guarded(site.app, **GUARDS), **uvicorn_settings(limits)) as found:
         yield found
 
 

@@ -9,18 +9,18 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from vismem.serving.guards import Guards, hosts_for
+from vismem.serving.guards import hosts_for
 
 KEY = "sk-one-of-two-keys"
-GUARDS = Guards(
-    keys=[KEY, "sk-the-other-key"],
-    hosts=hosts_for("127.0.0.1", ["model.example.org", "*.lab.example.org"]),
-    origins=["https://page.example.org"],
-    max_body=100_000,
-    body_timeout=0.5,
-    max_held=250_000,
-    max_commas=200,
-)
+GUARDS = {
+    "keys": [KEY, "sk-the-other-key"],
+    "hosts": hosts_for("127.0.0.1", ["model.example.org", "*.lab.example.org"]),
+    "origins": ["https://page.example.org"],
+    "max_body": 100_000,
+    "body_timeout": 0.5,
+    "max_held": 250_000,
+    "max_commas": 200,
+}
 AUTH = f"Authorization: Bearer {KEY}"
 
 

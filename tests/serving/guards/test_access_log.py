@@ -13,17 +13,18 @@ pytest.importorskip("uvicorn")
 from guarded_site import AUTH, GUARDS, Site
 from loopback import PATIENCE, exchanged, get, listening, post, until
 
-from vismem.serving.access import AccessLog, LineWriter, request_line
+from vismem.serving.access import LineWriter, RequestLog, request_line
 from vismem.serving.connections import ConnectionLimits, uvicorn_settings
+from vismem.serving.engine import Load
 from vismem.serving.guards import guarded
+from vismem.serving.metrics import Metrics
 
 
 def logged(*requests: bytes) -> list[str]:
     """The lines of requests to a small application."""
     lines: list[str] = []
-    with listening(
-        AccessLog(guarded(Site().app, GUARDS), lines.append), **uvicorn_settings(ConnectionLimits())
-    ) as port:
+    app = RequestLog(guarded(Site().app, **GUARDS), Metrics(lambda: Load(0, 0)), lines.append)
+    with listening(app, **uvicorn_settings(ConnectionLimits())) as port:
         for request in requests:
             exchanged(port, request)
         until(lambda: len(lines) == len(requests))

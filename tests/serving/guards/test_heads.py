@@ -11,7 +11,7 @@ from guarded_site import AUTH, Site
 from loopback import connected, error_of, exchanged, get, head_of, listening, post, rest
 
 from vismem.serving.connections import ConnectionLimits, uvicorn_settings
-from vismem.serving.guards import Guards, guarded, hosts_for
+from vismem.serving.guards import guarded, hosts_for
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_only_allowed_origins_may_use_the_server(site: Site, port: int) -> None:
 
 def test_without_allowed_origins_there_is_no_cors() -> None:
     site = Site()
-    with listening(guarded(site.app, Guards()), **uvicorn_settings(ConnectionLimits())) as port:
+    with listening(guarded(site.app), **uvicorn_settings(ConnectionLimits())) as port:
         status, headers, _ = exchanged(port, get("/health", "Origin: https://page.example.org"))
         assert status == 403 and not any(name.startswith("access-control") for name in headers)
         assert exchanged(port, get("/v1/models", host="any.example.org"))[0] == 200

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from vismem.data import row_inputs
 from vismem.decoding.policies import read_policy
+from vismem.decoding.prepare import context_of
 from vismem.decoding.queue import Answer, Request
 from vismem.evaluation.answering import policy_for
 from vismem.evaluation.lmms.messages import row_of
 from vismem.loading import DTYPES, load_model, silence_libraries
 from vismem.model import VisMem
 from vismem.training.experience import seed_of
-from vismem.training.rows import context_of
 
 AUTOMATIC_BATCH = 16
 BLANK_LINE = "\n\n"  # lmms-eval's default for `until`
@@ -267,7 +267,7 @@ class VisMemChat(lmms):
         for question in questions:
             try:
                 row = row_of(question.name, question.messages(), mark)
-                inputs = row_inputs(model.processor, row, context_of(model))
+                inputs = row_inputs(model.processor, row, context_of(model.base))
             except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of malformed messages
                 failed(question.name, str(error).removeprefix(f"{question.name}: "))
                 continue

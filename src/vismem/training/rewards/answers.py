@@ -1,7 +1,4 @@
-"""Parses completions: extracts the stated answer, and normalizes text and numbers for comparison.
-
-Pure functions on strings, used by the rewards in `builtin.py`.
-"""
+"""Parses completions: extracts the stated answer, and normalizes text and numbers for comparison."""
 
 from __future__ import annotations
 
@@ -66,6 +63,12 @@ def _content(content: Any) -> str:
     return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
 
 
+def references(answer: Any) -> list[str]:
+    """The non-empty reference answers as strings; the column may hold one or a list."""
+    answers = answer if isinstance(answer, (list, tuple)) else [answer]
+    return [str(one) for one in answers if one is not None and str(one).strip()]
+
+
 def extract_answer(text: str) -> str:
     """The answer stated in a text: in <answer>...</answer>, in \\boxed{...}, or after "answer is" or "Answer:".
 
@@ -82,34 +85,28 @@ def extract_answer(text: str) -> str:
 def find_answer(text: str) -> tuple[str, bool]:
     """As `extract_answer`, and whether the text marks its answer in one of these ways."""
     text = text.rsplit("</think>", 1)[-1]
-    found: list[tuple[int, str]] = []
-    for match in _ANSWER_TAG.finditer(text):
-        found.append((match.start(), match.group(1)))
-    for match in _BOXED.finditer(text):
-        found.append((match.start(), _braced(text, match.end())))
-    tags = [(match.start(), match.end()) for match in _ANSWER_TAG.finditer(text)]
-    for match in _ANSWER_IS.finditer(text):
-        if not any(start < match.start() < end for start, end in tags):  # handled below, within the tag
-            found.append((match.start(), _statement(text[match.end() :])))
+    outside = _ANSWER_TAG.sub(lambda tag: "\0" * len(tag.group()), text)  # what a tag holds is read below
+    ways = ((_ANSWER_TAG, text), (_BOXED, outside), (_ANSWER_IS, outside))
+    found = [match for pattern, where in ways for match in pattern.finditer(where)]
     if not found:
         return text.strip(), False
-    start, inner = max(found, key=lambda one: one[0])
-    inside = [one for one in tags if one[0] < start < one[1]]
-    if inside:  # a box within a tag: the tag decides
-        inner = next(content for position, content in found if position == inside[-1][0])
+    last = max(found, key=re.Match.start)
+    if last.re is _ANSWER_TAG:
+        inner = last.group(1)
+    else:
+        inner = (_braced if last.re is _BOXED else _statement)(text[last.end() :])
     deeper, marked = find_answer(inner)
     return (deeper if marked else inner).strip(), True
 
 
-def _braced(text: str, start: int) -> str:
-    """The text from `start`, just after an opening brace, to the closing brace or the end."""
+def _braced(text: str) -> str:
+    """The text after an opening brace, up to the closing one or the end."""
     depth = 1
-    for end in range(start, len(text)):
-        if text[end] in "{}" and text[end - 1] != "\\":
-            depth += 1 if text[end] == "{" else -1
-            if depth == 0:
-                return text[start:end]
-    return text[start:]
+    for brace in re.finditer(r"(?<!\\)[{}]", text):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return text[: brace.start()]
+    return text
 
 
 def _statement(text: str) -> str:

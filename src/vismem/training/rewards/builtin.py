@@ -22,6 +22,7 @@ from vismem.training.rewards.answers import (
     numbers,
     plain,
     prompt_text,
+    references,
 )
 from vismem.training.rewards.errors import FAILURES, RowError
 from vismem.training.rewards.judge import judge
@@ -64,16 +65,14 @@ def per_row(
     return reward
 
 
-def _references(answer: Any) -> list[str]:
-    """The non-empty reference answers as strings; the column may hold one or a list."""
-    answers = answer if isinstance(answer, (list, tuple)) else [answer]
-    return [str(one) for one in answers if one is not None and str(one).strip()]
+def _any(hits: Sequence[bool]) -> float | None:
+    """1.0 if any reference matches, None if there is none to compare with."""
+    return float(any(hits)) if hits else None
 
 
-def _any(hits: Sequence[bool | None]) -> float | None:
-    """1.0 if any reference matches, None if none can be compared."""
-    known = [hit for hit in hits if hit is not None]
-    return float(any(known)) if known else None
+def _holds(text: str, words: str) -> bool:
+    """Whether a text contains some words, and not just as parts of longer ones."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 def exact() -> RewardFunction:
@@ -81,7 +80,7 @@ def exact() -> RewardFunction:
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
         found = normalise(extract_answer(text))
-        return _any([found == normalise(extract_answer(one)) for one in _references(answer)])
+        return _any([found == normalise(extract_answer(one)) for one in references(answer)])
 
     return per_row("exact", score, "answer")
 
@@ -91,8 +90,7 @@ def contains() -> RewardFunction:
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
         found = plain(text).casefold()
-        wanted = [normalise(one) for one in _references(answer)]
-        return _any([bool(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", found)) for one in wanted if one])
+        return _any([_holds(found, one) for one in map(normalise, references(answer)) if one])
 
     return per_row("contains", score, "answer")
 
@@ -101,9 +99,8 @@ def yes_no() -> RewardFunction:
     """The answer agrees with the reference, which is yes or no (or true or false)."""
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
-        wanted = [read_yes_no(one) for one in _references(answer)]
         found = read_yes_no(extract_answer(text))
-        return _any([None if one is None else found == one for one in wanted])
+        return _any([found == one for one in map(read_yes_no, references(answer)) if one is not None])
 
     return per_row("yes_no", score, "answer")
 
@@ -132,32 +129,30 @@ def numeric(relative: float = 1e-6, absolute: float = 1e-9) -> RewardFunction:
         return abs(value - wanted) <= max(absolute, relative * abs(wanted))
 
     def score(_prompt: Any, text: str, answer: Any) -> float | None:
-        references = [found for one in _references(answer) if (found := number_alone(extract_answer(one)))]
         answer_text, marked = find_answer(text)
-        parsed = _read_numbers(answer_text, marked=marked)
-        if not parsed:
-            return _any([False] * len(references))
-        first = parsed[0]
+        found = _read_number(answer_text, marked=marked)
         hits = []
-        for wanted in references:
-            hit = near(first.value, wanted.value)
-            if first.percent and not wanted.percent:
-                hit = hit or near(first.value / 100, wanted.value)
-            elif wanted.percent and not first.percent:
-                hit = hit or near(first.value, wanted.value / 100)
+        for wanted in filter(None, (number_alone(extract_answer(one)) for one in references(answer))):
+            hit = found is not None and near(found.value, wanted.value)
+            if found is not None and found.percent != wanted.percent:
+                ours, theirs = (100 if number.percent else 1 for number in (found, wanted))
+                hit = hit or near(found.value / ours, wanted.value / theirs)
             hits.append(hit)
         return _any(hits)
 
     return per_row("numeric", score, "answer")
 
 
-def _read_numbers(text: str, *, marked: bool) -> list[ParsedNumber]:
-    """The numbers in an answer, starting with the one that counts."""
+def _read_number(text: str, *, marked: bool) -> ParsedNumber | None:
+    """The number in an answer that counts."""
     parts = re.split(EQUALS, text)
-    ending = numbers(re.sub(r"^\s*([-+\u2212\u2013])\s+(?=[\d.])", r"\1", parts[-1]) if marked else parts[-1])
-    if marked or (len(parts) > 1 and ending):
-        return ending or numbers(text)[::-1]
-    return ending[::-1]
+    ending = parts[-1]
+    if marked:
+        ending = re.sub(r"^\s*([-+\u2212\u2013])\s+(?=[\d.])", r"\1", ending)  # "the answer is - 3"
+    if found := numbers(ending):
+        return found[0] if marked or len(parts) > 1 else found[-1]
+    found = numbers(text) if marked else []
+    return found[-1] if found else None
 
 
 def choice() -> RewardFunction:
@@ -169,9 +164,8 @@ def choice() -> RewardFunction:
 
     def score(prompt: Any, text: str, answer: Any, choices: Any) -> float | None:
         options = read_options(prompt_text(prompt), choices)
-        wanted = [read_choice(extract_answer(one), options) for one in _references(answer)]
-        found = read_choice(extract_answer(text), options)
-        return _any([None if one is None else found == one for one in wanted])
+        found, *wanted = (read_choice(extract_answer(one), options) for one in (text, *references(answer)))
+        return _any([found == one for one in wanted if one is not None])
 
     return per_row("choice", score, "answer", optional=["choices"])
 
@@ -181,15 +175,12 @@ def read_options(prompt: str, choices: Any = None) -> dict[str, str]:
     if isinstance(choices, Mapping):
         named = {str(key).strip(" ().:").upper(): str(value) for key, value in choices.items() if value is not None}
         if {"TEXT", "LABEL"} <= set(named):  # the layout of ARC
-            return {
-                str(label).upper(): str(text) for label, text in zip(choices["label"], choices["text"], strict=True)
-            }
+            pairs = zip(choices["label"], choices["text"], strict=True)
+            return {str(label).upper(): str(text) for label, text in pairs}
         return named
     if isinstance(choices, (list, tuple)) and choices:
-        texts = [
-            re.sub(rf"^\s*\(?{letter}[.):]\s*", "", str(one)) for letter, one in zip(LETTERS, choices, strict=False)
-        ]
-        return dict(zip(LETTERS, texts, strict=False))
+        pairs = zip(LETTERS, map(str, choices), strict=False)
+        return {letter: re.sub(rf"^\s*\(?{letter}[.):]\s*", "", text) for letter, text in pairs}
     lines = re.findall(r"^[\s*-]*[(\[]?([A-Z])[)\].:][\s*]*(\S.*?)\s*$", prompt, re.MULTILINE)
     inline = re.findall(r"\(([A-Z])\)\s*(.*?)[\s,;]*(?=\([A-Z]\)|$)", prompt, re.DOTALL)
     for found in (lines, inline):
@@ -219,17 +210,14 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
     if lead and _known(lead.group(1) or lead.group(2), options):
         return (lead.group(1) or lead.group(2)).upper()
     said = normalise(text)
-    inside = {
-        letter for letter, option in texts.items() if option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", said)
-    }
+    inside = {letter for letter, option in texts.items() if option and _holds(said, option)}
     inside = {one for one in inside if not any(one != other and texts[one] in texts[other] for other in inside)}
     if len(inside) == 1:
         return inside.pop()
     named = re.findall(
         r"\(([A-Za-z])\)|\b(?:option|choice)\s+([A-Za-z])\b|(?<![\w'])([B-HJ-Z])(?![\w'])|\bis\s+([AI])\W*$", text
     )
-    letters = {"".join(found).upper() for found in named}
-    letters = {letter for letter in letters if _known(letter, options)}
+    letters = {letter for found in named if _known(letter := "".join(found).upper(), options)}
     return letters.pop() if len(letters) == 1 and not inside else None
 
 
@@ -259,11 +247,8 @@ def math(timeout: int | None = 5) -> RewardFunction:
             found = read(stated, seconds) if len(stated) <= LONGEST_FORMULA else []
         else:
             found = parse(stated[-4 * LONGEST_FORMULA :], parsing_timeout=seconds)
-        wanted = [read(extract_answer(one), seconds) for one in _references(answer)]
-        hits = [
-            verify(one, found, timeout_seconds=seconds) if one and found else (False if one else None) for one in wanted
-        ]
-        return _any(hits)
+        wanted = [read(extract_answer(one), seconds) for one in references(answer)]
+        return _any([bool(found) and verify(one, found, timeout_seconds=seconds) for one in wanted if one])
 
     return per_row("math", score, "answer")
 
@@ -283,14 +268,13 @@ def format_of(pattern: str = "any", *, whole: bool = False) -> RewardFunction:
         whole: require the pattern to match the whole completion.
     """
     try:
-        wanted = [FORMATS[pattern]] if pattern in FORMATS else [re.compile(pattern, re.DOTALL)]
+        own = FORMATS.get(pattern) or re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
-    if pattern == "any":
-        wanted = list(FORMATS.values())
+    wanted = list(FORMATS.values()) if pattern == "any" else [own]
 
     def score(_prompt: Any, text: str) -> float | None:
-        if wanted[-1] is FORMATS["answer"] and text.count("<answer>") > 1:
+        if FORMATS["answer"] in wanted and text.count("<answer>") > 1:
             return 0.0
         return float(any(one.fullmatch(text.strip()) if whole else one.search(text) for one in wanted))
 
@@ -308,9 +292,9 @@ def pocket() -> RewardFunction:
     def score(_prompt: Any, text: str, task: Any, answer: Any) -> float | None:
         from vismem.pocket.tasks import score as score_pocket
 
-        return (
-            None if task is None else max((score_pocket(task, text, one) for one in _references(answer)), default=0.0)
-        )
+        if task is None:
+            return None
+        return max((score_pocket(task, text, one) for one in references(answer)), default=0.0)
 
     return per_row("pocket", score, "task", "answer")
 

@@ -26,7 +26,7 @@ from vismem.training.rewards.builtin import BUILT_IN
 from vismem.training.rewards.errors import FAILURES, RewardError, RowError
 from vismem.training.rewards.imports import import_function
 
-_SEARCH_SECONDS = 10.0  # limit on searching for the row at which a function failed
+_SEARCH_SECONDS = 10.0  # for the row at which a function failed
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,17 @@ class Rewards:
                 raise ValueError(f"{name} has {len(values)} values for {count} completions")
         ids = columns.get("id") or list(range(count))
         parts = torch.full((count, len(self.rewards)), math.nan)
-        calls = [_Call(reward, prompts, completions, columns, ids) for reward in self.rewards] if count else []
+        given = {**columns, "prompts": prompts, "completions": completions}
+        calls: list[Future[Any]] = []
         try:
-            for call in calls:
-                call.start()
+            for reward in self.rewards if count else ():
+                calls.append(_start(reward.function, given))
             for k, call in enumerate(calls):
-                parts[:, k] = torch.tensor(_check_rewards(call.reward.name, call.result(), ids), dtype=parts.dtype)
+                try:
+                    values = call.result()
+                except FAILURES as error:
+                    _fail(self.rewards[k], given, ids, error)
+                parts[:, k] = torch.tensor(_numbers(self.names[k], values, ids))
         finally:
             for call in calls:
                 call.cancel()
@@ -112,75 +117,17 @@ class Rewards:
         return RewardResult(total, parts, self.names)
 
 
-class _Call:
-    """One reward's call on a batch. Coroutines run from `start` on, concurrently with other rewards."""
-
-    def __init__(
-        self,
-        reward: Reward,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        columns: Mapping[str, Any],
-        ids: Sequence[Any],
-    ) -> None:
-        self.reward, self.ids, self.count = reward, ids, len(completions)
-        self.given = _accepted(reward.function, {**columns, "prompts": prompts, "completions": completions})
-        self.value: Any = None
-
-    def start(self) -> None:
-        try:
-            self.value = _start(self.reward.function(**self.given))
-        except FAILURES as error:
-            self.fail(error)
-
-    def result(self) -> Any:
-        try:
-            return _result_of(self.value)
-        except FAILURES as error:
-            self.fail(error)
-
-    def cancel(self) -> None:
-        if isinstance(self.value, Future):
-            self.value.cancel()
-
-    def fail(self, error: BaseException) -> NoReturn:
-        row, cause = _failing_row(self.reward, self.count, self.given, error)
-        ids = self.ids
-        where = f"row {ids[row]}" if row is not None else f"one of the rows {', '.join(map(str, ids[:8]))}"
-        raise RewardError(
-            f"the reward {self.reward.name!r} failed at {where}: {type(cause).__name__}: {cause}"
-        ) from cause
-
-
-def _failing_row(
-    reward: Reward, count: int, given: Mapping[str, Any], error: BaseException
-) -> tuple[int | None, BaseException]:
-    """The failing row and its error. If the function does not name the row, searches for it with calls row by row."""
-    if isinstance(error, RowError):
-        return error.row, error.__cause__ or error
-    if count == 1:
-        return 0, error
-    end = time.monotonic() + _SEARCH_SECONDS
-    for row in range(count):
-        alone = {name: [value[row]] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
-        try:
-            _result_of(_start(reward.function(**alone)))
-        except FAILURES as again:
-            if type(again) is type(error):
-                return row, error
-        if time.monotonic() > end:
-            break
-    return None, error
-
-
-def _start(value: Any) -> Any:
-    """Schedules an awaitable on the background loop and returns its future; returns any other value unchanged."""
-    return asyncio.run_coroutine_threadsafe(_await(value), _loop()) if inspect.isawaitable(value) else value
-
-
-def _result_of(value: Any) -> Any:
-    """Waits for a future from `_start`; returns any other value unchanged."""
-    return value.result() if isinstance(value, Future) else value
+def _start(function: Callable[..., Any], given: Mapping[str, Any]) -> Future[Any]:
+    """Calls a reward function; a coroutine goes on in the background while others are called."""
+    future: Future[Any] = Future()
+    try:
+        value = function(**_accepted(function, given))
+        if inspect.isawaitable(value):
+            return asyncio.run_coroutine_threadsafe(_await(value), _loop())
+        future.set_result(value)
+    except FAILURES as error:
+        future.set_exception(error)
+    return future
 
 
 async def _await(value: Awaitable[Any]) -> Any:
@@ -197,19 +144,40 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _accepted(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a function accepts among prompts, completions and columns; all, if it has **kwargs."""
+def _accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a function accepts; all, if it has **kwargs or no signature."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return dict(columns)
-    bound = set(getattr(function, "keywords", None) or ())  # options take precedence over columns
-    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        return {name: value for name, value in columns.items() if name not in bound}
-    return {name: value for name, value in columns.items() if name in parameters and name not in bound}
+        return dict(given)
+    every = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    bound = getattr(function, "keywords", ())  # options take precedence over columns
+    return {name: value for name, value in given.items() if (every or name in parameters) and name not in bound}
 
 
-def _check_rewards(name: str, values: Any, ids: Sequence[Any]) -> list[float]:
+def _fail(reward: Reward, given: Mapping[str, Any], ids: Sequence[Any], error: BaseException) -> NoReturn:
+    """Raises RewardError with the row at which a function failed."""
+    row = error.row if isinstance(error, RowError) else _failing_row(reward.function, given, len(ids), error)
+    cause = error.__cause__ if isinstance(error, RowError) and error.__cause__ else error
+    where = f"row {ids[row]}" if row is not None else f"one of the rows {', '.join(map(str, ids[:8]))}"
+    raise RewardError(f"the reward {reward.name!r} failed at {where}: {type(cause).__name__}: {cause}") from cause
+
+
+def _failing_row(
+    function: Callable[..., Any], given: Mapping[str, Any], count: int, error: BaseException
+) -> int | None:
+    """The row at which a function raises the same type of error when called row by row."""
+    end = time.monotonic() + _SEARCH_SECONDS
+    for row in range(count):
+        alone = {name: [value[row]] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
+        if count == 1 or type(_start(function, alone).exception()) is type(error):
+            return row
+        if time.monotonic() > end:
+            break
+    return None
+
+
+def _numbers(name: str, values: Any, ids: Sequence[Any]) -> list[float]:
     """Converts rewards to floats, with NaN for None. Raises RewardError."""
     if hasattr(values, "tolist"):  # tensors and arrays
         values = values.tolist()
@@ -221,14 +189,11 @@ def _check_rewards(name: str, values: Any, ids: Sequence[Any]) -> list[float]:
         )
     found = []
     for row, value in zip(ids, values, strict=True):
-        if value is None:
-            found.append(math.nan)
-            continue
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
             raise RewardError(f"the reward {name!r} gave {value!r} for row {row}; it must be a finite number or None")
-        found.append(float(value))
+        found.append(math.nan if value is None else float(value))
     return found
 
 
@@ -263,33 +228,27 @@ def load_rewards(spec: Any) -> Rewards:
 
 
 def _load(one: Any) -> Reward:
-    if isinstance(one, Mapping):
-        options = dict(one)
-        weight = options.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise SettingsError(f"a reward's weight must be a finite number, got {weight!r}")
-        path, name = options.pop("path", None), options.pop("name", None)
-        if path is not None:
-            function = import_function(path)
-            return Reward(name or _name(function), partial(function, **options) if options else function, float(weight))
-        if callable(name):
-            return Reward(_name(name), partial(name, **options) if options else name, float(weight))
-        if not isinstance(name, str):
-            raise SettingsError(
-                f"a reward's dictionary needs 'name' or 'path', got {', '.join(map(str, one)) or 'nothing'}"
-            )
-        if ":" in name:
-            return _load({**options, "path": name, "weight": weight})
-        return Reward(name, _built_in(name, options), float(weight))
-    if isinstance(one, str):
-        return _load({"path": one} if ":" in one else {"name": one})
-    if callable(one):
-        return Reward(_name(one), one)
-    raise SettingsError(f"a reward must be a name, an import path, a dictionary or a function, got {one!r}")
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", None) or type(function).__name__
+    if isinstance(one, str) or (callable(one) and not isinstance(one, Mapping)):
+        one = {"name": one}
+    if not isinstance(one, Mapping):
+        raise SettingsError(f"a reward must be a name, an import path, a dictionary or a function, got {one!r}")
+    options = dict(one)
+    weight, path, name = options.pop("weight", 1.0), options.pop("path", None), options.pop("name", None)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise SettingsError(f"a reward's weight must be a finite number, got {weight!r}")
+    if path is None and isinstance(name, str):
+        if ":" not in name:
+            return Reward(name, _built_in(name, options), float(weight))
+        path, name = name, None
+    if path is not None:
+        function = import_function(path)
+    elif callable(name):
+        function, name = name, None
+    else:
+        given = ", ".join(map(str, one)) or "nothing"
+        raise SettingsError(f"a reward's dictionary needs 'name' or 'path', got {given}")
+    name = name or getattr(function, "__name__", None) or type(function).__name__
+    return Reward(name, partial(function, **options) if options else function, float(weight))
 
 
 def _built_in(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Events of a choice: stop strings, log-probabilities, token bytes and invocations."""
+"""Chunks of a choice: stop strings, log-probabilities, token bytes and invocations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from vismem.decoding.trace import Invocation, Top
 from vismem.pocket import load_base
-from vismem.serving.events import ChoiceStream, Ended, Invoked, TextDelta, TokenBytes, partial_stop_length
+from vismem.serving.protocol import MemoryUsage, Usage
+from vismem.serving.responses import ChoiceStream, TokenBytes, partial_stop_length
 from vismem.serving.worker import RowUpdate
 
 
@@ -24,8 +25,13 @@ def model():
     return vismem.VisMem(base, processor, vismem.VisMemConfig.preset("pocket"))
 
 
+def choice(tokenizer, tokens, stops=(), **more) -> ChoiceStream:
+    usage = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0, memory=MemoryUsage())
+    return ChoiceStream(0, tokenizer, tokens, usage, stops, **more)
+
+
 def told(writer: ChoiceStream, ids: list[int], invocations=(), tops=None, finish="stop", size: int = 1) -> list:
-    """The events of an answer whose tokens come `size` at a time."""
+    """The chunks of an answer whose tokens come `size` at a time."""
     found, waiting = [], list(invocations)
     for start in range(0, len(ids), size):
         part = ids[start : start + size]
@@ -36,7 +42,12 @@ def told(writer: ChoiceStream, ids: list[int], invocations=(), tops=None, finish
 
 
 def text_of(events: list) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
+    return "".join(event.delta.content or "" for event in events)
+
+
+def entries_of(events: list) -> list:
+    """Their log-probabilities."""
+    return [entry for event in events if event.logprobs for entry in event.logprobs.content]
 
 
 def words(model, text: str) -> list[int]:
@@ -49,17 +60,17 @@ SENTENCE = "Row 1: 2 red, 8 blue. So 27."
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("stops", [[], ["red"], ["8 b"], ["So 27.!"], ["zzz", ". S", "blue"], ["R"], ["."]])
 def test_text_ends_where_a_stop_string_starts(model, stops, size):
-    writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, stops)
+    writer = choice(model.processor.tokenizer, model.tokens, stops)
     events = told(writer, words(model, SENTENCE), size=size)
     places = [SENTENCE.find(stop) for stop in stops if stop in SENTENCE]
     assert text_of(events) == (SENTENCE[: min(places)] if places else SENTENCE)
     assert writer.stopped == bool(places)
-    assert isinstance(events[-1], Ended) and events[-1].finish == "stop"
+    assert events[-1].finish_reason == "stop"
     assert list(writer.read(RowUpdate(0, words(model, "more"), [], [], "cancelled"))) == [] or not places
 
 
 def test_a_partial_stop_string_is_held_back(model):
-    writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, ["blue. So 27.!"])
+    writer = choice(model.processor.tokenizer, model.tokens, ["blue. So 27.!"])
     seen = ""
     for token in words(model, SENTENCE):
         seen += text_of(list(writer.read(RowUpdate(0, [token], [], []))))
@@ -90,26 +101,26 @@ def test_invocations_have_the_right_position_and_offset(model):
     ]
     invocations = [Invocation("short", 0, 16, True), Invocation("long", 2 + len(first), 0, False)]
     for size in (1, 4, 100):
-        writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, ["zz"])
+        writer = choice(model.processor.tokenizer, model.tokens, ["zz"])
         events = told(writer, ids, invocations, size=size)
-        found = [event.invocation for event in events if isinstance(event, Invoked)]
+        found = [each for event in events if event.vismem for each in event.vismem.invocations]
         assert [(i.kind, i.position, i.offset, i.length, i.forced) for i in found] == [
             ("short", 0, 0, 16, True),
             ("long", 2 + len(first), len("Row 1"), 0, False),
         ]
         assert text_of(events) == "Row 1: 27."
-        end = events[-1]
-        assert end.completion_tokens == len(first) + len(second) + 1  # the end of the answer is sampled too
-        assert end.memory.model_dump() == {"invocation_tokens": 4, "short_vectors": 16, "long_vectors": 0}
+        count = len(first) + len(second) + 1  # the end of the answer is sampled too
+        assert writer.usage.completion_tokens == writer.usage.total_tokens == count
+        assert writer.usage.memory.model_dump() == {"invocation_tokens": 4, "short_vectors": 16, "long_vectors": 0}
 
 
 @pytest.mark.parametrize("stops", [[], ["blue"]])
 def test_log_probabilities_arrive_with_their_text(model, stops):
     ids = words(model, SENTENCE)
     tops = [Top(-0.1 * at, [(token, -0.1 * at), (5, float("-inf"))]) for at, token in enumerate(ids)]
-    writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, stops, top=2)
+    writer = choice(model.processor.tokenizer, model.tokens, stops, top=2)
     events = told(writer, ids, tops=tops)
-    entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
+    entries = entries_of(events)
     joined = "".join(entry.token for entry in entries)
     assert joined.startswith(text_of(events)) and (stops or joined == SENTENCE)
     assert [entry.logprob for entry in entries] == pytest.approx([-0.1 * at for at in range(len(entries))])
@@ -122,8 +133,8 @@ def test_a_special_token_without_a_role_has_neither_text_nor_bytes(model):
     (mark,) = words(model, "<user>")
     assert mark not in tokenizer.all_special_ids
     ids = [mark, *words(model, SENTENCE), mark]
-    events = told(ChoiceStream(0, tokenizer, model.tokens, top=0), ids, tops=[Top(-1.0, []) for _ in ids])
-    entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
+    events = told(choice(tokenizer, model.tokens, top=0), ids, tops=[Top(-1.0, []) for _ in ids])
+    entries = entries_of(events)
     assert text_of(events) == b"".join(bytes(entry.bytes) for entry in entries).decode() == SENTENCE
 
 
@@ -132,9 +143,9 @@ def test_a_special_token_without_a_role_has_neither_text_nor_bytes(model):
 def test_log_probabilities_end_before_a_stop_string(model, stop, size):
     ids = words(model, SENTENCE)
     assert {" blue", ",", " 2", "7"} <= {model.processor.tokenizer.decode(token) for token in ids}
-    writer = ChoiceStream(0, model.processor.tokenizer, model.tokens, [stop], top=0)
+    writer = choice(model.processor.tokenizer, model.tokens, [stop], top=0)
     events = told(writer, ids, tops=[Top(-1.0, []) for _ in ids], size=size)
-    joined = "".join(entry.token for event in events if isinstance(event, TextDelta) for entry in event.logprobs)
+    joined = "".join(entry.token for entry in entries_of(events))
     place = SENTENCE.index(stop)
     assert text_of(events) == SENTENCE[:place]
     assert joined == (SENTENCE[: place + 1] if stop == "27" else SENTENCE[:place])  # within " 2", which stays
@@ -145,7 +156,7 @@ def test_a_character_of_several_tokens_is_emitted_once(model):
     ids = words(model, "漢")
     if len(ids) < 2 or tokenizer.decode(ids) != "漢":
         pytest.skip("this tokenizer has the character whole")
-    writer = ChoiceStream(0, tokenizer, model.tokens)
+    writer = choice(tokenizer, model.tokens)
     events = [list(writer.read(RowUpdate(0, [token], [], []))) for token in ids]
     assert [text_of(each) for each in events] == [""] * (len(ids) - 1) + ["漢"]
 
@@ -174,9 +185,9 @@ def test_bytes_of_tokens_join_to_the_text(kind, text):
     tokenizer = VOCABULARIES[kind]()
     ids = tokenizer.encode(text, add_special_tokens=False)
     alternatives = [(ids[0], -1.0), (ids[-1], -2.0), (tokenizer.eos_token_id, -3.0)]
-    writer = ChoiceStream(0, tokenizer, NO_MEMORY, top=3)
+    writer = choice(tokenizer, NO_MEMORY, top=3)
     events = told(writer, ids, tops=[Top(-1.0, alternatives) for _ in ids])
-    entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
+    entries = entries_of(events)
     assert text_of(events) == text and len(entries) == len(ids)
     assert b"".join(bytes(entry.bytes) for entry in entries).decode() == text
     for entry in entries:
@@ -199,8 +210,8 @@ def test_part_of_a_character_has_its_own_byte(kind):
 def test_an_answer_ending_inside_a_character_has_its_bytes(kind, last):
     tokenizer = VOCABULARIES[kind]()
     ids = tokenizer.encode("a\U0001f642", add_special_tokens=False)[:-2]
-    events = told(ChoiceStream(0, tokenizer, NO_MEMORY, top=0), ids, tops=[Top(-1.0, []) for _ in ids], finish=last)
-    entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
+    events = told(choice(tokenizer, NO_MEMORY, top=0), ids, tops=[Top(-1.0, []) for _ in ids], finish=last)
+    entries = entries_of(events)
     assert b"".join(bytes(entry.bytes) for entry in entries) == b"a\xf0\x9f"
     assert text_of(events).rstrip("\ufffd") == "a"
 
@@ -212,7 +223,7 @@ def test_a_continuation_keeps_its_leading_space(kind):
     assert after[: len(before)] == before
     for given, wanted in ((before, " a"), ([], "a" if kind == "byte fallback" else " a")):
         ids = after[len(before) :]
-        writer = ChoiceStream(0, tokenizer, NO_MEMORY, top=0, before=given)
+        writer = choice(tokenizer, NO_MEMORY, top=0, before=given)
         events = told(writer, ids, tops=[Top(-1.0, []) for _ in ids])
-        entries = [entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
+        entries = entries_of(events)
         assert text_of(events) == "".join(entry.token for entry in entries) == wanted
