@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from vismem.escaping import visible
+from vismem.hub import repository_of
 
 if TYPE_CHECKING:
     from vismem.model import VisMem
 
 METRICS = ("reward", "baseline", "improvement", "loss")  # logged by a stage
-HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")  # a hub repository in the local cache
 
 USE = """```python
 import vismem
@@ -49,7 +46,7 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
         trained: number of trained parameters.
         tags: additional tags.
     """
-    config, hub = model.memory_config, hub_name(base)
+    config, hub = model.memory_config, repository_of(base)
     shown = cell(hub or Path(base).name or facts.partition(" ")[0])
     total = sum(parameter.numel() for parameter in model.base.parameters())
     front: dict[str, Any] = {"library_name": "vismem", "pipeline_tag": "image-text-to-text"}
@@ -109,16 +106,3 @@ def training(history: Sequence[dict[str, Any]]) -> str:
 def cell(value: object) -> str:
     """A value as text that does not break a line or a table cell."""
     return visible(str(value)).replace("|", "\\|")
-
-
-def hub_name(base: str) -> str:
-    """The hub repository of a base's name, or an empty string."""
-    if found := HUB_CACHE.search(Path(base).as_posix()):
-        return f"{found[1]}/{found[2]}"
-    if base.count("/") != 1 or Path(base).expanduser().is_dir():
-        return ""
-    try:
-        validate_repo_id(base)
-    except HFValidationError:
-        return ""
-    return base

@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 import vismem
-from vismem import cli, loading
+from vismem import cli, hub, loading
 from vismem.cli import ask
 from vismem.cli.model_options import load
 from vismem.cli.parsing import policy
@@ -466,14 +466,14 @@ def test_a_hub_name_without_a_network_fails_at_once(run_whole, monkeypatch, opti
 
     calls = []
 
-    def unreachable(url, timeout):
+    def unreachable(url, token, timeout):
         calls.append(timeout)
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     refused(run_whole("info", option, "someone/nothing"), 1, "someone/nothing", "cannot be reached")
-    assert calls == [loading.NETWORK_TIMEOUT]
+    assert calls == [hub.NETWORK_TIMEOUT]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused(run_whole("info", option, "someone/nothing"), 1, "offline")
     assert len(calls) == 1

@@ -131,7 +131,7 @@ def test_another_base_is_refused_naming_both(saved):
 def test_missing_checkpoints(tmp_path):
     with pytest.raises(OSError, match="no such folder"):
         vismem.VisMem.from_pretrained(tmp_path / "nothing")
-    with pytest.raises(OSError, match="the hub download failed"):
+    with pytest.raises(OSError, match=r"nothing downloaded earlier|no such repository"):
         vismem.VisMem.from_pretrained("nobody/nothing-at-all")
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match=CONFIG_FILE):
@@ -212,8 +212,8 @@ def test_parameters_of():
 
 def loaded(folder, model) -> dict[str, torch.Tensor]:
     """The weights that a model loads from a folder."""
-    record, weights = checkpoint.read_checkpoint(checkpoint.find_memory(folder))
-    checkpoint.load_weights(model, checkpoint.read_weights(weights, folder, record, model.base), folder, record)
+    record, state = checkpoint.read_checkpoint(checkpoint.find_memory(folder), model.base)
+    checkpoint.load_weights(model, state, folder, record)
     return {name: tensor.clone() for name, tensor in checkpoint.trained_state(model).items()}
 
 
