@@ -84,11 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_needs(values: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks the settings of each stage.
-
-    Raises:
-        UsageError: if output_dir or data is missing, or base and checkpoint both are.
-    """
+    """Checks the settings of each stage. Raises UsageError if something is missing."""
     trained = {stage: own for stage, own in values.items() if own.get("max_steps") != 0}
     for number, own in enumerate((trained or values).values()):
         if not own.get("output_dir"):
