@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,21 +46,23 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
         trained: number of trained parameters.
         tags: additional tags.
     """
-    config, hub = model.memory_config, repository_of(base)
-    shown = cell(hub or Path(base).name or facts.partition(" ")[0])
+    config, hub, family = model.memory_config, repository_of(base), facts.partition(" ")[0]
+    shown = cell(hub or Path(base).name or family)
     total = sum(parameter.numel() for parameter in model.base.parameters())
     front: dict[str, Any] = {"library_name": "vismem", "pipeline_tag": "image-text-to-text"}
     if hub:
         front |= {"base_model": hub, "base_model_relation": "adapter"}
-    front["tags"] = list(dict.fromkeys(["vismem", "latent-memory", facts.partition(" ")[0], *tags]))
-    settings = [
+    front["tags"] = list(dict.fromkeys(["vismem", "latent-memory", family, *tags]))
+    settings: list[tuple[str, Any]] = [
         ("query vectors K", config.query_length),
         ("LoRA", f"r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}, query and value"),
         ("start of memory", config.memory_init),
     ]
     if config.content == "soft":
         settings = [("content", "learned constants (soft prompts), the same for every image and question")]
-    rows: list[tuple[str, Any]] = [
+    rows = [
+        ("", ""),
+        ("---", "---"),
         ("base", f"`{shown}`, {facts}"),
         ("short-term vectors N_s", config.short_length),
         ("long-term vectors N_l", config.long_length),
@@ -68,17 +70,16 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
         ("parameters of the memory", f"{trained:,} ({100 * trained / total:.2f} % of the base)"),
     ]
     quoted = visible(json.dumps(name, ensure_ascii=False))
-    arguments = quoted if base else f"{quoted}, base=base, processor=processor"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# Latent vision memory for {shown}",
         "Short-term and long-term latent vision memory ([VisMem](https://arxiv.org/abs/2511.11007)) for a frozen\n"
         "vision-language model. These files hold only the memory; the base is loaded by name and stays unchanged.",
-        "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]),
+        table(rows),
         "## Training",
         training(model.history),
         "## Use",
-        USE.format(arguments=arguments),
+        USE.format(arguments=quoted if base else f"{quoted}, base=base, processor=processor"),
     ]
     if base and not hub and base != "pocket":
         parts.append(
@@ -92,15 +93,19 @@ def training(history: Sequence[dict[str, Any]]) -> str:
     if not history:
         return "This memory has not been trained."
     names = [name for name in METRICS if any(name in stage.get("figures", {}) for stage in history)]
-    lines = [["stage", "steps", "seed", "data", "rewards", *names]]
+    head = ["stage", "steps", "seed", "data", "rewards", *names]
+    lines = [head, ["---"] * len(head)]
     for stage in history:
         plain = [cell(stage.get(name, "")) for name in ("stage", "steps", "seed", "data")]
         metrics = stage.get("figures", {})
         values = [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
         lines.append([*plain, cell(", ".join(stage.get("rewards", ()))), *values])
-    shown = ["| " + " | ".join(line) + " |" for line in lines]
-    table = "\n".join([shown[0], "|" + "---|" * len(lines[0]), *shown[1:]])
-    return f"{table}\n\nMetrics are the last ones logged during training, on training prompts."
+    return f"{table(lines)}\n\nMetrics are the last ones logged during training, on training prompts."
+
+
+def table(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows in Markdown, of which the first is the head."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def cell(value: object) -> str:

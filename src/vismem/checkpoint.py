@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vismem import files, hub
 from vismem.backbones import backbone_of
-from vismem.bundled import BASE_PATH, POCKET
+from vismem.bundled import BASE_PATH, POCKET, is_pocket
 from vismem.card import model_card
 from vismem.config import VisMemConfig
 
@@ -85,7 +85,7 @@ def facts_of(base: nn.Module) -> BaseFacts:
 def recorded_name(base: nn.Module) -> str:
     """The base's name as a checkpoint records it; the pocket model has the same name on every machine."""
     name: str = getattr(base, "name_or_path", "")
-    return POCKET if name and Path(name).expanduser().resolve() == BASE_PATH.resolve() else name
+    return POCKET if name and is_pocket(name) else name
 
 
 def base_folders(base: nn.Module, folder: Path) -> list[str]:
@@ -102,9 +102,6 @@ def base_folders(base: nn.Module, folder: Path) -> list[str]:
 
 def base_location(record: CheckpointRecord, folder: Path) -> str:
     """Where to load a memory's base from: an existing folder, or else the recorded name.
-
-    Args:
-        record, folder: of the memory.
 
     Raises:
         OSError: if the base was in a local folder that is not found; names the folders tried.
@@ -141,10 +138,8 @@ def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()
     """Saves a checkpoint to `folder`; killed at any point, it leaves the old checkpoint or the new one.
 
     Args:
-        model: the model.
-        folder: created if necessary.
-        name: the memory's name in the model card; defaults to the folder.
-        tags: additional tags for the model card.
+        model, folder: what to save, and where.
+        name, tags: of the memory, for the model card; the name defaults to the folder.
 
     Raises:
         ValueError: if `folder` is a file, or a tensor is not finite.
@@ -318,11 +313,9 @@ def check_sizes(state: Mapping[str, Tensor], path: Path, config: VisMemConfig, h
     """Compares a config's sizes with the tensors, before anything of these sizes is allocated.
 
     Args:
-        state: the tensors of `vismem.safetensors`.
-        path: that file, for error messages.
-        config: the config saved with it.
-        hidden_size: of the base.
-        merge: m of the base; its projector merges m * m memory positions into one vector.
+        state, path: the tensors, and their file for messages.
+        config: saved with them.
+        hidden_size, merge: of the base; its projector merges m * m memory positions into one vector.
 
     Raises:
         ValueError: if they differ; names the field, both values and the file.

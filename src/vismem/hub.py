@@ -46,7 +46,7 @@ def find(
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / file).is_file():
-            raise LoadError(f"{name} is no {what}: the folder has no {file}")
+            raise LoadError(f"{name} is not a {what}: the folder has no {file}")
         return str(path), True
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise LoadError(f"no {what} {name}: there is no such folder, and a hub repository is named like owner/name")
@@ -70,7 +70,7 @@ def find(
         except errors.RepositoryNotFoundError as error:
             raise LoadError(f"no {what} {name}: no such folder, and no such repository that you may read") from error
         except errors.EntryNotFoundError as error:
-            raise LoadError(f"{name} is no {what}: the repository has no {file}") from error
+            raise LoadError(f"{name} is not a {what}: the repository has no {file}") from error
         except Exception:  # no network, or the hub is down; the client raises many types
             reason = "the hub cannot be reached"
     if not cached:

@@ -177,9 +177,9 @@ def load_base(
         raise LoadError(f"cannot load base {name}: {error}") from error
     missing = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if missing:
-        raise LoadError(f"cannot load base {name}: its files lack {len(missing)} weights, {missing[0]} for one")
+        raise LoadError(f"cannot load base {name}: its files lack {len(missing)} weights, such as {missing[0]}")
     if getattr(processor, "chat_template", None) is None:
-        raise LoadError(f"base {name} has no chat template, so a question cannot be put to it")
+        raise LoadError(f"base {name} has no chat template, so it cannot be asked a question")
     return base, processor
 
 
