@@ -13,6 +13,7 @@ from vismem.escaping import visible
 from vismem.hub import repository_of
 
 if TYPE_CHECKING:
+    from vismem.checkpoint import BaseFacts
     from vismem.model import VisMem
 
 METRICS = ("reward", "baseline", "improvement", "loss")  # logged by a stage
@@ -35,20 +36,19 @@ print(out.invocations)
 ```"""
 
 
-def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, tags: Sequence[str] = ()) -> str:
+def model_card(model: VisMem, name: str, base: str, facts: BaseFacts, tags: Sequence[str] = ()) -> str:
     """The text of a memory's `README.md`.
 
     Args:
         model: the memory with its base.
         name: the folder or hub repository that the memory is loaded from.
-        base: the base's name: a hub repository, a folder, `"pocket"`, or empty.
-        facts: the base's family and sizes, as text.
-        trained: number of trained parameters.
+        base, facts: the base's name (a hub repository, a folder, `"pocket"`, or empty), and its sizes.
         tags: additional tags.
     """
-    config, hub, family = model.memory_config, repository_of(base), facts.partition(" ")[0]
+    config, hub, family = model.memory_config, repository_of(base), facts.model_type
     shown = cell(hub or Path(base).name or family)
     total = sum(parameter.numel() for parameter in model.base.parameters())
+    trained = sum(parameter.numel() for part in (model.memory, model.tokens) for parameter in part.parameters())
     front: dict[str, Any] = {"library_name": "vismem", "pipeline_tag": "image-text-to-text"}
     if hub:
         front |= {"base_model": hub, "base_model_relation": "adapter"}

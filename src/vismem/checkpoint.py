@@ -88,12 +88,11 @@ def recorded_name(base: nn.Module) -> str:
     return POCKET if name and is_pocket(name) else name
 
 
-def base_folders(base: nn.Module, folder: Path) -> list[str]:
+def base_folders(base_name: str, folder: Path) -> list[str]:
     """For a base loaded from a folder, its absolute path and its path relative to the memory's `folder`."""
-    name = recorded_name(base)
-    if not name or name == POCKET or not Path(name).expanduser().is_dir():
+    if base_name in ("", POCKET) or not Path(base_name).expanduser().is_dir():
         return []
-    absolute = os.path.abspath(Path(name).expanduser())
+    absolute = os.path.abspath(Path(base_name).expanduser())
     try:
         return [absolute, Path(os.path.relpath(absolute, os.path.abspath(folder))).as_posix()]
     except ValueError:  # on another drive
@@ -150,12 +149,13 @@ def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in trained_state(model).items()}
     weights = serialize(state, metadata={"format": "pt"})
     check_finite(state, f"the memory is not saved to {folder}")
+    base_name, facts = recorded_name(model.base), facts_of(model.base)
     record = {
         "format": FORMAT,
         "config": model.memory_config.to_dict(),
-        "base_name": recorded_name(model.base),
-        "base_folders": base_folders(model.base, folder),
-        "base": asdict(facts_of(model.base)),
+        "base_name": base_name,
+        "base_folders": base_folders(base_name, folder),
+        "base": asdict(facts),
         "token_ids": token_ids(model),
         "history": list(model.history),
         "sha256": hashlib.sha256(weights).hexdigest(),
@@ -163,11 +163,7 @@ def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()
     record["record_sha256"] = digest(record)
     content = (json.dumps(record, indent=2) + "\n").encode()
     files.write_pair((folder / WEIGHTS_FILE, weights), (folder / CONFIG_FILE, content), partial(_fits, folder))
-    trained = sum(tensor.numel() for tensor in state.values())
-    card = model_card(
-        model, name or folder.as_posix(), recorded_name(model.base), str(facts_of(model.base)), trained, tags
-    )
-    files.write_text(folder / CARD_FILE, card)
+    files.write_text(folder / CARD_FILE, model_card(model, name or folder.as_posix(), base_name, facts, tags))
 
 
 def _fits(folder: Path, record: bytes) -> bool:

@@ -122,7 +122,7 @@ def load_model(
     else:
         torch.manual_seed(0)  # an untrained memory, but the same one every time
         model = VisMem(found, processor, VisMemConfig.preset("pocket" if is_pocket(base_name) else "paper")).eval()
-        say(f"note: no checkpoint for {base_name}: its memory is untrained, a pooled second look at the image")
+        say(f"note: no checkpoint for {base_name}, so its memory is untrained")
     return Loaded(model, POCKET if is_pocket(base_name) else base_name, shown)
 
 

@@ -62,39 +62,23 @@ def config_alone(name: str | None) -> Path | None:
     return None
 
 
-def read_config(path: Path) -> Any:
-    """A config file as transformers reads it, or as plain attributes where transformers has no class for it."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    from vismem.backbones import backbone_of
-    from vismem.cli.remote_base import MODEL_TYPE
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        model_type = json.loads(text)["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"{path} is not a base's config: it must be JSON with a model_type") from error
-    if model_type == MODEL_TYPE:
-        return json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
-    if model_type not in CONFIG_MAPPING:
-        backbone_of(SimpleNamespace(config=SimpleNamespace(model_type=model_type)))  # raises, with the known ones
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise CommandError(f"cannot read {path}: {error}") from error
-
-
 def build_base(path: Path) -> Backbone:
     """The base that a config file describes, on the meta device."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
     from vismem.backbones import backbone_of
     from vismem.cli.remote_base import MODEL_TYPE, RemoteBase
 
-    config = read_config(path)
-    backbone_of(SimpleNamespace(config=config))  # an unknown family is refused before anything is built
     try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda fields: SimpleNamespace(**fields))
+        known = config.model_type in CONFIG_MAPPING
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CommandError(f"{path} is not a base's config: it must be JSON with a model_type") from error
+    try:
+        if known:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        backbone_of(SimpleNamespace(config=config))  # an unknown family is refused before anything is built
         with torch.device("meta"):
             remote = config.model_type == MODEL_TYPE
             return backbone_of(RemoteBase(config) if remote else AutoModelForImageTextToText.from_config(config))

@@ -91,7 +91,7 @@ def check_needs(values: Mapping[str, Mapping[str, Any]]) -> None:
             raise UsageError("no output_dir for checkpoints and the memory: set output_dir=runs/NAME")
         if number == 0 and not own.get("base") and not own.get("checkpoint"):
             raise UsageError(
-                "no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of what a run made, which names its own"
+                "no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of what a run made, which names its base"
             )
         if not own.get("data"):
             raise UsageError("no data: set data=FILE.jsonl, a folder or a hub name")
