@@ -95,6 +95,10 @@ LAYOUTS = {
         {"question": "How many?", "image": "a.png", "answer": 3},
         ([("user", "[image]How many?")], "3", "3"),
     ),
+    "question and response": (
+        {"question": "How many?", "response": "Three."},
+        ([("user", "How many?")], "Three.", "Three."),
+    ),
     "text and label": ({"text": "Cat?", "image": "a.png", "label": 1}, ([("user", "[image]Cat?")], "1", "1")),
     "labels": ({"query": "How many?", "label": ["14"], "image": "a.png"}, ([("user", "[image]How many?")], "14", "14")),
     "target": ({"question": "How many?", "target": "14"}, ([("user", "How many?")], "14", "14")),
@@ -225,6 +229,14 @@ UNREADABLE = [
         {"prompt": [{"role": "user", "content": [{"type": "image"}, "<image>?"]}], "image": "a"},
         "both image parts and the text <image>",
     ),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "image": "a.png"},
+        "images are both in the prompt's parts and in `images`",
+    ),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "image"}]}]},
+        "2 image parts in the prompt, but only 1 of them hold an image",
+    ),
     ({"prompt": "<video>What happens?"}, "the prompt has <video>: VisMem takes images and text"),
     ({"messages": said("?", "See <image>.")}, "the reply's text contains <image>"),
     ({"prompt": "?", "videos": ["a.mp4"]}, "`videos` cannot be read"),
@@ -236,6 +248,7 @@ UNREADABLE = [
     ({"question": "", "label": 1}, "`question` is empty"),
     ({"img": "a.png", "gt": "b"}, "no `prompt`; the row has `img`, `gt`"),
     ({"instruction": "Add.", "input": 5}, "`input` must be a string"),
+    ({"messages": said("?"), "system": np.zeros((2, 2))}, "`system` must be a string, not ndarray"),
     ({"query": "?", "history": [["a"]]}, "`history` must be a list of pairs"),
     ({"conversations": [{"from": ["human"], "value": "?"}]}, "must have a `role`"),
     ({"messages": [*said("?"), {"role": "assistant"}]}, "last message of `messages` must be text"),

@@ -152,11 +152,11 @@ def read_conversation(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str
     if name in REPLIES:
         messages = [*_history(row.get("history")), *messages]
     system = row.get("system") if name in (*CONVERSATIONS, *REPLIES) else None
-    if not is_missing(system) and system != "":
-        if not isinstance(system, str):
-            raise BadRowError(f"`system` must be a string, not {type(system).__name__}")
-        if messages[0]["role"] != "system":
+    if isinstance(system, str):
+        if system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    elif not is_missing(system):
+        raise BadRowError(f"`system` must be a string, not {type(system).__name__}")
     reply = None
     if messages[-1]["role"] == "assistant":
         if name not in CONVERSATIONS:
