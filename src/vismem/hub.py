@@ -48,7 +48,7 @@ def find(
         if not (path / file).is_file():
             raise LoadError(f"{name} is not a {what}: the folder has no {file}")
         return str(path), True
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if path.exists() or not is_repository(name):
         raise LoadError(f"no {what} {name}: there is no such folder, and a hub repository is named like owner/name")
 
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -61,10 +61,6 @@ def find(
             if not cached:
                 say(f"note: downloading {name} from the hub")
             return name, False
-        except errors.HFValidationError as error:
-            raise LoadError(
-                f"no {what} {name}: there is no such folder, and it cannot be a repository's name"
-            ) from error
         except errors.GatedRepoError as error:
             raise LoadError(f"{what} {name} is gated: ask for access on its page, then `hf auth login`") from error
         except errors.RepositoryNotFoundError as error:
@@ -78,16 +74,19 @@ def find(
     return name, True
 
 
-def repository_of(base: str) -> str:
-    """The hub repository of a base's name, which may be its path in the local cache; an empty string if it has none."""
+def is_repository(name: str) -> bool:
+    """Whether a name has the form of a hub repository's: `owner/name`."""
     from huggingface_hub import errors, utils
 
+    try:
+        utils.validate_repo_id(name)
+    except errors.HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def repository_of(base: str) -> str:
+    """The hub repository of a base's name, which may be its path in the local cache; an empty string if it has none."""
     if found := SNAPSHOT.search(Path(base).as_posix()):
         return f"{found[1]}/{found[2]}"
-    if base.count("/") != 1 or Path(base).expanduser().is_dir():
-        return ""
-    try:
-        utils.validate_repo_id(base)
-    except errors.HFValidationError:
-        return ""
-    return base
+    return base if is_repository(base) and not Path(base).expanduser().is_dir() else ""

@@ -420,7 +420,6 @@ def test_images_that_do_not_fit_the_prompt(run, loaded, monkeypatch):
     refused(run("ask", "a.png", "b.jpg", QUESTION), 1, "image")
 
 
-@pytest.mark.parametrize("command", [["ask", "a.png", QUESTION], ["info"]])
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -432,8 +431,9 @@ def test_images_that_do_not_fit_the_prompt(run, loaded, monkeypatch):
         (["--base", "memory"], "no config.json"),
     ],
 )
-def test_unknown_names(run_whole, command, options, words):
-    refused(run_whole(*command, *options), 1, words)
+def test_unknown_names(run_whole, options, words):
+    refused(run_whole("info", *options), 1, words)
+    refused(run_whole("ask", "a.png", QUESTION, *options), 1, words)
 
 
 @pytest.mark.parametrize("option", ["--base", "--checkpoint"])

@@ -117,7 +117,7 @@ def test_another_base_is_refused_naming_both(saved):
         vismem.VisMem.from_pretrained(folder, base=tiny.FAMILIES["idefics3"].build(), processor=processor)
 
 
-def test_missing_checkpoints(tmp_path):
+def test_missing_checkpoints(saved, tmp_path):
     with pytest.raises(OSError, match="no such folder"):
         vismem.VisMem.from_pretrained(tmp_path / "nothing")
     with pytest.raises(OSError, match=r"nothing downloaded earlier|no such repository"):
@@ -125,6 +125,9 @@ def test_missing_checkpoints(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match=CONFIG_FILE):
         vismem.VisMem.from_pretrained(tmp_path / "empty")
+    (saved[1] / WEIGHTS_FILE).unlink()
+    with pytest.raises(OSError, match=f"not a complete checkpoint: it has no {WEIGHTS_FILE}"):
+        load(saved[1])
 
 
 def test_saving_over_a_file_is_refused(saved, tmp_path):
