@@ -11,4 +11,4 @@ BASE_PATH, MEMORY_PATH = WEIGHTS / "base", WEIGHTS / "memory"
 
 def is_pocket(name: str) -> bool:
     """Whether a base's name refers to the pocket model, including its path on another machine."""
-    return name == POCKET or Path(name).parts[-4:] == ("vismem", *BASE_PATH.parts[-3:])
+    return name == POCKET or Path(name).expanduser().resolve().parts[-4:] == ("vismem", *BASE_PATH.parts[-3:])

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from vismem.escaping import visible
+from vismem.hub import repository_of
 
 if TYPE_CHECKING:
+    from vismem.checkpoint import BaseFacts
     from vismem.model import VisMem
 
 METRICS = ("reward", "baseline", "improvement", "loss")  # logged by a stage
-HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")  # a hub repository in the local cache
 
 USE = """```python
 import vismem
@@ -38,32 +36,33 @@ print(out.invocations)
 ```"""
 
 
-def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, tags: Sequence[str] = ()) -> str:
+def model_card(model: VisMem, name: str, base: str, facts: BaseFacts, tags: Sequence[str] = ()) -> str:
     """The text of a memory's `README.md`.
 
     Args:
         model: the memory with its base.
         name: the folder or hub repository that the memory is loaded from.
-        base: the base's name: a hub repository, a folder, `"pocket"`, or empty.
-        facts: the base's family and sizes, as text.
-        trained: number of trained parameters.
+        base, facts: the base's name (a hub repository, a folder, `"pocket"`, or empty), and its sizes.
         tags: additional tags.
     """
-    config, hub = model.memory_config, hub_name(base)
-    shown = cell(hub or Path(base).name or facts.partition(" ")[0])
+    config, hub, family = model.memory_config, repository_of(base), facts.model_type
+    shown = cell(hub or Path(base).name or family)
     total = sum(parameter.numel() for parameter in model.base.parameters())
+    trained = sum(parameter.numel() for part in (model.memory, model.tokens) for parameter in part.parameters())
     front: dict[str, Any] = {"library_name": "vismem", "pipeline_tag": "image-text-to-text"}
     if hub:
         front |= {"base_model": hub, "base_model_relation": "adapter"}
-    front["tags"] = list(dict.fromkeys(["vismem", "latent-memory", facts.partition(" ")[0], *tags]))
-    settings = [
+    front["tags"] = list(dict.fromkeys(["vismem", "latent-memory", family, *tags]))
+    settings: list[tuple[str, Any]] = [
         ("query vectors K", config.query_length),
         ("LoRA", f"r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}, query and value"),
         ("start of memory", config.memory_init),
     ]
     if config.content == "soft":
         settings = [("content", "learned constants (soft prompts), the same for every image and question")]
-    rows: list[tuple[str, Any]] = [
+    rows = [
+        ("", ""),
+        ("---", "---"),
         ("base", f"`{shown}`, {facts}"),
         ("short-term vectors N_s", config.short_length),
         ("long-term vectors N_l", config.long_length),
@@ -71,17 +70,16 @@ def model_card(model: VisMem, name: str, base: str, facts: str, trained: int, ta
         ("parameters of the memory", f"{trained:,} ({100 * trained / total:.2f} % of the base)"),
     ]
     quoted = visible(json.dumps(name, ensure_ascii=False))
-    arguments = quoted if base else f"{quoted}, base=base, processor=processor"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# Latent vision memory for {shown}",
         "Short-term and long-term latent vision memory ([VisMem](https://arxiv.org/abs/2511.11007)) for a frozen\n"
         "vision-language model. These files hold only the memory; the base is loaded by name and stays unchanged.",
-        "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]),
+        table(rows),
         "## Training",
         training(model.history),
         "## Use",
-        USE.format(arguments=arguments),
+        USE.format(arguments=quoted if base else f"{quoted}, base=base, processor=processor"),
     ]
     if base and not hub and base != "pocket":
         parts.append(
@@ -95,30 +93,21 @@ def training(history: Sequence[dict[str, Any]]) -> str:
     if not history:
         return "This memory has not been trained."
     names = [name for name in METRICS if any(name in stage.get("figures", {}) for stage in history)]
-    lines = [["stage", "steps", "seed", "data", "rewards", *names]]
+    head = ["stage", "steps", "seed", "data", "rewards", *names]
+    lines = [head, ["---"] * len(head)]
     for stage in history:
         plain = [cell(stage.get(name, "")) for name in ("stage", "steps", "seed", "data")]
         metrics = stage.get("figures", {})
         values = [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
         lines.append([*plain, cell(", ".join(stage.get("rewards", ()))), *values])
-    shown = ["| " + " | ".join(line) + " |" for line in lines]
-    table = "\n".join([shown[0], "|" + "---|" * len(lines[0]), *shown[1:]])
-    return f"{table}\n\nMetrics are the last ones logged during training, on training prompts."
+    return f"{table(lines)}\n\nMetrics are the last ones logged during training, on training prompts."
+
+
+def table(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows in Markdown, of which the first is the head."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def cell(value: object) -> str:
     """A value as text that does not break a line or a table cell."""
     return visible(str(value)).replace("|", "\\|")
-
-
-def hub_name(base: str) -> str:
-    """The hub repository of a base's name, or an empty string."""
-    if found := HUB_CACHE.search(Path(base).as_posix()):
-        return f"{found[1]}/{found[2]}"
-    if base.count("/") != 1 or Path(base).expanduser().is_dir():
-        return ""
-    try:
-        validate_repo_id(base)
-    except HFValidationError:
-        return ""
-    return base

@@ -10,22 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
-from torch import nn
+from torch import Tensor, nn
 
-from vismem import files
+from vismem import files, hub
 from vismem.backbones import backbone_of
-from vismem.bundled import BASE_PATH, POCKET
+from vismem.bundled import BASE_PATH, POCKET, is_pocket
 from vismem.card import model_card
 from vismem.config import VisMemConfig
-from vismem.weights import check_finite, check_sizes, read_state
 
 if TYPE_CHECKING:
     from vismem.model import VisMem
@@ -83,15 +85,14 @@ def facts_of(base: nn.Module) -> BaseFacts:
 def recorded_name(base: nn.Module) -> str:
     """The base's name as a checkpoint records it; the pocket model has the same name on every machine."""
     name: str = getattr(base, "name_or_path", "")
-    return POCKET if name and Path(name).expanduser().resolve() == BASE_PATH.resolve() else name
+    return POCKET if name and is_pocket(name) else name
 
 
-def base_folders(base: nn.Module, folder: Path) -> list[str]:
+def base_folders(base_name: str, folder: Path) -> list[str]:
     """For a base loaded from a folder, its absolute path and its path relative to the memory's `folder`."""
-    name = recorded_name(base)
-    if not name or name == POCKET or not Path(name).expanduser().is_dir():
+    if base_name in ("", POCKET) or not Path(base_name).expanduser().is_dir():
         return []
-    absolute = os.path.abspath(Path(name).expanduser())
+    absolute = os.path.abspath(Path(base_name).expanduser())
     try:
         return [absolute, Path(os.path.relpath(absolute, os.path.abspath(folder))).as_posix()]
     except ValueError:  # on another drive
@@ -100,9 +101,6 @@ def base_folders(base: nn.Module, folder: Path) -> list[str]:
 
 def base_location(record: CheckpointRecord, folder: Path) -> str:
     """Where to load a memory's base from: an existing folder, or else the recorded name.
-
-    Args:
-        record, folder: of the memory.
 
     Raises:
         OSError: if the base was in a local folder that is not found; names the folders tried.
@@ -129,7 +127,7 @@ def token_ids(model: VisMem) -> dict[str, int]:
     return {f"{kind}_{part}": index for part, table in tables.items() for kind, index in table.items()}
 
 
-def trained_state(model: VisMem) -> dict[str, torch.Tensor]:
+def trained_state(model: VisMem) -> dict[str, Tensor]:
     """The tensors in a checkpoint: `memory.*` and `tokens.*`."""
     parts = {"memory": model.memory, "tokens": model.tokens}
     return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
@@ -139,10 +137,8 @@ def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()
     """Saves a checkpoint to `folder`; killed at any point, it leaves the old checkpoint or the new one.
 
     Args:
-        model: the model.
-        folder: created if necessary.
-        name: the memory's name in the model card; defaults to the folder.
-        tags: additional tags for the model card.
+        model, folder: what to save, and where.
+        name, tags: of the memory, for the model card; the name defaults to the folder.
 
     Raises:
         ValueError: if `folder` is a file, or a tensor is not finite.
@@ -153,41 +149,35 @@ def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in trained_state(model).items()}
     weights = serialize(state, metadata={"format": "pt"})
     check_finite(state, f"the memory is not saved to {folder}")
+    base_name, facts = recorded_name(model.base), facts_of(model.base)
     record = {
         "format": FORMAT,
         "config": model.memory_config.to_dict(),
-        "base_name": recorded_name(model.base),
-        "base_folders": base_folders(model.base, folder),
-        "base": asdict(facts_of(model.base)),
+        "base_name": base_name,
+        "base_folders": base_folders(base_name, folder),
+        "base": asdict(facts),
         "token_ids": token_ids(model),
         "history": list(model.history),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
     record["record_sha256"] = digest(record)
     content = (json.dumps(record, indent=2) + "\n").encode()
-    files.write_pair((folder / WEIGHTS_FILE, weights), (folder / CONFIG_FILE, content), _fits(folder))
-    trained = sum(tensor.numel() for tensor in state.values())
-    base_name, facts = recorded_name(model.base), str(facts_of(model.base))
-    card = model_card(model, name or folder.as_posix(), base_name, facts, trained, tags)
-    files.write_text(folder / CARD_FILE, card)
+    files.write_pair((folder / WEIGHTS_FILE, weights), (folder / CONFIG_FILE, content), partial(_fits, folder))
+    files.write_text(folder / CARD_FILE, model_card(model, name or folder.as_posix(), base_name, facts, tags))
 
 
-def _fits(folder: Path) -> Callable[[bytes], bool]:
-    """A function that tells whether a record's content belongs to the weights currently in the folder."""
-
-    def fits(content: bytes) -> bool:
-        try:
-            expected = json.loads(content)["sha256"]
-        except (ValueError, KeyError, TypeError):
-            return False
-        return (folder / WEIGHTS_FILE).is_file() and files.sha256(folder / WEIGHTS_FILE) == expected
-
-    return fits
+def _fits(folder: Path, record: bytes) -> bool:
+    """Whether a record's content belongs to the weights currently in the folder."""
+    try:
+        expected = json.loads(record)["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return (folder / WEIGHTS_FILE).is_file() and files.sha256(folder / WEIGHTS_FILE) == expected
 
 
 def _record_of(folder: Path) -> bytes | None:
     """Reads a folder's record, even after a save was killed; None if there is none."""
-    return files.read_matching(folder / CONFIG_FILE, _fits(folder))
+    return files.read_matching(folder / CONFIG_FILE, partial(_fits, folder))
 
 
 def digest(record: dict[str, Any]) -> str:
@@ -195,35 +185,46 @@ def digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def locate(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """Resolves a checkpoint to a local folder, downloading it from the hub if necessary.
+def locate(
+    name: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    say: Callable[[str], None] = hub.silent,
+) -> Path:
+    """The local folder of a memory; downloads it from the hub if necessary.
 
     Args:
         name: a memory's folder, a folder containing exactly one (such as a run's), or a hub repository.
         revision, token: for the hub.
+        say: called with notes: a download starts, the memory is below the folder that was named.
 
     Raises:
-        OSError: if there is no such folder or repository, or the folder contains no memory or several.
+        LoadError: if there is no such folder or repository, or the folder contains no memory or several.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return find_memory(folder)
-    looks_local = folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1
-    if looks_local:
-        raise OSError(f"no checkpoint at {name}: there is no such folder")
+        found = find_memory(folder)
+        if found != folder:
+            say(f"note: the memory of {name} is {found}")
+        return found
+    repository, local = hub.find(str(name), CONFIG_FILE, "checkpoint", say, revision=revision, token=token)
     try:
         patterns = [CONFIG_FILE, WEIGHTS_FILE]
-        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=patterns))
-    except Exception as error:
+        return Path(
+            snapshot_download(
+                repository, revision=revision, token=token, local_files_only=local, allow_patterns=patterns
+            )
+        )
+    except Exception as error:  # the client raises many types
         reason = str(error).strip().splitlines()[0]
-        raise OSError(f"no checkpoint {name}: no such folder, and the hub download failed ({reason})") from error
+        raise hub.LoadError(f"cannot download checkpoint {name} from the hub ({reason})") from error
 
 
 def find_memory(folder: Path) -> Path:
     """`folder` itself, or the only memory up to two levels below it, such as that of a run.
 
     Raises:
-        OSError: if there is no memory, or several; names them.
+        LoadError: if there is no memory, or several; names them.
     """
     if _record_of(folder) is not None:
         return folder
@@ -231,13 +232,13 @@ def find_memory(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise OSError(f"{folder} holds several memories; name one of {', '.join(map(str, found))}")
+        raise hub.LoadError(f"{folder} holds several memories; name one of {', '.join(map(str, found))}")
     hint = ""
     if files.partial_path(folder / CONFIG_FILE).is_file() or files.partial_path(folder / WEIGHTS_FILE).is_file():
         hint = "; a save into it was interrupted, so save the memory again"
     elif (folder / "trainer_state.json").is_file():
         hint = f"; it is a training checkpoint, whose run writes its memory to {folder.parent / 'memory'} at the end"
-    raise OSError(f"{folder} is not a VisMem checkpoint: it has no {CONFIG_FILE}{hint}")
+    raise hub.LoadError(f"{folder} is not a VisMem checkpoint: it has no {CONFIG_FILE}{hint}")
 
 
 def read_record(folder: Path) -> CheckpointRecord:
@@ -270,51 +271,84 @@ def read_record(folder: Path) -> CheckpointRecord:
         raise ValueError(f"{path} is damaged or not a VisMem record: {reason}") from error
 
 
-def read_checkpoint(folder: Path) -> tuple[CheckpointRecord, bytes]:
-    """Reads matching record and weights, even while another process saves to the folder.
+def read_checkpoint(folder: Path, base: nn.Module) -> tuple[CheckpointRecord, dict[str, Tensor]]:
+    """Reads matching record and weights, even while another process saves to the folder, and checks that they fit.
 
     Raises:
         OSError: if either is missing.
-        ValueError: if `save` did not write the record, or the weights do not match its checksum.
+        ValueError: if `save` did not write the record, the weights do not match it, or it was made for another base.
     """
     path, before = folder / WEIGHTS_FILE, None
     while True:
         record = read_record(folder)
         try:
-            weights = path.read_bytes()
+            content = path.read_bytes()
         except FileNotFoundError as error:
             raise OSError(f"{folder} is not a complete checkpoint: it has no {WEIGHTS_FILE}") from error
-        sums = (record.sha256, hashlib.sha256(weights).hexdigest())
+        sums = (record.sha256, hashlib.sha256(content).hexdigest())
         if sums[0] == sums[1]:
-            return record, weights
+            break
         if sums == before:  # the same twice: no save in between
             raise ValueError(f"{path} is damaged: it does not match the checksum in {CONFIG_FILE}; get the file again")
         before = sums
-
-
-def check_base(record: CheckpointRecord, base: nn.Module, folder: Path) -> None:
-    """Raises ValueError if a checkpoint was made for a different base; names both."""
     found = facts_of(base)
     if found != record.base:
         raise ValueError(
             f"checkpoint {folder} was made for {record.base_name}, a {record.base}; "
             f"it does not fit {base.name_or_path or type(base).__name__}, a {found}"
         )
+    try:
+        state = deserialize(content)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise ValueError(f"{path} is damaged: it is not a complete safetensors file ({error})") from error
+    check_sizes(state, path, record.config, found.hidden_size, backbone_of(base).merge)
+    return record, state
 
 
-def read_weights(weights: bytes, folder: Path, record: CheckpointRecord, base: nn.Module) -> dict[str, torch.Tensor]:
-    """Parses `vismem.safetensors`.
+def check_sizes(state: Mapping[str, Tensor], path: Path, config: VisMemConfig, hidden_size: int, merge: int) -> None:
+    """Compares a config's sizes with the tensors, before anything of these sizes is allocated.
+
+    Args:
+        state, path: the tensors, and their file for messages.
+        config: saved with them.
+        hidden_size, merge: of the base; its projector merges m * m memory positions into one vector.
 
     Raises:
-        ValueError: if it is not a safetensors file, or its tensors do not have the sizes in the record.
+        ValueError: if they differ; names the field, both values and the file.
     """
-    path = folder / WEIGHTS_FILE
-    state = read_state(weights, path)
-    check_sizes(state, path, record.config, record.base.hidden_size, backbone_of(base).merge)
-    return state
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def size(name: str, axis: int) -> int | None:
+        shape = shapes.get(f"memory.{name}", ())
+        return shape[axis] if axis < len(shape) else None
+
+    short = size("short.memory_init", 0)
+    pooled, attended = (f"memory.short.{name}" in shapes for name in ("query_mix", "choice.mix"))
+    init = "attended" if attended else "pooled" if pooled else "learned"
+    sizes: dict[str, int | None]
+    if config.content == "soft":
+        sizes = {"short_length": size("short.vectors", 0), "long_length": size("long.vectors", 0)}
+    else:
+        blocks = {name.split(".")[3] for name in shapes if name.startswith("memory.builder.blocks.")}
+        ranks = {shape[0] for name, shape in shapes.items() if shape and name.endswith(".down.weight")}
+        sizes = {
+            "query_length": size("builder.query_init", 0),
+            "builder_layers": len(blocks),
+            "builder_width": size("builder.query_init", 1),
+            "short_length": None if short is None else short // merge**2,
+            "long_length": size("long.memory_init", 0),
+            "lora_r": min(ranks, key=lambda rank: rank == config.lora_r, default=None),
+        }
+    for name, size_found in sizes.items():
+        expected = config.inner_width(hidden_size) if name == "builder_width" else getattr(config, name)
+        if expected != size_found:
+            in_weights = "the weights have no such tensor" if size_found is None else f"{size_found} in the weights"
+            raise ValueError(f"{path} does not match its config: {name} is {expected} in the config, but {in_weights}")
+    if config.content == "formed" and init != config.memory_init:
+        raise ValueError(f"{path} does not match its config: memory_init is {config.memory_init!r} in the config")
 
 
-def load_weights(model: VisMem, state: dict[str, torch.Tensor], folder: Path, record: CheckpointRecord) -> None:
+def load_weights(model: VisMem, state: dict[str, Tensor], folder: Path, record: CheckpointRecord) -> None:
     """Copies a checkpoint's tensors into an equipped model.
 
     Raises:
@@ -337,3 +371,14 @@ def load_weights(model: VisMem, state: dict[str, torch.Tensor], folder: Path, re
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(state[name])
+
+
+def check_finite(state: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError if a tensor is not floating point or not finite; names the tensor and `what` contains it."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{what}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, not floating point")
+        values = tensor if tensor.itemsize > 1 else tensor.float()
+        if not torch.isfinite(values).all():
+            count = int((~torch.isfinite(values)).sum())
+            raise ValueError(f"{what}: tensor {name} has {count} values that are not finite (NaN or infinity)")

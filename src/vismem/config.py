@@ -72,26 +72,25 @@ class VisMemConfig:
 
     def __post_init__(self) -> None:
         for name in ("query_length", "builder_layers", "builder_heads", "lora_r", "lora_alpha"):
-            fits = _is_int(value := getattr(self, name)) and 1 <= value < LARGEST
+            fits = _is_whole(getattr(self, name), 1)
             self._require(name, fits, "a whole number, 1 or more (and below 2**31)")
         for name in ("max_invocations", "min_gap"):
-            fits = _is_int(value := getattr(self, name)) and 0 <= value < LARGEST
+            fits = _is_whole(getattr(self, name), 0)
             self._require(name, fits, "a whole number, 0 or more (and below 2**31)")
         for name in ("short_length", "long_length"):
-            fits = _is_int(value := getattr(self, name)) and value in ALLOWED_LENGTHS
+            fits = _is_whole(value := getattr(self, name), 1) and value in ALLOWED_LENGTHS
             self._require(name, fits, f"one of {ALLOWED_LENGTHS}")
-        width = self.builder_width
-        fits = width is None or (_is_int(width) and 0 < width < LARGEST and width % self.builder_heads == 0)
+        width, delimiters = self.builder_width, self.delimiters
+        fits = width is None or (_is_whole(width, 1) and width % self.builder_heads == 0)
         self._require("builder_width", fits, f"None or a multiple of builder_heads ({self.builder_heads})")
         self._require("lora_dropout", _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._require("token_noise", _is_number(self.token_noise) and 0 <= self.token_noise < LARGEST, "0 or more")
         inits = ("pooled", "attended", "learned")
         self._require("memory_init", self.memory_init in inits, "'pooled', 'attended' or 'learned'")
         self._require("content", self.content in ("formed", "soft"), "'formed' or 'soft'")
-        self._require("delimiters", isinstance(self.delimiters, (list, tuple)), "a non-empty list of strings")
-        object.__setattr__(self, "delimiters", tuple(self.delimiters))
-        strings = bool(self.delimiters) and all(isinstance(text, str) and text for text in self.delimiters)
-        self._require("delimiters", strings, "a non-empty list of strings")
+        fits = isinstance(delimiters, (list, tuple)) and all(isinstance(text, str) and text for text in delimiters)
+        self._require("delimiters", fits and delimiters, "a non-empty list of strings")
+        object.__setattr__(self, "delimiters", tuple(delimiters))
 
     def _require(self, name: str, holds: object, rule: str) -> None:
         if not holds:
@@ -131,8 +130,8 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < LARGEST
 
 
 def _is_number(value: Any) -> bool:

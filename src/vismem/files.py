@@ -90,7 +90,7 @@ def write_pair(first: tuple[Path, bytes], second: tuple[Path, bytes], fits: Call
     either at its path or still at its temporary path. `read_matching` returns it.
 
     Args:
-        first, second: path and new content.
+        first, second: path and new content of each.
         fits: whether some content of `second` matches the `first` currently on disk.
     """
     folder, pending = first[0].parent, partial_path(second[0])

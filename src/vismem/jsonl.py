@@ -7,6 +7,7 @@ A process killed while appending leaves a truncated last line; readers ignore it
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,15 +27,13 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         BrokenLineError: if any other line is not a JSON object.
     """
     path = Path(path)
-    lines, found = path.read_bytes().split(b"\n"), []
-    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    found = []
+    for number, line in lines:
         try:
             entry = json.loads(line.decode())
         except (ValueError, RecursionError) as error:  # ValueError includes invalid UTF-8
-            if number == last:
+            if number == lines[-1][0]:
                 break
             raise BrokenLineError(f"{path}, line {number} is not JSON ({error}); repair or delete the file") from error
         if not isinstance(entry, dict):
@@ -82,15 +81,11 @@ def append(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
 
 def _last_line(file: BinaryIO) -> tuple[int, bytes]:
     """Offset and content of a file's last line."""
-    end, size = file.seek(0, os.SEEK_END), 2**16
-    while True:
-        start = max(end - size, 0)
-        file.seek(start)
-        tail = file.read(end - start)
-        newline = tail.rfind(b"\n", 0, -1)
-        if newline >= 0 or not start:
-            return start + newline + 1, tail[newline + 1 :]
-        size *= 2
+    if not file.seek(0, os.SEEK_END):
+        return 0, b""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.rfind(b"\n", 0, len(content) - 1) + 1
+        return start, content[start:]
 
 
 def _is_whole(line: bytes) -> bool:

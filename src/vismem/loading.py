@@ -1,7 +1,6 @@
 """Loads a base and its memory by name: a folder, a hub repository, or the pocket model that ships with the package.
 
-`vismem.load` is the short way. What goes wrong is one clear line, and no network means no waiting: the hub is asked
-once, for a few seconds, and files downloaded earlier are used if it does not answer.
+`vismem.load` is the short way; every error is one line.
 """
 
 from __future__ import annotations
@@ -16,18 +15,14 @@ from typing import TYPE_CHECKING, Any
 from vismem.bundled import BASE_PATH, MEMORY_PATH, POCKET, is_pocket
 from vismem.config import VisMemConfig
 from vismem.deprecation import renamed
+from vismem.hub import LoadError, find, silent
 
 if TYPE_CHECKING:
     import torch
 
     from vismem.model import VisMem
 
-NETWORK_TIMEOUT = 5  # seconds; huggingface_hub's own retries take half a minute
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class LoadError(ValueError):
-    """What was named cannot be found, is damaged, or does not fit together."""
 
 
 class UnknownDeviceError(ValueError):
@@ -74,13 +69,10 @@ def load(
         >>> model = vismem.load()
         >>> model.name_or_path
     """
-    given = None if name is None else str(name)
-    if given is None or given == POCKET:
-        return load_model(None, base, device, dtype, trust_remote_code=trust_remote_code).model
-    folder = Path(given).expanduser()
-    if base is None and (folder / "config.json").is_file():
-        return load_model(None, given, device, dtype, trust_remote_code=trust_remote_code).model
-    return load_model(given, base, device, dtype, trust_remote_code=trust_remote_code).model
+    memory = None if name in (None, POCKET) else str(name)
+    if memory and base is None and (Path(memory).expanduser() / "config.json").is_file():
+        memory, base = None, memory
+    return load_model(memory, base, device, dtype, trust_remote_code=trust_remote_code).model
 
 
 def load_model(
@@ -89,7 +81,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,  # noqa: FBT001, FBT002  # documented as positional
-    say: Callable[[str], None] = lambda _note: None,
+    say: Callable[[str], None] = silent,
 ) -> Loaded:
     """Loads a base and equips it with its memory, as the command line does.
 
@@ -111,7 +103,7 @@ def load_model(
     folder, base_name, shown = None, base or POCKET, checkpoint
     place = base_name
     if checkpoint is not None:
-        folder = checkpoint_folder(checkpoint, say)
+        folder = files.locate(checkpoint, say=say)
         record = files.read_record(folder)
         base_name = base or record.base_name
         place = base or files.base_location(record, folder)
@@ -130,7 +122,7 @@ def load_model(
     else:
         torch.manual_seed(0)  # an untrained memory, but the same one every time
         model = VisMem(found, processor, VisMemConfig.preset("pocket" if is_pocket(base_name) else "paper")).eval()
-        say(f"note: no checkpoint for {base_name}: its memory is untrained, a pooled second look at the image")
+        say(f"note: no checkpoint for {base_name}, so its memory is untrained")
     return Loaded(model, POCKET if is_pocket(base_name) else base_name, shown)
 
 
@@ -140,7 +132,7 @@ def load_base(
     dtype: str = "auto",
     *,
     trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda _note: None,
+    say: Callable[[str], None] = silent,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Loads a base and its processor, of a supported family, with all of its weights.
@@ -161,7 +153,7 @@ def load_base(
     pocket = is_pocket(name)
     if pocket and not (BASE_PATH / "config.json").is_file():
         raise LoadError("the pocket model has not been built yet: run `vismem pocket build`, or name another base")
-    found, local = (str(BASE_PATH), True) if pocket else locate(name, "config.json", "base", say)
+    found, local = (str(BASE_PATH), True) if pocket else find(name, "config.json", "base", say)
     # Always said, or transformers asks on the terminal.
     common = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     dtype = "float32" if pocket and dtype == "auto" else dtype  # the file is bfloat16 to be small
@@ -185,80 +177,10 @@ def load_base(
         raise LoadError(f"cannot load base {name}: {error}") from error
     missing = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if missing:
-        raise LoadError(f"cannot load base {name}: its files lack {len(missing)} weights, {missing[0]} for one")
+        raise LoadError(f"cannot load base {name}: its files lack {len(missing)} weights, such as {missing[0]}")
     if getattr(processor, "chat_template", None) is None:
-        raise LoadError(f"base {name} has no chat template, so a question cannot be put to it")
+        raise LoadError(f"base {name} has no chat template, so it cannot be asked a question")
     return base, processor
-
-
-def checkpoint_folder(name: str, say: Callable[[str], None]) -> Path:
-    """The local folder of a memory, which may be the only one below the folder that was named."""
-    from vismem import checkpoint
-
-    path = Path(name).expanduser()
-    if path.is_dir():
-        try:
-            found = checkpoint.find_memory(path)
-        except OSError as error:
-            raise LoadError(str(error)) from error
-        if found != path:
-            say(f"note: the memory of {name} is {found}")
-        return found
-    place, local = locate(name, checkpoint.CONFIG_FILE, "checkpoint", say)
-    if not local:
-        return checkpoint.locate(place)
-    from huggingface_hub import try_to_load_from_cache
-
-    return Path(str(try_to_load_from_cache(place, checkpoint.CONFIG_FILE))).parent
-
-
-def locate(name: str, file: str, what: str, say: Callable[[str], None]) -> tuple[str, bool]:
-    """Where a base or a memory is: its folder or repository, and whether all of it is on this machine.
-
-    Asks the hub once, for a few seconds at most; without an answer, files downloaded earlier must do.
-
-    Args:
-        name: as on the command line.
-        file: the file that every such folder or repository has.
-        what: `"base"` or `"checkpoint"`, for the message.
-        say: called with a note when a download starts.
-
-    Raises:
-        LoadError: if there is no such folder or repository, or it is something else.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / file).is_file():
-            raise LoadError(f"{name} is no {what}: the folder has no {file}")
-        return str(path), True
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise LoadError(f"no {what} {name}: there is no such folder, and a hub repository is named like owner/name")
-
-    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-    cached = isinstance(try_to_load_from_cache(name, file), str)
-    reason = "offline mode is on"
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            get_hf_file_metadata(hf_hub_url(name, file), timeout=NETWORK_TIMEOUT)
-            if not cached:
-                say(f"note: downloading {name} from the hub")
-            return name, False
-        except errors.HFValidationError as error:
-            raise LoadError(
-                f"no {what} {name}: there is no such folder, and it cannot be a repository's name"
-            ) from error
-        except errors.GatedRepoError as error:
-            raise LoadError(f"{what} {name} is gated: ask for access on its page, then `hf auth login`") from error
-        except errors.RepositoryNotFoundError as error:
-            raise LoadError(f"no {what} {name}: no such folder, and no such repository that you may read") from error
-        except errors.EntryNotFoundError as error:
-            raise LoadError(f"{name} is no {what}: the repository has no {file}") from error
-        except Exception:  # no network, or the hub is down; the client's own errors are of many kinds
-            reason = "the hub cannot be reached"
-    if not cached:
-        raise LoadError(f"no {what} {name}: no such folder, nothing downloaded earlier, and {reason}")
-    return name, True
 
 
 def device_of(name: str) -> torch.device:

@@ -489,9 +489,7 @@ class VisMem(nn.Module):
                 f"cannot load {name or 'an unnamed model'}, the base of memory {folder}: {reason}; "
                 "say where it is with base= (--base on the command line)"
             ) from error
-        record, weights = checkpoint.read_checkpoint(folder)
-        checkpoint.check_base(record, base, folder)
-        state = checkpoint.read_weights(weights, folder, record, base)
+        record, state = checkpoint.read_checkpoint(folder, base)
         model = cls(base, processor, record.config)
         model.history = record.history
         if memory_dtype is not None:

@@ -19,13 +19,14 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 import yaml
 from pydantic import PlainValidator, TypeAdapter, ValidationError
 
-from vismem.config import SettingsError
+from vismem.config import SettingsError, shortened
 
 __all__ = ["SettingsError", "check", "convert", "hints_from_source", "kind_of", "read_changes", "read_file"]
 
 MOST_BYTES = 2**18  # of a settings file
 MOST_VALUES = 10_000  # in a file, with aliases expanded
 MOST_DEPTH = 32
+TOO_DEEP = f"values are nested more than {MOST_DEPTH} deep"
 CORE = "tag:yaml.org,2002:"
 
 
@@ -36,19 +37,8 @@ class _Loader(yaml.SafeLoader):
     """Composes nodes by YAML 1.2's core schema: `no`, `off` and dates are text, `5e-5` is a number."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.depth += 1
-        if self.depth > MOST_DEPTH:
-            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=self.peek_event().start_mark)
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
 
 
-_TOO_DEEP = f"values are nested more than {MOST_DEPTH} deep"
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -118,13 +108,7 @@ def read_changes(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(text: str, where: str, *, comments: bool = True) -> Any:
-    """Reads a YAML document as plain values. Raises SettingsError.
-
-    Args:
-        text: the document.
-        where: its origin, for messages.
-        comments: whether `#` after a plain scalar starts a comment; if not, it is part of the text.
-    """
+    """Reads a YAML document as plain values; without `comments`, `#` after a plain scalar is part of the text."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         plain = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
@@ -136,6 +120,8 @@ def _read(text: str, where: str, *, comments: bool = True) -> Any:
         line = f", line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
         problem = " ".join(" ".join(filter(None, (error.context, error.problem))).split())
         raise SettingsError(f"{where} is not valid YAML{line}: {problem}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{where} is not valid YAML: {TOO_DEEP}") from error
     except yaml.YAMLError as error:  # characters that YAML does not allow
         raise SettingsError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -146,7 +132,7 @@ def _plain(node: yaml.Node, left: list[int], depth: int) -> Any:
     if left[0] < 0:
         raise _refused(node, f"with its aliases expanded it has more than {MOST_VALUES:,} values")
     if depth > MOST_DEPTH:
-        raise _refused(node, _TOO_DEEP)
+        raise _refused(node, TOO_DEEP)
     kind = node.tag.removeprefix(CORE)
     if isinstance(node, yaml.SequenceNode) and kind == "seq":
         return [_plain(each, left, depth + 1) for each in node.value]
@@ -201,17 +187,12 @@ _SCALARS: dict[str, Any] = {
 def check(
     values: Any, kinds: Mapping[str, Any], section: str = "", elsewhere: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Checks names and converts each value to its setting's type.
+    """Checks names and converts each value to its setting's type, from `kind_of`. Raises SettingsError.
 
     Args:
-        values: by name.
-        kinds: the type of each known name, from `kind_of`.
+        values, kinds: by name.
         section: prefix of the names in messages; ends with a dot or a space.
         elsewhere: other libraries' names -> the name here, or a sentence of advice.
-
-    Raises:
-        SettingsError: if `values` is not a mapping, a name is unknown (suggests the nearest one), or a value has the
-            wrong type.
     """
     if not isinstance(values, Mapping):
         raise SettingsError(
@@ -330,21 +311,17 @@ _PLURALS: dict[Any, str] = {Whole: "whole numbers", Number: "numbers", str: "tex
 def format_value(value: Any) -> str:
     """Formats a value for messages: as in YAML, and shortened."""
     constants = {True: "true", False: "false", None: "null"}
-    text = constants[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    return constants[value] if value is None or isinstance(value, bool) else shortened(value)
 
 
 # Type hints of dataclasses whose modules import torch.
 
 
 def hints_from_source(file: Path, name: str, enums: Sequence[Path] = ()) -> dict[str, Any]:
-    """Reads a dataclass's fields and type hints from its source, as importing the module would import torch.
+    """Reads the type hints of a dataclass from its source, as importing the module would import torch.
 
-    Args:
-        file: the module's source file.
-        name: of the dataclass.
-        enums: source files of the enums that it uses; in a hint, an enum becomes a `Literal` of its values. Any other
-            type that is not built in becomes `Any`.
+    Enums, defined in `file` or in `enums`, become a `Literal` of their values; any other type that is not built in
+    becomes `Any`.
     """
     tree = ast.parse(file.read_text(encoding="utf-8"))
     plain = (bool, int, float, str, list, dict, tuple, collections.abc.Mapping, collections.abc.Sequence)

@@ -7,24 +7,21 @@ import json
 import os
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 import types
-import zlib
 from pathlib import Path
 
 import pytest
 import tiny
 
 import vismem
-from vismem import cli, loading
+from vismem import cli, hub, loading
 from vismem.cli import ask
 from vismem.cli.model_options import load
-from vismem.cli.parsing import policy
 from vismem.cli.streaming import Streamer, TerminalWriter
 from vismem.data import images
-from vismem.decoding.policies import Forced, Random
+from vismem.decoding.policies import Forced, Random, read_policy
 from vismem.pocket.world import digit_indices, load_handwriting
 
 QUESTION = "What is on the table?"
@@ -71,28 +68,21 @@ def loaded(house):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, loaded):
-    """Runs a command line on the loaded model and returns exit code, stdout and stderr."""
-    monkeypatch.setattr(ask, "load", lambda options: loaded)
+def run_whole(capsys):
+    """Runs a command line and returns exit code, stdout and stderr."""
 
-    def call(*arguments: str) -> tuple[int, str, str]:
+    def call(*arguments: object) -> tuple[int, str, str]:
         code = cli.main([*map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, *capsys.readouterr()
 
     return call
 
 
 @pytest.fixture
-def run_whole(capsys):
-    """As `run`, but loads the model that the command line names."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = cli.main([*map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def run(run_whole, monkeypatch, loaded):
+    """As `run_whole`, but `ask` uses the model that is loaded already."""
+    monkeypatch.setattr(ask, "load", lambda options: loaded)
+    return run_whole
 
 
 def refused(result: tuple[int, str, str], code: int, *words: str) -> None:
@@ -217,7 +207,7 @@ def test_the_seed_decides_what_is_sampled(run):
     ],
 )
 def test_invocation_strings(text, wanted):
-    assert policy(text, seed=5) == wanted
+    assert read_policy(text, seed=5) == wanted
 
 
 # Markers and streaming, without a model.
@@ -405,25 +395,11 @@ def test_unreadable_image(run, monkeypatch):
     refused(run("ask", "a.png", QUESTION), 1, "cannot read image a.png", "Permission denied")
 
 
-@pytest.mark.parametrize("size", [(40_000, 3_000), (40_000, 40_000)], ids=["warned of", "refused"])
-def test_huge_images_are_refused_unopened(run, tmp_path, size):
-    """Pillow only warns of the first and raises for the second; we refuse both, with our limit in the line."""
-    header = struct.pack(">IIBBBBB", *size, 1, 0, 0, 0, 0)  # a bitmap that claims that size
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
-    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    refused(run("ask", tmp_path / "huge.png", QUESTION), 1, "huge.png", "89,478,485 pixels")
-
-
 def test_only_regular_files_up_to_a_size_are_read(run, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MOST_BYTES", 2**20)
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "link.png").symlink_to("/dev/zero")
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(2**20 + 1)
     refused(run("ask", "/dev/zero", QUESTION), 2, "image /dev/zero is a device, not a regular file")
-    refused(run("ask", tmp_path / "link.png", QUESTION), 2, "link.png is a device")
-    refused(run("ask", tmp_path / "pipe.png", QUESTION), 2, "pipe.png is a pipe")
     refused(run("ask", tmp_path, QUESTION), 2, "is a folder")
     refused(run("ask", tmp_path / "large.png", QUESTION), 1, "large.png is larger than 1 MiB, the limit")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes(2**20 + 1))))
@@ -444,7 +420,6 @@ def test_images_that_do_not_fit_the_prompt(run, loaded, monkeypatch):
     refused(run("ask", "a.png", "b.jpg", QUESTION), 1, "image")
 
 
-@pytest.mark.parametrize("command", [["ask", "a.png", QUESTION], ["info"]])
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -456,8 +431,9 @@ def test_images_that_do_not_fit_the_prompt(run, loaded, monkeypatch):
         (["--base", "memory"], "no config.json"),
     ],
 )
-def test_unknown_names(run_whole, command, options, words):
-    refused(run_whole(*command, *options), 1, words)
+def test_unknown_names(run_whole, options, words):
+    refused(run_whole("info", *options), 1, words)
+    refused(run_whole("ask", "a.png", QUESTION, *options), 1, words)
 
 
 @pytest.mark.parametrize("option", ["--base", "--checkpoint"])
@@ -466,14 +442,14 @@ def test_a_hub_name_without_a_network_fails_at_once(run_whole, monkeypatch, opti
 
     calls = []
 
-    def unreachable(url, timeout):
+    def unreachable(url, token, timeout):
         calls.append(timeout)
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     refused(run_whole("info", option, "someone/nothing"), 1, "someone/nothing", "cannot be reached")
-    assert calls == [loading.NETWORK_TIMEOUT]
+    assert calls == [hub.NETWORK_TIMEOUT]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused(run_whole("info", option, "someone/nothing"), 1, "offline")
     assert len(calls) == 1
@@ -484,7 +460,6 @@ def test_a_hub_name_without_a_network_fails_at_once(run_whole, monkeypatch, opti
     [
         ("vismem.safetensors", -5, "checksum"),
         ("vismem_config.json", 0, "damaged"),
-        ("vismem.safetensors", 20, "checksum"),
     ],
 )
 def test_checkpoint_damaged_by_one_byte(run_whole, house, tmp_path, file, place, words):
@@ -540,8 +515,7 @@ def test_samples_that_cannot_be_drawn_leave_no_folder(run_whole, monkeypatch, tm
 
 
 def test_commands_that_need_a_source_checkout(run_whole, monkeypatch, tmp_path):
-    monkeypatch.setattr("vismem.cli.bench.folder", lambda: tmp_path / "benchmarks")
-    monkeypatch.setattr("vismem.cli.pocket.folder", lambda: tmp_path / "experiments")
+    monkeypatch.setattr("vismem.cli.checkout.CHECKOUT", tmp_path)
     refused(run_whole("bench", "decode"), 1, "source checkout")
     refused(run_whole("pocket", "build", "--out", "x"), 1, "source checkout")
     refused(run_whole("pocket", "evaluate"), 1, "source checkout")
@@ -638,8 +612,11 @@ def test_pocket_steps_call_their_functions(run_whole, monkeypatch):
 
 
 def test_bench_passes_everything_on(run_whole, monkeypatch, tmp_path):
-    (tmp_path / "speed.py").write_text("def main(argv):\n    print(argv)\n    return 1 if '--bad' in argv else None\n")
-    monkeypatch.setattr("vismem.cli.bench.folder", lambda: tmp_path)
+    program = "def main(argv):\n    print(argv)\n    return 1 if '--bad' in argv else None\n"
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "speed.py").write_text(program)
+    monkeypatch.setattr("vismem.cli.checkout.CHECKOUT", tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
     assert run_whole("bench", "speed", "--help", "-n", "3") == (0, "['--help', '-n', '3']\n", "")
     assert run_whole("bench", "speed", "--bad")[0] == 1
 

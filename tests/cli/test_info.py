@@ -286,7 +286,8 @@ def test_info_of_a_config_alone(capsys, folder, file):
         assert words in out
 
 
-def test_paper_as_a_table(capsys):
+def test_paper_as_a_table(capsys, monkeypatch, paper):
+    monkeypatch.setattr("vismem.cli.meta.paper", lambda options: list(paper.values()))
     code, out, err = call(capsys, "info", "--paper")
     lines = out.splitlines()
     assert (code, err) == (0, "")

@@ -11,19 +11,19 @@ import pytest
 import tiny
 from PIL import Image
 
-from vismem.data import BadDataError, load_dataset_rows, reward_columns
+from vismem.data import BadDataError, Row, load_dataset_rows, reward_columns
 from vismem.data.layouts import BadRowError
-from vismem.data.rows import Draft, read_row
+from vismem.data.rows import check_files, read_row
 from vismem.training.rewards import load_rewards
 
 PICTURE = tiny.picture(0)
 
 
-def texts(draft: Draft) -> list[tuple[str, str]]:
+def texts(row: Row) -> list[tuple[str, str]]:
     """Roles and contents; an image part is written [image]."""
     return [
         (m["role"], "".join("[image]" if part["type"] == "image" else part["text"] for part in m["content"]))
-        for m in draft.prompt
+        for m in row.prompt
     ]
 
 
@@ -95,6 +95,10 @@ LAYOUTS = {
         {"question": "How many?", "image": "a.png", "answer": 3},
         ([("user", "[image]How many?")], "3", "3"),
     ),
+    "question and response": (
+        {"question": "How many?", "response": "Three."},
+        ([("user", "How many?")], "Three.", "Three."),
+    ),
     "text and label": ({"text": "Cat?", "image": "a.png", "label": 1}, ([("user", "[image]Cat?")], "1", "1")),
     "labels": ({"query": "How many?", "label": ["14"], "image": "a.png"}, ([("user", "[image]How many?")], "14", "14")),
     "target": ({"question": "How many?", "target": "14"}, ([("user", "How many?")], "14", "14")),
@@ -121,10 +125,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_layout_is_read(name):
     raw, (prompt, answer, completion) = LAYOUTS[name]
-    draft = read_row(raw)
-    assert (texts(draft), draft.answer, draft.completion) == (prompt, answer, completion)
-    assert len(draft.sources) == sum(text.count("[image]") for _, text in prompt)
-    assert all(draft.columns[key] is value for key, value in raw.items() if key in draft.columns)
+    row, images = read_row(raw)
+    assert (texts(row), row.answer, row.completion) == (prompt, answer, completion)
+    assert len(images) == sum(text.count("[image]") for _, text in prompt)
+    assert all(row.columns[key] is value for key, value in raw.items() if key in row.columns)
 
 
 def test_lists_of_references_and_the_best_of_them():
@@ -225,6 +229,14 @@ UNREADABLE = [
         {"prompt": [{"role": "user", "content": [{"type": "image"}, "<image>?"]}], "image": "a"},
         "both image parts and the text <image>",
     ),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "image": "a.png"},
+        "images are both in the prompt's parts and in `images`",
+    ),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "image"}]}]},
+        "2 image parts in the prompt, but only 1 of them hold an image",
+    ),
     ({"prompt": "<video>What happens?"}, "the prompt has <video>: VisMem takes images and text"),
     ({"messages": said("?", "See <image>.")}, "the reply's text contains <image>"),
     ({"prompt": "?", "videos": ["a.mp4"]}, "`videos` cannot be read"),
@@ -236,6 +248,7 @@ UNREADABLE = [
     ({"question": "", "label": 1}, "`question` is empty"),
     ({"img": "a.png", "gt": "b"}, "no `prompt`; the row has `img`, `gt`"),
     ({"instruction": "Add.", "input": 5}, "`input` must be a string"),
+    ({"messages": said("?"), "system": np.zeros((2, 2))}, "`system` must be a string, not ndarray"),
     ({"query": "?", "history": [["a"]]}, "`history` must be a list of pairs"),
     ({"conversations": [{"from": ["human"], "value": "?"}]}, "must have a `role`"),
     ({"messages": [*said("?"), {"role": "assistant"}]}, "last message of `messages` must be text"),
@@ -270,8 +283,8 @@ def test_a_missing_column_suggests_the_nearest_one():
 def test_columns_without_a_value():
     """NaN as tables store it, and turns by column as pandas stores them."""
     turns = {"from": np.array(["human", "gpt"], dtype=object), "value": np.array(["<image>?", "1"], dtype=object)}
-    draft = read_row({"prompt": np.float32("nan"), "conversations": turns, "images": [], "image": "a.png"})
-    assert draft.prompt[0]["content"][0]["type"] == "image" and draft.answer == "1" and draft.sources == ["a.png"]
+    row, found = read_row({"prompt": np.float32("nan"), "conversations": turns, "images": [], "image": "a.png"})
+    assert row.prompt[0]["content"][0]["type"] == "image" and row.answer == "1" and found == ["a.png"]
 
 
 def test_values_that_are_not_images_are_reported_on_loading():
@@ -321,8 +334,7 @@ def test_any_values_give_a_row_or_a_bad_row():
         raw = broken(rng.choice(list(LAYOUTS.values()))[0])
         names = rng.choice([None, None, {"prompt": "question"}, {"answer": "label", "images": "image"}])
         try:
-            draft = read_row(raw, names)
-            draft.find(Path("/nowhere"))
+            check_files(read_row(raw, names)[1], Path("/nowhere"))
             good += 1
         except BadRowError as error:
             assert str(error) and "\n" not in str(error) and str(error).isprintable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 
 import pytest
 import tiny
@@ -16,19 +17,23 @@ from vismem.memory import memory_of
 from vismem.training.baselines import WEIGHTS_FILE as ADAPTER_FILE
 from vismem.training.baselines import adapter_of, load_adapter, save_adapter
 
+model_of = cache(tiny.equip)
 
-@pytest.fixture(params=["idefics3", "qwen2_5_vl"])
+
+@pytest.fixture
 def saved(request, tmp_path):
-    model = tiny.equip(request.param)
-    model.save_pretrained(tmp_path)
-    return request.param, tmp_path
+    family = getattr(request, "param", "idefics3")
+    model_of(family).save_pretrained(tmp_path)
+    return family, tmp_path
 
 
-def rewrite(folder, change_config=lambda config: None, change_state=lambda state: None) -> None:
+def rewrite(folder, change_config=lambda config: None, change_state=lambda state: None, content=None) -> None:
     """Modifies a checkpoint and updates its checksums, as in a crafted file."""
     state, record = load_file(folder / WEIGHTS_FILE), json.loads((folder / CONFIG_FILE).read_text())
     change_state(state), change_config(record["config"])
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if content is not None:
+        (folder / WEIGHTS_FILE).write_bytes(content)
     record["sha256"] = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
     del record["record_sha256"]
     record["record_sha256"] = digest(record)
@@ -36,9 +41,8 @@ def rewrite(folder, change_config=lambda config: None, change_state=lambda state
 
 
 def load(saved, **changes):
-    family, folder = saved
-    base, processor = tiny.base_and_processor(family)
-    return vismem.VisMem.from_pretrained(folder, base=base, processor=processor, **changes)
+    model = model_of(saved[0])
+    return vismem.VisMem.from_pretrained(saved[1], base=model.base, processor=model.processor, **changes)
 
 
 SIZES = [("builder_layers", value) for value in (1, 3, 100_000, 2**31 - 1)]
@@ -47,6 +51,7 @@ SIZES += [("builder_width", 8 * 10**8), ("builder_width", 24), ("builder_heads",
 SIZES += [("short_length", 8), ("long_length", 32), ("memory_init", "learned"), ("content", "soft")]
 
 
+@pytest.mark.parametrize("saved", ["idefics3", "qwen2_5_vl"], indirect=True)
 @pytest.mark.parametrize(("name", "value"), SIZES)
 def test_sizes_are_compared_with_the_weights_before_anything_is_built(saved, name, value, monkeypatch):
     built = []
@@ -116,14 +121,7 @@ def test_weights_that_overflow_in_the_requested_dtype_are_refused(saved):
     "content", [b"", b"\xff" * 64, (2**62).to_bytes(8, "little") + b"{}", b"\x08" + b"\0" * 7 + b"{" * 8]
 )
 def test_invalid_headers_are_refused(saved, content):
-    folder = saved[1]
-    rewrite(folder)
-    (folder / WEIGHTS_FILE).write_bytes(content)
-    record = json.loads((folder / CONFIG_FILE).read_text())
-    record["sha256"] = hashlib.sha256(content).hexdigest()
-    del record["record_sha256"]
-    record["record_sha256"] = digest(record)
-    (folder / CONFIG_FILE).write_text(json.dumps(record))
+    rewrite(saved[1], content=content)
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         load(saved)
 

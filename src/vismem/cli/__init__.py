@@ -27,6 +27,7 @@ from vismem import __version__
 from vismem.cli.parsing import CommandError, Parser, UsageError, close_bars, error_line, say
 from vismem.config import SettingsError
 from vismem.escaping import visible
+from vismem.interrupts import CTRL_C
 
 COMMANDS = {
     "ask": "answer a question about images and show where memory was invoked",
@@ -40,7 +41,7 @@ COMMANDS = {
     "bench": "measure speed (needs a source checkout)",
 }
 
-FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+FAILED, USAGE, PIPE_CLOSED = 1, 2, 141
 
 
 def overview() -> Parser:
@@ -57,8 +58,8 @@ def overview() -> Parser:
     return parser
 
 
-def dispatch(arguments: list[str], debug: list[bool]) -> int:
-    """Parses and runs a command; appends to `debug` if the user asked for tracebacks."""
+def dispatch(arguments: list[str]) -> int:
+    """Parses and runs a command."""
     if not arguments or arguments[0].startswith("-"):
         overview().parse_args(arguments)
         raise UsageError("no command given (see `vismem --help`)")
@@ -67,22 +68,15 @@ def dispatch(arguments: list[str], debug: list[bool]) -> int:
         raise UsageError(f"unknown command {name!r}; commands are {', '.join(COMMANDS)}")
     command = import_module(f"vismem.cli.{name}")
     options = command.parse(rest)
-    if options.debug:
-        debug.append(True)
-    else:
+    if not options.debug:
         warnings.simplefilter("ignore")
     try:
         return command.run(options) or 0
     except SystemExit as stop:
         if name == "bench":  # benchmarks may call sys.exit
             raise
-        raise CommandError(f"{ended_by(stop)} called sys.exit({stop.code!r})") from stop
-
-
-def ended_by(stop: SystemExit) -> str:
-    """The file and line of foreign code, such as a model's or a plug-in's, that called sys.exit."""
-    last = traceback.extract_tb(stop.__traceback__)[-1]
-    return f"{last.filename}, line {last.lineno},"
+        last = traceback.extract_tb(stop.__traceback__)[-1]  # foreign code, such as a model's or a plug-in's
+        raise CommandError(f"{last.filename}, line {last.lineno}, called sys.exit({stop.code!r})") from stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,38 +91,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug: list[bool] = []
     with contextlib.suppress(AttributeError):  # print `?` for characters the terminal lacks
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         with warnings.catch_warnings():
-            code = dispatch(arguments, debug)
+            code = dispatch(arguments)
             if sys.stdout is not None:
                 sys.stdout.flush()
         return code
     except SystemExit as stop:  # argparse's --help and --version, and benchmarks
         if isinstance(stop.code, str):
             close_bars()
-            return report(stop.code, FAILED)
+            say(f"error: {stop.code}")
+            return FAILED
         return flushed(stop.code or 0)
     except KeyboardInterrupt as stop:
         close_bars()
         say(str(stop) or "interrupted")
-        return flushed(getattr(stop, "code", INTERRUPTED))
+        return flushed(getattr(stop, "code", CTRL_C))
     except BrokenPipeError:
         silence_stdout()
         return PIPE_CLOSED
     except Exception as error:
         close_bars()
-        if debug and sys.stderr is not None:
+        if "--debug" in arguments and sys.stderr is not None:
             sys.stderr.write(visible(traceback.format_exc(), keep="\n\t"))
-        return flushed(report(error_line(error), USAGE if isinstance(error, (UsageError, SettingsError)) else FAILED))
-
-
-def report(message: str, code: int) -> int:
-    """Prints an error; returns the exit code."""
-    say(f"error: {message}")
-    return code
+        say(f"error: {error_line(error)}")
+        return flushed(USAGE if isinstance(error, (UsageError, SettingsError)) else FAILED)
 
 
 def flushed(code: int) -> int:

@@ -12,19 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vismem.cli.model_options import add_model_options, load
-from vismem.cli.parsing import CommandError, Parser, command_parser, echo, say, whole
+from vismem.cli.parsing import CommandError, command_parser, echo, say, whole
 
 FIRST_PORT, PORTS = 7860, 100  # the first port to try, and how many
 PASSWORD_VARIABLE = "VISMEM_APP_PASSWORD"
 
 
-def parser() -> Parser:
-    found = command_parser(
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = command_parser(
         "vismem app",
         "Opens the model in your browser: ask about images, and click an invocation of memory to see what happened.",
         "vismem app --checkpoint runs/shelves/stage2/memory --port 8000",
     )
-    page = found.add_argument_group("page")
+    page = parser.add_argument_group("page")
     page.add_argument(
         "--host",
         default="127.0.0.1",
@@ -48,12 +48,8 @@ def parser() -> Parser:
         "--open", action="store_true", default=None, help="open the page in your browser (default: if there is one)"
     )
     browser.add_argument("--no-browser", action="store_false", dest="open", help="only print the address")
-    add_model_options(found)
-    return found
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    return parser().parse_args(arguments)
+    add_model_options(parser)
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -88,11 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read_password(file: Path | None, environ: Mapping[str, str]) -> str | None:
-    """The viewer's password, or None.
-
-    Raises:
-        CommandError: if the file cannot be read, or the password is empty.
-    """
+    """The viewer's password, or None. Raises CommandError if the file cannot be read, or the password is empty."""
     password = environ.get(PASSWORD_VARIABLE)
     if file is not None:
         try:
@@ -113,11 +105,7 @@ def has_browser() -> bool:
 
 
 def free_socket(host: str, port: int | None) -> socket.socket:
-    """A listening socket at that port; None is the first free one.
-
-    Raises:
-        ValueError: if the address or port cannot be used.
-    """
+    """A listening socket at that port; None is the first free one. Raises ValueError if it cannot be used."""
     from vismem.serving.lifespan import listening_socket
 
     if port is not None:

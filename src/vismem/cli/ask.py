@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vismem.cli.model_options import Loaded, add_model_options, load
+from vismem.cli.model_options import add_model_options, load
 from vismem.cli.parsing import (
     MAX_TOKENS,
+    MOST_SEED,
     CommandError,
-    Parser,
     UsageError,
     command_parser,
     invocation_policy,
-    policy,
     temperature,
     whole,
 )
 from vismem.cli.streaming import SHAPES, Streamer, TerminalWriter
-from vismem.decoding.policies import SPELLINGS, schedule_of
+from vismem.decoding.policies import SPELLINGS, read_policy, schedule_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,36 +34,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AskResult:
-    """What the model generated.
+    """What the model generated."""
 
-    Args:
-        text: without markers.
-        invocations: in order.
-        tokens: number of sampled tokens, which excludes end tokens and forced invocations.
-        seconds: of prefill and decoding, without loading.
-    """
-
-    text: str
+    text: str  # without markers
     invocations: list[Invocation]
-    tokens: int
-    seconds: float
+    tokens: int  # sampled: without end tokens and forced invocations
+    seconds: float  # of prefill and decoding
 
 
-def parser() -> Parser:
-    found = command_parser(
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = command_parser(
         "vismem ask",
         "Answers a question about images, and shows where memory was invoked and of which kind.",
         'vismem ask before.png after.png "What changed?" --invocation short@0 --max-new-tokens 64',
         usage='vismem ask [IMAGE ...] "QUESTION" [options]',
     )
-    found.add_argument(
+    parser.add_argument(
         "words",
         nargs="*",
         metavar="IMAGE ... QUESTION",
         help="paths of images, or - for standard input; the question comes last",
     )
-    found.add_argument("--json", action="store_true", help="print one JSON object instead")
-    decoding = found.add_argument_group("decoding")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--invocation", type=invocation_policy, default="learned", metavar="POLICY", help=SPELLINGS)
     decoding.add_argument(
         "--max-new-tokens", type=whole(1, MAX_TOKENS), default=256, metavar="N", help="token limit (default: 256)"
@@ -73,14 +65,10 @@ def parser() -> Parser:
         "--temperature", type=temperature, default=0.0, metavar="T", help="sample at this temperature (default: greedy)"
     )
     decoding.add_argument(
-        "--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of sampling and of random:RATE (default: 0)"
+        "--seed", type=whole(0, MOST_SEED), default=0, metavar="N", help="of sampling and of random:RATE (default: 0)"
     )
-    add_model_options(found)
-    return found
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    return parser().parse_intermixed_args(arguments)  # options may come anywhere
+    add_model_options(parser)
+    return parser.parse_intermixed_args(arguments)  # options may come anywhere
 
 
 def run(options: argparse.Namespace) -> int:
@@ -91,7 +79,17 @@ def run(options: argparse.Namespace) -> int:
     inputs = prompt(loaded.model, question, images)
     if options.json:
         result = generate(loaded.model, inputs, options)
-        print(json.dumps(report(question, names, result, loaded)))
+        found = {
+            "question": question,
+            "images": names,
+            "answer": result.text,
+            "invocations": [invocation.to_dict() for invocation in result.invocations],
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 4),
+            "base": loaded.base,
+            "checkpoint": loaded.checkpoint,
+        }
+        print(json.dumps(found))
         return 0
     out = TerminalWriter()
     try:
@@ -105,11 +103,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def split_words(words: list[str]) -> tuple[list[str], str]:
-    """Splits image names from the question, which comes last.
-
-    Raises:
-        UsageError: if there is no question, or the last word is an image file.
-    """
+    """Splits image names from the question, which comes last. Raises UsageError if there is no question."""
     if not words:
         raise UsageError('nothing asked: give images and a question, as in `vismem ask photo.png "What is this?"`')
     *names, question = words
@@ -126,18 +120,13 @@ def split_words(words: list[str]) -> tuple[list[str], str]:
 
 def check_schedule(text: str, *, has_image: bool) -> None:
     """Raises UsageError if short-term memory is scheduled without an image."""
-    for _, step, kind in schedule_of(policy(text, 0)):
+    for _, step, kind in schedule_of(read_policy(text, 0)):
         if kind == "short" and not has_image:
             raise UsageError(f"--invocation asks for short@{step}, but short-term memory needs an image")
 
 
 def read_images(names: list[str]) -> list[Image]:
-    """Opens images with `vismem.data.images.open_image`; `-` is standard input, allowed once.
-
-    Raises:
-        UsageError: if a path is not a regular file, or standard input is named twice or has nothing piped into it.
-        CommandError: if an image is unreadable, incomplete, or beyond the limits of `vismem.data.images`.
-    """
+    """Opens images; `-` is standard input. Raises UsageError for a wrong name, CommandError for an unusable image."""
     from vismem.data.images import BadImageError, NoImageFileError, open_image
 
     if names.count("-") > 1:
@@ -166,7 +155,7 @@ def read_standard_input() -> dict[str, str | bytes]:
 
 def prompt(model: VisMem, question: str, images: list[Image]) -> dict[str, Tensor]:
     """The processor's tensors for one question, on the model's device."""
-    from vismem.serving.prompts import chat_inputs, reserved_texts
+    from vismem.data.batches import chat_inputs, reserved_texts
 
     for marker in reserved_texts(model):
         if marker in question:
@@ -190,7 +179,7 @@ def generate(
         **sampling,
         num_beams=1,
         max_new_tokens=options.max_new_tokens,
-        invocation=policy(options.invocation, options.seed),
+        invocation=read_policy(options.invocation, options.seed),
         seed=options.seed,
         streamer=streamer,
         return_dict_in_generate=True,
@@ -205,20 +194,6 @@ def generate(
     return AskResult(text, invocations, sampled, seconds)
 
 
-def report(question: str, names: list[str], result: AskResult, loaded: Loaded) -> dict[str, Any]:
-    """The object that `--json` prints."""
-    return {
-        "question": question,
-        "images": names,
-        "answer": result.text,
-        "invocations": [invocation.to_dict() for invocation in result.invocations],
-        "tokens": result.tokens,
-        "seconds": round(result.seconds, 4),
-        "base": loaded.base,
-        "checkpoint": loaded.checkpoint,
-    }
-
-
 def print_trace(out: TerminalWriter, result: AskResult, invocation_text: str) -> None:
     """Prints a line for each invocation, the number of unreached ones, then tokens and time."""
     out.line()
@@ -227,7 +202,7 @@ def print_trace(out: TerminalWriter, result: AskResult, invocation_text: str) ->
         how = "forced" if invocation.forced else "chosen"
         vectors = f"{invocation.length} vectors" if invocation.length else "formed nothing"
         out.line(f"  {out.paint(name, invocation.kind)}  at token {invocation.position:<4}  {vectors:<14}  {how}")
-    unreached = len(schedule_of(policy(invocation_text, 0))) - len(result.invocations)
+    unreached = len(schedule_of(read_policy(invocation_text, 0))) - len(result.invocations)
     if unreached > 0:
         out.line(f"  {unreached} scheduled after the answer's end, so not reached")
     rate = result.tokens / result.seconds if result.seconds else 0.0

@@ -13,17 +13,16 @@ from vismem.bundled import POCKET
 from vismem.cli.model_options import add_model_options, load
 from vismem.cli.parsing import (
     MAX_TOKENS,
+    MOST_SEED,
     CommandError,
-    Parser,
     UsageError,
     command_parser,
     echo,
     invocation_policy,
     log_to_stderr,
-    policy,
     whole,
 )
-from vismem.decoding.policies import SPELLINGS
+from vismem.decoding.policies import SPELLINGS, read_policy
 from vismem.interrupts import advising, termination_interrupts
 from vismem.loading import silence_libraries
 
@@ -31,8 +30,8 @@ EXTRA = ("jinja2", "matplotlib", "sklearn", "datasets")
 PLACED = "placed"
 
 
-def parser() -> Parser:
-    found = command_parser(
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = command_parser(
         "vismem audit",
         "Tests whether a memory is used. At every invocation it is replaced: by zeros, the mean memory, noise, the\n"
         "memory of another image, question or kind, or its slots shuffled. Probes read it, and attention to it is\n"
@@ -41,26 +40,26 @@ def parser() -> Parser:
         "vismem audit --data pocket:late --n 128 --out runs/audit/late\n"
         "  vismem audit --checkpoint my-memory --data questions.jsonl --rewards choice --probe category,answer",
     )
-    found.add_argument(
+    parser.add_argument(
         "--data",
         required=True,
         metavar="NAME",
         help="questions: a .jsonl file, a folder, a hub data set, or a suite of the pocket world such as pocket:late",
     )
-    found.add_argument("--split", default="test", metavar="NAME", help="of a hub data set (default: test)")
-    found.add_argument(
+    parser.add_argument("--split", default="test", metavar="NAME", help="of a hub data set (default: test)")
+    parser.add_argument(
         "--columns",
         type=columns,
         metavar="OURS=THEIRS",
         help="columns to rename, separated by commas: prompt=question,answer=gt",
     )
-    found.add_argument(
+    parser.add_argument(
         "--rewards",
         metavar="NAMES",
         help="rewards that score answers, separated by commas (default: exact; pocket for pocket's suites)",
     )
-    found.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="FOLDER", help="default: %(default)s")
-    asking = found.add_argument_group("questions and answers")
+    parser.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="FOLDER", help="default: %(default)s")
+    asking = parser.add_argument_group("questions and answers")
     asking.add_argument(
         "--n",
         type=whole(1, MAX_TOKENS),
@@ -86,9 +85,9 @@ def parser() -> Parser:
     )
     asking.add_argument("--batch-size", type=whole(1, 4096), default=16, metavar="N", help="default: 16")
     asking.add_argument(
-        "--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of questions, noise, folds (default: 0)"
+        "--seed", type=whole(0, MOST_SEED), default=0, metavar="N", help="of questions, noise, folds (default: 0)"
     )
-    how = found.add_argument_group("analyses")
+    how = parser.add_argument_group("analyses")
     how.add_argument(
         "--interventions",
         type=interventions,
@@ -106,12 +105,8 @@ def parser() -> Parser:
     how.add_argument(
         "--map", choices=("pca", "tsne"), default="pca", help="projection of memories to two dimensions (default: pca)"
     )
-    add_model_options(found)
-    return found
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    options = parser().parse_args(arguments)
+    add_model_options(parser)
+    options = parser.parse_args(arguments)
     if options.reference is not None and options.reference < options.n:
         raise UsageError(f"--reference {options.reference} is less than --n {options.n}; it includes those questions")
     return options
@@ -137,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
     count = options.reference or 4 * options.n
     rows, unread = questions_and_unread(options.data, count, options.seed, options.split, options.columns)
     loaded = load(options)
-    chosen = PLACED if options.invocation == PLACED else policy(options.invocation, options.seed)
+    chosen = PLACED if options.invocation == PLACED else read_policy(options.invocation, options.seed)
     about = {
         "base": loaded.base,
         "checkpoint": loaded.checkpoint,
@@ -170,7 +165,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_verdicts(found: dict[str, Any]) -> None:
-    """Prints the verdicts."""
     for kinds, words in KINDS_IN_WORDS.items():
         own = [verdict for verdict in found["verdicts"] if verdict["kinds"] == kinds]
         if own:
@@ -181,7 +175,6 @@ def print_verdicts(found: dict[str, Any]) -> None:
 
 
 def columns(text: str) -> dict[str, str]:
-    """The type of `--columns`."""
     pairs = [part.partition("=") for part in names(text)]
     if not pairs or not all(ours and theirs for ours, _, theirs in pairs):
         raise argparse.ArgumentTypeError(f"must be pairs such as prompt=question,answer=gt, got {text!r}")
@@ -189,19 +182,17 @@ def columns(text: str) -> dict[str, str]:
 
 
 def policy_or_placed(text: str) -> str:
-    """The type of `--invocation`."""
     return text if text == PLACED else invocation_policy(text)
 
 
 def names(text: str) -> tuple[str, ...]:
     """The type of options that take names separated by commas."""
-    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def interventions(text: str) -> tuple[str, ...]:
     """The type of `--interventions`; sorts them as in `INTERVENTIONS`."""
     given = names(text)
-    unknown = [name for name in given if name not in INTERVENTIONS]
-    if unknown or not given:
+    if not given or not set(given) <= set(INTERVENTIONS):
         raise argparse.ArgumentTypeError(f"must be some of {', '.join(INTERVENTIONS)}, got {text!r}")
     return tuple(name for name in INTERVENTIONS if name in given)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import vismem
 from vismem.cli.parsing import CommandError
 
-
-def checkout_folder(name: str) -> Path:
-    """A folder of the checkout, beside `src`; it may not exist."""
-    return Path(vismem.__file__).resolve().parents[2] / name
+CHECKOUT = Path(vismem.__file__).resolve().parents[2]
 
 
-def importable(folder: Path, what: str) -> Path:
-    """Puts a folder of the checkout on Python's path.
-
-    Raises:
-        CommandError: if the folder does not exist; `what` says what needs it.
-    """
-    if not folder.is_dir():
+def import_from(folder: str, name: str, what: str) -> Any:
+    """Imports a module in a folder of the checkout. Raises CommandError without one; `what` says what needs it."""
+    path = CHECKOUT / folder
+    if not path.is_dir():
         raise CommandError(f"{what} a source checkout of vismem, installed with `pip install -e .`")
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    return folder
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+    return import_module(name)

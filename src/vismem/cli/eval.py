@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
-from vismem.cli.parsing import CommandError, Parser, UsageError, add_debug, echo, echo_yaml, log_to_stderr
+from vismem.cli.parsing import CommandError, Parser, UsageError, add_step, echo, echo_yaml, log_to_stderr
 from vismem.evaluation.settings import load_settings
 from vismem.interrupts import advising, termination_interrupts
 from vismem.loading import quiet_imports
@@ -47,14 +47,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "vismem eval tables main preset=pocket",
     )
     steps = parser.add_subparsers(dest="step", metavar="STEP", required=True, title="steps")
-    tables = steps.add_parser(
+    tables = add_step(
+        steps,
         "tables",
-        help="the paper's tables: JSON, Markdown and a plot each",
-        description="Makes tables of the paper; trains and answers what is missing.\n\n"
+        "the paper's tables: JSON, Markdown and a plot each",
+        "Makes tables of the paper; trains and answers what is missing.\n\n"
         + SETTINGS
         + "\n".join(f"  {name:<12}{what}" for name, what in TABLES.items()),
-        details="example:",
-        example="vismem eval tables main my.yaml seeds=[0,1,2]",
+        "vismem eval tables main my.yaml seeds=[0,1,2]",
     )
     tables.add_argument(
         "tables",
@@ -63,15 +63,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="tables (or all), a settings file, changed settings",
     )
     tables.add_argument("--show", action="store_true", help="print the resolved settings and stop")
-    add_debug(tables)
-    tasks = steps.add_parser(
+    add_step(
+        steps,
         "tasks",
-        help="print the folder of task definitions for lmms-eval",
-        description="Prints the folder of the package's tasks, for lmms-eval's --include_path.",
-        details="example:",
-        example='lmms-eval --model vismem --include_path "$(vismem eval tasks)" --tasks vismem_mv_math',
+        "print the folder of task definitions for lmms-eval",
+        "Prints the folder of the package's tasks, for lmms-eval's --include_path.",
+        'lmms-eval --model vismem --include_path "$(vismem eval tasks)" --tasks vismem_mv_math',
     )
-    add_debug(tasks)
     options = parser.parse_args(arguments)
     if options.step == "tables":
         sort_arguments(options)
@@ -108,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         quiet_imports()
     settings = load_settings(options.file, options.changes)  # before torch is imported
     if options.show:
-        echo_yaml(without_tuples(dataclasses.asdict(settings)), sort_keys=False)
+        echo_yaml(json.loads(json.dumps(dataclasses.asdict(settings))), sort_keys=False)  # without tuples
         return 0
     if not settings.output_dir:
         raise UsageError("no output_dir for answers and tables: set output_dir=results/NAME")
@@ -125,10 +123,3 @@ def run(options: argparse.Namespace) -> int:
     for path in made:
         echo(path)
     return 0
-
-
-def without_tuples(value: Any) -> Any:
-    """Nested settings with lists for tuples, which YAML cannot represent."""
-    if isinstance(value, dict):
-        return {name: without_tuples(inner) for name, inner in value.items()}
-    return [without_tuples(inner) for inner in value] if isinstance(value, (list, tuple)) else value

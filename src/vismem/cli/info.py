@@ -4,52 +4,53 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from vismem.cli import meta
-from vismem.cli.model_options import Loaded, add_model_options, load
-from vismem.cli.parsing import Parser, UsageError, command_parser, echo
+from vismem.cli.model_options import add_model_options, load
+from vismem.cli.parsing import UsageError, command_parser, echo
+from vismem.loading import Loaded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTS = {"builder": "query builder", "short": "short-term former", "long": "long-term former", "tokens": "four tokens"}
 
 
-def parser() -> Parser:
-    found = command_parser(
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = command_parser(
         "vismem info",
         "Describes a base and its memory: parameters by part, lengths, tokens, bytes. If --base is a config.json, or\n"
         "a folder with one and no weights, nothing is loaded, and peak memory is estimated.",
         "vismem info --base Qwen/Qwen2.5-VL-7B-Instruct --json\n  vismem info --base my-base/config.json\n"
         "  vismem info --paper",
     )
-    found.add_argument("--json", action="store_true", help="print JSON instead")
-    found.add_argument(
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+    parser.add_argument(
         "--paper", nargs="?", const="", metavar="FOLDER", help="a table of the paper's bases, or of a folder of configs"
     )
-    add_model_options(found)
-    meta.add_load_options(found)
-    return found
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    return parser().parse_args(arguments)
+    add_model_options(parser)
+    meta.add_load_options(parser)
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.paper is not None:
-        if options.base:
-            raise UsageError("give --paper or --base, not both (see `vismem info --help`)")
-        meta.refuse_checkpoint(options)
+    paper, config = options.paper is not None, meta.config_alone(options.base)
+    if paper and options.base:
+        raise UsageError("give --paper or --base, not both (see `vismem info --help`)")
+    if options.checkpoint and (paper or config):
+        raise UsageError(f"--checkpoint needs a base with weights, and {options.base or '--paper'} has only a config")
+    if paper:
         rows = meta.paper(options)
         echo(json.dumps(rows) if options.json else meta.paper_table(rows))
         return 0
-    alone = meta.config_alone(options.base)
-    if alone is not None:
-        meta.refuse_checkpoint(options)
-    facts = describe(load(options)) if alone is None else meta.describe(alone, options)
+    facts = meta.describe(config, options) if config else describe(load(options))
     echo(json.dumps(facts) if options.json else table(facts))
     return 0
 
 
-def describe(loaded: Loaded) -> dict:
+def describe(loaded: Loaded) -> dict[str, Any]:
     """The facts of a model, in plain values; `--json` prints them as they are."""
     from vismem.tokens import END_TOKENS, INVOCATION_TOKENS
 
@@ -57,9 +58,9 @@ def describe(loaded: Loaded) -> dict:
     base = list(model.base.parameters())
     parts = {part: list(model.parameters_of(part)) for part in PARTS}
     memory = [parameter for parameters in parts.values() for parameter in parameters]
-    total = count(memory)
-    ids = {INVOCATION_TOKENS[kind]: index for kind, index in model.tokens.invocation_ids.items()}
-    ids |= {END_TOKENS[kind]: index for kind, index in model.tokens.end_ids.items()}
+    total, tokens = count(memory), model.tokens
+    ids = {INVOCATION_TOKENS[kind]: index for kind, index in tokens.invocation_ids.items()}
+    ids |= {END_TOKENS[kind]: index for kind, index in tokens.end_ids.items()}
     return {
         "base": {
             "name": loaded.base,
@@ -86,7 +87,7 @@ def describe(loaded: Loaded) -> dict:
     }
 
 
-def table(facts: dict) -> str:
+def table(facts: dict[str, Any]) -> str:
     """The facts as lines to read."""
     base, memory = facts["base"], facts["memory"]
     numbers, lengths = memory["parameters"], memory["lengths"]
@@ -111,9 +112,9 @@ def amount(parameters: int, number: int) -> str:
     return f"{parameters:>13,}  parameters, {number / scale[1]:.4g} {scale[0]}"
 
 
-def count(parameters: list) -> int:
+def count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def size(parameters: list) -> int:
+def size(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vismem.cli.parsing import CommandError, UsageError, whole
-from vismem.config import VisMemConfig
+from vismem.cli.parsing import CommandError, whole
+from vismem.config import Kind, VisMemConfig
+from vismem.estimates import Load, Shape, inference, read_shape, training
+from vismem.loading import silence_libraries
 
 if TYPE_CHECKING:
     from vismem.backbones import Backbone
@@ -27,9 +29,7 @@ STAGES = {"warmup": "warm-up", "stage1": "stage I", "stage2": "stage II"}
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Options for the workload that the estimates assume; `load_of` reads them."""
-    from vismem.estimates import Load
-
+    """Adds options for the workload that the estimates assume; their names are those of `Load`."""
     group = parser.add_argument_group("estimates (for a base that is only a config)")
     meanings = {
         "visual_tokens": "image tokens in each prompt",
@@ -51,14 +51,6 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def load_of(options: argparse.Namespace, dtype: str):
-    """The `Load` that the options describe."""
-    from vismem.estimates import Load
-
-    names = [name for name in Load.__dataclass_fields__ if name != "bytes_each"]
-    return Load(**{name: getattr(options, name) for name in names}, bytes_each=BYTES[dtype])
-
-
 def config_alone(name: str | None) -> Path | None:
     """The config file that `--base` names if it names no weights: a JSON file, or a folder with just a config."""
     path = Path(name or "").expanduser()
@@ -70,39 +62,23 @@ def config_alone(name: str | None) -> Path | None:
     return None
 
 
-def read_config(path: Path) -> Any:
-    """A config file as transformers reads it, or as plain attributes where transformers has no class for it."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    from vismem.backbones import backbone_of
-    from vismem.cli.remote_base import MODEL_TYPE
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        model_type = json.loads(text)["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"{path} is not a base's config: it must be JSON with a model_type") from error
-    if model_type == MODEL_TYPE:
-        return json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
-    if model_type not in CONFIG_MAPPING:
-        backbone_of(SimpleNamespace(config=SimpleNamespace(model_type=model_type)))  # raises, with the known ones
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise CommandError(f"cannot read {path}: {error}") from error
-
-
 def build_base(path: Path) -> Backbone:
     """The base that a config file describes, on the meta device."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
     from vismem.backbones import backbone_of
     from vismem.cli.remote_base import MODEL_TYPE, RemoteBase
 
-    config = read_config(path)
-    backbone_of(SimpleNamespace(config=config))  # an unknown family is refused before anything is built
     try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda fields: SimpleNamespace(**fields))
+        known = config.model_type in CONFIG_MAPPING
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CommandError(f"{path} is not a base's config: it must be JSON with a model_type") from error
+    try:
+        if known:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        backbone_of(SimpleNamespace(config=config))  # an unknown family is refused before anything is built
         with torch.device("meta"):
             remote = config.model_type == MODEL_TYPE
             return backbone_of(RemoteBase(config) if remote else AutoModelForImageTextToText.from_config(config))
@@ -119,27 +95,26 @@ def memory_parameters(backbone: Backbone, config: VisMemConfig) -> dict[str, int
 
     with torch.device("meta"):
         memory = memory_of(backbone, config)
-        ids = {"short": 0, "long": 1}, {"short": 2, "long": 3}  # any will do
-        tokens = MemoryTokens(backbone.embeddings, backbone.head, *ids, delimiter=0, noise=0.0)
+        ids: dict[Kind, int] = {"short": 0, "long": 1}  # any will do
+        tokens = MemoryTokens(backbone.embeddings, backbone.head, ids, ids, delimiter=0, noise=0.0)
     parts = {"builder": memory.builder, "short": memory.short, "long": memory.long, "tokens": tokens}
     return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
 
-def describe(path: Path, options: argparse.Namespace) -> dict:
+def describe(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The facts of a base and an untrained memory of the paper's lengths, in plain values."""
-    from vismem.estimates import read_shape
-
-    silence(options)
+    silence_libraries(debug=options.debug)
     backbone, config = build_base(path), VisMemConfig.preset("paper")
     shape = read_shape(backbone)
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    dtype = options.dtype if options.dtype != "auto" else fields.get("dtype") or fields.get("torch_dtype")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    dtype = options.dtype if options.dtype != "auto" else record.get("dtype") or record.get("torch_dtype")
     dtype = dtype if dtype in BYTES else "bfloat16"
-    load, parts = load_of(options, dtype), memory_parameters(backbone, config)
+    workload = {field.name: getattr(options, field.name) for field in fields(Load) if field.name != "bytes_each"}
+    load, parts = Load(**workload, bytes_each=BYTES[dtype]), memory_parameters(backbone, config)
     total = sum(parts.values())
     return {
         "base": {
-            "name": fields.get("_name_or_path") or str(path.parent if path.name == "config.json" else path),
+            "name": record.get("_name_or_path") or str(path.parent if path.name == "config.json" else path),
             "family": shape.family,
             "parameters": shape.parameters,
             "bytes": shape.parameters * load.bytes_each,
@@ -160,10 +135,8 @@ def describe(path: Path, options: argparse.Namespace) -> dict:
     }
 
 
-def estimates(shape, parts: dict[str, int], config: VisMemConfig, load) -> dict:
+def estimates(shape: Shape, parts: dict[str, int], config: VisMemConfig, load: Load) -> dict[str, Any]:
     """Peak memory in bytes, part by part, and the assumed workload."""
-    from vismem.estimates import inference, training
-
     return {
         "assumptions": asdict(load),
         "inference": {str(rows): inference(shape, parts, config, load, rows) for rows in BATCHES},
@@ -177,7 +150,7 @@ def estimates(shape, parts: dict[str, int], config: VisMemConfig, load) -> dict:
     }
 
 
-def paper(options: argparse.Namespace) -> list[dict]:
+def paper(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The facts of every config in a folder, by default those of the paper's bases, smallest of a family first."""
     folder = Path(options.paper).expanduser() if options.paper else CONFIGS
     if not folder.is_dir():
@@ -189,38 +162,31 @@ def paper(options: argparse.Namespace) -> list[dict]:
     return sorted(facts, key=lambda each: (each["base"]["family"], each["base"]["parameters"]))
 
 
-def refuse_checkpoint(options: argparse.Namespace) -> None:
-    """A memory cannot be loaded without its base."""
-    if options.checkpoint:
-        raise UsageError(f"--checkpoint needs a base with weights, and {options.base or '--paper'} has only a config")
-
-
-def silence(options: argparse.Namespace) -> None:
-    from vismem.cli.model_options import silence_libraries
-
-    silence_libraries(debug=options.debug)
-
-
 # As text.
 
 
-def estimate_lines(found: dict) -> list[str]:
-    """The estimates of one base as lines: the assumed workload, then a total and its largest parts for each case."""
-    load = found["assumptions"]
-    lines = [
-        "estimated peaks of memory, attention fused, allocator and device context not counted",
-        f"  {load['visual_tokens']} visual + {load['prompt_tokens']} prompt + {load['answer_tokens']} answer tokens, "
+def workload_line(load: dict[str, Any]) -> str:
+    return (
+        f"{load['visual_tokens']} visual + {load['prompt_tokens']} prompt + {load['answer_tokens']} answer tokens, "
         f"{load['invocations']} invocations; training: {load['prompts']} prompts x {load['group_size']} answers, "
-        f"micro-batch {load['micro_batch']}",
-    ]
+        f"micro-batch {load['micro_batch']}"
+    )
+
+
+def estimate_lines(found: dict[str, Any]) -> list[str]:
+    """The estimates of one base as lines: the assumed workload, then a total and its largest parts for each case."""
     cases = {f"answer {rows}": parts for rows, parts in found["inference"].items()}
     for stage, name in STAGES.items():
         cases[name] = found[stage]["plain"]
         cases[f"{name}, checkpointing"] = found[stage]["gradient_checkpointing"]
-    return lines + [case_line(name, parts) for name, parts in cases.items()]
+    return [
+        "estimated peaks of memory, attention fused, allocator and device context not counted",
+        f"  {workload_line(found['assumptions'])}",
+        *(case_line(name, parts) for name, parts in cases.items()),
+    ]
 
 
-def case_line(name: str, parts: dict) -> str:
+def case_line(name: str, parts: dict[str, Any]) -> str:
     moment = parts[parts["widest"]] if "widest" in parts else {}
     single = {part: value for part, value in {**parts, **moment}.items() if isinstance(value, int) and part != "total"}
     largest = sorted(single.items(), key=lambda item: -item[1])[:4]
@@ -229,38 +195,31 @@ def case_line(name: str, parts: dict) -> str:
     return f"  {name:<24}{parts['total'] / 1e9:>8.2f} GB{when}: {named}"
 
 
-def paper_table(rows: list[dict]) -> str:
+def paper_table(rows: list[dict[str, Any]]) -> str:
     """One line for each base: parameters in millions, share, and peaks in GB."""
     head = ("base", "params", "builder", "short", "long", "tokens", "share", "file", "b1", "b8", "warm-up", "I", "II")
     lines = [head]
     for facts in rows:
-        parts, found = facts["memory"]["parameters"], facts["estimates"]
-        name = facts["base"]["name"].rpartition("/")[2]
+        base, memory, found = facts["base"], facts["memory"], facts["estimates"]
         peaks = [found["inference"][str(batch)]["total"] for batch in BATCHES]
         peaks += [found[stage]["gradient_checkpointing"]["total"] for stage in STAGES]
         lines.append(
             (
-                name,
-                f"{facts['base']['parameters'] / 1e9:.2f} B",
-                *(f"{parts[part] / 1e6:.2f} M" for part in ("builder", "short", "long", "tokens")),
-                f"{100 * facts['memory']['share']:.2f} %",
-                f"{facts['memory']['bytes'] / 1e6:.0f} MB",
+                base["name"].rpartition("/")[2],
+                f"{base['parameters'] / 1e9:.2f} B",
+                *(f"{memory['parameters'][part] / 1e6:.2f} M" for part in ("builder", "short", "long", "tokens")),
+                f"{100 * memory['share']:.2f} %",
+                f"{memory['bytes'] / 1e6:.0f} MB",
                 *(f"{peak / 1e9:.1f}" for peak in peaks),
             )
         )
-    wide = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = [
-        "  ".join([line[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(line[1:], wide[1:], strict=True))])
-        for line in lines
-    ]
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(f"{cell:{'>' if i else '<'}{wide[i]}}" for i, cell in enumerate(line)) for line in lines]
     large = [facts["base"]["name"] for facts in rows if facts["memory"]["share"] >= 0.01]
-    load = rows[0]["estimates"]["assumptions"]
     text += [
         "",
         "b1, b8: answering in a batch of 1 and 8; warm-up, I, II: an update with gradient checkpointing; peaks in GB,",
-        f"estimated for {load['visual_tokens']} visual + {load['prompt_tokens']} prompt + {load['answer_tokens']} "
-        f"answer tokens, {load['invocations']} invocations, {load['prompts']} prompts x {load['group_size']} answers, "
-        f"micro-batch {load['micro_batch']}.",
+        f"estimated for {workload_line(rows[0]['estimates']['assumptions'])}.",
         f"Not below 1 % of the base: {', '.join(large)}." if large else "All below 1 % of their base.",
     ]
     return "\n".join(line.rstrip() for line in text)

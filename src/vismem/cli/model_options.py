@@ -7,8 +7,6 @@ import argparse
 from vismem.cli.parsing import UsageError, say
 from vismem.loading import DTYPES, Loaded, UnknownDeviceError, load_model, silence_libraries
 
-__all__ = ["Loaded", "add_model_options", "load", "silence_libraries"]
-
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
@@ -22,12 +20,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load(options: argparse.Namespace) -> Loaded:
-    """Loads the base and its memory.
-
-    Raises:
-        UsageError: if the device's name is unknown.
-        ValueError, OSError: if a file is missing or damaged, or base and memory do not fit together; one line each.
-    """
+    """Loads the base and its memory. Raises UsageError for an unknown device; others as `load_model`."""
     silence_libraries(debug=options.debug)
     try:
         return load_model(

@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from vismem.config import SettingsError
-from vismem.decoding.policies import Policy, read_policy
+from vismem.decoding.policies import read_policy
 from vismem.deprecation import renamed
 from vismem.escaping import visible
 
-MAX_TOKENS = 1_000_000
+MAX_TOKENS, MOST_SEED = 1_000_000, 2**63 - 1
 
 
 class UsageError(Exception):
@@ -55,13 +55,18 @@ class Parser(argparse.ArgumentParser):
 
 def command_parser(prog: str, description: str, example: str, **kwargs: Any) -> Parser:
     """A command's parser, with the options common to all commands."""
-    parser = Parser(prog, description, "example:", example, **kwargs)
-    add_debug(parser)
-    return parser
+    return _add_debug(Parser(prog, description, "example:", example, **kwargs))
 
 
-def add_debug(parser: argparse.ArgumentParser) -> None:
+def add_step(steps: Any, name: str, summary: str, description: str, example: str, **kwargs: Any) -> Parser:
+    """Adds the parser of a command's step; `steps` is what `add_subparsers` returned."""
+    more = {"help": summary, "description": description, "details": "example:", "example": example}
+    return _add_debug(steps.add_parser(name, **more, **kwargs))
+
+
+def _add_debug(parser: Parser) -> Parser:
     parser.add_argument("--debug", action="store_true", help="show warnings, and the traceback of an error")
+    return parser
 
 
 def say(message: str) -> None:
@@ -153,16 +158,11 @@ def temperature(text: str) -> float:
 
 def invocation_policy(text: str) -> str:
     """The type of `--invocation`: only checked here, as the policy needs the seed."""
-    policy(text, 0)
-    return text
-
-
-def policy(text: str, seed: int) -> str | Policy:
-    """Reads an invocation policy with `read_policy`. Raises argparse.ArgumentTypeError."""
     try:
-        return read_policy(text, seed)
+        read_policy(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 __getattr__ = renamed(__name__, {"Misuse": "UsageError", "Failure": "CommandError", "one_line": "error_line"})

@@ -1,6 +1,6 @@
 """`vismem pocket build|evaluate|sample`: trains and evaluates the pocket base, and draws samples of its world.
 
-`build` and `evaluate` run `experiments/pocket_base` of a source checkout. To add a step, give it a parser in `parser`
+`build` and `evaluate` run `experiments/pocket_base` of a source checkout. To add a step, give it a parser in `parse`
 and a function in `STEPS`.
 """
 
@@ -10,38 +10,31 @@ import argparse
 import logging
 from pathlib import Path
 
-from vismem.cli.checkout import checkout_folder, importable
-from vismem.cli.parsing import CommandError, Parser, add_debug, echo, log_to_stderr, whole
+from vismem.cli.checkout import import_from
+from vismem.cli.parsing import MOST_SEED, CommandError, Parser, add_step, echo, log_to_stderr, whole
 from vismem.interrupts import advising, termination_interrupts
 from vismem.pocket import BASE_PATH
 
 EXTRA = ("sklearn", "easy_vqa", "matplotlib", "tqdm")  # modules of the extra `pocket`
 MANY = 10_000_000
-CHECKOUT = "Needs a source checkout."
 
 
-def parser() -> Parser:
-    found = Parser(
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
         "vismem pocket",
         "Trains, evaluates and samples the small model that ships with the package.",
         "Details: `vismem pocket STEP --help`. Example:",
         "vismem pocket sample --out pictures --n 12 --enlarge 4",
     )
-    steps = found.add_subparsers(dest="step", metavar="STEP", required=True, title="steps")
+    steps = parser.add_subparsers(dest="step", metavar="STEP", required=True, title="steps")
 
-    def step(name: str, summary: str, example: str, details: str = "", **kwargs) -> Parser:
-        description = f"{summary}. {details}".strip()
-        added = steps.add_parser(
-            name, help=summary, description=description, details="example:", example=example, **kwargs
-        )
-        add_debug(added)
-        return added
-
-    building = step(
+    building = add_step(
+        steps,
         "build",
-        "Trains the pocket base from scratch, or from a finished one; an interrupted build resumes",
+        "Trains the pocket base from scratch, or from a finished one",
+        "Trains the pocket base from scratch, or from a finished one; an interrupted build resumes. Needs a source\n"
+        "checkout.",
         "vismem pocket build --out my-base --threads 4",
-        CHECKOUT,
     )
     building.add_argument("--out", type=Path, default=BASE_PATH, metavar="FOLDER", help="default: in the package")
     building.add_argument("--start", type=Path, metavar="FOLDER", help="a finished base to continue from")
@@ -51,21 +44,24 @@ def parser() -> Parser:
     building.add_argument("--language-steps", type=whole(1, MANY), metavar="N", help="default: the recipe's")
     building.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads (default: PyTorch's choice)")
 
-    sampling = step(
+    sampling = add_step(
+        steps,
         "sample",
-        "Writes example pictures of the pocket world, with questions and answers in samples.jsonl",
+        "Writes example pictures of the pocket world",
+        "Writes example pictures of the pocket world, with questions and answers in samples.jsonl.",
         "vismem pocket sample --out pictures --n 12 --enlarge 4",
     )
     sampling.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="created if it does not exist")
     sampling.add_argument("--n", type=whole(1, MANY), default=12, metavar="N", help="examples (default: 12)")
-    sampling.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="default: 0")
+    sampling.add_argument("--seed", type=whole(0, MOST_SEED), default=0, metavar="N", help="default: 0")
     sampling.add_argument("--enlarge", type=whole(1, 64), default=1, metavar="N", help="times 64 pixels (default: 1)")
 
-    measuring = step(
+    measuring = add_step(
+        steps,
         "evaluate",
         "Evaluates a base, by task and by distance from the image",
+        "Evaluates a base, by task and by distance from the image. Needs a source checkout.",
         "vismem pocket evaluate --n 200 --out results/pocket_base.json",
-        CHECKOUT,
         aliases=["eval"],
     )
     measuring.add_argument("--base", type=Path, default=BASE_PATH, metavar="FOLDER", help="default: the pocket base")
@@ -76,14 +72,10 @@ def parser() -> Parser:
     measuring.add_argument(
         "--n", type=whole(1, MANY), default=200, metavar="N", help="questions per cell (default: 200)"
     )
-    measuring.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="default: 0")
+    measuring.add_argument("--seed", type=whole(0, MOST_SEED), default=0, metavar="N", help="default: 0")
     measuring.add_argument("--only", default="", metavar="TEXT", help="only cells whose name contains TEXT")
 
-    return found
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    return parser().parse_args(arguments)
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -97,16 +89,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def folder() -> Path:
-    return checkout_folder("experiments")
-
-
 def build(options: argparse.Namespace) -> None:
-    importable(folder(), "`vismem pocket build` needs")
-    from pocket_base.build import build
-
+    program = import_from("experiments", "pocket_base.build", "`vismem pocket build` needs")
     with termination_interrupts(), advising(lambda: "run the same command again to continue from the last minute"):
-        build(
+        program.build(
             out=options.out,
             resume=not options.fresh,
             work=options.work,
@@ -126,10 +112,8 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    importable(folder(), "`vismem pocket evaluate` needs")
-    from pocket_base.evaluate import evaluate
-
-    evaluate(options.base, options.out, options.plot, n=options.n, seed=options.seed, only=options.only)
+    program = import_from("experiments", "pocket_base.evaluate", "`vismem pocket evaluate` needs")
+    program.evaluate(options.base, options.out, options.plot, n=options.n, seed=options.seed, only=options.only)
     echo(f"wrote {options.out}")
 
 

@@ -18,11 +18,7 @@ MODEL_TYPE = "llavaonevision1_5"
 
 
 class RemoteBase(nn.Module):
-    """The layers that a config describes.
-
-    Args:
-        config: with the fields of the published `config.json` as attributes.
-    """
+    """The layers that a config describes; it has the fields of the published `config.json` as attributes."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -50,7 +46,7 @@ class RemoteBase(nn.Module):
         self.lm_head = language.lm_head
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.language_model.embed_tokens
+        return self.model.get_submodule("language_model.embed_tokens")
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -19,11 +19,7 @@ COLOURS = {"short": "1;36", "long": "1;35", "faint": "2"}  # cyan, magenta, dim
 
 
 class TerminalWriter:
-    """Writes text and markers to a stream, as far as it supports colour and the markers' shapes.
-
-    Args:
-        out: a text stream, stdout by default. Colour needs a terminal, and NO_COLOR turns it off.
-    """
+    """Writes text and markers to a stream, stdout by default. Colour needs a terminal, and NO_COLOR turns it off."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = sys.stdout if out is None else out
@@ -62,13 +58,7 @@ class TerminalWriter:
 
 
 class Streamer:
-    """A streamer for `generate` that writes one row's answer token by token, with markers between the words.
-
-    Args:
-        tokenizer: the processor's.
-        tokens: `model.tokens`, for the ids of invocation and end tokens.
-        out: the writer.
-    """
+    """A streamer for `generate` that writes one row's answer token by token; `tokens` is the model's `tokens`."""
 
     def __init__(self, tokenizer: Any, tokens: Any, out: TerminalWriter) -> None:
         self.detokenizer, self.out = Detokenizer(tokenizer), out

@@ -84,18 +84,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_needs(values: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks the settings of each stage.
-
-    Raises:
-        UsageError: if output_dir or data is missing, or base and checkpoint both are.
-    """
+    """Checks the settings of each stage. Raises UsageError if something is missing."""
     trained = {stage: own for stage, own in values.items() if own.get("max_steps") != 0}
     for number, own in enumerate((trained or values).values()):
         if not own.get("output_dir"):
             raise UsageError("no output_dir for checkpoints and the memory: set output_dir=runs/NAME")
         if number == 0 and not own.get("base") and not own.get("checkpoint"):
             raise UsageError(
-                "no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of what a run made, which names its own"
+                "no base: set base=NAME_OR_FOLDER, or checkpoint=FOLDER of what a run made, which names its base"
             )
         if not own.get("data"):
             raise UsageError("no data: set data=FILE.jsonl, a folder or a hub name")

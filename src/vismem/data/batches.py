@@ -1,14 +1,18 @@
-"""Batches of rows: the processor's tensors for their prompts, and the columns for the rewards."""
+"""From prompts to tensors, for training, evaluation, `ask`, the server and the viewer; and columns for the rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vismem.data.rows import BadRowError, Row
 from vismem.deprecation import renamed
+from vismem.tokens import END_TOKENS, INVOCATION_TOKENS
+
+if TYPE_CHECKING:
+    from vismem.model import VisMem
 
 _PLACEHOLDERS = ("image_token", "video_token", "boi_token", "fake_image_token", "audio_token")  # processor attributes
 
@@ -57,7 +61,7 @@ def row_inputs(processor: Any, row: Row, context: int | None = None) -> dict[str
 
     Raises:
         BadRowError: if the processor rejects the row, or the prompt is too long. The message does not name the row.
-        ValueError: if the processor has no chat template or no pad token.
+        ValueError: if the processor has no chat template.
     """
     inputs = encode(processor, [row_messages(row, processor)])
     length = inputs["input_ids"].shape[1]
@@ -66,15 +70,45 @@ def row_inputs(processor: Any, row: Row, context: int | None = None) -> dict[str
     return inputs
 
 
-def encode(processor: Any, conversations: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
+def chat_inputs(
+    model: VisMem,
+    messages: list[dict[str, Any]],
+    processor: Any = None,
+    *,
+    opens_turn: bool = True,
+    continues: bool = False,
+) -> dict[str, Tensor]:
+    """Encodes one conversation; the tensors are on the model's device, as `generate` and `Request` take them.
+
+    Args:
+        model: the model.
+        messages: chat messages, with PIL images.
+        processor: a copy of the model's, if another thread is using that one.
+        opens_turn: append the start of an assistant message.
+        continues: leave the last message open, so that it is continued.
+
+    Raises:
+        BadRowError: if the chat template or the processor rejects the messages.
+        ValueError: if there is no chat template.
+    """
+    template = {"add_generation_prompt": opens_turn, "continue_final_message": continues}
+    return model.move_inputs(encode(processor or model.processor, [messages], **template))
+
+
+def encode(processor: Any, conversations: list[list[dict[str, Any]]], **template: bool) -> dict[str, Tensor]:
     """Encodes conversations with the processor's chat template, padded on the left.
+
+    Args:
+        processor: the processor.
+        conversations: chat messages of each, with PIL images.
+        **template: options of `apply_chat_template`; by default, an assistant message is opened.
 
     Raises:
         BadRowError: if the processor rejects them.
-        ValueError: if it has no chat template or no pad token.
+        ValueError: if it has no chat template, or no pad token for several conversations.
     """
-    tokenizer = processor.tokenizer
-    if getattr(tokenizer, "pad_token_id", None) is None:
+    tokenizer, several = processor.tokenizer, len(conversations) > 1
+    if several and getattr(tokenizer, "pad_token_id", None) is None:
         raise ValueError(
             "the processor's tokenizer has no pad token, so prompts of different lengths cannot be batched"
         )
@@ -85,11 +119,11 @@ def encode(processor: Any, conversations: list[list[dict[str, Any]]]) -> dict[st
     try:
         inputs = processor.apply_chat_template(
             conversations,
-            add_generation_prompt=True,
+            **{"add_generation_prompt": True, **template},
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True},
+            processor_kwargs={"padding": several},
         )
     except MemoryError:
         raise
@@ -104,6 +138,13 @@ def placeholders_of(processor: Any) -> list[str]:
     """The processor's placeholder tokens for images, videos and audio."""
     tokens = (getattr(processor, name, None) for name in _PLACEHOLDERS)
     return list(dict.fromkeys(token for token in tokens if isinstance(token, str) and token))
+
+
+def reserved_texts(model: VisMem) -> list[str]:
+    """Special tokens that stand for images, videos and memory, and must not appear in a message's text."""
+    image = model.processor.tokenizer.convert_ids_to_tokens(model.backbone.image_token_id)
+    texts = [image, *placeholders_of(model.processor), *INVOCATION_TOKENS.values(), *END_TOKENS.values()]
+    return list(dict.fromkeys(texts))
 
 
 def row_messages(row: Row, processor: Any = None) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from vismem import files, jsonl
 from vismem.data.dataset import BadRowLog, check_limits
 from vismem.data.layouts import OWN_COLUMNS, read_messages, split_placeholders
-from vismem.data.rows import BadDataError, BadRowError, read_row
+from vismem.data.rows import BadDataError, BadRowError, check_files, read_row
 from vismem.data.sources import JsonArray, JsonLines, find_source
 from vismem.escaping import visible
 
@@ -58,8 +58,8 @@ def convert_visual_cot(
         BadDataError: if the source cannot be read, has no good row, or more than `max_bad_rows` bad ones.
         ValueError: if `limit` is below 1 or `max_bad_rows` below 0.
     """
-    log = BadRowLog(Path(source).name, strict=strict, max_bad_rows=max_bad_rows)
-    return _convert(source, out_jsonl, image_root, _visual_cot, log, limit)
+    log = BadRowLog(Path(source).name, strict, max_bad_rows)
+    return _convert(_visual_cot, Path(source), Path(out_jsonl), Path(image_root), log, limit)
 
 
 def convert_mulberry(
@@ -76,8 +76,8 @@ def convert_mulberry(
     Arguments, return value and errors as for `convert_visual_cot`; `image_root` is the folder unpacked from
     `mulberry_images.tar`.
     """
-    log = BadRowLog(Path(source).name, strict=strict, max_bad_rows=max_bad_rows)
-    return _convert(source, out_jsonl, image_root, _mulberry, log, limit)
+    log = BadRowLog(Path(source).name, strict, max_bad_rows)
+    return _convert(_mulberry, Path(source), Path(out_jsonl), Path(image_root), log, limit)
 
 
 def _visual_cot(record: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +100,8 @@ def _visual_cot(record: dict[str, Any]) -> dict[str, Any]:
         if question is None:
             raise BadRowError("no human turn")
         prompt = [{**question, "content": _REGION_REQUEST.sub("", question["content"])}]
-    others = {name: value for name, value in record.items() if name not in ("image", "conversations")}
     whole = [image for image in images if "###" not in image]
-    return _row(prompt, reply, reply["content"], whole, {**others, "bboxes": bboxes})
+    return _row({**record, "bboxes": bboxes}, prompt, reply, reply["content"], whole)
 
 
 def _mulberry(record: dict[str, Any]) -> dict[str, Any]:
@@ -115,17 +114,18 @@ def _mulberry(record: dict[str, Any]) -> dict[str, Any]:
         answer = answer[1:-1].strip()
     if not answer:
         raise BadRowError("the assistant's text has no final answer after 'The final answer is:'")
-    others = {name: value for name, value in record.items() if name not in ("messages", "images")}
-    return _row(prompt, reply, answer, _paths(record.get("images")), others)
+    return _row(record, prompt, reply, answer, _paths(record.get("images")))
 
 
 def _row(
-    prompt: list[dict[str, Any]], reply: dict[str, Any], answer: str, images: list[str], columns: dict[str, Any]
+    record: dict[str, Any], prompt: list[dict[str, Any]], reply: dict[str, Any], answer: str, images: list[str]
 ) -> dict[str, Any]:
+    """The row, with all columns of the record that are not read."""
     if reply.get("role") != "assistant":
         raise BadRowError("the last turn is not the assistant's")
     content = [{**message, "content": split_placeholders(message["content"])} for message in prompt]
-    others = {name: value for name, value in columns.items() if name not in OWN_COLUMNS}
+    read = (*OWN_COLUMNS, "conversations", "messages")
+    others = {name: value for name, value in record.items() if name not in read}
     return {"prompt": content, "images": images, "answer": answer.strip(), "completion": reply["content"], **others}
 
 
@@ -147,35 +147,28 @@ def _paths(value: Any) -> list[str]:
     return paths
 
 
-def _records(source: Path) -> Iterator[tuple[str, Any]]:
-    """Yields each record's id, and its content or a BadRowError."""
-    found = find_source(source, "train", streaming=True)
-    if not isinstance(found, JsonLines) and not isinstance(getattr(found, "rows", None), JsonArray):
-        raise BadDataError(f"{source} is neither a JSON array nor JSON Lines")
-    for number, record in found.stream():
-        yield found.row_id(number), record
-
-
 def _convert(
-    source: str | Path,
-    out_jsonl: str | Path,
-    image_root: str | Path,
     convert: Callable[[dict[str, Any]], dict[str, Any]],
+    source: Path,
+    out: Path,
+    root: Path,
     log: BadRowLog,
     limit: int | None,
 ) -> int:
     check_limits(log.max_bad_rows, limit)
-    source, out, root = Path(source), Path(out_jsonl), Path(image_root)
     if not root.is_dir():
         raise BadDataError(f"no such image folder: {root}")
     if not source.is_file():
         raise BadDataError(f"no such file: {source}")
+    records = find_source(source, "train", streaming=True)
+    if not isinstance(records, JsonLines) and not isinstance(records.rows, JsonArray):
+        raise BadDataError(f"{source} is neither a JSON array nor JSON Lines")
     base = os.path.relpath(root.absolute(), out.absolute().parent)
     title = visible(f"converting {source.name}")
     written = 0
     with files.replacing(out) as partial:
         with partial.open("wb") as file:
-            for row_id, record in tqdm(_records(source), desc=title, unit=" rows", delay=2):
+            for _, number, record in tqdm(records.scan(), desc=title, unit=" rows", delay=2):
                 try:
                     if isinstance(record, BadRowError):
                         raise record
@@ -183,14 +176,12 @@ def _convert(
                         raise BadRowError(f"a record must be an object, not {type(record).__name__}")
                     row = convert(record)
                     row["images"] = [image.lstrip("/") for image in row["images"]]
-                    read_row(row).find(root)
+                    check_files(read_row(row)[1], root)
                     row["images"] = [Path(base, image).as_posix() for image in row["images"]]
                     line = jsonl.dumps([row])
-                except BadRowError as error:
-                    log.add(row_id, str(error))
-                    continue
-                except RecursionError:
-                    log.add(row_id, "nested too deeply to be written")
+                except (BadRowError, RecursionError) as error:
+                    problem = str(error) if isinstance(error, BadRowError) else "nested too deeply to be written"
+                    log.add(records.row_id(number), problem)
                     continue
                 file.write(line)
                 written += 1

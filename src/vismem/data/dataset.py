@@ -12,23 +12,23 @@ import logging
 import operator
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from vismem.data.layouts import check_columns, unread_image
-from vismem.data.rows import BadDataError, BadRowError, Row, read_row
+from vismem.data.rows import BadDataError, BadRowError, Row, check_files, open_row, read_row
 from vismem.data.sources import JsonLines, Stream, Table, find_source
 from vismem.escaping import visible
 
 logger = logging.getLogger(__name__)
 
-
 Check = Callable[[Row], object]  # raises BadRowError
-Source = JsonLines | Table | Stream
 
 
+@dataclass
 class BadRowLog:
     """Counts bad rows, logs a warning for each, and raises when there are too many.
 
@@ -36,14 +36,13 @@ class BadRowLog:
         name: the source, for messages.
         strict: raise at the first bad row.
         max_bad_rows: how many to skip before raising; None for no limit.
-
-    Attributes:
         found: (id, problem) of each bad row.
     """
 
-    def __init__(self, name: str, *, strict: bool, max_bad_rows: int | None) -> None:
-        self.name, self.strict, self.max_bad_rows = name, strict, max_bad_rows
-        self.found: list[tuple[str, str]] = []
+    name: str
+    strict: bool
+    max_bad_rows: int | None
+    found: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -73,17 +72,7 @@ class BadRowLog:
 
     def copy(self) -> BadRowLog:
         """A copy that counts independently from here on."""
-        log = copy.copy(self)
-        log.found = list(self.found)
-        return log
-
-
-def open_row(raw: Any, row_id: str, source: Source, columns: Mapping[str, str] | None, check: Check | None) -> Row:
-    """Reads a source's entry and opens its images. Raises BadRowError."""
-    row = raw if isinstance(raw, Row) else read_row(raw, columns).open(row_id, source.folder)
-    if check is not None:
-        check(row)
-    return row
+        return replace(self, found=list(self.found))
 
 
 class Rows(Dataset[Row]):
@@ -120,9 +109,9 @@ class Rows(Dataset[Row]):
         for key, number, raw in tqdm(source.scan(), desc=title, unit=" rows", delay=2):
             try:
                 if not isinstance(raw, Row):
-                    draft = read_row(raw, self.columns)
-                    draft.find(source.folder)
-                    if not (warned or draft.sources) and (name := unread_image(draft.columns)):
+                    row, images = read_row(raw, self.columns)
+                    check_files(images, source.folder)
+                    if not (warned or images) and (name := unread_image(row.columns)):
                         warned = True
                         hint = f"if it is one: columns={{images: {name}}}"
                         logger.warning("%s: `%s` looks like an image but is not read; %s", source.name, name, hint)
@@ -155,8 +144,7 @@ class Rows(Dataset[Row]):
             return None
         row_id = self.source.row_id(self._numbers[index])
         try:
-            raw = self.source.fetch(self._keys[index])
-            return open_row(raw, row_id, self.source, self.columns, self.check)
+            return checked_row(self, self.source.fetch(self._keys[index]), row_id)
         except BadRowError as error:
             self.bad.add(index)
             self.reports.add(row_id, str(error))
@@ -182,15 +170,12 @@ class StreamingRows(IterableDataset[Row]):
 
     def __init__(
         self,
-        source: Source,
-        *,
-        strict: bool = False,
-        max_bad_rows: int | None = 10,
+        source: JsonLines | Stream,
+        reports: BadRowLog,
         limit: int | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> None:
-        self.source, self.strict, self.max_bad_rows, self.limit = source, strict, max_bad_rows, limit
-        self.columns = columns
+        self.source, self.reports, self.limit, self.columns = source, reports, limit, columns
         self.check: Check | None = None
 
     def checked(self, check: Check) -> StreamingRows:
@@ -205,17 +190,17 @@ class StreamingRows(IterableDataset[Row]):
         left = None if self.limit is None else len(range(worker, self.limit, workers))
         if left == 0:
             return
-        reports = BadRowLog(self.source.name, strict=self.strict, max_bad_rows=self.max_bad_rows)
+        reports = self.reports.copy()
         shards_itself = isinstance(self.source, Stream) and self.source.shards_itself
         given = 0
-        for index, (number, raw) in enumerate(self.source.stream()):
+        for index, (_, number, raw) in enumerate(self.source.scan()):
             if not shards_itself and index % workers != worker:
                 continue
             row_id = self.source.row_id(number)
             if shards_itself and info:  # a shard's indices start from 0 in every worker
                 row_id = f"{row_id}, worker {worker}"
             try:
-                row = open_row(raw, row_id, self.source, self.columns, self.check)
+                row = checked_row(self, raw, row_id)
             except BadRowError as error:
                 reports.add(row_id, str(error))
                 continue
@@ -225,6 +210,14 @@ class StreamingRows(IterableDataset[Row]):
                 return
         if not given and workers == 1:
             raise reports.no_good_row()
+
+
+def checked_row(rows: Rows | StreamingRows, raw: Any, row_id: str) -> Row:
+    """Reads an entry of the rows' source and opens its images. Raises BadRowError."""
+    row = raw if isinstance(raw, Row) else open_row(raw, row_id, rows.source.folder, rows.columns)
+    if rows.check is not None:
+        rows.check(row)
+    return row
 
 
 def check_limits(max_bad_rows: int | None, limit: int | None) -> None:
@@ -272,6 +265,7 @@ def load_dataset_rows(
     if isinstance(source, (Rows, StreamingRows)):
         return source
     found = find_source(source, split, streaming=streaming, columns=columns)
-    if streaming or isinstance(found, Stream):
-        return StreamingRows(found, strict=strict, max_bad_rows=max_bad_rows, limit=limit, columns=columns)
-    return Rows(found, BadRowLog(found.name, strict=strict, max_bad_rows=max_bad_rows), limit, columns)
+    reports = BadRowLog(found.name, strict, max_bad_rows)
+    if isinstance(found, Stream) or (streaming and isinstance(found, JsonLines)):
+        return StreamingRows(found, reports, limit, columns)
+    return Rows(found, reports, limit, columns)

@@ -103,21 +103,13 @@ def open_image(
         >>> list(open_image(ink).getdata())
         [(0, 0, 0), (255, 255, 255)]
     """
-    if isinstance(value, Image.Image):
+    source, name = _source(value, folder)
+    if isinstance(source, Image.Image):
         with whole_images():
-            return upright(*_convert(value, "image", most_pixels))
-    if isinstance(value, dict):
-        content, value = value.get("bytes"), value.get("path")
-        if content is not None:
-            if not isinstance(content, (bytes, bytearray, memoryview)):
-                raise BadImageError(f"the `bytes` of an image must be bytes, not {_short(content)}")
-            return _decode(bytes(content), f"image {value or 'in bytes'}", most_pixels, formats)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return _decode(bytes(value), "image in bytes", most_pixels, formats)
-    if isinstance(value, str) and value.startswith("data:"):
-        return _decode(read_data_uri(value), "image in a data URI", most_pixels, formats)
-    path = _path(value, folder)
-    return _decode(read_file(path), f"image {_short_path(path)}", most_pixels, formats)
+            return upright(*_convert(source, name, most_pixels))
+    if isinstance(source, str):
+        source = read_data_uri(source)
+    return _decode(read_file(source) if isinstance(source, Path) else source, name, most_pixels, formats)
 
 
 def check_image_file(value: Any, folder: Path = Path()) -> None:
@@ -127,30 +119,38 @@ def check_image_file(value: Any, folder: Path = Path()) -> None:
         NoImageFileError: if the file does not exist or, after following links, is not a regular file.
         BadImageError: if it is a web address, inaccessible, larger than `MOST_BYTES`, or of an unsupported type.
     """
+    source, _ = _source(value, folder)
+    if isinstance(source, Path):
+        with _file_errors(source):
+            _check_file(os.stat(source), source)
+
+
+def _source(value: Any, folder: Path) -> tuple[Image.Image | bytes | str | Path, str]:
+    """What an image is read from (a data URI is a string), and its name for messages. Raises BadImageError."""
+    name = "image in bytes"
     if isinstance(value, dict):
-        if value.get("bytes") is not None:
-            return
-        value = value.get("path")
-    if isinstance(value, (Image.Image, bytes, bytearray, memoryview)):
-        return
-    if not (isinstance(value, str) and value.startswith("data:")):
-        path = _path(value, folder)
-        with _file_errors(path):
-            _check_file(os.stat(path), path)
-
-
-def _path(value: Any, folder: Path) -> Path:
-    """The value as a path. Raises BadImageError for a web address or an unsupported type."""
+        content, value = value.get("bytes"), value.get("path")
+        if content is not None:
+            if not isinstance(content, (bytes, bytearray, memoryview)):
+                raise BadImageError(f"the `bytes` of an image must be bytes, not {_short(content)}")
+            value, name = content, f"image {value or 'in bytes'}"
+    if isinstance(value, Image.Image):
+        return value, "image"
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value), name
     if not isinstance(value, (str, Path)) or not str(value):
         types = "a path, bytes, a data URI, a PIL image or a dictionary of these"
         hint = "; convert an array with PIL.Image.fromarray" if hasattr(value, "shape") else ""
         raise BadImageError(f"an image must be {types}, not {_short(value)}{hint}")
-    name = str(value)
-    if name.startswith(("http://", "https://")):
+    text = str(value)
+    if text.startswith("data:"):
+        return text, "image in a data URI"
+    if text.startswith(("http://", "https://")):
         raise BadImageError(
-            f"image {_short(name)} is a web address, which is not fetched; download it and give its path"
+            f"image {_short(text)} is a web address, which is not fetched; download it and give its path"
         )
-    return folder / name.removeprefix("file://")
+    path = folder / text.removeprefix("file://")
+    return path, f"image {_short_path(path)}"
 
 
 def read_data_uri(uri: str) -> bytes:
@@ -240,18 +240,14 @@ def _decode(content: bytes, name: str, most_pixels: int, formats: Sequence[str] 
 
 
 def _convert(image: Image.Image, name: str, most_pixels: int) -> tuple[Image.Image, int]:
-    """The image in RGB, not yet rotated, and its orientation."""
+    """The image in RGB, not yet rotated, and its EXIF or XMP orientation, 1 to 8."""
     if image.width * image.height > most_pixels:
         raise _too_many_pixels(name, most_pixels)
-    return to_rgb(image, name), _orientation(image)
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF or XMP orientation, 1 to 8 (default 1). Load the image first: Pillow rotates TIFF itself."""
+    picture = to_rgb(image, name)
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        return picture, int(image.getexif().get(ORIENTATION, 1))  # of the loaded image: Pillow rotates TIFF itself
     except Exception:  # Pillow's parser raises many types
-        return 1
+        return picture, 1
 
 
 def upright(picture: Image.Image, orientation: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """Dataset layouts: where each keeps its messages, images and reference answers.
 
 Supports the columns of TRL, LLaVA and ShareGPT, verl and EasyR1, LLaMA-Factory, ms-swift, and common question
-answering datasets. Works on plain values; `rows.py` builds rows from the result.
+answering datasets. Whatever cannot be read raises BadRowError. `rows.py` builds rows from the result.
 """
 
 from __future__ import annotations
@@ -60,12 +60,7 @@ def check_columns(columns: Any) -> None:
 
 
 def rename_columns(raw: Mapping[str, Any], columns: Mapping[str, str] | None) -> Mapping[str, Any]:
-    """Renames a row's columns to our names. Raises BadRowError if one is missing.
-
-    Args:
-        raw: the row.
-        columns: maps our names to the row's.
-    """
+    """Renames a row's columns; `columns` maps our names to the row's. Raises BadRowError if one is missing."""
     if not columns:
         return raw
     for ours, theirs in columns.items():
@@ -92,18 +87,15 @@ def describe_columns(names: Iterable[Any]) -> str:
 
 
 def nearest(what: str, names: Sequence[str]) -> str | None:
-    """The column most likely to be `what`, or None."""
-    others = {name for key, likely in _LIKELY.items() if key != what for name in likely}
+    """The column most likely to be `what`, or None: by its whole name, a part of it, or nearly the same letters."""
+    likely, others = _LIKELY[what], {name for key in _LIKELY if key != what for name in _LIKELY[key]}
     free = {name.casefold(): name for name in names if name.casefold() not in others}
-    for likely in _LIKELY[what]:
-        if likely in free:
-            return free[likely]
-    for likely in (one for one in _LIKELY[what] if len(one) > 2):
-        part = next((name for key, name in free.items() if likely in key), None)
-        if part is not None:
-            return part
-    close = [found for key in free for found in difflib.get_close_matches(key, _LIKELY[what], 1, 0.75) if found]
-    return next((free[key] for key in free if difflib.get_close_matches(key, close, 1, 0.75)), None)
+    found = [
+        *(free[one] for one in likely if one in free),
+        *(name for one in likely if len(one) > 2 for key, name in free.items() if one in key),
+        *(name for key, name in free.items() if difflib.get_close_matches(key, likely, 1, 0.75)),
+    ]
+    return found[0] if found else None
 
 
 def is_missing(value: Any) -> bool:
@@ -147,9 +139,6 @@ def read_conversation(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str
     """Reads the prompt's messages, with contents as lists of parts, and the reference reply if there is one.
 
     In a conversation, the last assistant message is the reply and everything before it is the prompt.
-
-    Raises:
-        BadRowError: if the prompt is missing or malformed.
     """
     name = next((name for name in PROMPTS if not is_missing(row.get(name))), None)
     if name is None:
@@ -163,11 +152,11 @@ def read_conversation(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str
     if name in REPLIES:
         messages = [*_history(row.get("history")), *messages]
     system = row.get("system") if name in (*CONVERSATIONS, *REPLIES) else None
-    if not is_missing(system) and system != "":
-        if not isinstance(system, str):
-            raise BadRowError(f"`system` must be a string, not {type(system).__name__}")
-        if messages[0]["role"] != "system":
+    if isinstance(system, str):
+        if system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    elif not is_missing(system):
+        raise BadRowError(f"`system` must be a string, not {type(system).__name__}")
     reply = None
     if messages[-1]["role"] == "assistant":
         if name not in CONVERSATIONS:
@@ -213,17 +202,14 @@ def read_messages(value: Any, name: str) -> list[dict[str, Any]]:
 
 def _history(history: Any) -> list[dict[str, Any]]:
     """Reads earlier turns from (query, response) pairs."""
-    history = plain(history)
-    if is_missing(history):
+    if is_missing(pairs := plain(history)):
         return []
-    if not isinstance(history, (list, tuple)):
-        raise BadRowError("`history` must be a list of pairs of strings")
-    found = []
-    for pair in map(plain, history):
+    pairs = [plain(pair) for pair in pairs] if isinstance(pairs, (list, tuple)) else [None]
+    for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise BadRowError("`history` must be a list of pairs of strings")
-        found += [{"role": r, "content": read_parts(t)} for r, t in zip(("user", "assistant"), pair, strict=True)]
-    return found
+    turns = [{"user": query, "assistant": response} for query, response in pairs]
+    return read_messages(turns, "history") if turns else []
 
 
 def read_parts(content: Any) -> list[dict[str, Any]]:
@@ -308,40 +294,41 @@ def unread_image(columns: Mapping[str, Any]) -> str | None:
     return None
 
 
-def place_images(messages: list[dict[str, Any]], count: int) -> None:
+def place_images(messages: list[dict[str, Any]], images: list[Any]) -> list[Any]:
     """Replaces each `<image>` with an image part; without any, puts all images first in the first user message.
 
-    Args:
-        messages: the prompt, with at least one user message; modified in place.
-        count: number of images in the row.
-
-    Raises:
-        BadRowError: if the numbers of placeholders and images differ, or a text contains another placeholder.
+    Modifies the messages in place; at least one must be a user's, and image parts may hold their image. Returns the
+    images in the order of their parts. Raises BadRowError if the numbers of placeholders and images differ, or a text
+    contains another placeholder.
     """
     contents = [part for message in messages for part in message["content"]]
+    inline = [part.pop("image") for part in contents if part.get("image") is not None]
     parts = sum(part["type"] == "image" for part in contents)
+    if inline and images:
+        raise BadRowError("images are both in the prompt's parts and in `images`; give them in one place")
+    if inline and len(inline) != parts:
+        raise BadRowError(f"{parts} image parts in the prompt, but only {len(inline)} of them hold an image")
+    images = inline or images
     placeholders = sum(part.get("text", "").count(IMAGE_PLACEHOLDER) for part in contents)
-    images = "1 image" if count == 1 else f"{count} images"
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
     if placeholders and parts:
         raise BadRowError(f"the prompt has both image parts and the text {IMAGE_PLACEHOLDER}; remove the text")
-    if placeholders and placeholders != count:
+    if placeholders and placeholders != len(images):
         times = {1: "once", 2: "twice"}.get(placeholders, f"{placeholders} times")
-        raise BadRowError(f"the prompt contains {IMAGE_PLACEHOLDER} {times}, but the row has {images}")
-    if parts and parts != count:
-        raise BadRowError(f"{parts} image parts in the prompt, but {images}")
+        raise BadRowError(f"the prompt contains {IMAGE_PLACEHOLDER} {times}, but the row has {count}")
+    if parts and parts != len(images):
+        raise BadRowError(f"{parts} image parts in the prompt, but {count}")
     if placeholders:
         for message in messages:
-            message["content"] = [
-                new
-                for part in message["content"]
-                for new in (split_placeholders(part["text"]) if part["type"] == "text" else [part])
-            ]
-    elif count and not parts:
+            split = (split_placeholders(part["text"]) for part in message["content"])  # all are texts
+            message["content"] = [part for found in split for part in found]
+    elif not parts:
         first = next(message for message in messages if message["role"] == "user")
-        first["content"] = [{"type": "image"} for _ in range(count)] + first["content"]
+        first["content"] = [*({"type": "image"} for _ in images), *first["content"]]
     for message in messages:
         for part in message["content"]:
             check_placeholders(part.get("text", ""), "prompt")
+    return images
 
 
 def split_placeholders(text: str) -> list[dict[str, Any]]:
@@ -369,22 +356,17 @@ def check_placeholders(text: str, where: str) -> None:
 
 
 def read_references(row: Mapping[str, Any], reply: str | None) -> tuple[str, list[str]]:
-    """Reads the reference answer (the most frequent one of several) and the list of distinct reference answers.
-
-    Raises:
-        BadRowError: if there is none, or it is neither a string nor a number.
-    """
+    """Reads the reference answer (the most frequent one of several) and the list of distinct reference answers."""
     for name in (*ANSWERS, *(LABELS if reply is None else ())):
-        if not is_missing(row.get(name)):
-            found = _references(row[name], name)
-            if name == "answer" and not is_missing(row.get("references")):
-                return found[0], list(dict.fromkeys(_references(row["references"], "references")))
-            return Counter(found).most_common(1)[0][0], list(dict.fromkeys(found))
-        if name == "ground_truth" and isinstance(row.get("reward_model"), Mapping):
-            truth = row["reward_model"].get("ground_truth")
-            if not is_missing(truth):
-                found = _references(truth, "reward_model.ground_truth")
-                return Counter(found).most_common(1)[0][0], list(dict.fromkeys(found))
+        value, where = row.get(name), name
+        if name == "ground_truth" and is_missing(value) and isinstance(row.get("reward_model"), Mapping):
+            value, where = row["reward_model"].get("ground_truth"), "reward_model.ground_truth"
+        if is_missing(value):
+            continue
+        found = _references(value, where)
+        if name == "answer" and not is_missing(row.get("references")):
+            return found[0], list(dict.fromkeys(_references(row["references"], "references")))
+        return Counter(found).most_common(1)[0][0], list(dict.fromkeys(found))
     if reply is None and not is_missing(row.get("response")):
         reply = read_reply(row["response"], "response")
     if reply is None:

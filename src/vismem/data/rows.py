@@ -1,12 +1,13 @@
 """The `Row` dataclass, and reading one from the dictionary in a file or dataset.
 
-`layouts.py` knows where each layout keeps its columns. Images are not opened before `Draft.open`.
+`layouts.py` knows where each layout keeps its columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vismem.data.layouts import (
 )
 from vismem.deprecation import renamed
 
-__all__ = ["BadDataError", "BadRowError", "Draft", "Row", "read_row"]
+__all__ = ["BadDataError", "BadRowError", "Row", "check_files", "open_row", "read_row"]
 
 
 class BadDataError(ValueError):
@@ -62,40 +63,15 @@ class Row:
     references: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A row whose images are not open yet; `sources` are their paths, bytes or whatever the row holds."""
-
-    prompt: list[dict[str, Any]]
-    sources: list[Any]
-    answer: str
-    completion: str
-    columns: dict[str, Any]
-    references: list[str]
-
-    def find(self, folder: Path) -> None:
-        """Checks that the image files exist, without opening them. Raises BadRowError."""
-        try:
-            for source in self.sources:
-                check_image_file(source, folder)
-        except BadImageError as error:
-            raise BadRowError(str(error)) from error
-
-    def open(self, row_id: str, folder: Path) -> Row:
-        """Opens the images; relative paths start at `folder`. Raises BadRowError."""
-        try:
-            images = [open_image(source, folder) for source in self.sources]
-        except BadImageError as error:
-            raise BadRowError(str(error)) from error
-        return Row(row_id, self.prompt, images, self.answer, self.completion, self.columns, self.references)
-
-
-def read_row(raw: Any, columns: Mapping[str, str] | None = None) -> Draft:
+def read_row(raw: Any, columns: Mapping[str, str] | None = None) -> tuple[Row, list[Any]]:
     """Reads a row from a dictionary in any layout of `docs/data.md`.
 
     Args:
         raw: the dictionary.
         columns: maps our column names to the dictionary's.
+
+    Returns:
+        The row, without id and images; and its images as the dictionary has them: paths, bytes, ...
 
     Raises:
         BadRowError: if the prompt or the answer is missing or malformed, the images do not match their placeholders,
@@ -105,34 +81,43 @@ def read_row(raw: Any, columns: Mapping[str, str] | None = None) -> Draft:
         raise raw
     if not isinstance(raw, Mapping):
         raise BadRowError(f"a row must be an object with `prompt` and `answer`, not {type(raw).__name__}")
-    try:
-        return _read(raw, columns)
-    except RecursionError as error:
-        raise BadRowError("nested too deeply to be read") from error
-
-
-def _read(raw: Mapping[Any, Any], columns: Mapping[str, str] | None) -> Draft:
     for name in raw:
         if not isinstance(name, str):
             raise BadRowError(f"a column's name must be a string, not {type(name).__name__}")
-    check_unicode(raw)
-    row = rename_columns(raw, columns)
-    messages, reply = read_conversation(row)
-    sources = read_images(row)
-    parts = [part for message in messages for part in message["content"]]
-    inline = [part.pop("image") for part in parts if part.get("image") is not None]
-    count = sum(part["type"] == "image" for part in parts)
-    if inline and sources:
-        raise BadRowError("images are both in the prompt's parts and in `images`; give them in one place")
-    if inline and len(inline) != count:
-        raise BadRowError(f"{count} image parts in the prompt, but only {len(inline)} of them hold an image")
-    sources = inline or sources
-    place_images(messages, len(sources))
-    answer, references = read_references(row, reply)
+    try:
+        check_unicode(raw)
+        row = rename_columns(raw, columns)
+        messages, reply = read_conversation(row)
+        sources = place_images(messages, read_images(row))
+        answer, references = read_references(row, reply)
+    except RecursionError as error:
+        raise BadRowError("nested too deeply to be read") from error
     completion = answer if reply is None else reply
     check_placeholders(completion, "reply")
     others = {name: value for name, value in row.items() if name not in OWN_COLUMNS}
-    return Draft(messages, sources, answer, completion, others, references if len(references) > 1 else [])
+    return Row("", messages, [], answer, completion, others, references if len(references) > 1 else []), sources
+
+
+def check_files(sources: list[Any], folder: Path) -> None:
+    """Checks that image files exist, without opening them. Raises BadRowError."""
+    with _bad_images():
+        for source in sources:
+            check_image_file(source, folder)
+
+
+def open_row(raw: Any, row_id: str, folder: Path, columns: Mapping[str, str] | None = None) -> Row:
+    """Reads a row and opens its images; relative paths start at `folder`. Raises BadRowError."""
+    row, sources = read_row(raw, columns)
+    with _bad_images():
+        return replace(row, id=row_id, images=[open_image(source, folder) for source in sources])
+
+
+@contextmanager
+def _bad_images() -> Iterator[None]:
+    try:
+        yield
+    except BadImageError as error:
+        raise BadRowError(str(error)) from error
 
 
 __getattr__ = renamed(__name__, {"BadRow": "BadRowError"})

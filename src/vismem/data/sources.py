@@ -6,10 +6,11 @@ when needed, so JSON files work without it.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,6 @@ FILES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _CHUNK = 2**20  # bytes
 _MAX_ELEMENT = 2**28  # characters of an element of a JSON array
-
-
-def missing_package(package: str, needed_for: str) -> BadDataError:
-    return BadDataError(f"{needed_for} needs the package {package}: pip install 'vismem[train]'")
-
-
-def _object(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRowError(f"not UTF-8: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRowError(f"not valid JSON: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -55,31 +43,29 @@ class JsonLines:
         return f"{self.name}:{number}"
 
     def fetch(self, key: int) -> Any:
+        """The content at an offset, or a BadRowError."""
         with self.path.open("rb") as file:  # opened each time: safe in threads, forks and after pickling
             file.seek(key)
             return _object(file.readline())
 
-    def _lines(self) -> Iterator[tuple[int, int, bytes]]:
-        with self.path.open("rb") as file:
-            offset = 0
-            for number, line in enumerate(file, start=1):
-                start = offset + 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else offset
-                text = line[start - offset :]
-                if text.strip():
-                    yield number, start, text
-                offset += len(line)
-
     def scan(self) -> Iterator[tuple[int, int, Any]]:
         """Yields each line's offset and number, and its content or a BadRowError."""
-        for number, offset, line in self._lines():
-            try:
-                yield offset, number, _object(line)
-            except BadRowError as error:
-                yield offset, number, error
+        offset = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text.strip():
+                    yield offset + len(line) - len(text), number, _object(text)
+                offset += len(line)
 
-    def stream(self) -> Iterator[tuple[int, Any]]:
-        """Yields each line's number, and its content or a BadRowError."""
-        yield from ((number, raw) for _, number, raw in self.scan())
+
+def _object(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return BadRowError(f"not UTF-8: {error.reason} at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return BadRowError(f"not valid JSON: {error}")
 
 
 @dataclass(frozen=True)
@@ -98,23 +84,18 @@ class Table:
         return f"{self.name}[{number}]"
 
     def fetch(self, key: int) -> Any:
+        """The row at an index, or a BadRowError."""
         try:
             return self.rows[key]
         except Exception as error:  # a dataset's decoders and transforms raise any type
-            raise BadRowError(f"cannot be read: {type(error).__name__}: {error}") from error
+            return BadRowError(f"cannot be read: {type(error).__name__}: {error}")
 
     def scan(self) -> Iterator[tuple[int, int, Any]]:
         """Yields each row's index, twice, and its content or a BadRowError; does not decode images."""
         plain = not hasattr(self.rows, "features") or _transforms(self.rows)
-        texts = None if plain else _without_bytes(self.rows)
-        for index in range(len(self.rows)):
-            try:
-                yield index, index, self.fetch(index) if texts is None else next(texts)
-            except BadRowError as error:
-                yield index, index, error
-
-    def stream(self) -> Iterator[tuple[int, Any]]:
-        yield from enumerate(self.rows)
+        rows = map(self.fetch, range(len(self.rows))) if plain else _without_bytes(self.rows)
+        for index, row in enumerate(rows):
+            yield index, index, row
 
 
 @dataclass(frozen=True)
@@ -129,8 +110,10 @@ class Stream:
     def row_id(self, number: int) -> str:
         return f"{self.name}[{number}]"
 
-    def stream(self) -> Iterator[tuple[int, Any]]:
-        yield from enumerate(self.rows)
+    def scan(self) -> Iterator[tuple[int, int, Any]]:
+        """Yields each row's index, twice, and its content."""
+        for index, row in enumerate(self.rows):
+            yield index, index, row
 
 
 @dataclass(frozen=True)
@@ -141,15 +124,10 @@ class JsonArray:
 
     def __iter__(self) -> Iterator[Any]:
         """Yields each element, or a BadRowError for one that cannot be parsed. Invalid UTF-8 becomes surrogates."""
-        decoder, text, done, started = json.JSONDecoder(), "", False, False
+        decoder, done = json.JSONDecoder(), False
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            while True:
-                text = text.lstrip(" \t\r\n," if started else " \t\r\n")
-                if started and text.startswith("]"):
-                    return
-                if not started and text:
-                    started, text = True, text[1:]
-                    continue
+            text = file.read(_CHUNK).lstrip()[1:]  # without the opening bracket
+            while not (text := text.lstrip(" \t\r\n,")).startswith("]"):
                 found, end = None, 0
                 try:
                     found, end = decoder.raw_decode(text)
@@ -163,11 +141,11 @@ class JsonArray:
                 if end and (end < len(text) or done):  # a number at the end may continue
                     yield found
                     text = text[end:]
-                    continue
-                if done:
+                elif done:
                     raise BadDataError(f"{self.path} is not a whole JSON array: it ends within an element")
-                piece = file.read(max(_CHUNK, len(text)))
-                done, text = not piece, text + piece
+                else:
+                    piece = file.read(max(_CHUNK, len(text)))
+                    done, text = not piece, text + piece
 
 
 def _end_of(text: str) -> int:
@@ -183,21 +161,15 @@ def _end_of(text: str) -> int:
 def find_source(
     source: Any, split: str, *, streaming: bool, columns: Mapping[str, str] | None = None
 ) -> JsonLines | Table | Stream:
-    """The source for a path, a hub name, a dataset or a list; arguments as for `load_dataset_rows`.
-
-    Raises:
-        BadDataError: if there is no such file or dataset, or its type is not supported.
-    """
+    """The source for a path, a hub name, a dataset or a list; arguments and errors as for `load_dataset_rows`."""
     if isinstance(source, (str, Path)):
         found = _from_name(str(source), split, streaming=streaming)
+    elif isinstance(source, Mapping):  # a DatasetDict
+        return find_source(_split_of(source, split, "the dataset"), split, streaming=streaming, columns=columns)
+    elif hasattr(source, "column_names"):
+        found = _table(source, str(getattr(source, "split", None) or "dataset"), Path())
     elif isinstance(source, (list, tuple)):
         found = Table(source, "rows", Path())
-    elif isinstance(source, Mapping):  # a DatasetDict
-        dataset = _split_of(source, split, "the dataset")
-        return find_source(dataset, split, streaming=streaming, columns=columns)
-    elif hasattr(source, "column_names"):
-        name = str(getattr(source, "split", None) or "dataset")
-        found = (Table if hasattr(source, "__len__") else Stream)(source, name, Path())
     elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         found = Table(source, "rows", Path(), trusted=True)
     elif isinstance(source, IterableDataset):
@@ -206,66 +178,39 @@ def find_source(
         raise BadDataError(
             f"cannot read rows from {type(source).__name__}; give a path, a hub name, a datasets.Dataset, or a list"
         )
-    return _prepare(found, columns or {}) if hasattr(getattr(found, "rows", None), "column_names") else found
+    if not isinstance(found, JsonLines) and hasattr(found.rows, "column_names"):
+        found = _prepare(found, columns or {})
+    return Stream(found.rows, found.name, found.folder) if streaming and isinstance(found, Table) else found
 
 
 def _from_name(source: str, split: str, *, streaming: bool) -> JsonLines | Table | Stream:
     path = Path(source).expanduser()
+    folder = path.absolute().parent
     if path.is_dir():
-        return _folder(path, split)
+        if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            raise BadDataError(f"the folder {path} was not written by datasets.save_to_disk; name a file in it instead")
+        found = _datasets(f"reading {path}").load_from_disk(str(path))
+        return _table(_split_of(found, split, str(path)) if isinstance(found, Mapping) else found, path.name, path)
     if path.is_file():
         if path.suffix not in FILES:
             raise BadDataError(f"{path} has an unsupported type; rows are read from {', '.join(FILES)} files")
         if path.suffix == ".parquet":
-            return _parquet(path, streaming=streaming)
+            datasets = _datasets(f"reading {path}")
+            try:
+                found = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+            except Exception as error:  # errors of pyarrow and datasets
+                raise BadDataError(f"cannot read {path}: {error}") from error
+            return _table(found, path.name, folder)
         if path.suffix == ".json" and _first_byte(path) == b"[":
             rows = JsonArray(path)
-            where = (path.name, path.absolute().parent)
-            return Stream(rows, *where) if streaming else Table(list(rows), *where)
+            return Stream(rows, path.name, folder) if streaming else Table(list(rows), path.name, folder)
         return JsonLines(path)
     if path.suffix in FILES or path.is_absolute() or not _HUB_NAME.fullmatch(source):
         raise BadDataError(f"no such file or folder: {source}")
-    return _hub(source, split, streaming=streaming)
-
-
-def _first_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-
-
-def _folder(path: Path, split: str) -> Table | Stream:
-    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise BadDataError(f"the folder {path} was not written by datasets.save_to_disk; name a file in it instead")
-    try:
-        from datasets import load_from_disk
-    except ImportError as error:
-        raise missing_package("datasets", f"reading {path}") from error
-    found = load_from_disk(str(path))
-    if isinstance(found, Mapping):
-        found = _split_of(found, split, str(path))
-    return _table(found, path.name, path)
-
-
-def _parquet(path: Path, *, streaming: bool) -> Table | Stream:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise missing_package("datasets", f"reading {path}") from error
-    try:
-        found = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
-    except Exception as error:  # errors of pyarrow and datasets
-        raise BadDataError(f"cannot read {path}: {error}") from error
-    return _table(found, path.name, path.absolute().parent)
-
-
-def _hub(source: str, split: str, *, streaming: bool) -> Table | Stream:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise missing_package("datasets", f"loading {source} from the hub, as there is no such local file,") from error
+    datasets = _datasets(f"loading {source} from the hub, as there is no such local file,")
     name, _, config = source.partition(":")
     try:
-        found = load_dataset(name, config or None, split=split, streaming=streaming)
+        found = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except Exception as error:  # no network; no such dataset, config or split
         reason = " ".join(str(error).split())
         raise BadDataError(
@@ -273,6 +218,20 @@ def _hub(source: str, split: str, *, streaming: bool) -> Table | Stream:
             f"cannot be loaded: {reason}"
         ) from error
     return _table(found, source, Path())
+
+
+def _datasets(needed_for: str) -> Any:
+    """The package `datasets`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise BadDataError(f"{needed_for} needs the package datasets: pip install 'vismem[train]'") from error
+    return datasets
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
 
 
 def _split_of(splits: Mapping[str, Any], split: str, where: str) -> Any:
@@ -285,13 +244,12 @@ def _table(dataset: Any, name: str, folder: Path) -> Table | Stream:
     return Table(dataset, name, folder) if hasattr(dataset, "__len__") else Stream(dataset, name, folder)
 
 
-def _prepare(found: Any, columns: Mapping[str, str]) -> Table | Stream:
+def _prepare(found: Table | Stream, columns: Mapping[str, str]) -> Table | Stream:
     """Sets a datasets.Dataset or IterableDataset to plain values and encoded images, so a broken image is one bad row.
 
-    Raises:
-        BadDataError: if it has no prompt column or no answer column.
+    Raises BadDataError if it has no prompt column or no answer column.
     """
-    dataset = found.rows
+    dataset: Any = found.rows
     if _transforms(dataset):  # only the transform knows its columns
         return found
     names = list(dataset.column_names or [])
@@ -309,8 +267,8 @@ def _prepare(found: Any, columns: Mapping[str, str]) -> Table | Stream:
         if encoded != feature:
             dataset = dataset.cast_column(name, encoded)
     if isinstance(found, Table):
-        return Table(dataset, found.name, found.folder)
-    return Stream(dataset, found.name, found.folder, shards_itself=True)
+        return replace(found, rows=dataset)
+    return replace(found, rows=dataset, shards_itself=True)
 
 
 def _transforms(dataset: Any) -> bool:
@@ -349,8 +307,8 @@ def _without_bytes(dataset: Any) -> Iterator[dict[str, Any]]:
 
 def _paths(dataset: Any, column: str) -> Iterator[Any]:
     """Yields each row's image or images: `{"path": ...}` for files, b"" for stored bytes, which are not read."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.compute as pc  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
     for batch in dataset.select_columns([column]).with_format("arrow").iter(1000):
         values = batch.column(column).combine_chunks()

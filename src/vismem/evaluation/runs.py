@@ -130,7 +130,7 @@ class Runs:
         )
         rows = list(found.good())
         if not rows:
-            raise found.reports.nothing()
+            raise found.reports.no_good_row()
         self._unread[benchmark.name] = [Record.failed(row_id, why) for row_id, why in found.reports.found]
         return rows
 

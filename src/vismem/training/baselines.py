@@ -28,11 +28,10 @@ from transformers import PreTrainedModel
 from vismem import files
 from vismem.backbones import Backbone
 from vismem.bundled import POCKET
-from vismem.checkpoint import recorded_name
+from vismem.checkpoint import check_finite, recorded_name
 from vismem.config import VisMemConfig
 from vismem.model import VisMem
 from vismem.training.stages import ADAPTER_FILE
-from vismem.weights import check_finite
 
 NAME = "default"  # peft's default adapter name
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILE, "adapter_model.safetensors"
