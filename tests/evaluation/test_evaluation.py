@@ -20,10 +20,9 @@ from vismem.evaluation.records import Record, RecordFile
 from vismem.evaluation.runs import Runs, slug
 from vismem.evaluation.settings import Method, load_settings, settings_of
 from vismem.evaluation.tables import TABLES, make
-from vismem.evaluation.tables.gathering import never_invoked
 from vismem.evaluation.tables.layout import Cell, Table, averaged, grid, in_terminal, measured
-from vismem.evaluation.tables.paper import forgetting, relative
-from vismem.pocket import BASE_PATH, MEMORY_PATH, easyvqa, suites
+from vismem.evaluation.tables.paper import forgetting, never_invoked, relative
+from vismem.pocket import MEMORY_PATH, easyvqa, suites
 from vismem.pocket.tasks import score
 
 
@@ -265,6 +264,9 @@ def test_settings_of_files_and_command_lines(tmp_path):
     assert found.lengths["query_length"] == [2] and found.lengths["short_length"] == [4, 8]
     assert found.lengths["long_length"] and [m.name for m in found.methods] == ["vanilla"]
     assert Method("a", train=[{"step": "sft"}]).seeded and not Method("a", checkpoint="x").seeded
+    preset = load_settings(None, ["preset=pocket"])
+    for benchmark in (*preset.benchmarks, *preset.of(preset.continual)[1]):
+        assert benchmark.ability == suites.SUITES[benchmark.name].ability
 
 
 @pytest.mark.parametrize(
@@ -610,4 +612,3 @@ def test_relative_positions():
 
 def test_slugs():
     assert slug("LoRA, supervised then GRPO (x/y)") == "lora-supervised-then-grpo-x-y"
-    assert BASE_PATH.is_dir()
