@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -61,19 +63,12 @@ class Traced(TokenCounts):
         return {name: value for name, value in vars(self).items() if value not in (None, "")}
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question to answer.
+class Question(NamedTuple):
+    """A question to answer."""
 
-    Args:
-        name: task, sample and repeat; unique.
-        messages: returns the chat messages; called when the batch has room.
-        generation: the task's generation keywords.
-    """
-
-    name: str
-    messages: Callable[[], Sequence[dict[str, Any]]]
-    generation: Mapping[str, Any]
+    name: str  # task, sample and repeat or round; unique
+    messages: Callable[[], Sequence[dict[str, Any]]]  # called when the batch has room
+    generation: Mapping[str, Any]  # the task's generation keywords
 
 
 class VisMemChat(lmms):
@@ -161,11 +156,11 @@ class VisMemChat(lmms):
         for index, request in enumerate(requests):
             if (request.metadata or {}).get("__padding_only__"):
                 continue  # padding that balances processes; this model does not need it
-            _, to_messages, generation, doc_id, task, split = request.args
+            _, _, generation, doc_id, task, _ = request.args
             repeat = f", repeat {repeats[task, doc_id]}" if repeats[task, doc_id] else ""
             repeats[task, doc_id] += 1
             name = f"{task}, sample {doc_id}{repeat}"
-            questions[index] = Question(name, self._messages(name, to_messages, task, split, doc_id), generation)
+            questions[index] = Question(name, partial(self._messages, request), generation)
         for index, answer in zip(questions, self._answer(list(questions.values())), strict=True):
             _, _, _, doc_id, task, _ = requests[index].args
             self.written.setdefault((task, doc_id), answer)
@@ -185,7 +180,7 @@ class VisMemChat(lmms):
             for index in going:
                 _, to_messages, generation, doc_id, task, split = requests[index].args
                 name = f"{task}, sample {doc_id}, round {number} ({index})"
-                messages = self._messages(name, to_messages, task, split, doc_id)
+                messages: Callable[[], Any] = partial(self._messages, requests[index])
                 if number:
                     doc = self.task_dict[task][split][doc_id]
                     found = to_messages(
@@ -193,7 +188,7 @@ class VisMemChat(lmms):
                     )
                     if not isinstance(found, tuple) or len(found) != 4 or found[1]:
                         continue
-                    messages, notes[index] = (lambda found=found: found[0]), found[3]
+                    messages, notes[index] = partial(itemgetter(0), found), found[3]
                 questions.append(Question(name, messages, generation))
                 asked.append(index)
             answers = self._answer(questions)
@@ -211,18 +206,10 @@ class VisMemChat(lmms):
 
     # Answering.
 
-    def _messages(
-        self, name: str, to_messages: Callable[..., Any], task: str, split: str, doc_id: int
-    ) -> Callable[..., Any]:
-        """A function that reads a sample; its errors name the sample."""
-
-        def read() -> Sequence[dict[str, Any]]:
-            try:
-                return to_messages(self.task_dict[task][split][doc_id])
-            except Exception as error:  # datasets, Pillow and tasks may raise anything
-                raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
-
-        return read
+    def _messages(self, request: Instance) -> Sequence[dict[str, Any]]:
+        """The messages of a request's sample."""
+        _, to_messages, _, doc_id, task, split = request.args
+        return to_messages(self.task_dict[task][split][doc_id])
 
     def _answer(self, questions: list[Question]) -> list[GenerationResult]:
         """Answers questions, in order."""
@@ -261,7 +248,12 @@ class VisMemChat(lmms):
         mark = getattr(model.processor, "image_token", None)
         for question in questions:
             try:
-                row = row_of(question.name, question.messages(), mark)
+                messages = question.messages()
+            except Exception as error:  # datasets, Pillow and tasks may raise anything
+                failed(question.name, f"cannot be read: {type(error).__name__}: {error}")
+                continue
+            try:
+                row = row_of(question.name, messages, mark)
                 inputs = row_inputs(model.processor, row, context_of(model))
             except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of malformed messages
                 failed(question.name, str(error).removeprefix(f"{question.name}: "))
