@@ -113,7 +113,7 @@ def test_a_memory_that_copies_a_fact_is_found_by_the_probe(model, tmp_path):
         return lambda kind, seen: [noise[o.origin[0]] + 4 * directions[facts[o.origin[0]]] for o in seen]
 
     with formed_by(model, plant):
-        found = audited(model, rows, tmp_path, n=12, interventions=("zeros",))
+        found = audited(model, rows, tmp_path, n=12, interventions=("zeros",), page=True)
     facts_read = told(found, FACTS, "short")
     assert facts_read["answer"] == YES and facts_read["text"].startswith("carried 100 %")
     assert "absent 1" not in facts_read["text"].split("; not decidable")[0]
@@ -122,6 +122,7 @@ def test_a_memory_that_copies_a_fact_is_found_by_the_probe(model, tmp_path):
     for other in ("visual tokens", "query", "memory shuffled"):
         assert families["carried"][other]["value"] < 0.6
     assert families["absent"]["gain"]["low"] < 0.05
+    assert 'aria-label="probes of short memory"' in (tmp_path / "report.html").read_text()
 
 
 def test_a_memory_that_the_model_ignores_shows_no_effect(tmp_path):
@@ -232,6 +233,18 @@ def test_an_audit_without_invocations(model, tmp_path):
         audited(model, [], tmp_path)
     with pytest.raises(ValueError, match="have the id 'row0'"):
         audited(model, pictures(1) * 2, tmp_path / "twice")
+
+
+def test_attention_that_cannot_be_measured_is_explained(model, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("layer 2 returns no attention weights")
+
+    monkeypatch.setattr(running, "measure_attention", refuse)
+    found = audited(model, pictures(3), tmp_path, interventions=("zeros",))
+    assert (told(found, LOOK, "short")["answer"], told(found, LOOK, "short")["text"]) == (
+        UNTESTED,
+        "layer 2 returns no attention weights",
+    )
 
 
 def test_the_command_reads_a_file_and_prints_verdicts(capsys, caplog, tmp_path):

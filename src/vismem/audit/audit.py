@@ -65,7 +65,7 @@ class AuditOptions:
         about: description of model and data for the results, by name.
     """
 
-    out: Path
+    out: str | Path
     n: int = 128
     invocation: str | Policy = "learned"
     batch_size: int = 16
