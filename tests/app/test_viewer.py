@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -81,7 +82,7 @@ def test_answers_are_those_of_generate(chat):
         reply = turn.main
         assert (reply.text, reply.invocations, reply.finish) == (text, invocations, "stop")
         assert [piece.kind for piece in reply.pieces if piece.kind] == [one.kind for one in invocations]
-        assert [token.index for token in reply.strip if token.part == "mark"] == list(range(len(invocations)))
+        assert [token.index for token in reply.tokens if token.part == "mark"] == list(range(len(invocations)))
 
 
 def right(scene, question):
@@ -230,7 +231,7 @@ def test_any_family(family):
         assert [moment.kind for moment in found.moments] == ["short", "long"]
         assert len(found.moments[0].looked.maps) == 2 and not found.moments[1].missing
         conversation.selected = (1, "memory", 0)
-        assert "vm-panel" in rendering.inspector(conversation, found)
+        assert "vm-panel" in rendering.inspector(conversation)
         assert "untrained" in rendering.bar(made, conversation) and "Drop in" in rendering.welcome(made)
     finally:
         made.close()
@@ -397,8 +398,11 @@ def test_an_inspection_runs_once_and_frees_its_inputs(chat):
     assert not turn.reply("vanilla").inputs and turn.reply("vanilla").ticket is None  # it cannot be inspected
     conversation.selected = (0, "memory", 1)
     assert 'aria-expanded="true"' in rendering.turn_html(conversation, 0)
-    assert "vm-panel vm-long" in rendering.inspector(conversation, future.result())
-    assert "Inspecting the answer" in rendering.inspector(conversation, None)
+    assert "vm-panel vm-long" in rendering.inspector(conversation)
+    turn.main.inspection = Future()
+    assert "Inspecting the answer" in rendering.inspector(conversation)
+    turn.main.inspection.set_exception(RuntimeError("no\nluck"))
+    assert "Cannot inspect this answer: no luck" in rendering.inspector(conversation)
 
 
 def test_too_many_pictures_are_refused_before_one_is_decoded(tmp_path, monkeypatch):
