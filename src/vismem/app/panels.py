@@ -79,14 +79,10 @@ def timeline(
     attention = attention or {}
     none = [0.0] * len(tokens)
     short, long = attention.get("short", none), attention.get("long", none)
-    most = max((a + b for a, b in zip(short, long, strict=True)), default=0.0)
     return environment.get_template("timeline.html").render(
-        tokens=[
-            {"token": token, "name": token_label(token), "short": short[i], "long": long[i], "position": i}
-            for i, token in enumerate(tokens)
-        ],
+        columns=list(zip(tokens, short, long, strict=True)),
         count=sum(token.part == "mark" for token in tokens),
-        most=most,
+        most=max(map(sum, zip(short, long, strict=True)), default=0.0),
         turn=turn,
         side=side,
         selected=selected,
@@ -112,12 +108,10 @@ def panel(inspection: Inspection, index: int, *, key: str = "0") -> str:
         maps=[map_context(each, pictures[each.picture]) for each in moment.looked.maps] if moment.looked else [],
         total=len(inspection.moments),
         several=len(pictures) > 1,
-        shares=formation_shares(moment),
+        share_names=SHARES,
         words=segment_words(inspection, moment),
         unread=0 if moment.read is None else max(len(moment.read.mean) - MAX_WORDS, 0),
         later=later_tokens(inspection, moment),
-        groups=attention_groups(moment),
-        next_token=next_token(moment),
     )
 
 
@@ -171,13 +165,6 @@ def position_in_words(down: float, across: float) -> str:
     return row if column == "middle" else f"{row} {column}"
 
 
-def formation_shares(moment: InspectedInvocation) -> list[dict[str, Any]]:
-    """Attention while the memory was formed, by target."""
-    found = moment.looked or moment.read
-    shares = found.shares if found else {}
-    return [{"name": SHARES[name], "share": share} for name, share in shares.items() if share > 0]
-
-
 def segment_words(inspection: Inspection, moment: InspectedInvocation) -> list[dict[str, Any]]:
     """A long-term memory's segment: its last words with their attention, for the mean and for each vector."""
     if moment.read is None:
@@ -208,7 +195,6 @@ def later_tokens(inspection: Inspection, moment: InspectedInvocation) -> dict[st
     strongest = set(np.argsort([-share for share in shown])[:LABELLED].tolist())
     words = [
         {
-            "name": token_label(token),
             "token": token,
             "share": share,
             "height": share / most if most else 0.0,
@@ -218,23 +204,6 @@ def later_tokens(inspection: Inspection, moment: InspectedInvocation) -> dict[st
     ]
     rest = every[len(shown) :]
     return {"most": most, "words": words, "rest": len(rest), "rest_most": max(rest, default=0.0)}
-
-
-def attention_groups(moment: InspectedInvocation) -> list[dict[str, Any]]:
-    """Attention of later tokens by group, and the number of positions in each group."""
-    if moment.later is None:
-        return []
-    shares, counts = moment.later.groups, moment.later.places
-    return [{"name": name, "share": share, "count": counts[name]} for name, share in shares.items() if counts[name]]
-
-
-def next_token(moment: InspectedInvocation) -> dict[str, Any] | None:
-    """The next token's distribution with and without the memory."""
-    if moment.next is None:
-        return None
-    found = moment.next.candidates
-    given, without = max(found, key=lambda each: each.given), max(found, key=lambda each: each.without)
-    return {"rows": found, "kl": moment.next.kl, "given": given, "without": without, "inserted": moment.next.put_in}
 
 
 def token_label(token: AnswerToken) -> str:
@@ -271,4 +240,4 @@ def times(value: float) -> str:
     return f"{value:.1f}\u00d7" if value < 9.95 else f"{value:.0f}\u00d7"
 
 
-environment.filters |= {"percent": percent, "times": times, "visible": visible}
+environment.filters |= {"label": token_label, "percent": percent, "times": times, "visible": visible}
