@@ -186,7 +186,7 @@ def state_rule(label_name: str, rule: Rule, rng: Random) -> str:
     return text[0].upper() + text[1:]
 
 
-def promotion_reply(label_name: str, rule: Rule, prices: list[int]) -> str:
+def promotion_reply(label_name: str, rule: Rule, prices: Sequence[int]) -> str:
     """What follows the echo of the row: "striped: first free. 4 7 0 2, pay 0 7 0 2. 7, 7, 9. So 9."."""
     paid = rule.apply(prices)
     return f"{label_name}: {rule.words}. {spaced(prices)}, pay {spaced(paid)}. {running_sum(paid)}"
@@ -226,7 +226,7 @@ def promotion(scene: Scene, rng: Random, rule: str = "stated", labels: tuple[str
         stated = " ".join(facts)
         text = f"{stated} {text}" if rng.random() < 0.7 else f"{text} {stated}"
     note = applied.words if rule.startswith("noted") else ""
-    said = promotion_reply(name, applied, list(scene.prices[index]))
+    said = promotion_reply(name, applied, scene.prices[index])
     return _question("promotion", text, f"Row {index + 1}", said, _row_cells(index), rule=rule, label=name, note=note)
 
 

@@ -7,7 +7,7 @@ questions about a scene. `PROMOTION_RULES` says which label stands for which rul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
@@ -64,17 +64,16 @@ class Rule:
     def words(self) -> str:
         return f"{self.target} {self.action}"
 
-    def apply(self, prices: list[int]) -> list[int]:
+    def apply(self, prices: Sequence[int]) -> list[int]:
         """Four prices -> four prices after the promotion."""
-        if self.target == "each":
-            return [self._one(price) for price in prices]
-        place = {"first": 0, "second": 1, "third": 2, "last": 3}[self.target]
-        return [self._one(price) if i == place else price for i, price in enumerate(prices)]
-
-    def _one(self, price: int) -> int:
-        if self.action == "free":
-            return 0
-        return price * 2 if self.action == "double" else price + int(self.action.split()[1])
+        places = {"first": [0], "second": [1], "third": [2], "last": [3], "each": [0, 1, 2, 3]}[self.target]
+        paid = list(prices)
+        for i in places:
+            if self.action == "free":
+                paid[i] = 0
+            else:
+                paid[i] += paid[i] if self.action == "double" else int(self.action.removeprefix("plus "))
+        return paid
 
 
 RULES: tuple[Rule, ...] = tuple(
