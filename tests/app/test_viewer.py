@@ -409,7 +409,7 @@ def test_too_many_pictures_are_refused_before_one_is_decoded(tmp_path, monkeypat
     files = []
     for number in range(9):
         Image.new("RGB", (100, 100)).save(tmp_path / f"{number}.png")
-        files.append((tmp_path / f"{number}.png", f"{number}.png"))
+        files.append(tmp_path / f"{number}.png")
     monkeypatch.setattr(chat_module, "MAX_TOTAL_PIXELS", 25_000)
     with pytest.raises(ChatError, match="may have 25,000 pixels in all"):
         chat_module.read_pictures(files[:3], Conversation())

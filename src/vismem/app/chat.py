@@ -108,8 +108,8 @@ class Chat:
             ChatError: if the question is refused; the conversation is then unchanged.
         """
         question, settings = question.strip(), settings or AnswerSettings()
-        seen = [*conversation.pictures, *pictures]
         with self.processor_lock:
+            seen = [*conversation.pictures, *pictures]
             self.check(conversation, question, seen)
             policy = settings.policy(has_image=bool(seen))
             turn = Turn(question, list(pictures), settings, seen=seen)
@@ -207,16 +207,16 @@ class Chat:
         self.worker.close()
 
 
-def read_pictures(files: Sequence[tuple[str | Path, str]], conversation: Conversation) -> list[Image.Image]:
-    """Reads pictures, given as (path, name), within the conversation's limits, which are checked before decoding.
+def read_pictures(paths: Sequence[Path], conversation: Conversation) -> list[Image.Image]:
+    """Reads pictures within the conversation's limits, which are checked before decoding.
 
     Raises:
         ChatError: if a file is not a complete image, or there are too many pictures or pixels.
     """
-    check_count(len(conversation.pictures) + len(files))
+    check_count(len(conversation.pictures) + len(paths))
     found: list[Image.Image] = []
-    for path, name in files:
-        found.append(read_picture(path, name, MAX_TOTAL_PIXELS - pixels_of([*conversation.pictures, *found])))
+    for path in paths:
+        found.append(read_picture(path, MAX_TOTAL_PIXELS - pixels_of([*conversation.pictures, *found])))
     return found
 
 
@@ -243,26 +243,25 @@ def pixels_of(pictures: Sequence[Image.Image]) -> int:
     return sum(picture.width * picture.height for picture in pictures)
 
 
-def read_picture(path: str | Path, name: str | None = None, pixels_left: int = MAX_TOTAL_PIXELS) -> Image.Image:
-    """Reads a picture as `Pictures.decode` does, with at most `pixels_left` pixels; `name` is for messages.
+def read_picture(path: Path, pixels_left: int = MAX_TOTAL_PIXELS) -> Image.Image:
+    """Reads a picture as `Pictures.decode` does, with at most `pixels_left` pixels.
 
     Raises:
         ChatError: if the file is not a complete image, or too large.
     """
-    name = name or Path(path).name
     limits = PictureLimits(pixels=max(min(MAX_PIXELS, pixels_left), 1))
     try:
         with DECODE_LOCK:
-            return Pictures(limits).decode([read_file(Path(path))])[0]
+            return Pictures(limits).decode([read_file(path)])[0]
     except BadImageError as error:
-        raise ChatError(f"Image {name} is no longer available: upload it again.") from error
+        raise ChatError(f"Image {path.name} is no longer available: upload it again.") from error
     except ApiError as error:
         if error.status == 413 and pixels_left < MAX_PIXELS:
             raise too_many_pixels() from error
         if error.status == 413:
-            raise ChatError(f"Image {name} has more than {MAX_PIXELS:,} pixels, the limit; shrink it.") from error
+            raise ChatError(f"Image {path.name} has more than {MAX_PIXELS:,} pixels, the limit; shrink it.") from error
         reason = error.message.removeprefix("an image cannot be used: ")
-        raise ChatError(f"Image {name} cannot be used: {reason}.") from error
+        raise ChatError(f"Image {path.name} cannot be used: {reason}.") from error
 
 
 __getattr__ = renamed(__name__, {"Studio": "Chat"})

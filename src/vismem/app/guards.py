@@ -155,18 +155,14 @@ class ErrorBoundary:
             await self.app(scope, receive, tracking_send)
         except Exception as error:
             debugging = log.isEnabledFor(logging.DEBUG)
-            log.error("the viewer failed at %s: %s", request_line(scope), ascii_line(error), exc_info=debugging)
+            reason = ascii(" ".join(f"{type(error).__name__}: {error}".split()))[1:-1][:120]
+            log.error("the viewer failed at %s: %s", request_line(scope), reason, exc_info=debugging)
             if not started:
                 answer = ApiError(500, "internal error; see the viewer's log").response()
                 await answer(scope, receive, send)
                 return
             with contextlib.suppress(Exception):  # completes the response, or uvicorn logs one more line
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def ascii_line(error: Exception) -> str:
-    """An error in one short line of printable ASCII."""
-    return ascii(" ".join(f"{type(error).__name__}: {error}".split()))[1:-1][:120]
 
 
 class SafeHeaders:

@@ -89,8 +89,7 @@ class Handlers:
                     question, pictures = example.question, example.open()
                 else:
                     paths = [Path(file if isinstance(file, str) else file["path"]) for file in files]
-                    uploads = [(path, path.name) for path in paths]
-                    pictures = await asyncio.to_thread(read_pictures, uploads, conversation)
+                    pictures = await asyncio.to_thread(read_pictures, paths, conversation)
                 turn = await asyncio.to_thread(self.chat.ask, conversation, question, pictures, settings)
         except ChatError as error:
             yield {parts.notice: rendering.notice(str(error))}
