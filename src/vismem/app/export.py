@@ -44,11 +44,11 @@ def turn_context(chat: Chat, turn: Turn, number: int) -> dict[str, Any]:
         "question": turn.question,
         "settings": settings,
         "pictures": [picture_url(picture) for picture in turn.pictures],
-        "answers": [answer_context(chat, turn, reply, f"{number}-{i}") for i, reply in enumerate(turn.replies)],
+        "answers": [answer_context(chat, turn, number, f"{number}-{i}", reply) for i, reply in enumerate(turn.replies)],
     }
 
 
-def answer_context(chat: Chat, turn: Turn, reply: Reply, key: str) -> dict[str, Any]:
+def answer_context(chat: Chat, turn: Turn, number: int, key: str, reply: Reply) -> dict[str, Any]:
     """An answer with its timeline and panels, for the template; `key` is unique on the page."""
     try:
         inspection = chat.inspect(turn, reply.side).result()
@@ -58,18 +58,19 @@ def answer_context(chat: Chat, turn: Turn, reply: Reply, key: str) -> dict[str, 
     settings = {"notes": ", ".join(facts(turn, reply))}
     if reply.error:
         settings["error"] = reply.error
-    found: dict[str, Any] = {
-        "key": key,
-        "name": "without memory" if reply.side == "vanilla" else "with memory",
-        "settings": settings,
-        "text": Markup(answer_html(reply.pieces, links=links)),
-        "timeline": "",
-        "panels": [],
-    }
+    name = "without memory" if reply.side == "vanilla" else "with memory"
+    strip, panels = "", []
     if inspection is not None:
-        found["timeline"] = Markup(timeline(inspection.tokens, inspection.attention, links=links))
-        found["panels"] = [Markup(panel(inspection, moment.index, key=key)) for moment in inspection.moments]
-    return found
+        strip = timeline(inspection.tokens, inspection.attention, turn=number, side=name, links=links)
+        panels = [Markup(panel(inspection, moment.index, key=key)) for moment in inspection.moments]
+    return {
+        "key": key,
+        "name": name,
+        "settings": settings,
+        "text": Markup(answer_html(reply.pieces, turn=number, side=name, links=links)),
+        "timeline": Markup(strip),
+        "panels": panels,
+    }
 
 
 def picture_url(picture: Image.Image) -> str:
