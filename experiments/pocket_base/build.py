@@ -21,11 +21,12 @@ from torch.nn import functional
 
 from pocket_base.architecture import build_model
 from pocket_base.batches import CELL_SIZES, Batch, cell_labels, normalise
+from pocket_base.handwriting import render_varied
 from pocket_base.mixture import training_batches
 from pocket_base.tokenizer import build_processor, corpus
 from vismem import files
 from vismem.pocket import BASE_PATH, easyvqa, load_base
-from vismem.pocket.world import render_array, sample_scene
+from vismem.pocket.world import sample_scene
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ class Builder:
     def vision_step(self, step: int) -> dict[str, float]:
         rng = Random(f"{self.recipe.seed}-vision-{step}")
         scenes = [sample_scene(rng) for _ in range(self.recipe.vision_batch)]
-        pixels = normalise(np.stack([render_array(scene, varied=True) for scene in scenes]))
+        pixels = normalise(np.stack([render_varied(scene) for scene in scenes]))
         cells = torch.from_numpy(np.stack([cell_labels(scene) for scene in scenes]))
         with torch.autocast("cpu", torch.bfloat16):
             features = visual_tokens(self.model, pixels)

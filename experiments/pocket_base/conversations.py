@@ -5,10 +5,11 @@ from __future__ import annotations
 from random import Random
 
 from pocket_base import drills
+from pocket_base.handwriting import render_varied
 from vismem.pocket import easyvqa
-from vismem.pocket.conversations import Conversation, Turn, arrange, ask, ask_pair
-from vismem.pocket.tasks import Question, compare
-from vismem.pocket.world import render_array, sample_scene
+from vismem.pocket.conversations import Conversation, Turn, arrange, ask_pair
+from vismem.pocket.tasks import Question, ask, compare
+from vismem.pocket.world import sample_scene
 
 TIDY = 0.3  # of the training shelves, see `sample_scene`
 TRAINING_WEIGHTS = {
@@ -69,7 +70,7 @@ def _pair(rng: Random) -> Conversation:
         pair, question = ask_pair(task, rng, "train")
         scenes += pair
         turns.append(Turn(arrange(rng, question.text, [len(scenes) - 2, len(scenes) - 1]), question, 0))
-    return Conversation(turns, [render_array(scene, varied=True) for scene in scenes], scenes)
+    return Conversation(turns, [render_varied(scene) for scene in scenes], scenes)
 
 
 def _shelf(rng: Random, early: bool, described: bool) -> Conversation:
@@ -91,7 +92,7 @@ def _shelf(rng: Random, early: bool, described: bool) -> Conversation:
         question = ask(scenes[-1], rng, task, training_rule(rng))
         user = arrange(rng, question.text, [len(scenes) - 1]) if show else [question.text]
         turns.append(Turn(user, question, since))
-    return Conversation(turns, [render_array(scene, varied=True) for scene in scenes], scenes)
+    return Conversation(turns, [render_varied(scene) for scene in scenes], scenes)
 
 
 def easy_vqa_question(text: str, answer: str) -> Question:

@@ -127,7 +127,7 @@ def promotion_chance(seed: int, scenes: int = 500) -> float:
 
 def _easy_vqa(n: int, seed: int) -> list[Conversation]:
     rng = Random(f"{seed}-easy-vqa")
-    everything = [(i, pair) for i in easyvqa.sorted_images("test") for pair in easyvqa.questions("test")[i]]
+    everything = [(i, pair) for i, pairs in easyvqa.questions("test").items() for pair in pairs]
     chosen = rng.sample(everything, min(n, len(everything)))
     return [
         Conversation(

@@ -15,10 +15,10 @@ import torch
 from pocket_base import drills
 from pocket_base.batches import Batch, Encoded, Encoder, cell_labels, stack_pictures
 from pocket_base.conversations import EARLY_WEIGHTS, TIDY, TRAINING_WEIGHTS, easy_vqa_question, training_rule
+from pocket_base.handwriting import render_varied
 from vismem.pocket import easyvqa
-from vismem.pocket.conversations import ask
-from vismem.pocket.tasks import compare, difference
-from vismem.pocket.world import SIDE, Scene, change_one_price, render_array, sample_scene
+from vismem.pocket.tasks import ask, compare, difference
+from vismem.pocket.world import SIDE, Scene, change_one_price, sample_scene
 
 DRILLS = 0.4  # of the rows: sums and promotions on prices in words, cheap practice for the replies' steps
 
@@ -54,7 +54,7 @@ def _content(rng: Random, early: bool):
             second = change_one_price(first, rng.randrange(SIDE), rng.randrange(SIDE), rng, "train")
         else:
             second = sample_scene(rng)
-        pictures = [render_array(scene, varied=True) for scene in (first, second)]
+        pictures = [render_varied(scene) for scene in (first, second)]
         return pictures, [first, second], lambda: (difference if changed else compare)(first, second, rng)
     weights = {**(EARLY_WEIGHTS if early else TRAINING_WEIGHTS), "describe": 0.5}
     tasks, shares = tuple(weights), tuple(weights.values())
@@ -62,7 +62,7 @@ def _content(rng: Random, early: bool):
     def draw():
         return ask(first, rng, rng.choices(tasks, shares)[0], training_rule(rng))
 
-    return [render_array(first, varied=True)], [first], draw
+    return [render_varied(first)], [first], draw
 
 
 def pack(rng: Random, encoder: Encoder, early: bool, length: int = 256) -> Row:

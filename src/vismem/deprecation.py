@@ -17,7 +17,8 @@ R = TypeVar("R")
 
 # Old module name -> new name. An entry for a package also covers its submodules.
 MOVED = {
-    "vismem.app.findings": "vismem.analysis.findings",
+    "vismem.analysis.findings": "vismem.analysis.inspection",
+    "vismem.app.findings": "vismem.analysis.inspection",
     "vismem.app.inspection": "vismem.analysis.inspection",
     "vismem.app.sharing": "vismem.app.export",
     "vismem.app.studio": "vismem.app.chat",

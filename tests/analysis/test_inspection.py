@@ -10,6 +10,7 @@ from functools import lru_cache
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ from vismem.analysis.long_attention import long_term_attention
 from vismem.analysis.replacement import distributions
 from vismem.analysis.short_attention import short_term_attention
 from vismem.analysis.slot_attention import attention_to_slots
-from vismem.app.export import ExportedAnswer, ExportedConversation, ExportedTurn, page
-from vismem.app.maps import layer, position_in_words
-from vismem.app.panels import CSS, answer_html, panel, percent, timeline
+from vismem.app.export import exported
+from vismem.app.panels import CSS, answer_html, layer, panel, percent, position_in_words, timeline
+from vismem.app.session import AnswerSettings
 from vismem.decoding.markers import INK, Piece
 from vismem.decoding.policies import Forced
 from vismem.decoding.queue import Request, RequestQueue
@@ -379,16 +380,14 @@ def test_positions_and_shares_as_text():
     ]
 
 
-def test_a_vector_can_be_chosen_and_must_exist():
+def test_panels_start_with_the_mean_and_can_stand_on_one_page():
     *_, found = pocket()
     for index in (0, 1):
-        chosen = [a["value"] for tag, a in Checker(panel(found, index, 4)).tags if tag == "input" and "checked" in a]
-        assert chosen == ["5"]
+        chosen = [a["value"] for tag, a in Checker(panel(found, index)).tags if tag == "input" and "checked" in a]
+        assert chosen == ["mean"]
     Checker(panel(found, 0, key="0-memory") + panel(found, 0, key="0-vanilla") + panel(found, 1, key="0-memory"))
     with pytest.raises(ValueError, match="no invocation 2"):
         panel(found, 2)
-    with pytest.raises(ValueError, match="no vector 16"):
-        panel(found, 0, 16)
 
 
 def hostile():
@@ -408,21 +407,52 @@ def hostile():
     return replace(found, tokens=tokens, moments=moments, pieces=pieces)
 
 
+def finished(pieces, inspection=None, side="memory", error=None):
+    """A finished answer, as an export needs it."""
+    return SimpleNamespace(
+        side=side,
+        pieces=pieces,
+        inspection=inspection,
+        error=error,
+        finish="stop",
+        sampled=9,
+        seconds=1,
+        invocations=[],
+    )
+
+
+def page(*turns, name="pocket"):
+    """The export of a conversation: for each turn its question, pictures, answers and settings."""
+    found = [
+        SimpleNamespace(
+            question=question,
+            pictures=pictures,
+            replies=replies,
+            main=replies[-1],
+            settings=settings,
+            unreached=0,
+            over=1,
+        )
+        for question, pictures, replies, settings in turns
+    ]
+
+    def inspect(turn, side):
+        (reply,) = (reply for reply in turn.replies if reply.side == side)
+        if reply.inspection is None:
+            raise ValueError("nothing to inspect")
+        return SimpleNamespace(result=lambda: reply.inspection)
+
+    chat = SimpleNamespace(loaded=SimpleNamespace(base=name, checkpoint=name), inspect=inspect)
+    return exported(chat, SimpleNamespace(turns=found))
+
+
 def test_answers_are_escaped():
     _, picture, *_ = pocket()
     bad = hostile()
-    conversation = ExportedConversation(
-        [
-            ExportedTurn(
-                HOSTILE, [ExportedAnswer(HOSTILE, bad.pieces, bad, {HOSTILE: HOSTILE})], [picture], {HOSTILE: HOSTILE}
-            )
-        ],
-        title=HOSTILE,
-        settings={HOSTILE: HOSTILE},
-    )
+    reply = finished(bad.pieces, bad, error=HOSTILE)
     for html in (
         answer_html(bad.pieces, side=HOSTILE), timeline(bad.tokens, bad.attention), panel(bad, 0), panel(bad, 1),
-        page(conversation),
+        page((HOSTILE, [picture], [reply], AnswerSettings(HOSTILE)), name=HOSTILE),
     ):  # fmt: skip
         assert "<script" not in html.lower() and "<img src=x" not in html and "&lt;script&gt;" in html
         Checker(html)
@@ -432,15 +462,12 @@ def test_a_conversation_is_one_page():
     model, picture, _, _, found = pocket()
     batch, rollout = written(model, tiny.message(QUESTION, picture), "off", max_new_tokens=64)
     vanilla = inspect_answer(model, batch, rollout, [picture])
-    first = ExportedTurn(
-        QUESTION,
-        [ExportedAnswer("with memory", found.pieces, found), ExportedAnswer("without", vanilla.pieces, vanilla)],
-        [picture],
+    both = [finished(found.pieces, found), finished(vanilla.pieces, vanilla, "vanilla")]
+    cut_off = finished([Piece("Stop"), Piece("", "short", 0)])
+    html = page(
+        (QUESTION, [picture], both, AnswerSettings()),
+        ("And row 2?", [], [cut_off], AnswerSettings(temperature=0.5, seed=7)),
     )
-    second = ExportedTurn(
-        "And row 2?", [ExportedAnswer("with memory", [Piece("Stop"), Piece("", "short", 0)])], settings={"seed": "7"}
-    )
-    html = page(ExportedConversation([first, second], "Two questions", {"model": "pocket"}))
     checked = Checker(html)
     links = [a["href"] for tag, a in checked.tags if tag == "a"]
     assert len(links) == 6 and {link[1:] for link in links} <= set(
@@ -448,11 +475,11 @@ def test_a_conversation_is_one_page():
     )  # a chip, a mark and the way back, twice
     assert {"vm-0-0-0", "vm-0-0-1"} <= set(checked.ids)
     assert sum(tag == "button" for tag, _ in checked.tags) == 1  # of the answer that was not inspected
-    for text in ("Two questions", "pocket", QUESTION, "And row 2?", "without", "seed", "7"):
+    for text in ("A conversation", "pocket", QUESTION, "And row 2?", "without memory", "model decides", "seed 7"):
         assert text in checked.text
     pictures = [a for tag, a in checked.tags if tag == "img" and a["alt"].startswith("Picture")]
     assert len(pictures) == 1 and len(html) < 400_000
-    Checker(page(ExportedConversation([])))
+    Checker(page())
 
 
 def test_colours_contrast_with_their_backgrounds():
@@ -493,19 +520,19 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def saved(tmp_path_factory):
     _, picture, _, _, found = pocket()
     path = tmp_path_factory.mktemp("page") / "conversation.html"
-    turn = ExportedTurn(QUESTION, [ExportedAnswer("with memory", found.pieces, found)], [picture])
-    path.write_text(page(ExportedConversation([turn, turn])), encoding="utf-8")
+    turn = (QUESTION, [picture], [finished(found.pieces, found)], AnswerSettings())
+    path.write_text(page(turn, turn), encoding="utf-8")
     return path.as_uri()
 
 
-def test_panels_open_and_vectors_are_chosen_by_keyboard(browser, exported):
+def test_panels_open_and_vectors_are_chosen_by_keyboard(browser, saved):
     tab = browser.new_page(viewport={"width": 1100, "height": 900})
     asked = []
     tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(exported)
+    tab.goto(saved)
     assert not tab.locator("#vm-0-0-0").is_visible()
     chip = tab.locator(".vm-answer .vm-chip").first
     chip.focus()
@@ -526,10 +553,10 @@ def test_panels_open_and_vectors_are_chosen_by_keyboard(browser, exported):
     tab.close()
 
 
-def test_maps_match_overlaid(browser, exported, tmp_path):
+def test_maps_match_overlaid(browser, saved, tmp_path):
     _, picture, _, _, found = pocket()
     tab = browser.new_page(viewport={"width": 1100, "height": 900})
-    tab.goto(exported + "#vm-0-0-0")
+    tab.goto(saved + "#vm-0-0-0")
     read = tab.locator("#vm-0-0-0 .vm-read .vm-map")
     read.screenshot(path=tmp_path / "map.png")
     (heat,) = found.moments[0].looked.maps
@@ -543,10 +570,10 @@ def test_maps_match_overlaid(browser, exported, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_fit_narrow_screens(browser, exported, scheme):
+def test_pages_fit_narrow_screens(browser, saved, scheme):
     tab = browser.new_page(viewport={"width": 320, "height": 640}, color_scheme=scheme)
     for index in (0, 1):
-        tab.goto(exported + f"#vm-0-0-{index}")
+        tab.goto(saved + f"#vm-0-0-{index}")
         assert tab.evaluate("document.documentElement.scrollWidth") <= 320
         size = tab.locator(f"#vm-0-0-{index} .vm-large:visible").bounding_box()
         assert size["width"] >= 240

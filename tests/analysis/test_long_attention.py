@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from vismem.analysis.long_attention import long_term_attention, memory_weights
-from vismem.analysis.slot_attention import attention_layers
+from vismem.analysis.long_attention import long_term_attention
+from vismem.analysis.slot_attention import attention_weights
 from vismem.decoding.policies import Forced
 
 EVERY_FAMILY = True
@@ -25,7 +25,7 @@ def test_weights_sum_to_one_and_memories_are_unchanged(family):
     out = written(model, batch)
     found = long_term_attention(model, batch, out.rollout)
     assert [(reading.row, reading.index) for reading in found] == [(0, 0), (0, 2), (1, 0)]
-    layers = len(attention_layers(model))
+    layers = len(model.backbone.language_model.layers)
     for reading in found:
         rollout = out.rollout[reading.row]
         invocation, ids = rollout.invocations[reading.index], rollout.tokens.tolist()
@@ -76,24 +76,30 @@ def test_matches_the_language_models_own_weights(family):
 def test_recording_changes_nothing(family):
     """The former gives what it gave, and attention is as it was afterwards, after an error too."""
     model = tiny.equip(family)
-    former, config = model.memory.long, model.backbone.language_model.config
+    former, language = model.memory.long, model.backbone.language_model
+    layers = []
+
+    def receive(layer, weights):
+        assert layer == len(layers)
+        layers.append(weights[:, :, -4:].mean(1))
+
     torch.manual_seed(0)
     query = torch.randn(2, 4, model.backbone.hidden_size)
     segments = [torch.randn(3, model.backbone.hidden_size), torch.randn(6, model.backbone.hidden_size)]
     with torch.no_grad():
         before = former(query, segments)
-        with memory_weights(model, 4) as layers:
+        with attention_weights(model, receive):
             inside = former(query, segments)
         assert torch.allclose(inside, before, atol=1e-5)
-        assert len(layers) == len(attention_layers(model)) and all(w.shape == (2, 4, 14) for w in layers)
+        assert len(layers) == len(language.layers) and all(w.shape == (2, 4, 14) for w in layers)
         assert all(torch.allclose(w.sum(-1), torch.ones(2, 4), atol=1e-5) for w in layers)
         assert not any(w[0, :, :3].any() for w in layers)  # padding of the shorter segment
-        with pytest.raises(RuntimeError), memory_weights(model, 4):
+        with pytest.raises(RuntimeError), attention_weights(model, receive):
             raise RuntimeError("on purpose")
-        assert config._attn_implementation == "sdpa"
-        assert not any(layer._forward_hooks for layer in attention_layers(model))
+        assert language.config._attn_implementation == "sdpa"
+        assert not any(layer.self_attn._forward_hooks for layer in language.layers)
         assert torch.equal(former(query, segments), before)
-        assert len(layers) == len(attention_layers(model))
+        assert len(layers) == len(language.layers)
 
 
 def test_copies_of_a_prompt_and_text_alone():

@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from vismem.analysis.slot_attention import GROUPS, attention_layers, attention_to_slots, eager_attention
+from vismem.analysis.slot_attention import GROUPS, attention_to_slots, attention_weights
 from vismem.decoding.policies import Forced
 from vismem.reading.splice import Splice, find_invocations
 from vismem.training.replay import collate
@@ -34,7 +34,7 @@ def test_rows_sum_to_one_and_are_causal(family):
     out = written(model, batch)
     for row, found in enumerate(attention_to_slots(model, batch, out.rollout)):
         rollout = out.rollout[row]
-        layers, tokens = len(attention_layers(model)), len(rollout.tokens)
+        layers, tokens = len(model.backbone.language_model.layers), len(rollout.tokens)
         assert found.row == row and found.kinds == [i.kind for i in rollout.invocations]
         assert set(found.shares) == set(GROUPS)
         assert all(s.shape == (layers, tokens) and s.dtype == torch.float32 for s in found.shares.values())
@@ -69,18 +69,18 @@ def test_eager_attention_changes_nothing_and_is_undone(family):
     with torch.no_grad():
         before = model(**call).last_hidden_state
         assert model.backbone.language_model.config._attn_implementation == "sdpa"
-        with eager_attention(model):
+        with attention_weights(model, lambda *_: None):
             assert model.backbone.language_model.config._attn_implementation == "eager"
             inside = model(**call).last_hidden_state
         real = call["attention_mask"].bool()
         assert torch.allclose(inside[real], before[real], atol=1e-4)
-        with pytest.raises(RuntimeError), eager_attention(model):
+        with pytest.raises(RuntimeError), attention_weights(model, lambda *_: None):
             raise RuntimeError("on purpose")
         assert model.backbone.language_model.config._attn_implementation == "sdpa"
         assert torch.equal(model(**call).last_hidden_state, before)
     attention_to_slots(model, batch, out.rollout)
     assert model.backbone.language_model.config._attn_implementation == "sdpa"
-    assert not any(layer._forward_hooks for layer in attention_layers(model))
+    assert not any(layer.self_attn._forward_hooks for layer in model.backbone.language_model.layers)
 
 
 def test_matches_the_bases_own_weights(family):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import subprocess
 import sys
 import threading
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,13 +24,15 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the viewer's extra is not installed")
 
+import gradio as gr
+
 from vismem import cli
 from vismem.app import chat as chat_module
 from vismem.app import rendering
 from vismem.app.chat import MAX_PICTURES, Chat, read_picture
 from vismem.app.examples import examples
 from vismem.app.export import exported
-from vismem.app.handlers import settings_of
+from vismem.app.handlers import Components, Handlers, settings_of
 from vismem.app.session import AnswerSettings, ChatError, Conversation
 from vismem.cli import app as command
 from vismem.cli.parsing import CommandError
@@ -35,6 +41,7 @@ from vismem.serving.lifespan import listening_socket
 
 BOUND = 60  # seconds after which a test gives up
 BOTH = examples()[1]  # invokes short, then long
+SWITCHES = (False, "learned", "", 0.25, "anywhere", 0, 0, 64)  # the page's switches at their defaults
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def test_answers_are_those_of_generate(chat):
         reply = turn.main
         assert (reply.text, reply.invocations, reply.finish) == (text, invocations, "stop")
         assert [piece.kind for piece in reply.pieces if piece.kind] == [one.kind for one in invocations]
-        assert [token.index for token in reply.strip if token.part == "mark"] == list(range(len(invocations)))
+        assert [token.index for token in reply.tokens if token.part == "mark"] == list(range(len(invocations)))
 
 
 def right(scene, question):
@@ -230,7 +237,7 @@ def test_any_family(family):
         assert [moment.kind for moment in found.moments] == ["short", "long"]
         assert len(found.moments[0].looked.maps) == 2 and not found.moments[1].missing
         conversation.selected = (1, "memory", 0)
-        assert "vm-panel" in rendering.inspector(conversation, found)
+        assert "vm-panel" in rendering.inspector(conversation)
         assert "untrained" in rendering.bar(made, conversation) and "Drop in" in rendering.welcome(made)
     finally:
         made.close()
@@ -397,15 +404,18 @@ def test_an_inspection_runs_once_and_frees_its_inputs(chat):
     assert not turn.reply("vanilla").inputs and turn.reply("vanilla").ticket is None  # it cannot be inspected
     conversation.selected = (0, "memory", 1)
     assert 'aria-expanded="true"' in rendering.turn_html(conversation, 0)
-    assert "vm-panel vm-long" in rendering.inspector(conversation, future.result())
-    assert "Inspecting the answer" in rendering.inspector(conversation, None)
+    assert "vm-panel vm-long" in rendering.inspector(conversation)
+    turn.main.inspection = Future()
+    assert "Inspecting the answer" in rendering.inspector(conversation)
+    turn.main.inspection.set_exception(RuntimeError("no\nluck"))
+    assert "Cannot inspect this answer: no luck" in rendering.inspector(conversation)
 
 
 def test_too_many_pictures_are_refused_before_one_is_decoded(tmp_path, monkeypatch):
     files = []
     for number in range(9):
         Image.new("RGB", (100, 100)).save(tmp_path / f"{number}.png")
-        files.append((tmp_path / f"{number}.png", f"{number}.png"))
+        files.append(tmp_path / f"{number}.png")
     monkeypatch.setattr(chat_module, "MAX_TOTAL_PIXELS", 25_000)
     with pytest.raises(ChatError, match="may have 25,000 pixels in all"):
         chat_module.read_pictures(files[:3], Conversation())
@@ -495,6 +505,91 @@ def test_an_export_is_self_contained(chat):
     marks = sum(len(turn.main.invocations) for turn in conversation.turns)
     assert marks >= 2 and len(re.findall(r'<section class="vm vm-panel', html)) == marks
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", html) and "<script" not in html
+
+
+# Handlers: answers that are abandoned, stopped or still being written.
+
+
+@pytest.fixture
+def handlers(chat):
+    """Handlers whose components are their names."""
+    return Handlers(chat, Components("bar", "past", "live", "notice", "composer", "inspector", []))
+
+
+@pytest.fixture
+def visitor(chat):
+    """A visitor's request; the visitor leaves at teardown."""
+    yield SimpleNamespace(session_hash="somebody")
+    chat.leave("somebody")
+
+
+@contextmanager
+def holding(chat) -> Iterator[None]:
+    """Keeps the worker from decoding."""
+    gate = threading.Event()
+    chat.worker.call(gate.wait, BOUND)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+def test_closing_the_page_cancels_the_answer(chat, handlers, visitor):
+    async def leave() -> None:
+        async with aclosing(handlers.ask(visitor, "Hello.", [], SWITCHES)) as updates:
+            assert (await anext(updates))["inspector"] == ""
+
+    with holding(chat):
+        asyncio.run(leave())
+        (turn,) = handlers.conversation(visitor).turns
+        assert not turn.over
+    assert turn.main.over.wait(BOUND) and turn.main.finish == "cancelled"
+
+
+def test_the_latest_answer_is_inspected_if_nobody_waits(chat, handlers, visitor):
+    async def at_once() -> dict:
+        inspected = asyncio.ensure_future(handlers.inspect_latest(visitor))
+        await asyncio.sleep(0)
+        assert inspected.done(), "it waits for the model"
+        return inspected.result()
+
+    turn = answered(chat, handlers.conversation(visitor), BOTH.question, BOTH.open())
+    with holding(chat):
+        other = chat.ask(Conversation(), "Hello.")
+        assert asyncio.run(at_once()) == {"live": gr.skip()} and turn.main.inspection is None
+    assert other.main.over.wait(BOUND)
+    before = handlers.turn_updates(handlers.conversation(visitor))["live"]
+    found = asyncio.run(handlers.inspect_latest(visitor))
+    assert turn.main.inspection.done() and len(found["live"]) > len(before)  # now with attention per token
+
+
+def test_a_stopped_answer_reports_no_unreached_schedule(chat):
+    conversation = Conversation()
+    with holding(chat):
+        turn = chat.ask(conversation, "Hello.", (), AnswerSettings("long@0,long@9"))
+        assert turn.unreached == 0  # there may be more to come
+        chat.stop(turn)
+    assert turn.main.over.wait(BOUND) and turn.main.finish == "cancelled" and turn.unreached == 0
+    html = rendering.turn_html(conversation, 0)
+    assert "stopped" in html and "not reached" not in html
+
+
+def test_the_answer_without_memory_has_no_schedule(chat):
+    settings = AnswerSettings("long@0,long@99", compare=True, max_new_tokens=5)
+    turn = answered(chat, Conversation(), "Hello.", (), settings)
+    late = "1 scheduled after the answer's end, so not reached"
+    assert late in rendering.facts(turn, turn.main) and late not in rendering.facts(turn, turn.reply("vanilla"))
+
+
+def test_an_export_leaves_out_unfinished_turns(chat):
+    conversation = Conversation()
+    answered(chat, conversation, "What is first?", (), AnswerSettings("off"))
+    with holding(chat):
+        turn = chat.ask(conversation, "What is second?")
+        html = exported(chat, conversation)
+        assert "What is first?" in html and "What is second?" not in html
+    assert turn.main.over.wait(BOUND)
+    assert "What is second?" in exported(chat, conversation)
 
 
 # Colours.

@@ -8,6 +8,7 @@ import re
 import pytest
 import tiny
 import torch
+from picture_questions import even, question
 
 import vismem
 from vismem import cli
@@ -26,7 +27,6 @@ from vismem.pocket import MEMORY_PATH
 from vismem.training.rewards import load_rewards
 
 SHORT = Forced([(0, 1, "short")])
-TEXTS = ("What is on the table?", "Describe the image.", "look again!", "two green pens?")
 MEMORY, IMAGE, QUESTION, KIND, ORDER = (
     "Does the answer depend on the memory?",
     "Does it depend on the image?",
@@ -39,19 +39,8 @@ MORE, FACTS, LOOK = "Is it more than extra computation?", "Can facts be read fro
 
 def pictures(count: int) -> list[Row]:
     """Questions about random pictures, with two facts of each that no pixel shows."""
-    found = []
-    for number in range(count):
-        parts = [{"type": "image"}, {"type": "text", "text": TEXTS[number % len(TEXTS)]}]
-        facts = {"carried one": f"value{number * 7 % 3}", "absent one": f"value{number * number % 5 % 3}"}
-        row = Row(f"row{number}", [{"role": "user", "content": parts}], [tiny.picture(number)], "x", "x", {})
-        row.columns["attributes"] = facts
-        found.append(row)
-    return found
-
-
-def even(completions, **_):
-    """A reward that tells answers apart."""
-    return [float(len(completion[0]["content"]) % 2 == 0) for completion in completions]
+    facts = [{"carried one": f"value{n * 7 % 3}", "absent one": f"value{n * n % 5 % 3}"} for n in range(count)]
+    return [question(number, attributes=own) for number, own in enumerate(facts)]
 
 
 def audited(model, rows, out, invocation=SHORT, page=False, **options):
@@ -106,8 +95,8 @@ def test_a_memory_that_sees_the_image_alone_is_called_question_independent(model
     plant = lambda form: lambda kind, seen: [spread(one.visual.mean(0) * 5, kind) for one in seen]  # noqa: E731
     with formed_by(model, plant):
         found = audited(model, pictures(24), tmp_path, interventions=("another_image", "another_question"))
-    question = told(found, QUESTION)
-    assert question["answer"] == NO and "the memory is the same" in question["text"]
+    verdict = told(found, QUESTION)
+    assert verdict["answer"] == NO and "the memory is the same" in verdict["text"]
     assert "the memory is the same" not in told(found, IMAGE)["text"]
     assert found["effects"]["all"][1]["moved"]["low"] > 0.05
 
@@ -124,7 +113,7 @@ def test_a_memory_that_copies_a_fact_is_found_by_the_probe(model, tmp_path):
         return lambda kind, seen: [noise[o.origin[0]] + 4 * directions[facts[o.origin[0]]] for o in seen]
 
     with formed_by(model, plant):
-        found = audited(model, rows, tmp_path, n=12, interventions=("zeros",))
+        found = audited(model, rows, tmp_path, n=12, interventions=("zeros",), page=True)
     facts_read = told(found, FACTS, "short")
     assert facts_read["answer"] == YES and facts_read["text"].startswith("carried 100 %")
     assert "absent 1" not in facts_read["text"].split("; not decidable")[0]
@@ -133,6 +122,7 @@ def test_a_memory_that_copies_a_fact_is_found_by_the_probe(model, tmp_path):
     for other in ("visual tokens", "query", "memory shuffled"):
         assert families["carried"][other]["value"] < 0.6
     assert families["absent"]["gain"]["low"] < 0.05
+    assert 'aria-label="probes of short memory"' in (tmp_path / "report.html").read_text()
 
 
 def test_a_memory_that_the_model_ignores_shows_no_effect(tmp_path):
@@ -159,8 +149,8 @@ def test_the_packaged_short_memory_depends_on_the_image_and_helps(shipped, tmp_p
     unread = [Record.failed("gone", "no such image")]
     found = audit(shipped, rows, load_rewards("pocket"), options, unread)
     assert found["overview"]["gain"]["low"] > 0.5 and found["failed"] == {"gone": "no such image"}
-    for question in (MEMORY, IMAGE, MORE):
-        assert told(found, question)["answer"] == YES and told(found, question)["large"], question
+    for asked in (MEMORY, IMAGE, MORE):
+        assert told(found, asked)["answer"] == YES and told(found, asked)["large"], asked
     assert "points" in told(found, IMAGE)["text"] and "n = 12" in told(found, IMAGE)["text"]
     assert told(found, LOOK, "short")["answer"] == YES
     assert told(found, FACTS, "short")["answer"] == UNTESTED and "fewer than 40" in told(found, FACTS, "short")["text"]
@@ -241,8 +231,20 @@ def test_an_audit_without_invocations(model, tmp_path):
     assert "No answer invoked memory" in (tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match="no question"):
         audited(model, [], tmp_path)
-    with pytest.raises(ValueError, match="same id"):
-        audited(model, pictures(1) * 2, tmp_path)
+    with pytest.raises(ValueError, match="have the id 'row0'"):
+        audited(model, pictures(1) * 2, tmp_path / "twice")
+
+
+def test_attention_that_cannot_be_measured_is_explained(model, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("layer 2 returns no attention weights")
+
+    monkeypatch.setattr(running, "measure_attention", refuse)
+    found = audited(model, pictures(3), tmp_path, interventions=("zeros",))
+    assert (told(found, LOOK, "short")["answer"], told(found, LOOK, "short")["text"]) == (
+        UNTESTED,
+        "layer 2 returns no attention weights",
+    )
 
 
 def test_the_command_reads_a_file_and_prints_verdicts(capsys, caplog, tmp_path):

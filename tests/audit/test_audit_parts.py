@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import tiny
 import torch
+from picture_questions import TEXTS, even, question
 
 from vismem.analysis.replacement import next_token_kl
 from vismem.analysis.slot_attention import attention_to_slots
@@ -26,38 +27,24 @@ from vismem.audit.interventions import (
     resampled,
     stand_ins,
 )
-from vismem.audit.names import INTERVENTIONS
+from vismem.audit.names import INTERVENTIONS, OFF
 from vismem.audit.probes import FOLDS, folds_of, probe
 from vismem.audit.questions import questions, questions_and_unread, sample_rows
 from vismem.audit.reference import intact_answers
 from vismem.audit.replay import replay
-from vismem.audit.statistics import change, share, wilson
+from vismem.audit.statistics import change, share
 from vismem.audit.structure import structure
 from vismem.audit.targets import Target, targets
-from vismem.audit.verdicts import NO, OPEN, UNTESTED, YES, Thresholds, depends, readable, verdicts
+from vismem.audit.verdicts import NO, OPEN, UNTESTED, YES, depends, readable, verdicts
 from vismem.config import KINDS
-from vismem.data import Row
 from vismem.decoding.policies import Forced
 from vismem.decoding.trace import Invocation, Rollout
 from vismem.evaluation.answering import requests_for
+from vismem.evaluation.intervals import wilson
 from vismem.evaluation.records import Record, RecordFile, ResultFile
 from vismem.training.rewards import load_rewards
 
 BOTH = Forced([(0, 1, "short"), (0, 3, "long")])
-TEXTS = ("What is on the table?", "Describe the image.", "look again!", "two green pens?")
-
-
-def row(number: int, image: int | None = None, text: str | None = None, **columns) -> Row:
-    """A question about a random picture, or about none with `image=-1`."""
-    image = number if image is None else image
-    pictures = [] if image < 0 else [tiny.picture(image)]
-    parts = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text or TEXTS[number % len(TEXTS)]}]
-    return Row(f"row{number}", [{"role": "user", "content": parts}], pictures, "x", "x", columns)
-
-
-def even(completions, **_):
-    """A reward that tells answers apart."""
-    return [float(len(completion[0]["content"]) % 2 == 0) for completion in completions]
 
 
 def filled(model, rows, folder, invocation=BOTH, **options) -> ActivationStore:
@@ -92,7 +79,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def rows():
-    return [row(number) for number in range(6)]
+    return [question(number) for number in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +104,7 @@ def test_stored_activations_form_the_same_memories(bank):
 
 def test_every_family_can_be_stored(family, tmp_path):
     model = tiny.equip(family)
-    bank = filled(model, [row(0), row(1)], tmp_path)
+    bank = filled(model, [question(0), question(1)], tmp_path)
     lines = ResultFile(tmp_path / "replay.jsonl", {})
     replay(bank, INTERVENTIONS, ["row0", "row1"], lines, 14, "")
     shifts = [shift for line in lines.rows.values() for shift in line["shifts"]]
@@ -222,7 +209,7 @@ def test_one_kind_is_replaced_until_the_context_ends(bank, rows):
 
 
 def test_questions_about_the_same_image_come_first(model, tmp_path):
-    rows = [row(0, 0, TEXTS[0]), row(1, 0, TEXTS[1]), row(2, 5, TEXTS[2]), row(3, 6, TEXTS[3])]
+    rows = [question(0, 0, TEXTS[0]), question(1, 0, TEXTS[1]), question(2, 5, TEXTS[2]), question(3, 6, TEXTS[3])]
     bank = filled(model, rows, tmp_path)
     assert bank.other_question("row0", "short") == ("row1", 0) and bank.other_question("row1", "long") == ("row0", 1)
     assert bank.other_image("row0") in ("row2", "row3")
@@ -233,7 +220,7 @@ def test_questions_about_the_same_image_come_first(model, tmp_path):
 
 
 def test_memory_stays_where_no_replacement_exists(model, tmp_path):
-    lonely = [row(0, 0, TEXTS[0]), row(1, 0, TEXTS[0]), row(2, -1, TEXTS[0])]
+    lonely = [question(0, 0, TEXTS[0]), question(1, 0, TEXTS[0]), question(2, -1, TEXTS[0])]
     bank = filled(model, lonely[:2], tmp_path / "one")
     for name in ("mean", "another_image", "another_question"):
         assert not possible(bank, Intervention(name), "row0")
@@ -349,8 +336,8 @@ def test_a_probe_finds_only_what_is_encoded():
     assert found["there"]["memory shuffled"]["value"] < 0.5 and found["there"]["selectivity"]["low"] > 0.3
     assert found["there"]["against query"]["low"] > 0.3
     assert found["absent"]["gain"]["low"] < 0.05
-    assert readable({"rows": 120, "families": found}, "short", Thresholds()).answer == YES
-    absent = readable({"rows": 120, "families": {"absent": found["absent"]}}, "short", Thresholds())
+    assert readable({"rows": 120, "families": found}, "short").answer == YES
+    absent = readable({"rows": 120, "families": {"absent": found["absent"]}}, "short")
     assert absent.answer in (NO, OPEN)
 
 
@@ -361,7 +348,7 @@ def test_no_image_is_split_between_folds():
     vectors = np.stack([looks[group] + 0.01 * rng.normal(size=20) for group in groups]).astype(np.float32)
     found = probe({"memory": vectors}, [Target("x 1", "x", values)], groups)["families"]["x"]
     assert found["memory"]["value"] < 0.6
-    folds = folds_of(groups, FOLDS, 0)
+    folds = folds_of(groups, 0)
     assert all(len({folds[at] for at, each in enumerate(groups) if each == group}) == 1 for group in groups)
     assert set(folds) == set(range(FOLDS))
 
@@ -381,7 +368,7 @@ def test_unlearnable_targets_are_skipped_with_a_reason():
 
 def test_targets_of_families_columns_and_questions():
     facts = {"colour r1c1": "red", "colour r1c2": "blue", "label r1": "gold", "label r2": "mint"}
-    given = [row(n, attributes=facts, asked=[(0, 1)], kind=n % 2, place={"x": 1}) for n in range(3)]
+    given = [question(n, attributes=facts, asked=[(0, 1)], kind=n % 2, place={"x": 1}) for n in range(3)]
     found = {target.name: target.values for target in targets(given, ["kind", "place", "answer"])}
     assert found["colour asked about"] == ["blue"] * 3 and found["colour not asked about"] == ["red"] * 3
     assert found["label asked about"] == ["gold"] * 3 and found["label not asked about"] == ["mint"] * 3
@@ -393,7 +380,7 @@ def test_targets_of_families_columns_and_questions():
 
 
 def test_memories_of_one_image_are_more_similar(model, tmp_path):
-    rows = [row(n, n // 2, TEXTS[n % 2]) for n in range(8)]
+    rows = [question(n, n // 2, TEXTS[n % 2]) for n in range(8)]
     bank = filled(model, rows, tmp_path)
     wanted = [Target("half", "half", ["a"] * 4 + ["b"] * 4)]
     found = structure(bank, [one.id for one in rows], wanted)
@@ -416,29 +403,31 @@ def test_intervals_of_equal_values_have_a_width():
     assert wilson(3 / 40, 40) == pytest.approx((exact.low, exact.high), abs=1e-6)
     groups = [str(n) for n in range(20)]
     none = share([False] * 20, groups)
-    assert (none.value, none.low) == (0, 0) and 0.15 < none.high < 0.17
-    assert share([False] * 20, ["one", "two"] * 10).high > 0.6  # two images are two, whatever is asked of them
+    assert (none["value"], none["low"]) == (0, 0) and 0.15 < none["high"] < 0.17
+    assert share([False] * 20, ["one", "two"] * 10)["high"] > 0.6  # two images are two, whatever is asked of them
     still = change([1.0] * 20, [1.0] * 20, groups)
-    assert still.value == 0 and still.low == -still.high and still.high == pytest.approx(none.high)
+    assert still["value"] == 0 and still["low"] == -still["high"] and still["high"] == none["high"]
     fallen = change([0.0] * 15 + [1.0] * 5, [1.0] * 20, groups)
-    assert fallen.value == -0.75 and fallen.low < -0.75 < fallen.high < 0
+    assert fallen["value"] == -0.75 and fallen["low"] < -0.75 < fallen["high"] < 0
 
 
 def test_an_effect_compares_each_question_with_itself(bank, rows):
     invoked = [{"kind": kind, "position": 1, "length": 4, "forced": True} for kind in KINDS]
     intact = {one.id: Record(one.id, float(n % 2), f"said {n}", 5, 3, 0, invoked) for n, one in enumerate(rows)}
     same = dict(reversed(intact.items()))
-    still = effect(Intervention("zeros"), intact, same, {}, bank)
+    still = effect("zeros", KINDS, intact, same, bank)
     assert still["n"] == 6 and still["flips"]["value"] == still["score_flips"]["value"] == still["change"]["value"] == 0
     changed = {**same, "row3": Record("row3", 0.0, "said nothing", 5, 3, 0, invoked)}
-    moved = effect(Intervention("zeros"), intact, changed, {}, bank)
+    moved = effect("zeros", KINDS, intact, changed, bank)
     assert moved["flips"]["value"] == pytest.approx(1 / 6, abs=1e-4) and moved["intact"]["value"] == 0.5
     assert moved["change"]["value"] == pytest.approx(-1 / 6, abs=1e-4) and moved["accuracy"]["value"] < 0.4
-    fewer = effect(Intervention("zeros"), intact, {"row0": same["row0"]}, {}, bank)
+    fewer = effect("zeros", KINDS, intact, {"row0": same["row0"]}, bank)
     assert (fewer["n"], fewer["not_possible"]) == (1, 5)
-    assert effect(None, intact, same, {}, bank, ("short",))["n"] == 6
+    assert effect(OFF, ("short",), intact, same, bank)["n"] == 6
     quiet = {i: replace(record, invocations=[]) for i, record in intact.items()}
-    assert effect(Intervention("zeros"), quiet, same, {}, bank) == {"name": "zeros", "kinds": ["short", "long"]} | {
+    assert effect("zeros", KINDS, quiet, same, bank) == {
+        "name": "zeros",
+        "kinds": ["short", "long"],
         "n": 0,
         "not_possible": 0,
     }
@@ -464,7 +453,7 @@ def test_a_verdict_needs_the_whole_interval(flips, moved, n, answer, large):
     given = {"name": "another_image", "n": n, "not_possible": 3}
     if flips:
         given |= {"flips": estimate(*flips), "moved": estimate(*moved), "change": estimate(-0.5, -0.6, -0.4)}
-    found = depends("Does it?", "another", given, "all", Thresholds())
+    found = depends("Does it?", "another", given, "all")
     assert (found.answer, found.large) == (answer, large)
     assert ("the memory is the same" in found.text) == (moved is not None and moved[2] < 0.01)
     if answer in (YES, NO):
@@ -491,7 +480,7 @@ def test_content_must_beat_every_content_free_replacement():
 
 
 def test_questions_about_one_image_are_sampled_together():
-    rows = [row(n, n // 3) for n in range(30)]
+    rows = [question(n, n // 3) for n in range(30)]
     taken = sample_rows(rows, 9, 4)
     counts = [sum(banks.image_digest(one) == banks.image_digest(each) for each in taken) for one in taken]
     assert counts == [3] * 9

@@ -20,10 +20,9 @@ from vismem.evaluation.records import Record, RecordFile
 from vismem.evaluation.runs import Runs, slug
 from vismem.evaluation.settings import Method, load_settings, settings_of
 from vismem.evaluation.tables import TABLES, make
-from vismem.evaluation.tables.gathering import never_invoked
 from vismem.evaluation.tables.layout import Cell, Table, averaged, grid, in_terminal, measured
-from vismem.evaluation.tables.paper import forgetting, relative
-from vismem.pocket import BASE_PATH, MEMORY_PATH, easyvqa, suites
+from vismem.evaluation.tables.paper import failed, forgetting, never_invoked, relative
+from vismem.pocket import MEMORY_PATH, easyvqa, suites
 from vismem.pocket.tasks import score
 
 
@@ -265,6 +264,9 @@ def test_settings_of_files_and_command_lines(tmp_path):
     assert found.lengths["query_length"] == [2] and found.lengths["short_length"] == [4, 8]
     assert found.lengths["long_length"] and [m.name for m in found.methods] == ["vanilla"]
     assert Method("a", train=[{"step": "sft"}]).seeded and not Method("a", checkpoint="x").seeded
+    preset = load_settings(None, ["preset=pocket"])
+    for benchmark in (*preset.benchmarks, *preset.of(preset.continual)[1]):
+        assert benchmark.ability == suites.SUITES[benchmark.name].ability
 
 
 @pytest.mark.parametrize(
@@ -369,6 +371,37 @@ def test_tables_are_remade_from_answers_without_weights(tmp_path, monkeypatch):
         make(["main"], changed, "{}")
 
 
+def test_a_benchmark_may_be_a_task_of_lmms_eval(tmp_path, monkeypatch):
+    """Its answers are saved all at once and read again; its sub-tasks are columns of its samples."""
+    from vismem.evaluation.lmms import run
+
+    asked = []
+
+    def task_records(model, task, **settings):
+        asked.append((task, settings["invocation"], settings["limit"]))
+        kinds = [{"kind": "short", "position": 1}] if settings["invocation"] != "off" else []
+        return [record(f"{task}/{n}", float(n != 1), invocations=kinds, columns={"half": n % 2}) for n in range(4)]
+
+    monkeypatch.setattr(run, "task_records", task_records)
+    monkeypatch.setattr(vismem.evaluation.runs, "check_task", lambda task: None)
+    monkeypatch.setattr(Runs, "load", lambda *_: None)
+    benchmark = {"name": "stars", "task": "mmstar", "subtask": "half", "limit": 4}
+    settings = settings_of({**SMALL, "output_dir": str(tmp_path), "benchmarks": [benchmark]})
+    make(["subtasks"], settings, "{}")
+    found = cells_of(tmp_path / "subtasks.json")
+    assert found["both", "stars, 0"]["value"] == 1 and found["vanilla", "stars, 1"]["value"] == 0.5
+    assert asked == [("mmstar", mode, 4) for mode in ("off", "short", "long", "learned")]
+    make(["subtasks"], settings, "{}")
+    assert len(asked) == 4
+
+
+def test_failed_questions_are_counted_in_a_note():
+    lost = Record.failed("b", "no such image")
+    answers = {("memory", "one"): [[record("a")], [lost]], ("vanilla", "one"): [[record("a"), lost]]}
+    assert failed(answers) == ["Failed questions, which count as wrong: 1 of 2 in one."]
+    assert failed({("memory", "one"): [[record("a")]]}) == []
+
+
 def test_the_table_of_invocation_has_rates_and_times(tmp_path):
     values = {**SMALL, "output_dir": str(tmp_path), "benchmarks": SMALL["benchmarks"][:1]}
     make(["invocation", "latency"], settings_of(values), "{}")
@@ -383,6 +416,9 @@ def test_the_table_of_invocation_has_rates_and_times(tmp_path):
     latency = cells_of(tmp_path / "latency.json")
     assert latency["memory", "invocations"]["value"] == 1 and latency["vanilla", "per answer"]["value"] == 1
     assert latency["memory", "to the first token"]["value"] <= latency["memory", "seconds per answer"]["value"]
+    (tmp_path / "answers" / "times-latency.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"times-latency.json is damaged .*; delete it to measure again"):
+        make(["latency"], settings_of(values), "{}")
 
 
 TRAINED = {
@@ -610,4 +646,3 @@ def test_relative_positions():
 
 def test_slugs():
     assert slug("LoRA, supervised then GRPO (x/y)") == "lora-supervised-then-grpo-x-y"
-    assert BASE_PATH.is_dir()

@@ -463,7 +463,7 @@ def test_one_bad_sample_does_not_affect_others(model):
 def test_a_task_that_fails_on_a_sample_is_named(model):
     lm, one = ask(model, None)
     lm.task_dict = {"made_up": {"test": Dataset.from_list([{"a": 1}]).select([])}}
-    with pytest.raises(ValueError, match="made_up, sample 0 cannot be read: IndexError"):
+    with pytest.raises(ValueError, match="made_up, sample 0: cannot be read: IndexError"):
         lm.generate_until([one])
 
 

@@ -497,7 +497,7 @@ def test_missing_pictures_raise(house):
 
 def test_a_missing_picture_is_named_with_its_sample(robustness, pocket):
     (robustness / ROBUSTNESS / "MMR-benchmark-images.zip").unlink()
-    with pytest.raises(ValueError, match=r"vismem_mmvu_leading, sample 0 cannot be read: .*no picture character/n"):
+    with pytest.raises(ValueError, match=r"vismem_mmvu_leading, sample 0: cannot be read: .*no picture character/n"):
         run_task(pocket, "vismem_mmvu_leading")
 
 

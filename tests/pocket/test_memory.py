@@ -16,7 +16,7 @@ from vismem.data import prompt_inputs
 from vismem.evaluation.answering import answer
 from vismem.pocket import BASE_PATH, MEMORY_PATH, load_base, suites
 from vismem.pocket.conversations import sample_conversation
-from vismem.pocket.practice import PocketRows, annotated, disturb
+from vismem.pocket.practice import DISTURBANCES, PocketRows, annotated, disturb
 from vismem.pocket.tasks import score
 from vismem.pocket.world import PROMOTION_RULES, render_array, sample_scene
 
@@ -76,7 +76,7 @@ def test_replies_name_a_look_at_the_first_colon_and_a_recall_after_the_label():
 
 def test_disturbed_pictures_differ_and_are_the_same_for_a_seed():
     picture = render_array(sample_scene(Random(0)))
-    for kind in suites.STRANGE:
+    for kind in DISTURBANCES:
         changed = disturb(picture, kind, Random(1))
         assert changed.shape == picture.shape and changed.dtype == np.uint8
         assert np.abs(changed.astype(int) - picture).mean() > 3

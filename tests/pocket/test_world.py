@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from pocket_base.conversations import sample_training_conversation
+from pocket_base.handwriting import render_varied
 from vismem.pocket import BASE_PATH, load_base
 from vismem.pocket.conversations import sample_conversation
 from vismem.pocket.tasks import TASKS, final_result, promotion, score
@@ -50,8 +51,8 @@ def test_scenes_and_pictures_are_determined_by_the_seed():
 
 def test_varied_handwriting_changes_the_digits_alone():
     scene = sample_scene(Random(3))
-    plain, varied = render_array(scene), render_array(scene, varied=True)
-    assert np.array_equal(varied, render_array(scene, varied=True))
+    plain, varied = render_array(scene), render_varied(scene)
+    assert np.array_equal(varied, render_varied(scene))
     changed = (plain != varied).any(-1).reshape(SIDE, 16, SIDE, 16)
     assert changed.any((1, 3)).all()  # every digit
     changed[:, :13, :, 5:] = False

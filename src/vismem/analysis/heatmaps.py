@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vismem import files
-from vismem.analysis.short_attention import ShortTermAttention
 from vismem.data.images import to_rgb
 
 if TYPE_CHECKING:
@@ -126,21 +125,6 @@ def figure_of(
     return figure
 
 
-def vectors_of(attention: ShortTermAttention, picture: Image.Image, index: int = 0, layer: int | None = None) -> Figure:
-    """Plots a memory's attention over one picture, number `index` in the prompt: the mean, then each memory vector.
-
-    `layer` is of the vision tower; by default all are averaged.
-    """
-    scale = min(1.0, 512 / max(picture.size))
-    size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
-    panels = [Panel("all vectors", attention.on(index, size, layer))]
-    panels += [
-        Panel(f"vector {number + 1}", attention.on(index, size, layer, number))
-        for number in range(len(attention.memory))
-    ]
-    return figure_of(picture, panels, columns=6)
-
-
 def png(drawn: Figure | Image.Image, path: str | Path | None = None) -> bytes:
     """Encodes a figure or picture as PNG, and writes it to `path` if given."""
     buffer = io.BytesIO()
@@ -155,6 +139,11 @@ def png(drawn: Figure | Image.Image, path: str | Path | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def data_url(drawn: Figure | Image.Image) -> str:
-    """Encodes a figure or picture as a `data:` URL for `<img src="...">`."""
-    return "data:image/png;base64," + base64.b64encode(png(drawn)).decode()
+def data_url(image: Image.Image) -> str:
+    """Encodes a picture as a `data:` URL for `<img src="...">`, as PNG or JPEG, whichever is smaller."""
+    found = []
+    for kind in ("png", "jpeg") if image.mode in ("L", "RGB") else ("png",):
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, quality=85)
+        found.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    return min(found, key=len)

@@ -54,13 +54,6 @@ class View:
         x = left + (np.arange(columns) + 0.5) * (right - left) / columns
         return ((y >= 0) & (y < high))[:, None] & ((x >= 0) & (x < wide))[None]
 
-    @property
-    def whole(self) -> bool:
-        """Whether the view contains the whole picture."""
-        (left, top, right, bottom), (wide, high) = self.box, self.size
-        slack = 0.02 * max(wide, high) + 0.5
-        return self.picture >= 0 and left <= slack and top <= slack and right >= wide - slack and bottom >= high - slack
-
 
 @torch.no_grad()
 def views(model: VisMem, pictures: Sequence[Pictures.Image | tuple[int, int]], **processor_kwargs: Any) -> list[View]:

@@ -1,31 +1,22 @@
 """Inspects one finished answer: what its memories attended to, what attends to them, how they change the next token.
 
-Combines the other modules of `vismem.analysis` into the plain data of `findings.py`. Parts that a model cannot provide
-are None, with the reason in one line.
+Combines the other modules of `vismem.analysis` into plain data. Parts that a model cannot provide are None, with the
+reason in one line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vismem.analysis.findings import (
-    AnswerToken,
-    Candidate,
-    HeatMap,
-    ImageAttention,
-    InspectedInvocation,
-    Inspection,
-    LaterAttention,
-    NextTokens,
-    SegmentAttention,
-)
-from vismem.analysis.long_attention import LongTermAttention, long_term_attention
+from vismem.analysis.long_attention import long_term_attention
 from vismem.analysis.replacement import NextTokenPair, distributions
 from vismem.analysis.rollouts import segment_start
 from vismem.analysis.short_attention import ShortTermAttention, short_term_attention
@@ -33,7 +24,7 @@ from vismem.analysis.slot_attention import SlotAttention, attention_to_slots
 from vismem.config import KINDS, Kind
 from vismem.data.images import to_rgb
 from vismem.decoding.detokenizer import Detokenizer, special_ids
-from vismem.decoding.markers import pieces
+from vismem.decoding.markers import Piece, pieces
 from vismem.decoding.trace import Rollout
 from vismem.deprecation import renamed
 from vismem.model import VisMem
@@ -41,8 +32,127 @@ from vismem.model import VisMem
 CANDIDATES = 8  # most probable tokens listed after an invocation
 LARGEST = 640  # pixels of the longer side of the pictures that are kept
 FINEST = 128  # cells of the longer side of a heat map, if the patches do not form one regular grid over the picture
-PARTS: dict[Kind, tuple[str, ...]] = {"short": ("looked", "later", "next"), "long": ("read", "later", "next")}
+FloatArray = NDArray[np.float32]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """One token of an answer."""
+
+    text: str  # empty for the first bytes of a character, the token's name for a special token
+    part: Literal["word", "mark", "end", "special", "stop"] = "word"  # an invocation's mark and end; the answer's stop
+    kind: Kind | None = None  # of the invocation, for its mark and its end
+    index: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Attention over one picture, relative to uniform attention: 1 everywhere means no preference."""
+
+    picture: int  # index among the prompt's pictures
+    share: float  # of the memory's attention, on this picture's patches
+    mean: FloatArray  # [height, width], averaged over vectors
+    vectors: FloatArray  # [N, height, width]
+    # [height, width], later tokens' attention to the memory's slots, each slot laid over the region its vector started
+    # from; None if vectors start from learned constants or nothing attended to them.
+    read: FloatArray | None
+
+
+@dataclass(frozen=True)
+class ImageAttention:
+    """What a short-term memory attended to, as means over heads and layers."""
+
+    maps: list[HeatMap]  # one for each picture that the vision tower saw
+    shares: dict[str, float]  # "picture", "padding", "class token", "query" and "memory", summing to 1
+    layers: int  # of the tower, in the mean
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentAttention:
+    """What a long-term memory attended to, as means over heads and layers."""
+
+    start: int  # index of the segment's first token among the answer's tokens
+    mean: FloatArray  # [z], attention to each of the segment's tokens, averaged over vectors
+    vectors: FloatArray  # [N, z]
+    shares: dict[str, float]  # "segment", "query" and "memory", summing to 1
+    layers: int  # of the language model, in the mean
+
+
+@dataclass(frozen=True)
+class LaterAttention:
+    """How much the tokens after an invocation attend to its slots, as means over heads and layers."""
+
+    start: int  # index of the first of them, the end token, among the answer's tokens
+    shares: list[float]  # for each of these tokens, the fraction of its attention on the slots
+    slots: list[float]  # [N], for each slot, averaged over these tokens
+    # Fractions of all their attention, summing to 1: "this memory", "other memories", "picture", "prompt", "answer".
+    groups: dict[str, float]
+    places: dict[str, int]  # positions in each group before the last token, in the base's window or not
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible next token and its probability with the memory in place and without it."""
+
+    text: str
+    given: float
+    without: float
+    written: bool  # whether the answer continues with it
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """The next-token distribution right after an invocation, with the memory and with its vectors removed."""
+
+    candidates: list[Candidate]  # the most probable of either distribution, sorted by the higher probability
+    kl: float  # KL(with || without), in nats
+    put_in: bool  # whether the following token was not sampled: it was inserted, or the answer ends here
+
+
+@dataclass(frozen=True)
+class InspectedInvocation:
+    """One invocation of an answer."""
+
+    index: int  # among the answer's invocations
+    kind: Kind
+    position: int  # of its token among the answer's tokens
+    forced: bool  # whether a policy inserted it
+    vectors: int  # N; 0 if no memory was formed
+    looked: ImageAttention | None = None  # of a short-term memory
+    read: SegmentAttention | None = None  # of a long-term memory
+    later: LaterAttention | None = None
+    next: NextTokens | None = None
+    missing: dict[str, str] = field(default_factory=dict)  # for each of these that is None, the reason in one line
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """An inspected answer.
+
+    Args:
+        tokens: all tokens of the answer.
+        pieces: its text and invocations, from `vismem.decoding.markers`.
+        moments: its invocations, in order.
+        attention: by invoked kind, the fraction of each token's attention on all slots of that kind.
+        pictures: the prompt's pictures, large ones scaled down.
+    """
+
+    tokens: list[AnswerToken]
+    pieces: list[Piece]
+    moments: list[InspectedInvocation]
+    attention: dict[Kind, list[float]]
+    pictures: list[Image.Image] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the pictures; maps are rounded to five decimals."""
+
+        def plain(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {k: v.astype(float).round(5).tolist() if isinstance(v, np.ndarray) else v for k, v in fields}
+
+        found = asdict(replace(self, pictures=[]), dict_factory=plain)
+        del found["pictures"]
+        return found
 
 
 @torch.no_grad()
@@ -76,36 +186,40 @@ def inspect_answer(
         raise ValueError(f"inspect_answer takes one answer, but the inputs have {len(inputs['input_ids'])} prompts")
     inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
     tokenizer, ids, invocations = model.processor.tokenizer, rollout.tokens.tolist(), rollout.invocations
-    formed = {invocation.kind for invocation in invocations if invocation.length}
+    formed = [invocation.kind for invocation in invocations if invocation.length]
 
-    def short_term() -> dict[int, ShortTermAttention]:
-        found = short_term_attention(model, inputs, [invocations], [pictures], **processor_kwargs)
-        return {each.index: each for each in found}
-
-    found: dict[str, tuple[Any, str]] = {}  # for each part its data by invocation, or None and the reason
+    seen = attempt(lambda: attention_to_slots(model, inputs, [rollout])[0]) if formed else ""
+    slots = seen if isinstance(seen, SlotAttention) else None
+    found: dict[str, Any] = {"later": seen}  # the source of each part, or the reason why there is none
     if "short" in formed:
-        found["looked"] = attempt(short_term)
+        found["looked"] = attempt(
+            lambda: short_term_attention(model, inputs, [invocations], [pictures], **processor_kwargs)
+        )
     if "long" in formed:
-        found["read"] = attempt(lambda: {each.index: each for each in long_term_attention(model, inputs, [rollout])})
+        found["read"] = attempt(lambda: long_term_attention(model, inputs, [rollout]))
     if formed:
-        found["later"] = attempt(lambda: attention_to_slots(model, inputs, [rollout])[0])
-        found["next"] = attempt(lambda: {p.index: p for p in distributions(model, inputs, [rollout], lambda *_: None)})
-    seen: SlotAttention | None = found["later"][0] if formed else None
-    make: dict[str, Callable[[Any, int], Any]] = {
-        "looked": lambda every, index: image_attention(every[index], seen),
-        "read": lambda every, index: segment_attention(every[index], segment_start(rollout, index)),
-        "later": lambda slots, index: later_attention(slots, index, inputs, model.backbone.image_token_id),
-        "next": lambda every, index: next_tokens(every[index], rollout, model),
-    }
+        found["next"] = attempt(lambda: distributions(model, inputs, [rollout], lambda *_: None))
+
+    def part(name: str, index: int) -> Any:
+        """The part of one invocation, from its source."""
+        if name == "later":
+            return later_attention(found[name], index, inputs, model.backbone.image_token_id)
+        (one,) = (each for each in found[name] if each.index == index)
+        if name == "looked":
+            return image_attention(one, slots)
+        if name == "next":
+            return next_tokens(one, rollout, model)
+        shares = {target: float(share.mean()) for target, share in one.shares().items()}
+        vectors = one.weights.mean(0).numpy()
+        return SegmentAttention(
+            segment_start(rollout, index), one.mean().numpy(), vectors, shares, layers=len(one.weights)
+        )
+
     moments = []
     for index, invocation in enumerate(invocations):
-        shown, missing = {}, {}
-        for part in PARTS[invocation.kind]:
-            source, reason = found[part] if invocation.length else (None, "this invocation formed no memory")
-            if source is None:
-                missing[part] = reason
-            else:
-                shown[part] = make[part](source, index)
+        names = ("looked" if invocation.kind == "short" else "read", "later", "next")
+        sources = {name: found[name] if invocation.length else "this invocation formed no memory" for name in names}
+        missing = {name: source for name, source in sources.items() if isinstance(source, str)}
         moments.append(
             InspectedInvocation(
                 index,
@@ -113,7 +227,7 @@ def inspect_answer(
                 invocation.position,
                 invocation.forced,
                 invocation.length,
-                **shown,
+                **{name: part(name, index) for name in names if name not in missing},
                 missing=missing,
             )
         )
@@ -121,19 +235,19 @@ def inspect_answer(
         answer_tokens(ids, tokenizer, model.tokens),
         pieces(ids, tokenizer, model.tokens),
         moments,
-        {} if seen is None else attention_by_kind(seen),
+        {} if slots is None else attention_by_kind(slots),
         [thumbnail(picture) for picture in pictures],
     )
 
 
-def attempt(find: Callable[[], T]) -> tuple[T | None, str]:
-    """The result and "", or None and the reason in one line."""
+def attempt(find: Callable[[], T]) -> T | str:
+    """The result, or in one line why there is none."""
     try:
-        return find(), ""
+        return find()
     except ValueError as error:  # the model does not provide this part
-        return None, " ".join(str(error).split())
+        return " ".join(str(error).split())
     except torch.OutOfMemoryError:
-        return None, "the device is out of memory; this answer is too long to analyse here"
+        return "the device is out of memory; this answer is too long to analyse here"
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
@@ -153,23 +267,34 @@ def attention_by_kind(seen: SlotAttention) -> dict[Kind, list[float]]:
     return found
 
 
+class TokenReader:
+    """Turns the ids of one answer into `AnswerToken`s while it is written; `tokens` is `model.tokens`."""
+
+    def __init__(self, tokenizer: Any, tokens: Any) -> None:
+        self.tokenizer, self.words, self.special = tokenizer, Detokenizer(tokenizer), special_ids(tokenizer)
+        self.marks, self.ends, self.count = tokens.kind_of, {i: kind for kind, i in tokens.end_ids.items()}, 0
+
+    def read(self, token: int) -> AnswerToken:
+        """The next token."""
+        if token in self.marks:
+            self.count += 1
+            return AnswerToken("", "mark", self.marks[token], self.count - 1)
+        if token in self.ends:
+            return AnswerToken("", "end", self.ends[token], self.count - 1)
+        if token in self.special:
+            return AnswerToken(str(self.tokenizer.convert_ids_to_tokens(token)), "special")
+        return AnswerToken(self.words.put(token))
+
+
 def answer_tokens(ids: Sequence[int], tokenizer: Any, tokens: Any) -> list[AnswerToken]:
-    """An answer's tokens with their text; `tokens` is `model.tokens`."""
-    words, found, count = Detokenizer(tokenizer), [], 0
-    ends, special = {index: kind for kind, index in tokens.end_ids.items()}, special_ids(tokenizer)
-    for each in ids:
-        if each in tokens.kind_of:
-            found.append(AnswerToken("", "mark", tokens.kind_of[each], count))
-            count += 1
-        elif each in ends:
-            found.append(AnswerToken("", "end", ends[each], count - 1))
-        elif each in special:
-            found.append(AnswerToken(str(tokenizer.convert_ids_to_tokens(each)), "special"))
-        else:
-            found.append(AnswerToken(words.put(each)))
-    if found and found[-1].part == "special":
-        found[-1] = AnswerToken(found[-1].text, "stop")
-    return found
+    """A finished answer's tokens with their text; `tokens` is `model.tokens`."""
+    reader = TokenReader(tokenizer, tokens)
+    return stopped([reader.read(each) for each in ids])
+
+
+def stopped(tokens: list[AnswerToken]) -> list[AnswerToken]:
+    """The tokens of a finished answer, in which a special token at the end is its stop."""
+    return [*tokens[:-1], replace(tokens[-1], part="stop")] if tokens and tokens[-1].part == "special" else tokens
 
 
 def image_attention(attention: ShortTermAttention, seen: SlotAttention | None) -> ImageAttention:
@@ -206,13 +331,6 @@ def map_size(attention: ShortTermAttention, picture: int) -> tuple[int, int]:
     longer = min(max(2 * round(finest), FINEST // 2), FINEST)
     scale = longer / max(wide, high)
     return max(round(wide * scale), 1), max(round(high * scale), 1)
-
-
-def segment_attention(attention: LongTermAttention, start: int) -> SegmentAttention:
-    """A long-term memory's attention to its segment, averaged over layers."""
-    shares = {name: float(share.mean()) for name, share in attention.shares().items()}
-    vectors = attention.weights.mean(0).numpy()
-    return SegmentAttention(start, attention.mean().numpy(), vectors, shares, len(attention.weights))
 
 
 def later_attention(seen: SlotAttention, index: int, inputs: Mapping[str, Tensor], image_token: int) -> LaterAttention:
@@ -268,5 +386,15 @@ def token_text(before: list[int], token: int, model: VisMem) -> str:
     return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) if before else 0 :]
 
 
-__getattr__ = renamed(__name__, {"Moment": "InspectedInvocation", "Token": "AnswerToken", "spelled": "answer_tokens"})
-__all__ = ["AnswerToken", "InspectedInvocation", "Inspection", "answer_tokens", "inspect_answer"]
+__getattr__ = renamed(
+    __name__,
+    {
+        "Token": "AnswerToken",
+        "Looked": "ImageAttention",
+        "Read": "SegmentAttention",
+        "Later": "LaterAttention",
+        "NextWord": "NextTokens",
+        "Moment": "InspectedInvocation",
+        "spelled": "answer_tokens",
+    },
+)

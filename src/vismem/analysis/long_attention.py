@@ -5,8 +5,7 @@ Recomputed from finished answers with recorded states: the former runs again wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,22 +75,26 @@ def long_term_attention(
         >>> (attention,) = long_term_attention(model, inputs, out.rollout)
         >>> processor.tokenizer.decode(attention.tokens), attention.mean()
     """
-    if model.memory_config.content != "formed":
-        raise ValueError(f"memory with content={model.memory_config.content!r} is not formed, so it attends to nothing")
     copies = answers_per_prompt(rollouts, inputs)
-    wanted = recorded_invocations([rollout.invocations for rollout in rollouts], "long")
+    wanted = recorded_invocations(model, [rollout.invocations for rollout in rollouts], "long")
     if not wanted:
         return []
     former: Any = model.memory.long
     visual = model.backbone.prompt_visual_states(inputs["input_ids"], inputs)
     segments = [segment_of(rollouts[row], index) for row, index, _ in wanted]
+    layers: list[Tensor] = []  # each [n, N, E]
+
+    def receive(_layer: int, weights: Tensor) -> None:
+        layers.append(weights[:, :, -len(former.memory_init) :].mean(1, dtype=torch.float32).cpu())
+
     found: list[LongTermAttention] = []
     for batch in batches_of_similar_length([len(segment) for segment in segments]):
         query = model.memory.builder(
             [visual[wanted[i][0] // copies] for i in batch], [wanted[i][2].states for i in batch]
         )
         embeds = [model.tokens.embed(segments[i].to(inputs["input_ids"].device)) for i in batch]
-        with memory_weights(model, len(former.memory_init)) as layers:
+        layers.clear()
+        with attention_weights(model, receive):
             memories = former(query, embeds)
         stacked = torch.stack(layers, dim=1)  # [n, layers, N, E]
         for i, weights, memory in zip(batch, stacked, memories, strict=True):
@@ -103,22 +106,4 @@ def long_term_attention(
     return sorted(found, key=lambda each: (each.row, each.index))
 
 
-@contextmanager
-def memory_weights(model: VisMem, last: int) -> Iterator[list[Tensor]]:
-    """Collects the attention of the `last` positions, averaged over heads, while the context lasts.
-
-    Yields:
-        A list that every layer appends its weights to, float32 [n, last, positions] on the CPU.
-    """
-    found: list[Tensor] = []
-
-    def receive(_layer: int, weights: Tensor) -> None:
-        found.append(weights[:, :, -last:].mean(1, dtype=torch.float32).cpu())
-
-    with attention_weights(model, receive):
-        yield found
-
-
-__getattr__ = renamed(
-    __name__, {"Reading": "LongTermAttention", "readings": "long_term_attention", "weighed": "memory_weights"}
-)
+__getattr__ = renamed(__name__, {"Reading": "LongTermAttention", "readings": "long_term_attention"})

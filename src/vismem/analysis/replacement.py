@@ -84,17 +84,14 @@ def next_token_kl(
         >>> next_token_kl(model, inputs, out.rollout, lambda row, index, invocation: None)
     """
     found = []
-    start = inputs["input_ids"].shape[1]
     for row, index, own, other in _replaced(model, inputs, rollouts, replace):
         rollout = rollouts[row]
-        invocation = rollout.invocations[index]
-        first = invocation.position + 2
+        first = rollout.invocations[index].position + 2
         later = [t for t in range(first + 1, len(rollout.tokens)) if rollout.sampled[t]]
         places = torch.tensor([first, *later])
-        before = (start + places - 1).to(own.device)
-        divergence = _kl(model, own[before], other[before], _allowed(rollout, places).to(own.device)).tolist()
+        divergence = _kl(model, own[places], other[places], _allowed(rollout, places).to(own.device)).tolist()
         rest = sum(divergence[1:]) / len(later) if later else float("nan")
-        found.append(Shift(row, index, invocation.kind, divergence[0], rest, len(later)))
+        found.append(Shift(row, index, rollout.invocations[index].kind, divergence[0], rest, len(later)))
     return sorted(found, key=lambda shift: (shift.row, shift.index))
 
 
@@ -108,11 +105,10 @@ def distributions(
         A pair for each invocation that inserted vectors, by row and index.
     """
     found = []
-    start = inputs["input_ids"].shape[1]
     for row, index, own, other in _replaced(model, inputs, rollouts, replace):
         invocation = rollouts[row].invocations[index]
         first = torch.tensor([invocation.position + 2])
-        states = torch.cat([own[start + first - 1], other[start + first - 1]])
+        states = torch.cat([own[first], other[first]])
         log_probs = _log_probs(model, states, _allowed(rollouts[row], first).to(states.device))
         found.append(NextTokenPair(row, index, invocation.kind, log_probs.cpu()))
     return sorted(found, key=lambda pair: (pair.row, pair.index))
@@ -121,37 +117,36 @@ def distributions(
 def _replaced(
     model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[Rollout], replace: Replace
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For every invocation: row, index, and the row's states [L, d] with its own memories and with one replaced."""
+    """Yields row and index of every invocation, and the answer's states [T + 1, d] with its memory and its replacement.
+
+    State t is the one that token t was sampled from.
+    """
     call = replay_inputs(model, inputs, rollouts)
-    memories = call.pop("memories")
+    memories, start = call.pop("memories"), call["prompt_length"]
+
+    def read(memories: list[list[Tensor | None]]) -> Tensor:
+        return model(**call, memories=memories, logits_to_keep=1).last_hidden_state[:, start - 1 :]
+
     for row, rollout in enumerate(rollouts):
         for index, invocation in enumerate(rollout.invocations):
             if invocation.length and invocation.memory is None:
                 raise ValueError(f"invocation {index} of answer {row} has no memory; keep `Invocation.memory`")
-
-    def read(memories: list[list[Tensor | None]]) -> Tensor:
-        return model(**call, memories=memories, logits_to_keep=1).last_hidden_state
-
     own = read(memories)
     for turn in range(max(len(row) for row in memories)):
         changed, rows = [list(row) for row in memories], []
         for row, rollout in enumerate(rollouts):
-            if turn < len(rollout.invocations) and rollout.invocations[turn].memory is not None:
-                changed[row][turn] = checked(replace(row, turn, rollout.invocations[turn]), memories[row][turn])
-                rows.append(row)
-        other = read(changed) if rows else own
-        yield from ((row, turn, own[row], other[row]) for row in rows)
-
-
-def checked(replacement: Tensor | None, memory: Tensor) -> Tensor | None:
-    """A replacement with the memory's dtype and device; None if empty. Raises ValueError if it is not [N, d]."""
-    if replacement is None or len(replacement) == 0:
-        return None
-    if replacement.dim() != 2 or replacement.shape[1] != memory.shape[1]:
-        raise ValueError(
-            f"a memory's replacement must be [N, {memory.shape[1]}] or None, got {list(replacement.shape)}"
-        )
-    return replacement.to(memory)
+            memory = memories[row][turn] if turn < len(memories[row]) else None
+            if memory is None:
+                continue
+            other = replace(row, turn, rollout.invocations[turn])
+            if other is not None and (other.dim() != 2 or other.shape[1] != memory.shape[1]):
+                raise ValueError(
+                    f"a memory's replacement must be [N, {memory.shape[1]}] or None, got {list(other.shape)}"
+                )
+            changed[row][turn] = None if other is None or len(other) == 0 else other.to(memory)
+            rows.append(row)
+        states = read(changed) if rows else own
+        yield from ((row, turn, own[row], states[row]) for row in rows)
 
 
 def _allowed(rollout: Rollout, places: Tensor) -> Tensor:

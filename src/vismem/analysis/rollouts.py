@@ -26,8 +26,7 @@ def answers_per_prompt(rollouts: Sequence[Rollout], inputs: dict[str, Tensor]) -
 def replay_inputs(model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """Arguments of `VisMem.forward` that read finished answers with their memories in place.
 
-    Raises:
-        ValueError: if the answers do not match the prompts.
+    Raises ValueError if the answers do not match the prompts.
     """
     answers_per_prompt(rollouts, inputs)
     pad = model.processor.tokenizer.pad_token_id or 0
@@ -36,16 +35,17 @@ def replay_inputs(model: VisMem, inputs: dict[str, Tensor], rollouts: Sequence[R
 
 
 def recorded_invocations(
-    answers: Sequence[Sequence[Invocation]], kind: Kind, first: int = 0
+    model: VisMem, answers: Sequence[Sequence[Invocation]], kind: Kind
 ) -> list[tuple[int, int, Invocation]]:
-    """Row, index and invocation of every memory of one kind that was formed; rows count from `first`.
+    """Row, index and invocation of every memory of one kind that was formed.
 
-    Raises:
-        ValueError: if an invocation has no states.
+    Raises ValueError if the model does not form memory, or if an invocation has no states.
     """
+    if model.memory_config.content != "formed":
+        raise ValueError(f"memory with content={model.memory_config.content!r} is not formed, so it attends to nothing")
     found = [
         (row, index, invocation)
-        for row, invocations in enumerate(answers, first)
+        for row, invocations in enumerate(answers)
         for index, invocation in enumerate(invocations)
         if invocation.kind == kind and invocation.length
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -98,10 +99,8 @@ class ShortTermAttention:
         Returns:
             [height, width].
         """
-        spreads = [
-            Spread(view, self.mean(index, layer, vector).numpy() * view.shown) for index, view in enumerate(self.views)
-        ]
-        return laid_over(spreads, picture, size)
+        patches = [(view, self.mean(i, layer, vector).numpy() * view.shown) for i, view in enumerate(self.views)]
+        return laid_over(patches, picture, size)
 
     def read(self, weights: Tensor, picture: int, size: Size | None = None) -> NDArray[np.float32]:
         """Later tokens' attention to this memory's slots, laid over one picture by the region each vector started from.
@@ -120,30 +119,24 @@ class ShortTermAttention:
         """
         if not self.starts:
             raise ValueError("with memory_init='learned' vectors do not start from a region of the picture")
-        spreads = []
-        for (view, box), weight in zip(self.starts, weights.tolist(), strict=True):
-            region = replace(self.views[view], grid=(1, 1), box=box)
-            spreads.append(Spread(region, np.full((1, 1), weight)))
-        return laid_over(spreads, picture, size)
+        regions = [
+            (replace(self.views[view], grid=(1, 1), box=box), np.full((1, 1), weight))
+            for (view, box), weight in zip(self.starts, weights.tolist(), strict=True)
+        ]
+        return laid_over(regions, picture, size)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Weights [rows, columns] of a view's patches, or of one region of it."""
-
-    view: View
-    weights: NDArray[np.floating]
-
-
-def laid_over(spreads: list[Spread], picture: int, size: Size | None = None) -> NDArray[np.float32]:
-    """Weights laid over one picture, [height, width], scaled to a mean of 1 over the area of all pictures."""
-    sizes = {spread.view.picture: spread.view.size for spread in spreads if spread.view.picture >= 0}
+def laid_over(patches: list[tuple[View, NDArray[np.floating]]], picture: int, size: Size | None) -> NDArray[np.float32]:
+    """Views' weights [rows, columns] laid over one picture, [height, width]; their mean over all pictures is 1."""
+    sizes = {view.picture: view.size for view, _ in patches if view.picture >= 0}
     if picture not in sizes:
         raise ValueError(f"no picture {picture} was seen; there are {', '.join(map(str, sorted(sizes)))}")
     wide, high = sizes[picture]
     size = size or (wide, high)
-    found, total = np.zeros((size[1], size[0])), sum(float(spread.weights.sum()) for spread in spreads)
-    for view, weights in ((spread.view, spread.weights) for spread in spreads if spread.view.picture == picture):
+    found, total = np.zeros((size[1], size[0])), sum(float(weights.sum()) for _, weights in patches)
+    for view, weights in patches:
+        if view.picture != picture:
+            continue
         (left, top, right, bottom), (rows, columns) = view.box, view.grid
         patch = (right - left) / columns * (bottom - top) / rows
         row = ((np.arange(size[1]) + 0.5) * high / size[1] - top) / (bottom - top) * rows
@@ -165,7 +158,6 @@ def block_weights(former: ShortTermFormer) -> Iterator[list[Tensor]]:
     """
     found: list[Tensor] = []
 
-    @torch.no_grad()
     def watch(query: Tensor, key: Tensor, mask: Tensor | None) -> None:
         scores = query.float() @ key.float().mT * query.shape[-1] ** -0.5
         if mask is not None:
@@ -208,8 +200,6 @@ def short_term_attention(
         >>> (attention,) = short_term_attention(model, inputs, out.invocations, [[picture]])
         >>> attention.on(0).shape
     """
-    if model.memory_config.content != "formed":
-        raise ValueError(f"memory with content={model.memory_config.content!r} is not formed, so it attends to nothing")
     backbone, prompts = model.backbone, len(inputs["input_ids"])
     former: Any = model.memory.short
     if len(pictures) != prompts or not invocations or len(invocations) % prompts:
@@ -217,14 +207,12 @@ def short_term_attention(
             f"{prompts} prompts, {len(pictures)} lists of pictures and {len(invocations)} answers do not match: pass "
             "each prompt's pictures, and the same number of answers for each prompt, in order"
         )
+    recorded = recorded_invocations(model, invocations, "short")
     images = backbone.prompt_images(inputs["input_ids"], inputs)
     visual = backbone.prompt_visual_states(inputs["input_ids"], inputs)
     copies, found = len(invocations) // prompts, []
-    for prompt in range(prompts):
-        first = prompt * copies
-        wanted = recorded_invocations(invocations[first : first + copies], "short", first)
-        if not wanted:
-            continue
+    for prompt, group in groupby(recorded, lambda each: each[0] // copies):
+        wanted = list(group)
         seen = views(model, pictures[prompt], **processor_kwargs)
         if [view.grid for view in seen] != [image.grid for image in images[prompt]]:
             raise ValueError(
@@ -277,6 +265,4 @@ def raster(model: VisMem, weights: Tensor, grid: tuple[int, int]) -> Tensor:
     return model.backbone.to_raster(flat, grid)[0].permute(2, 0, 1).unflatten(0, weights.shape[:2])
 
 
-__getattr__ = renamed(
-    __name__, {"Look": "ShortTermAttention", "looks": "short_term_attention", "watched": "block_weights"}
-)
+__getattr__ = renamed(__name__, {"Look": "ShortTermAttention", "looks": "short_term_attention"})

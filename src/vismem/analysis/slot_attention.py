@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from vismem.analysis.rollouts import replay_inputs
 from vismem.config import Kind
 from vismem.decoding.trace import Rollout
-from vismem.deprecation import renamed
 from vismem.model import VisMem
 from vismem.reading.splice import Splice, find_invocations
 
@@ -88,10 +87,10 @@ def attention_to_slots(model: VisMem, inputs: dict[str, Tensor], rollouts: Seque
     ids, start, memories = call["input_ids"], call["prompt_length"], call["memories"]
     places = find_invocations(ids, [start] * len(ids), model.tokens.invocation_ids, model.tokens.end_ids)
     splice = Splice(places, memories, ids.shape[1])
-    reducer = AttentionReducer(groups_of(splice, ids, start, model.backbone.image_token_id), slots_of(splice), start)
+    reducer = AttentionReducer(splice, ids == model.backbone.image_token_id, start)
     with attention_weights(model, reducer.add):
         model(**call, logits_to_keep=1)
-    slots, shares = reducer.result()  # [layers, n, E - start, S] and [layers, n, E - start, groups]
+    slots, shares = reducer.result()
     found = []
     for row, rollout in enumerate(rollouts):
         kept = splice.kept[row, start : start + len(rollout.tokens)] - start
@@ -109,21 +108,6 @@ def attention_to_slots(model: VisMem, inputs: dict[str, Tensor], rollouts: Seque
     return found
 
 
-def groups_of(splice: Splice, ids: Tensor, start: int, image_token: int) -> Tensor:
-    """One-hot [n, E, groups]: the group of each position of the sequences with memories."""
-    source = splice.source
-    seen = (ids.cpu() == image_token).gather(1, source)
-    group = torch.where(source >= start, GROUPS.index("answer"), GROUPS.index("prompt"))
-    group = group.masked_fill(seen & (source < start), GROUPS.index("visual"))
-    return nn.functional.one_hot(group.masked_fill(splice.slot, GROUPS.index("memory")), len(GROUPS)).float()
-
-
-def slots_of(splice: Splice) -> Tensor:
-    """[n, S]: positions of each row's slots, padded with -1, whose weights are meaningless."""
-    rows = [row.nonzero().flatten() for row in splice.slot]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
 class AttentionReducer:
     """Reduces attention weights to slots and groups as the layers compute them.
 
@@ -131,13 +115,20 @@ class AttentionReducer:
     the left.
 
     Args:
-        groups: one-hot [n, E, groups] of all positions.
-        slots: [n, S] positions of slots, padded with -1.
-        start: queries before this position are skipped.
+        splice: where memories lie in the sequences of E positions.
+        visual: bool [n, L], the visual tokens of the sequences without memories.
+        start: length of the prompt; its queries are skipped.
     """
 
-    def __init__(self, groups: Tensor, slots: Tensor, start: int) -> None:
-        self.groups, self.slots, self.start = groups, slots, start
+    def __init__(self, splice: Splice, visual: Tensor, start: int) -> None:
+        source, self.start = splice.source, start
+        group = torch.where(source >= start, GROUPS.index("answer"), GROUPS.index("prompt"))
+        group[visual.cpu().gather(1, source) & (source < start)] = GROUPS.index("visual")
+        group[splice.slot] = GROUPS.index("memory")
+        self.groups = nn.functional.one_hot(group, len(GROUPS)).float()  # [n, E, groups]
+        rows = [row.nonzero().flatten() for row in splice.slot]
+        # [n, S]: positions of each row's slots, padded with -1, whose weights are meaningless.
+        self.slots = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         self.read: dict[int, int] = defaultdict(int)  # positions seen by each layer
         self.parts: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
@@ -161,36 +152,6 @@ class AttentionReducer:
         return slots, shares
 
 
-def attention_layers(model: VisMem) -> list[nn.Module]:
-    """The language model's attention modules, layer by layer.
-
-    Raises:
-        ValueError: if a layer has no attention.
-    """
-    layers = getattr(model.backbone.language_model, "layers", None) or []
-    found: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
-    if not found or any(attention is None for attention in found):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
-        raise ValueError(
-            f"the language model of {model.backbone.model_type} has layers without attention ({kinds}); only layers "
-            "with `self_attn` return weights"
-        )
-    return found
-
-
-@contextmanager
-def eager_attention(model: VisMem) -> Iterator[None]:
-    """Switches the base's language model to eager attention while the context lasts."""
-    # Set on the private attribute, as `set_attn_implementation` does, because that method refuses remote code.
-    config: Any = model.backbone.language_model.config
-    before = config._attn_implementation  # noqa: SLF001 - tested with transformers 5.23.0
-    config._attn_implementation = "eager"  # noqa: SLF001
-    try:
-        yield
-    finally:
-        config._attn_implementation = before  # noqa: SLF001
-
-
 @contextmanager
 def attention_weights(model: VisMem, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Runs the language model with eager attention and passes on each layer's weights as it computes them.
@@ -211,10 +172,19 @@ def attention_weights(model: VisMem, receive: Callable[[int, Tensor], None]) -> 
             )
         receive(layer, weights)
 
-    with eager_attention(model), ExitStack() as stack:
-        for index, layer in enumerate(attention_layers(model)):
-            stack.callback(layer.register_forward_hook(partial(hook, index)).remove)
+    language: Any = model.backbone.language_model
+    layers = getattr(language, "layers", None) or []
+    if not layers or any(getattr(layer, "self_attn", None) is None for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+        raise ValueError(
+            f"the language model of {model.backbone.model_type} has layers without attention ({kinds}); only layers "
+            "with `self_attn` return weights"
+        )
+    # Set on the private attribute, as `set_attn_implementation` does, because that method refuses remote code.
+    before = language.config._attn_implementation  # noqa: SLF001 - tested with transformers 5.23.0
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.callback(layer.self_attn.register_forward_hook(partial(hook, index)).remove)
+        stack.callback(setattr, language.config, "_attn_implementation", before)
+        language.config._attn_implementation = "eager"  # noqa: SLF001
         yield
-
-
-__getattr__ = renamed(__name__, {"eager": "eager_attention"})

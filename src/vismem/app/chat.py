@@ -16,8 +16,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from vismem.analysis.findings import Inspection
-from vismem.analysis.inspection import inspect_answer
+from vismem.analysis.inspection import Inspection, inspect_answer
 from vismem.app.session import AnswerSettings, ChatError, Conversation, Reply, Side, Turn, one_line
 from vismem.data.images import BadImageError, read_file
 from vismem.decoding.policies import Policy
@@ -110,9 +109,10 @@ class Chat:
         """
         question, settings = question.strip(), settings or AnswerSettings()
         with self.processor_lock:
-            has_image = self.check(conversation, question, pictures)
-            policy = settings.policy(has_image=has_image)
-            turn = Turn(question, list(pictures), settings, seen=[*conversation.pictures, *pictures])
+            seen = [*conversation.pictures, *pictures]
+            self.check(conversation, question, seen)
+            policy = settings.policy(has_image=bool(seen))
+            turn = Turn(question, list(pictures), settings, seen=seen)
             inputs = self.prompt(conversation.messages(question, pictures))
             needed = inputs["input_ids"].shape[1] + settings.max_new_tokens
             if needed > self.context:
@@ -130,14 +130,14 @@ class Chat:
                 self.stop(turn)
                 busy = "The model is busy with other questions: ask again in a moment."
                 raise ChatError(busy if isinstance(error, QueueFullError) else SHUTTING_DOWN) from error
-            for earlier in conversation.turns:
-                for reply in earlier.replies:
-                    reply.free_unused()
+            for reply in [reply for earlier in conversation.turns for reply in earlier.replies]:
+                if reply.over.is_set() and not reply.inspectable:
+                    reply.inputs, reply.ticket = {}, None  # large, and of no use
             conversation.turns.append(turn)
             return turn
 
-    def check(self, conversation: Conversation, question: str, pictures: Sequence[Image.Image]) -> bool:
-        """Validates a question; returns whether the conversation has a picture. Raises ChatError."""
+    def check(self, conversation: Conversation, question: str, seen: Sequence[Image.Image]) -> None:
+        """Validates a question and all pictures seen so far. Raises ChatError."""
         if conversation.busy:
             raise ChatError("An answer is still being written: wait for it, or stop it first.")
         if not question:
@@ -148,11 +148,9 @@ class Chat:
         for marker in self.markers:
             if marker in question:
                 raise ChatError(f"The question contains the model's special token {marker}: remove it.")
-        seen = [*conversation.pictures, *pictures]
         check_count(len(seen))
         if pixels_of(seen) > MAX_TOTAL_PIXELS:
             raise too_many_pixels()
-        return bool(seen)
 
     def submit(self, side: Side, policy: str | Policy, inputs: dict[str, Tensor], settings: AnswerSettings) -> Reply:
         """Queues one answer. Raises QueueFullError or WorkerClosedError."""
@@ -181,7 +179,7 @@ class Chat:
         """Inspects a finished answer in the worker's thread; the result is kept.
 
         Raises:
-            ChatError: if there is no such answer, it is not finished, or it has no invocation.
+            ChatError: if it is not finished, or has no invocation.
         """
         reply = next((reply for reply in turn.replies if reply.side == side), None)
         if reply is None or not reply.inspectable:
@@ -209,18 +207,16 @@ class Chat:
         self.worker.close()
 
 
-def read_pictures(files: Sequence[tuple[str | Path, str]], conversation: Conversation) -> list[Image.Image]:
-    """Reads pictures, given as (path, name), within the conversation's limits.
-
-    Counts and sizes are checked before a picture is decoded.
+def read_pictures(paths: Sequence[Path], conversation: Conversation) -> list[Image.Image]:
+    """Reads pictures within the conversation's limits, which are checked before decoding.
 
     Raises:
         ChatError: if a file is not a complete image, or there are too many pictures or pixels.
     """
-    check_count(len(conversation.pictures) + len(files))
+    check_count(len(conversation.pictures) + len(paths))
     found: list[Image.Image] = []
-    for path, name in files:
-        found.append(read_picture(path, name, MAX_TOTAL_PIXELS - pixels_of([*conversation.pictures, *found])))
+    for path in paths:
+        found.append(read_picture(path, MAX_TOTAL_PIXELS - pixels_of([*conversation.pictures, *found])))
     return found
 
 
@@ -247,31 +243,25 @@ def pixels_of(pictures: Sequence[Image.Image]) -> int:
     return sum(picture.width * picture.height for picture in pictures)
 
 
-def read_picture(path: str | Path, name: str | None = None, pixels_left: int = MAX_TOTAL_PIXELS) -> Image.Image:
-    """Reads a picture as `Pictures.decode` does, with the same limits.
-
-    Args:
-        path: the file.
-        name: shown in messages; by default the file's name.
-        pixels_left: number of pixels that the conversation may still add.
+def read_picture(path: Path, pixels_left: int = MAX_TOTAL_PIXELS) -> Image.Image:
+    """Reads a picture as `Pictures.decode` does, with at most `pixels_left` pixels.
 
     Raises:
         ChatError: if the file is not a complete image, or too large.
     """
-    name = name or Path(path).name
     limits = PictureLimits(pixels=max(min(MAX_PIXELS, pixels_left), 1))
     try:
         with DECODE_LOCK:
-            return Pictures(limits).decode([read_file(Path(path))])[0]
+            return Pictures(limits).decode([read_file(path)])[0]
     except BadImageError as error:
-        raise ChatError(f"Image {name} is no longer available: upload it again.") from error
+        raise ChatError(f"Image {path.name} is no longer available: upload it again.") from error
     except ApiError as error:
         if error.status == 413 and pixels_left < MAX_PIXELS:
             raise too_many_pixels() from error
         if error.status == 413:
-            raise ChatError(f"Image {name} has more than {MAX_PIXELS:,} pixels, the limit; shrink it.") from error
+            raise ChatError(f"Image {path.name} has more than {MAX_PIXELS:,} pixels, the limit; shrink it.") from error
         reason = error.message.removeprefix("an image cannot be used: ")
-        raise ChatError(f"Image {name} cannot be used: {reason}.") from error
+        raise ChatError(f"Image {path.name} cannot be used: {reason}.") from error
 
 
 __getattr__ = renamed(__name__, {"Studio": "Chat"})

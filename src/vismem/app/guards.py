@@ -1,4 +1,4 @@
-"""ASGI middleware around the viewer, as in `serving/guards.py`.
+"""Guards of the viewer: ASGI middleware as in `serving/guards.py`, and a check of the files that events name.
 
 Gradio serves much that this page does not use: its own API, recordings, a history of runs that may be sent to a hub in
 the owner's name. The guards let through only what the page uses, limit its size, and decide who may connect.
@@ -13,17 +13,22 @@ import hmac
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import override
 
 from vismem.serving.access import request_line
 from vismem.serving.errors import ApiError, refuse
 from vismem.serving.guards import BodyLimit, Check, Hosts, Origins, digest, hosts_for
 
 log = logging.getLogger(__name__)
+INVALID_EVENT = "The page sent an invalid request: reload it."
 UPLOAD = "/gradio_api/upload"
 ALLOWED_PATHS = re.compile(  # the page, its assets and exports, and the parts of gradio's API that the page calls
     r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(?:assets|static|svelte|export)/.+"
@@ -42,13 +47,7 @@ HEADERS = {
 
 
 def guarded(app: ASGIApp, address: str, password: str | None = None) -> ASGIApp:
-    """Wraps the page in its guards.
-
-    Args:
-        app: the page.
-        address: where it listens. On loopback it answers to loopback host names only.
-        password: visitors must know it; None asks for none.
-    """
+    """Wraps the page in its guards; see `web` for the arguments."""
     hosts = hosts_for(address)
     app = PathCheck(SizeLimits(ErrorBoundary(app)))
     if password is not None:
@@ -60,16 +59,16 @@ def guarded(app: ASGIApp, address: str, password: str | None = None) -> ASGIApp:
 class HostCheck(Hosts):
     """Refuses a `Host` header that does not name this machine."""
 
+    @override
     def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """See `Hosts`."""
         return ApiError(403, "the viewer does not serve that host name") if super().wrong(scope, headers) else None
 
 
 class OriginCheck(Origins):
     """Refuses requests that a page of another origin makes the browser send."""
 
+    @override
     def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """See `Origins`."""
         return ApiError(403, "the viewer refuses other origins") if super().wrong(scope, headers) else None
 
 
@@ -80,8 +79,8 @@ class PasswordCheck(Check):
         super().__init__(app)
         self.digest = digest(password.encode())
 
-    def wrong(self, _scope: Scope, headers: Headers) -> ApiError | None:
-        """See `Check`."""
+    @override
+    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
         given = headers.getlist("authorization")
         scheme, _, encoded = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         try:
@@ -97,8 +96,8 @@ class PasswordCheck(Check):
 class PathCheck(Check):
     """Refuses paths that the page does not use."""
 
-    def wrong(self, scope: Scope, _headers: Headers) -> ApiError | None:
-        """See `Check`."""
+    @override
+    def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
         return None if ALLOWED_PATHS.fullmatch(scope["path"]) else ApiError(404, "the viewer has no such page")
 
 
@@ -156,18 +155,14 @@ class ErrorBoundary:
             await self.app(scope, receive, tracking_send)
         except Exception as error:
             debugging = log.isEnabledFor(logging.DEBUG)
-            log.error("the viewer failed at %s: %s", request_line(scope), ascii_line(error), exc_info=debugging)
+            reason = ascii(" ".join(f"{type(error).__name__}: {error}".split()))[1:-1][:120]
+            log.error("the viewer failed at %s: %s", request_line(scope), reason, exc_info=debugging)
             if not started:
                 answer = ApiError(500, "internal error; see the viewer's log").response()
                 await answer(scope, receive, send)
                 return
             with contextlib.suppress(Exception):  # completes the response, or uvicorn logs one more line
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def ascii_line(error: Exception) -> str:
-    """An error in one short line of printable ASCII."""
-    return ascii(" ".join(f"{type(error).__name__}: {error}".split()))[1:-1][:120]
 
 
 class SafeHeaders:
@@ -191,3 +186,42 @@ class SafeHeaders:
             headers = [(name, value) for name, value in scope["headers"] if not name.startswith(FORWARDING_HEADERS)]
             scope = {**scope, "headers": headers}
         await self.app(scope, receive, send_with_headers)
+
+
+class Blocks(gr.Blocks):
+    """A gradio page whose visitors can ask only about files that they uploaded, not about others on this machine.
+
+    Gradio copies every file named in a request to a place it serves. It checks the names only in pages that it launched
+    itself; this page is mounted into another application, so they are checked here.
+    """
+
+    # Not in gradio's documented interface, but the one place all inputs go through; tested with gradio 6.31.0.
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *more: Any, **named: Any) -> list[Any]:
+        """An event's inputs. Raises gr.Error if one is invalid or names a file that was not uploaded."""
+        folder = os.path.realpath(get_upload_folder())
+        for path in paths(inputs):
+            if not isinstance(path, str) or "\0" in path or not inside(path, folder):
+                raise gr.Error("That file was not uploaded to this page: upload it again.", print_exception=False)
+        try:
+            return await super().preprocess_data(block_fn, inputs, *more, **named)
+        except Exception as error:  # components raise errors of any type, and gradio would print the traceback
+            debugging = log.isEnabledFor(logging.DEBUG)
+            log.warning("invalid event %s: %s", block_fn.name, type(error).__name__, exc_info=debugging)
+            message = error.message if isinstance(error, gr.Error) else INVALID_EVENT
+            raise gr.Error(message, print_exception=False) from None
+
+
+def paths(value: Any) -> Iterator[Any]:
+    """Every file path in what a browser sent, at any depth."""
+    if isinstance(value, dict):
+        if "path" in value:
+            yield value["path"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from paths(each)
+
+
+def inside(path: str, folder: str) -> bool:
+    """Whether a file is in the folder once symbolic links are resolved."""
+    return os.path.realpath(path).startswith(folder + os.sep)

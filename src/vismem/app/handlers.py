@@ -19,8 +19,8 @@ import gradio as gr
 from vismem.app import rendering
 from vismem.app.chat import Chat, check_text, read_pictures
 from vismem.app.examples import examples
+from vismem.app.guards import INVALID_EVENT
 from vismem.app.session import AnswerSettings, ChatError, Conversation, one_line
-from vismem.app.uploads import INVALID_EVENT
 
 POLL_INTERVAL = 0.05  # seconds between two checks of a running answer
 REFRESH_EVERY = 20  # polls without a new token after which the conversation is sent again
@@ -31,21 +31,15 @@ Updates = dict[Any, Any]  # by component
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """The page's components.
-
-    Args:
-        bar, past, live, notice, composer, inspector: those a conversation updates. `live` holds the latest turn, which
-            is sent again with every token; `past` holds all earlier ones.
-        switches: the inputs of `settings_of`, in order.
-    """
+    """The page's components that a conversation updates, and its switches."""
 
     bar: Any
-    past: Any
-    live: Any
+    past: Any  # all turns but the latest
+    live: Any  # the latest turn, which is sent again with every token
     notice: Any
     composer: Any
     inspector: Any
-    switches: list[Any]
+    switches: list[Any]  # the inputs of `settings_of`, in order
 
     @property
     def outputs(self) -> list[Any]:
@@ -53,12 +47,7 @@ class Components:
 
 
 class Handlers:
-    """Callbacks for the page's events.
-
-    Args:
-        chat: answers the questions.
-        parts: the components to update.
-    """
+    """Callbacks for the page's events; `parts` are the components to update."""
 
     def __init__(self, chat: Chat, parts: Components) -> None:
         self.chat, self.parts = chat, parts
@@ -95,14 +84,12 @@ class Handlers:
         try:
             settings = settings_of(*switches)
             example = None if picked is None else examples()[event_index(picked, "example", len(examples()))]
-            if example is not None:
-                question = example.question
             async with self.read_lock:
                 if example is not None:
-                    pictures = example.open()
+                    question, pictures = example.question, example.open()
                 else:
-                    uploads = [path_and_name(file) for file in files]
-                    pictures = await asyncio.to_thread(read_pictures, uploads, conversation)
+                    paths = [Path(file if isinstance(file, str) else file["path"]) for file in files]
+                    pictures = await asyncio.to_thread(read_pictures, paths, conversation)
                 turn = await asyncio.to_thread(self.chat.ask, conversation, question, pictures, settings)
         except ChatError as error:
             yield {parts.notice: rendering.notice(str(error))}
@@ -124,7 +111,7 @@ class Handlers:
                 polls += 1
                 if turn.size != size:
                     size = turn.size
-                    yield {parts.live: self.turn_updates(conversation)[parts.live]}
+                    yield {parts.live: rendering.turn_html(conversation, len(conversation.turns) - 1)}
                 elif polls % REFRESH_EVERY == 0:  # an older event may have overwritten it
                     yield self.turn_updates(conversation)
                 await asyncio.sleep(POLL_INTERVAL)
@@ -167,11 +154,8 @@ class Handlers:
         """Opens an invocation's panel, or closes it if it is open."""
         parts, conversation = self.parts, self.conversation(request)
         try:
-            number, side, index = (
-                event_index(event, "turn"),
-                str(event_value(event, "side")),
-                event_index(event, "index"),
-            )
+            number, side = event_index(event, "turn"), str(event_value(event, "side"))
+            index = event_index(event, "index")
             if conversation.selected == (number, side, index) and event_value(event, "closes"):
                 yield self.close(request)
                 return
@@ -180,13 +164,13 @@ class Handlers:
             yield {parts.notice: rendering.notice(str(error))}
             return
         conversation.selected = number, side, index
-        yield {**self.turn_updates(conversation), parts.inspector: self.panel(conversation)}
+        yield {**self.turn_updates(conversation), parts.inspector: rendering.inspector(conversation)}
         try:
             await asyncio.shield(asyncio.wrap_future(future))
         except Exception:  # the panel shows it
             log.exception("cannot inspect an answer")
         conversation = self.conversation(request)  # a new one may have been started, or another panel opened
-        yield {**self.turn_updates(conversation), parts.inspector: self.panel(conversation)}
+        yield {**self.turn_updates(conversation), parts.inspector: rendering.inspector(conversation)}
 
     def close(self, request: gr.Request) -> Updates:
         """Closes the open panel."""
@@ -215,22 +199,10 @@ class Handlers:
 
     def turn_updates(self, conversation: Conversation) -> Updates:
         """The turns, or the welcome."""
-        count = len(conversation.turns)
-        latest = rendering.turns(conversation, count - 1, count) if count else rendering.welcome(self.chat)
-        return {self.parts.past: rendering.turns(conversation, 0, max(count - 1, 0)), self.parts.live: latest}
-
-    def panel(self, conversation: Conversation) -> str:
-        """The open panel, or an empty string."""
-        if conversation.selected is None:
-            return ""
-        number, side, _ = conversation.selected
-        future = conversation.turns[number].reply(side).inspection
-        if future is None or not future.done() or future.cancelled():
-            return rendering.inspector(conversation, None)
-        error = future.exception()
-        if error is not None:
-            return rendering.inspector(conversation, None, f"Cannot inspect this answer: {one_line(error)}")
-        return rendering.inspector(conversation, future.result())
+        *past, latest = [rendering.turn_html(conversation, number) for number in range(len(conversation.turns))] or [
+            rendering.welcome(self.chat)
+        ]
+        return {self.parts.past: "".join(past), self.parts.live: latest}
 
 
 def composer_update(*, busy: bool, clear: bool = False) -> Any:
@@ -249,11 +221,7 @@ def settings_of(
     seed: float | None,
     max_tokens: float | None,
 ) -> AnswerSettings:
-    """Reads the page's switches.
-
-    Raises:
-        ChatError: if one is empty or invalid.
-    """
+    """Reads the page's switches. Raises ChatError if one is empty or invalid."""
     for text in (invocation, schedule, where):
         check_text(text or "")
     if len(schedule or "") > MAX_SCHEDULE:
@@ -293,8 +261,3 @@ def event_index(event: gr.EventData, name: str, end: int = 2**31) -> int:
     if not value.isdecimal() or len(value) > 10 or int(value) >= end:
         raise ChatError(INVALID_EVENT)
     return int(value)
-
-
-def path_and_name(upload: Any) -> tuple[str, str]:
-    path = upload if isinstance(upload, str) else upload["path"]
-    return path, Path(path).name

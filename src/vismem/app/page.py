@@ -9,9 +9,9 @@ import gradio as gr
 
 from vismem.app import rendering
 from vismem.app.chat import Chat
+from vismem.app.guards import Blocks
 from vismem.app.handlers import Components, Handlers
 from vismem.app.session import MAX_TOKENS
-from vismem.app.uploads import Blocks
 
 UPLOAD_LIFETIME = 3600  # seconds
 CHOICES = [

@@ -2,6 +2,9 @@
 
 Fragments need `CSS` and nothing else: no script, file or network. They work without colour, by keyboard, in light and
 dark, and on narrow screens. `analysis/inspection.py` defines the numbers; `export.py` makes whole pages.
+
+A heat map is a small transparent image over one pale grey picture. Blended with `mix-blend-mode: multiply` they look
+like `analysis.heatmaps.overlaid`, at a fraction of the bytes.
 """
 
 from __future__ import annotations
@@ -11,18 +14,28 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from vismem.analysis.findings import AnswerToken, InspectedInvocation, Inspection
+from vismem.analysis.heatmaps import HOT, PALE, data_url, enlarged, scale_end, strength
+from vismem.analysis.inspection import AnswerToken, FloatArray, HeatMap, InspectedInvocation, Inspection
 from vismem.analysis.templates import templates_of
-from vismem.app.maps import map_context
 from vismem.config import Kind
 from vismem.decoding.markers import SHAPES, Piece
 
 CSS: str = files("vismem.app").joinpath("templates/viewer.css").read_text(encoding="utf-8")
+MAP_SIDE = 560  # pixels, longer side of the picture under a map: twice its size on the page
 MAX_WORDS = 240  # tokens that a panel shows one by one
 LABELLED = 3  # words labelled with their value
 MIN_LATER = 12  # later tokens shown at least; then up to the last above MIN_SHARE
 MIN_SHARE = 0.001
+SHARES = {
+    "picture": "picture",
+    "padding": "padding around it",
+    "class token": "class token",
+    "segment": "words of the segment",
+    "query": "its query",
+    "memory": "itself",
+}
 
 environment = templates_of("vismem.app")
 
@@ -61,22 +74,15 @@ def timeline(
 ) -> str:
     """A strip of an answer's tokens with a chip at each invocation, and how much each token attended to memory.
 
-    Args:
-        tokens: `Inspection.tokens`, or `inspection.answer_tokens(...)` of an answer without an inspection.
-        attention: `Inspection.attention`; None shows none.
-        turn, side, selected, links: as for `answer_html`.
+    `attention` is `Inspection.attention`; None shows none. The other arguments are those of `answer_html`.
     """
     attention = attention or {}
     none = [0.0] * len(tokens)
     short, long = attention.get("short", none), attention.get("long", none)
-    most = max((a + b for a, b in zip(short, long, strict=True)), default=0.0)
     return environment.get_template("timeline.html").render(
-        tokens=[
-            {"token": token, "name": token_label(token), "short": short[i], "long": long[i], "position": i}
-            for i, token in enumerate(tokens)
-        ],
+        columns=list(zip(tokens, short, long, strict=True)),
         count=sum(token.part == "mark" for token in tokens),
-        most=most,
+        most=max(map(sum, zip(short, long, strict=True)), default=0.0),
         turn=turn,
         side=side,
         selected=selected,
@@ -85,64 +91,78 @@ def timeline(
     )
 
 
-def panel(inspection: Inspection, index: int, vector: int | None = None, *, key: str = "0") -> str:
-    """Everything about one invocation, as one fragment.
-
-    Args:
-        inspection: the answer's.
-        index: of the invocation.
-        vector: index of the memory vector to show first; None is the mean over all.
-        key: of the answer, unique on the page.
+def panel(inspection: Inspection, index: int, *, key: str = "0") -> str:
+    """Everything about one invocation, as one fragment; `key` is of the answer, unique on the page.
 
     Raises:
-        ValueError: if there is no such invocation or vector.
+        ValueError: if there is no such invocation.
     """
     if not 0 <= index < len(inspection.moments):
         raise ValueError(f"there is no invocation {index}; the answer has {len(inspection.moments)}")
-    moment = inspection.moments[index]
-    if vector is not None and not 0 <= vector < moment.vectors:
-        raise ValueError(f"there is no vector {vector}; the memory has {moment.vectors}")
+    moment, pictures = inspection.moments[index], inspection.pictures
     return environment.get_template("panel.html").render(
         moment=moment,
         key=f"vm-{key}-{index}",
         shape=SHAPES[moment.kind],
         before="".join(token.text for token in inspection.tokens[: moment.position] if token.part == "word")[-60:],
-        maps=[map_context(each, inspection.pictures[each.picture]) for each in moment.looked.maps]
-        if moment.looked
-        else [],
+        maps=[map_context(each, pictures[each.picture]) for each in moment.looked.maps] if moment.looked else [],
         total=len(inspection.moments),
-        several=len(inspection.pictures) > 1,
-        shares=formation_shares(moment),
+        several=len(pictures) > 1,
+        share_names=SHARES,
         words=segment_words(inspection, moment),
         unread=0 if moment.read is None else max(len(moment.read.mean) - MAX_WORDS, 0),
         later=later_tokens(inspection, moment),
-        groups=attention_groups(moment),
-        next_token=next_token(moment),
-        chosen=vector,
     )
 
 
 # Values for the template.
 
 
-SHARES = {
-    "picture": "picture",
-    "padding": "padding around it",
-    "class token": "class token",
-    "segment": "words of the segment",
-    "query": "its query",
-    "memory": "itself",
-}
+def map_context(found: HeatMap, picture: Image.Image) -> dict[str, Any]:
+    """A short-term memory's maps over one picture, for the panel's template."""
+    grey = picture if MAP_SIDE // 2 <= max(picture.size) <= MAP_SIDE else enlarged(picture, MAP_SIDE)
+    pale = (255 * (1 - PALE * (1 - np.asarray(grey.convert("L"), dtype=np.float64) / 255))).round().astype(np.uint8)
+    most = scale_end([found.mean, *([] if found.read is None else [found.read])])
+    each = scale_end(list(found.vectors))
+    return {
+        "ground": data_url(Image.fromarray(pale)),
+        "ratio": picture.height / picture.width,
+        "number": found.picture + 1,
+        "share": found.share,
+        "views": [layer("mean of all vectors", "mean", found.mean, most)]
+        + [layer(f"vector {i + 1}", str(i + 1), heat, each) for i, heat in enumerate(found.vectors)],
+        "read": None if found.read is None else layer("what the answer read", "read", found.read, most),
+    }
 
 
-def formation_shares(moment: InspectedInvocation) -> list[dict[str, Any]]:
-    """Attention while the memory was formed, by target."""
-    found = moment.looked or moment.read
-    return (
-        []
-        if found is None
-        else [{"name": SHARES[name], "share": share} for name, share in found.shares.items() if share > 0]
+def layer(title: str, name: str, heat: FloatArray, end: float) -> dict[str, Any]:
+    """One map: its image, its scale, and where its maximum is, in words."""
+    row, column = np.argwhere(heat >= heat.max() * (1 - 1e-4)).mean(0)  # centre of the maximum
+    return {
+        "title": title,
+        "name": name,
+        "url": data_url(painted(heat, end)),
+        "end": end,
+        "peak": float(heat.max()),
+        "place": position_in_words((row + 0.5) / heat.shape[0], (column + 0.5) / heat.shape[1]),
+    }
+
+
+def painted(heat: FloatArray, end: float) -> Image.Image:
+    """A map as a small image of one colour, opaque where attention is far above the even share."""
+    colour = np.broadcast_to(HOT, (*heat.shape, 3))
+    return Image.fromarray(
+        (255 * np.concatenate([colour, strength(heat, end)[..., None]], -1)).round().astype(np.uint8), "RGBA"
     )
+
+
+def position_in_words(down: float, across: float) -> str:
+    """A point of a picture in words; both coordinates are in [0, 1]."""
+    rows, columns = ("at the top", "", "at the bottom"), ("left", "middle", "right")
+    row, column = rows[min(int(3 * down), 2)], columns[min(int(3 * across), 2)]
+    if not row:
+        return "in the middle" if column == "middle" else f"in the middle, {column}"
+    return row if column == "middle" else f"{row} {column}"
 
 
 def segment_words(inspection: Inspection, moment: InspectedInvocation) -> list[dict[str, Any]]:
@@ -156,18 +176,11 @@ def segment_words(inspection: Inspection, moment: InspectedInvocation) -> list[d
     for title, name, weights in rows:
         shares = (weights / max(float(weights.mean()), 1e-12))[-MAX_WORDS:]  # 1 is an even share within the segment
         most, strongest = max(2.0, float(shares.max())), set(np.argsort(-shares)[:LABELLED].tolist())
-        found.append(
-            {
-                "title": title,
-                "name": name,
-                "words": [
-                    {"token": token, "times": float(share), "strength": float(share) / most, "strong": i in strongest}
-                    for i, (token, share) in enumerate(
-                        zip(inspection.tokens[end - len(shares) : end], shares, strict=True)
-                    )
-                ],
-            }
-        )
+        words = [
+            {"token": token, "times": float(share), "strength": float(share) / most, "strong": i in strongest}
+            for i, (token, share) in enumerate(zip(inspection.tokens[end - len(shares) : end], shares, strict=True))
+        ]
+        found.append({"title": title, "name": name, "words": words})
     return found
 
 
@@ -180,51 +193,26 @@ def later_tokens(inspection: Inspection, moment: InspectedInvocation) -> dict[st
     last = max((i for i, share in enumerate(every) if share >= MIN_SHARE), default=0)
     shown = every[: min(max(last + 1, MIN_LATER), MAX_WORDS)]
     strongest = set(np.argsort([-share for share in shown])[:LABELLED].tolist())
-    return {
-        "most": most,
-        "words": [
-            {
-                "name": token_label(inspection.tokens[start + i]),
-                "token": inspection.tokens[start + i],
-                "share": share,
-                "height": share / most if most else 0.0,
-                "strong": i in strongest and share >= MIN_SHARE,
-            }
-            for i, share in enumerate(shown)
-        ],
-        "rest": len(every) - len(shown),
-        "rest_most": max(every[len(shown) :], default=0.0),
-    }
-
-
-def attention_groups(moment: InspectedInvocation) -> list[dict[str, Any]]:
-    """Attention of later tokens by group, and the number of positions in each group."""
-    if moment.later is None:
-        return []
-    shares, counts = moment.later.groups, moment.later.places
-    return [{"name": name, "share": share, "count": counts[name]} for name, share in shares.items() if counts[name]]
-
-
-def next_token(moment: InspectedInvocation) -> dict[str, Any] | None:
-    """The next token's distribution with and without the memory."""
-    if moment.next is None:
-        return None
-    found = moment.next.candidates
-    given, without = max(found, key=lambda each: each.given), max(found, key=lambda each: each.without)
-    return {"rows": found, "kl": moment.next.kl, "given": given, "without": without, "inserted": moment.next.put_in}
+    words = [
+        {
+            "token": token,
+            "share": share,
+            "height": share / most if most else 0.0,
+            "strong": i in strongest and share >= MIN_SHARE,
+        }
+        for i, (token, share) in enumerate(zip(inspection.tokens[start:], shown, strict=False))
+    ]
+    rest = every[len(shown) :]
+    return {"most": most, "words": words, "rest": len(rest), "rest_most": max(rest, default=0.0)}
 
 
 def token_label(token: AnswerToken) -> str:
     """A token's description for titles and screen readers."""
     if token.part == "mark":
         return f"{token.kind}-term memory {(token.index or 0) + 1}"
-    if token.part == "end":
-        return "end of the memory"
-    if token.part == "special":
-        return token.text
-    if token.part == "stop":
-        return "end of the answer"
-    return visible(token.text) or "a part of a character"
+    if token.part == "word":
+        return visible(token.text) or "a part of a character"
+    return {"end": "end of the memory", "stop": "end of the answer"}.get(token.part, token.text)
 
 
 def visible(text: str) -> str:
@@ -252,4 +240,4 @@ def times(value: float) -> str:
     return f"{value:.1f}\u00d7" if value < 9.95 else f"{value:.0f}\u00d7"
 
 
-environment.filters |= {"percent": percent, "times": times, "visible": visible}
+environment.filters |= {"label": token_label, "percent": percent, "times": times, "visible": visible}

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vismem.analysis.findings import Inspection
-from vismem.analysis.heatmaps import enlarged
+from vismem.analysis.heatmaps import data_url, enlarged
+from vismem.analysis.inspection import Inspection
 from vismem.app.examples import examples
-from vismem.app.maps import data_url
 from vismem.app.panels import answer_html, environment, panel, timeline
+from vismem.app.session import Conversation, Reply, Turn, one_line
 from vismem.decoding.markers import SHAPES
 
 if TYPE_CHECKING:
     from vismem.app.chat import Chat
-    from vismem.app.session import Conversation, Reply, Turn
 
 THUMBNAIL = 256  # pixels, longer side: twice its size on the page
 POLICY_LABELS = {"learned": "model decides", "off": "no memory", "short": "short only", "long": "long only"}
@@ -59,11 +58,6 @@ def welcome(chat: Chat) -> str:
     return environment.get_template("welcome.html").render(cards=cards if pocket else [], pocket=pocket, shapes=SHAPES)
 
 
-def turns(conversation: Conversation, first: int, last: int) -> str:
-    """The turns in [first, last) as HTML."""
-    return "".join(turn_html(conversation, number) for number in range(first, last))
-
-
 def turn_html(conversation: Conversation, number: int) -> str:
     """One turn: the question with its pictures, each answer with its timeline, and suggestions."""
     turn = conversation.turns[number]
@@ -85,13 +79,11 @@ def answer(conversation: Conversation, turn: Turn, number: int, reply: Reply) ->
     selected = None
     if conversation.selected is not None and conversation.selected[:2] == (number, reply.side):
         selected = conversation.selected[2]
-    over = reply.over.is_set()
-    strip = ""
-    if over and reply.strip:
-        attention = None
-        if reply.inspection is not None and reply.inspection.done() and not reply.inspection.cancelled():
-            attention = None if reply.inspection.exception() else reply.inspection.result().attention
-        strip = timeline(reply.strip, attention, turn=number, side=reply.side, selected=selected)
+    over, strip = reply.over.is_set(), ""
+    if over and reply.tokens:
+        found = reply.inspected
+        attention = found.attention if isinstance(found, Inspection) else None
+        strip = timeline(reply.tokens, attention, turn=number, side=reply.side, selected=selected)
     return {
         "side": reply.side,
         "policy": "no memory" if reply.side == "vanilla" else policy_label(turn.settings.invocation),
@@ -138,30 +130,26 @@ def comparison(turn: Turn) -> str | None:
     return "The answers are the same." if first == second else "The answers differ."
 
 
-def inspector(conversation: Conversation, found: Inspection | None, note: str = "") -> str:
-    """The selected invocation's panel in its frame; an empty string if none is selected.
-
-    Args:
-        found: the answer's inspection; None while it is running.
-        note: shown instead of the panel.
-    """
+def inspector(conversation: Conversation) -> str:
+    """The selected invocation's panel in its frame, or an empty string."""
     if conversation.selected is None:
         return ""
     number, side, index = conversation.selected
-    count = len(conversation.turns[number].reply(side).invocations)
+    reply = conversation.turns[number].reply(side)
+    found = reply.inspected
     return environment.get_template("inspector.html").render(
         number=number,
         side=side,
         index=index,
-        count=count,
-        panel="" if found is None else panel(found, index, key=f"{number}-{side}"),
-        note=note,
+        count=len(reply.invocations),
+        panel=panel(found, index, key=f"{number}-{side}") if isinstance(found, Inspection) else "",
+        note=f"Cannot inspect this answer: {one_line(found)}" if isinstance(found, BaseException) else "",
     )
 
 
 def notice(message: str) -> str:
-    """An error in one line; an empty string for an empty message."""
-    return environment.get_template("notice.html").render(message=message) if message else ""
+    """An error in one line."""
+    return environment.get_template("notice.html").render(message=message)
 
 
 def thumbnail(picture: Image.Image) -> str:

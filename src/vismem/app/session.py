@@ -18,9 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vismem.analysis.findings import AnswerToken, Inspection
-from vismem.analysis.inspection import answer_tokens
-from vismem.decoding.detokenizer import Detokenizer
+from vismem.analysis.inspection import AnswerToken, Inspection, TokenReader, stopped
 from vismem.decoding.markers import Piece, joined
 from vismem.decoding.policies import Forced, Policy, read_policy, schedule_of
 from vismem.decoding.trace import Invocation
@@ -55,14 +53,7 @@ class AnswerSettings:
     max_new_tokens: int = 256
 
     def policy(self, *, has_image: bool) -> str | Policy:
-        """Validates all settings and returns the policy.
-
-        Args:
-            has_image: whether the conversation has a picture.
-
-        Raises:
-            ChatError: if a setting is out of range, or short-term memory is forced without a picture.
-        """
+        """Returns the policy. Raises ChatError if a setting is out of range, or needs an image and has none."""
         if not 0 <= self.temperature <= 100:
             raise ChatError(f"The temperature must be between 0 and 100, not {self.temperature}.")
         if not 0 <= self.seed < 2**63:
@@ -89,12 +80,10 @@ class Reply:
     """
 
     def __init__(self, side: Side, tokenizer: Any, tokens: Any) -> None:
-        self.side, self.tokenizer, self.special = side, tokenizer, tokens
-        self.detokenizer, self.ends = Detokenizer(tokenizer), set(tokens.end_ids.values())
-        self.written: list[Piece] = []
-        self.tokens: list[int] = []
+        self.side, self.reader = side, TokenReader(tokenizer, tokens)
+        self.tokens: list[AnswerToken] = []
+        self.rest = ""  # of a character that was cut off
         self.invocations: list[Invocation] = []
-        self.strip: list[AnswerToken] = []  # all tokens with their texts, once it is finished
         self.finish: Finish | None = None
         self.error: str | None = None
         self.started, self.seconds = time.perf_counter(), 0.0
@@ -106,43 +95,39 @@ class Reply:
     @property
     def pieces(self) -> list[Piece]:
         """Text and invocations so far."""
-        return joined(list(self.written))
+        shown = [token for token in list(self.tokens) if token.part == "mark" or (token.part == "word" and token.text)]
+        found = [Piece(token.text, token.kind, token.index) for token in shown]
+        return joined([*found, Piece(self.rest)] if self.rest else found)
 
     @property
     def text(self) -> str:
         """Text so far, without invocation markers."""
-        return "".join(piece.text for piece in list(self.written))
+        return "".join(piece.text for piece in self.pieces)
 
     @property
     def sampled(self) -> int:
         """Number of tokens the model sampled, which excludes end tokens and forced invocations."""
         forced = sum(invocation.forced for invocation in self.invocations)
-        return sum(token not in self.ends for token in list(self.tokens)) - forced
+        return sum(token.part != "end" for token in list(self.tokens)) - forced
 
     @property
     def inspectable(self) -> bool:
         """Whether it is finished and has an invocation to inspect."""
         return self.over.is_set() and self.finish != "error" and bool(self.invocations)
 
-    def free_unused(self) -> None:
-        """Frees what an inspection needs, if there can be none."""
-        if self.over.is_set() and not self.inspectable:
-            self.inputs, self.ticket = {}, None
+    @property
+    def inspected(self) -> Inspection | BaseException | None:
+        """The finished inspection, or the error that it failed with."""
+        if self.inspection is None or not self.inspection.done() or self.inspection.cancelled():
+            return None
+        return self.inspection.exception() or self.inspection.result()
 
     def receive(self, news: RowUpdate) -> None:
         """Appends what one decoding step produced; the worker's listener."""
-        for token in news.tokens:
-            if token in self.special.kind_of:
-                index = sum(piece.kind is not None for piece in self.written)
-                self.written.append(Piece("", self.special.kind_of[token], index))
-            elif token not in self.ends and (text := self.detokenizer.put(token)):
-                self.written.append(Piece(text))
+        self.tokens += map(self.reader.read, news.tokens)
         self.invocations += news.invocations
-        self.tokens += news.tokens
         if news.finish is not None:
-            if text := self.detokenizer.end():
-                self.written.append(Piece(text))
-            self.strip = answer_tokens(self.tokens, self.tokenizer, self.special)
+            self.tokens, self.rest = stopped(self.tokens), self.reader.words.end()
             self.seconds = time.perf_counter() - self.started
             self.error = error_message(news.error) if news.error is not None else None
             self.finish = news.finish
@@ -178,14 +163,14 @@ class Turn:
     @property
     def unreached(self) -> int:
         """Number of invocations scheduled after the end of the answer."""
+        if self.main.finish not in ("stop", "length"):
+            return 0
         schedule = schedule_of(read_policy(self.settings.invocation, 0))
-        done = self.main.finish in ("stop", "length")
-        return max(len(schedule) - len(self.main.invocations), 0) if done else 0
+        return max(len(schedule) - len(self.main.invocations), 0)
 
     def reply(self, side: str) -> Reply:
-        """The answer of that side. Raises KeyError if there is none."""
-        sides: dict[str, Reply] = {reply.side: reply for reply in self.replies}
-        return sides[side]
+        """The answer of that side. Raises StopIteration if there is none."""
+        return next(reply for reply in self.replies if reply.side == side)
 
 
 @dataclass(eq=False)
@@ -214,15 +199,10 @@ class Conversation:
         return [picture for turn in self.turns for picture in turn.pictures]
 
     def turn_with(self, number: int, side: str, index: int) -> Turn:
-        """The turn with that number, checked to have the invocation.
-
-        Raises:
-            ChatError: if it has not.
-        """
-        if 0 <= number < len(self.turns):
-            for reply in self.turns[number].replies:
-                if reply.side == side and 0 <= index < len(reply.invocations):
-                    return self.turns[number]
+        """The turn that has this invocation. Raises ChatError if there is none."""
+        for turn in self.turns[number : number + 1]:
+            if any(reply.side == side and index < len(reply.invocations) for reply in turn.replies):
+                return turn
         raise ChatError("That invocation is gone: a new conversation was started.")
 
     def messages(self, question: str, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:

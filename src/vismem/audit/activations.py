@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from vismem.memory import Observation
 from vismem.model import VisMem
 from vismem.training.rollout import seed_of
 
+ALL, NOTHING = "", (torch.zeros(()), 0)  # the group of all rows; a sum and a number of memories
 VISUAL_KEPT = 32  # vectors that a row's visual tokens are pooled into for probes; no memory is longer
 
 
@@ -75,18 +76,18 @@ class ActivationStore:
         rows: all rows of the reference pass.
         folder: where entries are saved; created if missing.
         seed: of the choice of other rows.
-        held: number of rows whose encoded images are cached.
+        cached: number of rows whose encoded images are cached.
     """
 
-    def __init__(self, model: VisMem, rows: Sequence[Row], folder: Path, seed: int = 0, held: int = 32) -> None:
-        self.model, self.rows, self.folder, self.seed, self.held = model, list(rows), Path(folder), seed, held
+    def __init__(self, model: VisMem, rows: Sequence[Row], folder: Path, seed: int = 0, cached: int = 32) -> None:
+        self.model, self.rows, self.folder, self.seed = model, list(rows), Path(folder), seed
         self.folder.mkdir(parents=True, exist_ok=True)
         self.number = {row.id: index for index, row in enumerate(self.rows)}
         self.image = {row.id: image_digest(row) for row in self.rows}
         self.question = {row.id: last_question(row) for row in self.rows}
         self.entries: dict[str, Entry] = {}
-        self._images: OrderedDict[str, EncodedImages] = OrderedDict()
-        self._sums: dict[Kind, tuple[Tensor, int, dict[str, tuple[Tensor, int]]]] = {}
+        self.encoded_images = lru_cache(cached)(self._encode_images)
+        self._sums: dict[Kind, dict[str, tuple[Tensor, int]]] = {}  # by group: the memories' sum, and their number
 
     def row(self, row_id: Any) -> Row:
         """The row with this id. Raises ValueError if there is none."""
@@ -105,29 +106,18 @@ class ActivationStore:
         return self.folder / f"{self.number[row_id]:06d}.safetensors"
 
     def add(self, row_id: str, rollout: Rollout, queries: Sequence[Tensor | None], visual: Tensor) -> None:
-        """Stores a row's intact answer, in memory and on disk.
-
-        Args:
-            row_id: of the row.
-            rollout: its answer.
-            queries: Q [K, d] of each invocation that formed a memory, None for the others.
-            visual: the row's visual states [y, d].
-        """
-        invocations = [
-            Invocation(one.kind, one.position, one.length, one.forced, _kept(one.memory), _kept(one.states))
-            for one in rollout.invocations
-        ]
-        rollout = Rollout(rollout.tokens, rollout.sampled, rollout.allowed, rollout.log_probs, invocations)
-        entry = Entry(rollout, [_kept(query) for query in queries], pooled(visual, VISUAL_KEPT).cpu())
-        self.entries[row_id] = entry
-        self._sums.clear()
+        """Saves a row's intact answer and takes it into `entries`; the arguments are those of `Entry`."""
         tensors = {name: getattr(rollout, name) for name in ("tokens", "sampled", "allowed", "log_probs")}
-        tensors["visual"] = entry.visual
-        for index, (one, query) in enumerate(zip(invocations, entry.queries, strict=True)):
+        tensors["visual"] = visual
+        for index, (one, query) in enumerate(zip(rollout.invocations, queries, strict=True)):
             parts = {"memory": one.memory, "states": one.states, "query": query}
             tensors |= {f"{name}.{index}": part for name, part in parts.items() if part is not None}
-        metadata = {"id": row_id, "invocations": json.dumps([one.to_dict() for one in invocations])}
-        files.write_bytes(self.path(row_id), serialize({n: t.contiguous() for n, t in tensors.items()}, metadata))
+        metadata = {"id": row_id, "invocations": json.dumps([one.to_dict() for one in rollout.invocations])}
+        own = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        files.write_bytes(self.path(row_id), serialize(own, metadata))
+        self.load(row_id)
 
     def load(self, row_id: str) -> bool:
         """Reads a row's entry from disk; returns False if there is no readable one for this row."""
@@ -155,18 +145,13 @@ class ActivationStore:
     # Inputs.
 
     @torch.no_grad()
-    def encoded_images(self, row_id: str) -> EncodedImages:
-        """A row's images, encoded on their own and cached."""
-        if row_id not in self._images:
-            backbone, inputs = self.model.backbone, self.inputs([self.row(row_id)])
-            short: Any = self.model.memory.short
-            (visual,) = backbone.prompt_visual_states(inputs["input_ids"], inputs)
-            (images,) = backbone.prompt_images(inputs["input_ids"], inputs)
-            self._images[row_id] = EncodedImages(visual, short.encode(images) if images else [])
-            while len(self._images) > self.held:
-                self._images.popitem(last=False)
-        self._images.move_to_end(row_id)
-        return self._images[row_id]
+    def _encode_images(self, row_id: str) -> EncodedImages:
+        """A row's images, encoded on their own."""
+        backbone, inputs = self.model.backbone, self.inputs([self.row(row_id)])
+        short: Any = self.model.memory.short
+        (visual,) = backbone.prompt_visual_states(inputs["input_ids"], inputs)
+        (images,) = backbone.prompt_images(inputs["input_ids"], inputs)
+        return EncodedImages(visual, short.encode(images) if images else [])
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """The rows' prompts as model inputs, on its device."""
@@ -201,8 +186,8 @@ class ActivationStore:
 
     def other_image(self, row_id: str) -> str | None:
         """A row with another image, fixed by the row and the seed; None if there is none."""
-        own = self.image[self.row(row_id).id]
-        found = [row.id for row in self.rows if self.image[row.id] not in ("", own)]
+        own = self.image[row_id]
+        found = [other for other, image in self.image.items() if image not in ("", own)]
         return self._pick(found, "image", row_id) if own else None
 
     def other_question(self, row_id: str, kind: Kind) -> tuple[str, int] | None:
@@ -210,31 +195,24 @@ class ActivationStore:
 
         Rows about the same image come first, since only their question differs.
         """
-        own = self.row(row_id).id
-        found = [r.id for r in self.rows if self.question[r.id] != self.question[own] and self._invoked(r.id, kind)]
-        found = [other for other in found if self.image[other] == self.image[own]] or found
+        own = self.question[row_id]
+        found = [i for i, entry in self.entries.items() if self.question[i] != own and entry.of_kind(kind)]
+        found = [other for other in found if self.image[other] == self.image[row_id]] or found
         other = self._pick(found, f"question-{kind}", row_id)
         return None if other is None else (other, self.entries[other].of_kind(kind)[0])
 
     def mean(self, kind: Kind, row_id: str) -> Tensor | None:
         """The mean memory [N, d] of this kind over all answers about other images; None if there is none."""
         if kind not in self._sums:
-            self._sums[kind] = self._sum(kind)
-        total, count, by_image = self._sums[kind]
-        own, mine = by_image.get(self.group(row_id), (0, 0))
+            sums: dict[str, tuple[Tensor, int]] = {}
+            for other in sorted(self.entries, key=self.number.__getitem__):
+                for index in self.entries[other].of_kind(kind):
+                    for group in (ALL, self.group(other)):
+                        total, count = sums.get(group, NOTHING)
+                        sums[group] = total + self.entries[other].memory(index).double(), count + 1
+            self._sums[kind] = sums
+        (total, count), (own, mine) = (self._sums[kind].get(group, NOTHING) for group in (ALL, self.group(row_id)))
         return (total - own) / (count - mine) if count > mine else None
-
-    def _sum(self, kind: Kind) -> tuple[Tensor, int, dict[str, tuple[Tensor, int]]]:
-        by_image: dict[str, tuple[Tensor, int]] = {}
-        for row_id, entry in sorted(self.entries.items(), key=lambda item: self.number[item[0]]):
-            for index in entry.of_kind(kind):
-                total, count = by_image.get(self.group(row_id), (0, 0))
-                by_image[self.group(row_id)] = (total + entry.memory(index).double(), count + 1)
-        total = sum((total for total, _ in by_image.values()), torch.zeros(()))
-        return total, sum(count for _, count in by_image.values()), by_image
-
-    def _invoked(self, row_id: str, kind: Kind) -> bool:
-        return row_id in self.entries and bool(self.entries[row_id].of_kind(kind))
 
     def _pick(self, found: list[str], purpose: str, row_id: str) -> str | None:
         return sorted(found)[seed_of(self.seed, purpose, row_id) % len(found)] if found else None
@@ -265,10 +243,6 @@ def present(tensor: Tensor | None) -> Tensor:
     """A recorded tensor of an invocation that formed a memory, which has all of them."""
     assert tensor is not None
     return tensor
-
-
-def _kept(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().cpu().clone()
 
 
 __getattr__ = renamed(__name__, {"Bank": "ActivationStore"})

@@ -65,14 +65,10 @@ def later_attention(
 def uniform_attention(
     rollout: Rollout, own: Sequence[int], prompt: int, first: int, reach: Sequence[int | None]
 ) -> Tensor:
-    """Attention [layers, later tokens] that some invocations' slots get if every visible position gets the same.
+    """Attention [layers, later tokens] that the slots of invocations `own` get if all visible positions get the same.
 
-    Args:
-        rollout: the answer.
-        own: indices of the invocations.
-        prompt: number of prompt tokens.
-        first: index of the first later token.
-        reach: for each layer the number of positions a token sees, including itself; None for all.
+    The prompt has `prompt` tokens, and the first later token has the index `first`. `reach` has for each layer the
+    number of positions that a token sees, including itself; None for all.
     """
     places: list[int] = []  # positions of the slots in the whole sequence
     added = 0
@@ -106,9 +102,8 @@ def summarize_attention(
 ) -> dict[Kind, dict[str, Any]]:
     """Estimates for each invoked kind.
 
-    Returns:
-        By kind `n`; `layers`; estimates `by_layer` and part; `share`, their means over layers; `ratio` of the slots'
-        share to uniform attention; and `layer` and `most`, the layer with the largest share and that share.
+    By kind `n`; `layers`; estimates `by_layer` and part; `share`, their means over layers; `ratio` of the slots' share
+    to uniform attention; and `layer` and `most`, the layer with the largest share and that share.
     """
     found: dict[Kind, dict[str, Any]] = {}
     for kind in KINDS:
@@ -117,8 +112,7 @@ def summarize_attention(
             continue
         groups, layers = [group for group, _ in kept], len(kept[0][1][SLOTS])
         by_layer = {
-            part: [average([row[part][depth] for _, row in kept], groups).to_dict() for depth in range(layers)]
-            for part in PARTS
+            part: [average([row[part][depth] for _, row in kept], groups) for depth in range(layers)] for part in PARTS
         }
         ratios = [sum(row[SLOTS]) / sum(row["alike"]) for _, row in kept if sum(row["alike"])]
         most = max(range(layers), key=lambda depth: by_layer[SLOTS][depth]["value"])
@@ -126,8 +120,8 @@ def summarize_attention(
             "n": len(kept),
             "layers": layers,
             "by_layer": by_layer,
-            "share": {part: average([sum(row[part]) / layers for _, row in kept], groups).to_dict() for part in PARTS},
-            "ratio": average(ratios, groups).to_dict(),
+            "share": {part: average([sum(row[part]) / layers for _, row in kept], groups) for part in PARTS},
+            "ratio": average(ratios, groups),
             "layer": most + 1,
             "most": by_layer[SLOTS][most],
         }

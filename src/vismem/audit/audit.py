@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,14 @@ from vismem.audit.activations import ActivationStore
 from vismem.audit.attention import measure_attention, summarize_attention
 from vismem.audit.effects import effect, overview
 from vismem.audit.interventions import Intervention, possible, replaced
-from vismem.audit.names import CONTENT_FREE, INTACT, INTERVENTIONS, OFF
+from vismem.audit.names import INTACT, INTERVENTIONS, OFF
 from vismem.audit.probes import probe_kinds
 from vismem.audit.reference import intact_answers
 from vismem.audit.replay import replay
 from vismem.audit.report import write_report
-from vismem.audit.statistics import change
 from vismem.audit.structure import Projection, structure
 from vismem.audit.targets import targets
-from vismem.audit.verdicts import THRESHOLDS, Verdict, verdicts
+from vismem.audit.verdicts import THRESHOLDS, verdicts
 from vismem.config import KINDS, Kind
 from vismem.data import Row
 from vismem.decoding.policies import Policy
@@ -65,7 +65,7 @@ class AuditOptions:
         about: description of model and data for the results, by name.
     """
 
-    out: Path
+    out: str | Path
     n: int = 128
     invocation: str | Policy = "learned"
     batch_size: int = 16
@@ -110,8 +110,6 @@ def audit(
         raise ValueError(f"no question to audit{why}")
     for record in failed:
         log.warning("audit: skipped a question: %s: %s", record.id, record.error)
-    if len({row.id for row in rows}) < len(rows):
-        raise ValueError("two questions have the same id; ids must be unique")
     with files.locked(options.out):
         return Audit(model, rows, rewards, options, [*unread, *failed]).run()
 
@@ -120,10 +118,10 @@ class Audit:
     """A running audit; call `audit` to create one."""
 
     def __init__(
-        self, model: VisMem, rows: Sequence[Row], rewards: Rewards, options: AuditOptions, failed: Sequence[Record] = ()
+        self, model: VisMem, rows: Sequence[Row], rewards: Rewards, options: AuditOptions, failed: Sequence[Record]
     ) -> None:
-        self.failed = failed
-        self.model, self.rewards, self.options, self.out = model, rewards, options, Path(options.out)
+        self.model, self.rewards, self.options, self.failed = model, rewards, options, failed
+        self.out = Path(options.out)
         self.activations = ActivationStore(model, rows, self.out / "bank", options.seed, 2 * options.batch_size)
         self.asked = [row.id for row in rows[: options.n]]
         self.settings = {
@@ -145,77 +143,77 @@ class Audit:
 
     def run(self) -> dict[str, Any]:
         """Runs all steps in order."""
-        options, activations = self.options, self.activations
-        records = self.intact()
-        intact = {record.id: record for record in records[: len(self.asked)]}
-        todo = self.planned()
-        self.remaining = sum(len(ids) for _, ids in todo) + 3 * len(self.asked)  # off, replays and attention
+        options, activations, asked = self.options, self.activations, self.asked
+        store = RecordFile(self.out / f"{INTACT}.jsonl", self.settings)
+        earlier = len(store.records)
+        records = intact_answers(activations, self.rewards, store, label="audit: intact", **self.generation)
+        self.done = len(records) - earlier
+        intact = {record.id: record for record in records[: len(asked)]}
+        parts = self.parts()
+        planned = {
+            one: [i for i in asked if possible(activations, one, i)]
+            for kinds in parts.values()
+            for one in (Intervention(name, kinds) for name in options.interventions)
+        }
+        self.remaining = sum(map(len, planned.values())) + 3 * len(asked)  # off, replays and attention
         self.log_progress("intact answers", 0)
-        off = self.answers(OFF, None, self.asked)
-        others = {one.label: self.answers(one.label, one, ids) for one, ids in todo}
-        shifts = self.shifts()
+        off = self.answers(OFF, asked)
+        others = {one: self.answers(one.label, ids, one) for one, ids in planned.items()}
+        shifts = self.replays()
         attention = self.attention()
         ids = [row.id for row in activations.rows]
         wanted = targets(activations.rows, options.probe, options.seed)
         similarity = structure(activations, ids, wanted, options.map, options.seed)
         files.write_json(self.out / "maps.json", {"ids": ids, "maps": similarity.pop("maps")}, indent=1)
         result: dict[str, Any] = {
-            "settings": {**self.settings, "questions": len(self.asked), "reference": len(records)},
+            "settings": {**self.settings, "questions": len(asked), "reference": len(records)},
             "failed": {record.id: record.error for record in self.failed},
             "machine": machine(),
             "thresholds": asdict(THRESHOLDS),
             "overview": overview(list(intact.values()), off, activations),
-            "effects": self.effects(todo, intact, off, others, shifts),
+            "effects": {
+                name: [
+                    effect(OFF, kinds, intact, off, activations),
+                    *(
+                        effect(one.name, kinds, intact, found, activations, shifts, off)
+                        for one, found in others.items()
+                        if one.kinds == kinds
+                    ),
+                ]
+                for name, kinds in parts.items()
+            },
             "checks": {"formed again": reforming_error(shifts)},
             "gaze": attention,
             "probes": probe_kinds(activations, wanted, ids, options.seed),
             "structure": similarity,
         }
-        result["verdicts"] = [verdict.to_dict() for verdict in verdicts(result)]
+        result["verdicts"] = [asdict(verdict) for verdict in verdicts(result)]
         files.write_json(self.out / "audit.json", result, indent=1)
-        write_report(result, activations, {INTACT: intact, OFF: off, **others}, self.out)
+        answers = {one.name: found for one, found in others.items() if one.kinds == KINDS}
+        write_report(result, activations, {INTACT: intact, OFF: off, **answers}, self.out)
         return result
 
-    def intact(self) -> list[Record]:
-        """The reference pass: intact answers of all rows."""
-        store = RecordFile(self.out / f"{INTACT}.jsonl", self.settings)
-        earlier = len(store.done)
-        records = intact_answers(self.activations, self.rewards, store, label="audit: intact", **self.generation)
-        self.done += len(records) - earlier
-        return records
+    def parts(self) -> dict[str, tuple[Kind, ...]]:
+        """The kinds to replace: both together, and each on its own if both were invoked often enough."""
+        entries = [self.activations.entries[i] for i in self.asked]
+        often = min(sum(bool(entry.of_kind(kind)) for entry in entries) for kind in KINDS) >= FEWEST_OF_KIND
+        return {"all": KINDS, **({kind: (kind,) for kind in KINDS} if often else {})}
 
-    def planned(self) -> list[tuple[Intervention, list[str]]]:
-        """Interventions, each with the rows in which it can replace a memory.
-
-        Each kind is also replaced on its own if both are invoked often enough. Answers without invocations would be
-        written unchanged, so they are left out.
-        """
-        often = {k: sum(bool(self.activations.entries[i].of_kind(k)) for i in self.asked) for k in KINDS}
-        parts = [KINDS] + ([(kind,) for kind in KINDS] if min(often.values()) >= FEWEST_OF_KIND else [])
-        found = []
-        for kinds in parts:
-            for name in self.options.interventions:
-                one = Intervention(name, kinds)
-                found.append((one, [i for i in self.asked if possible(self.activations, one, i)]))
-        return found
-
-    def answers(self, label: str, intervention: Intervention | None, ids: Sequence[str]) -> dict[str, Record]:
-        """The rows' answers by id, with memory replaced or off."""
+    def answers(self, label: str, ids: Sequence[str], intervention: Intervention | None = None) -> dict[str, Record]:
+        """The rows' answers by id, with memory replaced, or off without an intervention."""
         if not ids:
             return {}
         store = RecordFile(self.out / f"{label}.jsonl", {**self.settings, "condition": label})
-        rows = [self.activations.row(i) for i in ids]
-        more: dict[str, Any] = {"store": store, "label": f"audit: {label}"}
-        earlier = len(store.done)
+        earlier = len(store.records)
+        settings = {**self.generation, "store": store, "label": f"audit: {label}"}
         if intervention is None:
-            records = answer(self.model, rows, self.rewards, **{**self.generation, "invocation": OFF}, **more)
-        else:
-            with replaced(self.activations, intervention):
-                records = answer(self.model, rows, self.rewards, **self.generation, **more)
-        self.log_progress(label, len(rows), earlier)
+            settings["invocation"] = OFF
+        with replaced(self.activations, intervention) if intervention else nullcontext():
+            records = answer(self.model, [self.activations.row(i) for i in ids], self.rewards, **settings)
+        self.log_progress(label, len(ids), earlier)
         return {record.id: record for record in records}
 
-    def shifts(self) -> dict[str, dict[str, Any]]:
+    def replays(self) -> dict[str, dict[str, Any]]:
         """The replays' results by row."""
         names = list(self.options.interventions)
         results = ResultFile(self.out / "replay.jsonl", {**self.settings, "interventions": names})
@@ -235,29 +233,6 @@ class Audit:
             return {kind: {"n": 0, "why": str(error)} for kind in invoked}
         self.log_progress("attention", len(self.asked), earlier)
         return summarize_attention(results.rows, self.activations)
-
-    def effects(
-        self,
-        todo: Sequence[Any],
-        intact: dict[str, Any],
-        off: dict[str, Any],
-        found: dict[str, Any],
-        shifts: dict[str, Any],
-    ) -> dict[str, list[dict[str, Any]]]:
-        """The effects' table rows, under `"all"` and, if kinds are replaced on their own, by kind."""
-        parts: dict[str, list[dict[str, Any]]] = {}
-        for one, _ in todo:
-            name = "all" if one.kinds == KINDS else one.kinds[0]
-            if name not in parts:
-                parts[name] = [effect(None, intact, off, {}, self.activations, one.kinds)]
-            row = effect(one, intact, found[one.label], shifts, self.activations)
-            if one.name in CONTENT_FREE and row["n"]:
-                ids = [i for i in found[one.label] if i in off]
-                groups = [self.activations.group(i) for i in ids]
-                scores = ([found[one.label][i].score for i in ids], [off[i].score for i in ids])
-                row["over_off"] = change(*scores, groups).to_dict()
-            parts[name].append(row)
-        return parts
 
     def log_progress(self, step: str, rows: int, earlier: int = 0) -> None:
         """Logs a finished step and the estimated time left."""
@@ -305,4 +280,3 @@ def machine() -> dict[str, Any]:
 
 
 __getattr__ = renamed(__name__, {"Options": "AuditOptions"})
-__all__ = ["Audit", "AuditOptions", "Verdict", "audit"]

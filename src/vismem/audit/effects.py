@@ -7,92 +7,71 @@ from statistics import median
 from typing import Any
 
 from vismem.audit.activations import ActivationStore
-from vismem.audit.interventions import Intervention, possible
-from vismem.audit.names import OFF
-from vismem.audit.statistics import accuracy, average, change, share
+from vismem.audit.names import CONTENT_FREE
+from vismem.audit.statistics import average, change, share
 from vismem.config import KINDS
 from vismem.evaluation.records import Record
 
+Shifts = Mapping[str, Mapping[str, Any]]  # results of `replay`, by row
 
-def overview(records: Sequence[Record], others: Mapping[str, Record], activations: ActivationStore) -> dict[str, Any]:
+
+def overview(records: Sequence[Record], off: Mapping[str, Record], activations: ActivationStore) -> dict[str, Any]:
     """Accuracy with and without memory over all questions, and how often memory was invoked."""
     groups = [activations.group(r.id) for r in records]
-    invoked = [bool(r.invocations) for r in records]
-    found: dict[str, Any] = {"n": len(records), "images": len(set(groups))}
-    found["accuracy"] = accuracy([r.score for r in records], groups).to_dict()
-    if others:
-        off = [others[r.id].score for r in records]
-        found["accuracy_off"] = accuracy(off, groups).to_dict()
-        found["gain"] = change([r.score for r in records], off, groups).to_dict()
-    found["invoked"] = share(invoked, groups).to_dict()
-    found["invocations"] = {k: sum(i["kind"] == k for r in records for i in r.invocations) for k in KINDS}
-    return found
+    scores, without = [r.score for r in records], [off[r.id].score for r in records]
+    return {
+        "n": len(records),
+        "images": len(set(groups)),
+        "accuracy": share(scores, groups),
+        "accuracy_off": share(without, groups),
+        "gain": change(scores, without, groups),
+        "invoked": share([bool(r.invocations) for r in records], groups),
+        "invocations": {kind: sum(i["kind"] == kind for r in records for i in r.invocations) for kind in KINDS},
+    }
 
 
 def effect(
-    intervention: Intervention | None,
+    name: str,
+    kinds: Sequence[str],
     intact: Mapping[str, Record],
     others: Mapping[str, Record],
-    shifts: Mapping[str, Mapping[str, Any]],
     activations: ActivationStore,
-    kinds: Sequence[str] = KINDS,
+    shifts: Shifts | None = None,
+    off: Mapping[str, Record] | None = None,
 ) -> dict[str, Any]:
-    """One intervention's table row, over the questions whose intact answer invoked a memory that it can replace.
+    """One intervention's table row, over the questions whose intact answer invoked a memory that it replaces.
 
     Args:
-        intervention: None for memory off.
-        intact, others: records by id; the intervention may have fewer.
-        shifts: replay results by id.
+        name: of the intervention, or `OFF`.
+        kinds: kinds of memory that it replaces.
+        intact, others: records by id; `others` has the questions with a replacement.
         activations: of the rows.
-        kinds: kinds that must have been invoked, if `intervention` is None.
+        shifts: replay results by id.
+        off: records without memory, which content-free replacements are compared with.
 
     Returns:
         `n`, and if it is above 0: `accuracy`, `intact`, `change` (in fractions), `flips` (share of answers whose text
-        changed), `score_flips`; with replays also `moved`, `kl_first`, `kl_rest` and their medians.
+        changed), `score_flips`; with replays also `moved`, `kl_first`, `kl_rest` and their medians; `over_off`.
     """
-    name = OFF if intervention is None else intervention.name
-    kinds = kinds if intervention is None else intervention.kinds
-    invoked = [i for i in intact if _invoked(intact[i], kinds)]
-    ids = [i for i in invoked if i in others and (intervention is None or possible(activations, intervention, i))]
+    invoked = [i for i in intact if any(one["kind"] in kinds and one["length"] for one in intact[i].invocations)]
+    ids = [i for i in invoked if i in others]
     found: dict[str, Any] = {"name": name, "kinds": list(kinds), "n": len(ids), "not_possible": len(invoked) - len(ids)}
     if not ids:
         return found
     groups = [activations.group(i) for i in ids]
     before, after = [intact[i].score for i in ids], [others[i].score for i in ids]
-    found["accuracy"] = accuracy(after, groups).to_dict()
-    found["intact"] = accuracy(before, groups).to_dict()
-    found["change"] = change(after, before, groups).to_dict()
-    found["flips"] = share([others[i].reply.strip() != intact[i].reply.strip() for i in ids], groups).to_dict()
-    found["score_flips"] = share([one != two for one, two in zip(before, after, strict=True)], groups).to_dict()
-    if intervention is not None:
-        found |= memory_shifts(name, kinds, ids, shifts, activations)
-    return found
-
-
-def memory_shifts(
-    name: str,
-    kinds: Sequence[str],
-    ids: Sequence[str],
-    shifts: Mapping[str, Mapping[str, Any]],
-    activations: ActivationStore,
-) -> dict[str, Any]:
-    """How far an intervention moves memories and next tokens, over invocations grouped by image."""
-    wanted = [
-        (activations.group(i), s)
-        for i in ids
-        if i in shifts
-        for s in shifts[i]["shifts"]
-        if s["name"] == name and s["kind"] in kinds
-    ]
-    found = {}
+    found["accuracy"] = share(after, groups)
+    found["intact"] = share(before, groups)
+    found["change"] = change(after, before, groups)
+    found["flips"] = share([others[i].reply.strip() != intact[i].reply.strip() for i in ids], groups)
+    found["score_flips"] = share([one != two for one, two in zip(before, after, strict=True)], groups)
+    own = [(i, s) for i in ids if shifts and i in shifts for s in shifts[i]["shifts"]]
+    own = [(i, s) for i, s in own if s["name"] == name and s["kind"] in kinds]
     for key, part in (("moved", "moved"), ("kl_first", "first"), ("kl_rest", "rest")):
-        values = [(group, s[part]) for group, s in wanted if s.get(part) is not None]
-        if values:
-            numbers = [value for _, value in values]
-            found[key] = average(numbers, [group for group, _ in values]).to_dict()
-            found[key]["median"] = round(median(numbers), 5)
+        known = [(activations.group(i), s[part]) for i, s in own if s.get(part) is not None]
+        if known:
+            values = [value for _, value in known]
+            found[key] = average(values, [group for group, _ in known]) | {"median": round(median(values), 5)}
+    if off and name in CONTENT_FREE:
+        found["over_off"] = change(after, [off[i].score for i in ids], groups)
     return found
-
-
-def _invoked(record: Record, kinds: Sequence[str]) -> bool:
-    return any(one["kind"] in kinds and one["length"] for one in record.invocations)

@@ -8,10 +8,9 @@ the memory stays; `possible` tells in advance.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,15 +62,12 @@ def mean(activations: ActivationStore, _form: Form, kind: Kind, seen: list[Obser
 
 def noise(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
     """Random directions, each vector with the norm of the one it replaces."""
-
-    def random_like(memory: Tensor, generator: torch.Generator) -> Tensor:
-        random = torch.randn(memory.shape, generator=generator)
+    found: Replacements = []
+    for memory, one in zip(form(kind, seen), seen, strict=True):
+        random = torch.randn(memory.shape, generator=generator_for(activations, "noise", one))
         random *= memory.float().cpu().norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True)
-        return random.to(memory)
-
-    return [
-        random_like(m, generator_for(activations, "noise", one)) for m, one in zip(form(kind, seen), seen, strict=True)
-    ]
+        found.append(random.to(memory))
+    return found
 
 
 def another_image(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
@@ -80,11 +76,14 @@ def another_image(activations: ActivationStore, form: Form, kind: Kind, seen: li
     The observed states stay the row's own and still depend on its own image.
     """
 
-    def with_images(one: Observation, other: str) -> Observation:
+    def changed(one: Observation) -> Observation | None:
+        other = activations.other_image(origin_of(one)[0])
+        if other is None:
+            return None
         images = activations.encoded_images(other)
-        return dataclasses.replace(one, visual=images.visual, patches=images.patches)
+        return replace(one, visual=images.visual, patches=images.patches)
 
-    return _form_changed(form, kind, [(one, activations.other_image(origin_of(one)[0]), with_images) for one in seen])
+    return _form_known(form, kind, map(changed, seen))
 
 
 def another_question(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
@@ -94,13 +93,14 @@ def another_question(activations: ActivationStore, form: Form, kind: Kind, seen:
     depend.
     """
 
-    def with_text(one: Observation, other: tuple[str, int]) -> Observation:
+    def changed(one: Observation) -> Observation | None:
+        other = activations.other_question(origin_of(one)[0], kind)
+        if other is None:
+            return None
         states, segment = activations.states_and_segment(*other)
-        return dataclasses.replace(one, states=states, segment=segment)
+        return replace(one, states=states, segment=segment)
 
-    return _form_changed(
-        form, kind, [(one, activations.other_question(origin_of(one)[0], kind), with_text) for one in seen]
-    )
+    return _form_known(form, kind, map(changed, seen))
 
 
 def other_kind(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
@@ -109,27 +109,24 @@ def other_kind(activations: ActivationStore, form: Form, kind: Kind, seen: list[
     Evenly spaced vectors are dropped or repeated, so the length itself has no effect and nothing foreign is added.
     """
     other = KINDS[1 - KINDS.index(kind)]
-    changed: list[tuple[Observation, object, Callable[..., Any]]] = []
-    for one in seen:
+
+    def changed(one: Observation) -> Observation | None:
         patches = activations.encoded_images(origin_of(one)[0]).patches
-        able = patches if patches or other == "long" else None
-        changed.append((one, able, lambda one, patches: dataclasses.replace(one, patches=patches)))
+        return replace(one, patches=patches) if patches or other == "long" else None
+
     length = activations.model.memory_config.length(kind)
-    return [None if m is None else resampled(m, length) for m in _form_changed(form, other, changed)]
+    return [None if m is None else resampled(m, length) for m in _form_known(form, other, map(changed, seen))]
 
 
 def shuffled(activations: ActivationStore, form: Form, kind: Kind, seen: list[Observation]) -> Replacements:
     """The memory's own vectors in another order."""
-
-    def order(count: int, generator: torch.Generator) -> Tensor:
-        found = torch.randperm(count, generator=generator)
-        return found if count < 2 or (found != torch.arange(count)).any() else found.roll(1)
-
-    memories = form(kind, seen)
-    return [
-        m[order(len(m), generator_for(activations, "shuffled", o)).to(m.device)]
-        for m, o in zip(memories, seen, strict=True)
-    ]
+    found: Replacements = []
+    for memory, one in zip(form(kind, seen), seen, strict=True):
+        order = torch.randperm(len(memory), generator=generator_for(activations, "shuffled", one))
+        if (order == torch.arange(len(memory))).all():
+            order = order.roll(1)
+        found.append(memory[order.to(memory.device)])
+    return found
 
 
 STAND_INS: dict[str, Callable[[ActivationStore, Form, Kind, list[Observation]], Replacements]] = {
@@ -228,8 +225,9 @@ def resampled(memory: Tensor, length: int) -> Tensor:
     return memory[torch.linspace(0, len(memory) - 1, length).round().long().to(memory.device)]
 
 
-def _form_changed(form: Form, kind: Kind, wanted: list[tuple[Observation, object, Callable[..., Any]]]) -> Replacements:
-    """Memories of changed observations, formed in one batch; None where there is nothing to change to."""
-    changed = [change(one, other) for one, other, change in wanted if other is not None]
-    memories = iter(form(kind, changed) if changed else [])
-    return [None if other is None else next(memories) for _, other, _ in wanted]
+def _form_known(form: Form, kind: Kind, seen: Iterable[Observation | None]) -> Replacements:
+    """Memories of some observations, formed in one batch; None for None."""
+    wanted = list(seen)
+    known = [one for one in wanted if one is not None]
+    memories = iter(form(kind, known) if known else [])
+    return [None if one is None else next(memories) for one in wanted]

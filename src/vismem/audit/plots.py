@@ -17,7 +17,7 @@ from vismem.audit.names import WORDS
 INK = "#010203"  # becomes the page's text colour
 COLOURS = ("#3b82c4", "#e07b39", "#3fa06b", "#b85c9e", "#c9a227", "#7a6fc9")
 WIDE = 4.3  # inches: about a phone's width at the page's text size
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib's stubs want literal names
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -37,37 +37,36 @@ STYLE: dict[str, Any] = {
 }
 
 
-def render(paint: Any, height: float, name: str, *args: Any) -> str:
-    """The SVG that `paint(figure, *args)` draws, for embedding into HTML."""
-    settings: Any = {**STYLE, "svg.hashsalt": name}  # matplotlib's stubs want literal names
-    with rc_context(settings):
-        figure = Figure(figsize=(WIDE, height), layout="constrained")
-        paint(figure, *args)
-        file = io.StringIO()
+def canvas(height: float) -> Figure:
+    """An empty figure of this height in inches."""
+    return Figure(figsize=(WIDE, height), layout="constrained")
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as SVG for embedding into HTML; `name` is its label for screen readers."""
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 
+@rc_context(STYLE)
 def effects(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     """Accuracy and share of changed answers for every replacement."""
-    tested = [row for row in rows if row["n"]]
-    return render(_effects, 0.9 + 0.24 * (len(tested) + 1), f"accuracy and changed answers, {name}", tested)
-
-
-def _effects(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
+    tested = sorted((row for row in rows if row["n"]), key=lambda row: row["name"] == "off")
+    figure, intact = canvas(0.9 + 0.24 * (len(tested) + 1)), tested[0]["intact"]
     left, right = figure.subplots(1, 2, sharey=True)
-    first = next(row for row in rows if row["name"] != "off") if len(rows) > 1 else rows[0]
-    lines = [("intact", first["intact"], None)]
-    lines += [(row["name"], row["accuracy"], row["flips"]) for row in sorted(rows, key=lambda r: r["name"] == "off")]
+    lines = [("intact", intact, None)]
+    lines += [(row["name"], row["accuracy"], row["flips"]) for row in tested]
     for place, (_, accuracy, flips) in enumerate(lines):
         dot(left, accuracy, place, COLOURS[0])
         if flips is not None:
             dot(right, flips, place, COLOURS[1])
-    left.axvline(100 * first["intact"]["value"], color=COLOURS[0], alpha=0.4, lw=1, ls=":")
+    left.axvline(100 * intact["value"], color=COLOURS[0], alpha=0.4, lw=1, ls=":")
     left.set_yticks(range(len(lines)), [WORDS[name] for name, _, _ in lines])
     left.set_ylim(len(lines) - 0.5, -0.5)
     left.set_xlabel("accuracy, %")
@@ -76,18 +75,16 @@ def _effects(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.set_xlim(-4, 104)
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
+    return svg(figure, f"accuracy and changed answers, {name}")
 
 
+@rc_context(STYLE)
 def shifts(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     """KL of the next tokens for every replacement, on a logarithmic axis."""
     tested = [row for row in rows if row.get("kl_first")]
-    return render(_shifts, 0.9 + 0.24 * len(tested), f"KL of the next tokens, {name}", tested)
-
-
-def _shifts(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
+    figure, floor = canvas(0.9 + 0.24 * len(tested)), 1e-4
     axes = figure.subplots()
-    floor = 1e-4
-    for place, row in enumerate(rows):
+    for place, row in enumerate(tested):
         for key, up, colour in (("kl_first", -0.12, COLOURS[2]), ("kl_rest", 0.12, COLOURS[3])):
             if row.get(key):
                 value, low, high = (max(row[key][part], floor) for part in ("value", "low", "high"))
@@ -95,21 +92,20 @@ def _shifts(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
                 axes.plot(value, place + up, "o", color=colour, ms=4)
     axes.set_xscale("log")
     axes.set_xlim(left=floor * 0.8)
-    axes.set_yticks(range(len(rows)), [WORDS[row["name"]] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(tested)), [WORDS[row["name"]] for row in tested])
+    axes.set_ylim(len(tested) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.set_xlabel("KL(intact || replaced), nats")
     marks = [axes.plot([], [], "o", color=colour, ms=4)[0] for colour in COLOURS[2:4]]
     figure.legend(marks, ["first token after it", "mean over the rest"], loc="outside upper right", ncols=2)
+    return svg(figure, f"KL of the next tokens, {name}")
 
 
+@rc_context(STYLE)
 def attention(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """Attention of later tokens by layer, to the slots and to everything else."""
-    return render(_attention, 1.9 * len(kinds) + 0.4, "attention by layer", kinds)
-
-
-def _attention(figure: Figure, kinds: Mapping[str, Mapping[str, Any]]) -> None:
+    figure = canvas(1.9 * len(kinds) + 0.4)
     for axes, (kind, found) in zip(np.atleast_1d(figure.subplots(len(kinds), 1)), kinds.items(), strict=True):
         layers = range(1, found["layers"] + 1)
         parts = list(found["by_layer"])
@@ -121,14 +117,13 @@ def _attention(figure: Figure, kinds: Mapping[str, Mapping[str, Any]]) -> None:
         axes.set_ylabel("attention, %")
         axes.set_xlabel(f"layer (after {kind} memory)")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return svg(figure, "attention by layer")
 
 
-def probes(found: Mapping[str, Any], kind: str) -> str:
+@rc_context(STYLE)
+def probes(families: Mapping[str, Mapping[str, Any]], kind: str) -> str:
     """Accuracies of the probes by family and source."""
-    return render(_probes, 0.9 + 0.34 * len(found["families"]), f"probes of {kind} memory", found["families"])
-
-
-def _probes(figure: Figure, families: Mapping[str, Mapping[str, Any]]) -> None:
+    figure = canvas(0.9 + 0.34 * len(families))
     axes = figure.subplots()
     sources = ("memory", "visual tokens", "query", "memory shuffled")
     for place, family in enumerate(families.values()):
@@ -149,17 +144,16 @@ def _probes(figure: Figure, families: Mapping[str, Mapping[str, Any]]) -> None:
         for source, colour in zip(sources, COLOURS, strict=False)
     ]
     figure.legend(marks, [*sources[:3], "shuffled"], loc="outside upper center", ncols=4)
+    return svg(figure, f"probes of {kind} memory")
 
 
+@rc_context(STYLE)
 def similarity(kind: str, pairs: Mapping[str, Mapping[str, Any]], bins: Sequence[float]) -> str:
     """Distribution of the cosines of two memories, by what the two have in common."""
-    return render(_similarity, 2.2, f"similarity of {kind} memories", pairs, bins)
-
-
-def _similarity(figure: Figure, pairs: Mapping[str, Mapping[str, Any]], bins: Sequence[float]) -> None:
+    figure = canvas(2.2)
     middle = (np.array(bins[1:]) + np.array(bins[:-1])) / 2
     for axes, how in zip(figure.subplots(1, 2), ("raw", "centred"), strict=True):
-        for number, (_, pair) in enumerate(pairs.items()):
+        for number, pair in enumerate(pairs.values()):
             counts = np.array(pair[how]["counts"], dtype=float)
             axes.fill_between(middle, counts / counts.max(), color=COLOURS[number], alpha=0.45, lw=0)
             axes.axvline(pair[how]["mean"], color=COLOURS[number], lw=1)
@@ -169,35 +163,31 @@ def _similarity(figure: Figure, pairs: Mapping[str, Mapping[str, Any]], bins: Se
         axes.set_xlabel(f"cosine, {how}")
     patches = [axes.fill_between([], [], color=COLOURS[number], alpha=0.45) for number in range(len(pairs))]
     figure.legend(patches, list(pairs), loc="outside upper center", ncols=1 if len(pairs) > 2 else 2)
+    return svg(figure, f"similarity of {kind} memories")
 
 
+@rc_context(STYLE)
 def scatter(name: str, found: Mapping[str, Any]) -> str:
     """A two-dimensional map of memories."""
-    return render(_scatter, 3.4, f"map of memories, {name}", found)
-
-
-def _scatter(figure: Figure, found: Mapping[str, Any]) -> None:
+    figure = canvas(3.4)
     axes = figure.subplots()
     points, values = np.array(found["points"]), found["values"]
-    names = sorted({value for value in values if value is not None}, key=natural)
+    labels = sorted({value for value in values if value is not None}, key=natural)
     palette = (*COLOURS, "#6b7280", "#d1495b", "#2a9d8f", "#8d6e63", "#90be6d", "#577590")
     rest = np.array([value is None for value in values])
     if rest.any():
         axes.scatter(points[rest, 0], points[rest, 1], s=7, color="#888888", alpha=0.4, lw=0)
-    for number, name in enumerate(names):
-        own = np.array([value == name for value in values])
+    for number, label in enumerate(labels):
+        own = np.array([value == label for value in values])
         colour = palette[number % len(palette)]
-        axes.scatter(points[own, 0], points[own, 1], s=9, color=colour, alpha=0.8, lw=0, label=name)
-    shown = found.get("shown")
-    labels = ["t-SNE 1", "t-SNE 2"]
-    if shown:
-        labels = [f"component {number} ({100 * part:.0f} % of variance)" for number, part in enumerate(shown, 1)]
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if names:
+        axes.scatter(points[own, 0], points[own, 1], s=9, color=colour, alpha=0.8, lw=0, label=label)
+    across, up = ["t-SNE 1", "t-SNE 2"]
+    if "shown" in found:
+        across, up = (f"component {n} ({100 * part:.0f} % of variance)" for n, part in enumerate(found["shown"], 1))
+    axes.set(xlabel=across, ylabel=up, xticks=[], yticks=[])
+    if labels:
         axes.legend(title=found["colour"], loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.6)
+    return svg(figure, f"map of memories, {name}")
 
 
 def dot(axes: Axes, estimate: Mapping[str, float], place: float, colour: str, *, hollow: bool = False) -> None:

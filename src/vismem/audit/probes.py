@@ -8,12 +8,15 @@ logistic regression. No image is in both a training and a test fold.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.base import clone
 from sklearn.decomposition import PCA
+from sklearn.dummy import DummyClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -28,7 +31,8 @@ from vismem.config import KINDS, Kind
 MEMORY, VISUAL, QUERY = "memory", "visual tokens", "query"
 FOLDS, REPEATS = 5, 2
 MOST_COMPONENTS = 128
-STRENGTH = 0.1  # C of the logistic regression
+PROBE = LogisticRegression(C=0.1, max_iter=100, tol=1e-3)
+MAJORITY = DummyClassifier(strategy="most_frequent")
 FEWEST_ROWS = 40
 FEWEST_OF_CLASS = 4  # rows per class on average; with fewer there are too many classes to learn
 
@@ -50,9 +54,8 @@ def probe_kinds(
             found[kind] = {"rows": len(places), "skipped": f"fewer than {FEWEST_ROWS} answers invoked it"}
             continue
         ids = [rows[at] for at in places]
-        picked = [Target(t.name, t.family, [t.values[at] for at in places]) for t in wanted]
-        groups = [activations.group(i) for i in ids]
-        found[kind] = probe(features(activations, kind, ids), picked, groups, seed, f"probes, {kind}")
+        groups, facts = [activations.group(i) for i in ids], [target.at(places) for target in wanted]
+        found[kind] = probe(features(activations, kind, ids), facts, groups, seed, f"probes, {kind}")
     return found
 
 
@@ -63,17 +66,12 @@ def features(activations: ActivationStore, kind: Kind, ids: Sequence[str]) -> di
     """
     entries = [activations.entries[i] for i in ids]
     first = [(entry, entry.of_kind(kind)[0]) for entry in entries]
-    memories = [entry.memory(index) for entry, index in first]
-    length = min(len(memory) for memory in memories)
-    found = {
-        MEMORY: [memory[:length] for memory in memories],
-        QUERY: [present(entry.queries[index]) for entry, index in first],
-    }
-    shown = min([length, *(len(entry.visual) for entry in entries)])
-    if shown:
+    length = min(len(entry.memory(index)) for entry, index in first)
+    found = {MEMORY: [entry.memory(index)[:length] for entry, index in first]}
+    if shown := min([length, *(len(entry.visual) for entry in entries)]):
         found[VISUAL] = [pooled(entry.visual, shown) for entry in entries]
-    order = [name for name in (MEMORY, VISUAL, QUERY) if name in found]
-    return {name: np.stack([vectors.float().flatten().numpy() for vectors in found[name]]) for name in order}
+    found[QUERY] = [present(entry.queries[index]) for entry, index in first]
+    return {name: np.stack([one.float().flatten().numpy() for one in vectors]) for name, vectors in found.items()}
 
 
 def probe(
@@ -90,7 +88,7 @@ def probe(
         wanted: targets with a value, or None, for each row.
         groups: for each row its group; groups are not split between folds.
         seed: of folds and shuffles.
-        label: for the progress bar.
+        label: of the progress bar.
 
     Returns:
         `rows`, `components`, `families` and `skipped` (from a target's name to the reason). A family has `targets`,
@@ -98,16 +96,13 @@ def probe(
         and `SOURCE shuffled` (the same with permuted values), and the paired differences `gain` (memory minus chance),
         `selectivity` (memory minus shuffled), `against visual tokens` and `against query`.
     """
-    kept, skipped = [], {}
-    for target in wanted:
-        reason = skip_reason(target, groups)
-        if reason:
-            skipped[target.name] = reason
-        else:
-            kept.append(target)
-    folds = [folds_of(groups, FOLDS, seed + repeat) for repeat in range(REPEATS)]
-    components = component_count(sources, folds)
-    right: dict[str, dict[str, list[NDArray[Any]]]] = {target.name: {} for target in kept}
+    reasons = {target.name: skip_reason(target, groups) for target in wanted}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    kept = [target for target in wanted if target.name not in skipped]
+    folds = [folds_of(groups, seed + repeat) for repeat in range(REPEATS)]
+    fewest = min(int((fold != number).sum()) for fold in folds for number in range(FOLDS))  # training rows
+    components = max(1, min(MOST_COMPONENTS, fewest // 2, *(values.shape[1] for values in sources.values())))
+    right: dict[str, dict[str, list[NDArray[Any]]]] = {target.name: defaultdict(list) for target in kept}
     with tqdm(total=len(folds) * FOLDS * len(sources), desc=label, delay=2, mininterval=1) as bar:
         for repeat, fold in enumerate(folds if kept else []):
             permuted = {t.name: permute(t.values, groups, seed + repeat) for t in kept}
@@ -117,13 +112,12 @@ def probe(
                     prepared.append(principal_components(values, fold != number, components, seed))
                     bar.update()
                 for target in kept:
-                    read = right[target.name]
-                    read.setdefault(source, []).append(correct(prepared, fold, target.values))
+                    own = right[target.name]
+                    own[source].append(correct(prepared, fold, target.values, PROBE))
                     if repeat == 0:  # one control is enough
-                        control = correct(prepared, fold, permuted[target.name])
-                        read.setdefault(f"{source} shuffled", []).append(control)
+                        own[f"{source} shuffled"].append(correct(prepared, fold, permuted[target.name], PROBE))
             for target in kept:
-                right[target.name].setdefault("chance", []).append(majority_baseline(fold, target.values))
+                right[target.name]["chance"].append(correct(prepared, fold, target.values, MAJORITY))
     families = dict.fromkeys(target.family for target in kept)
     summed = {family: summary([t for t in kept if t.family == family], right, groups) for family in families}
     return {"rows": len(groups), "components": components, "families": summed, "skipped": skipped}
@@ -144,18 +138,12 @@ def skip_reason(target: Target, groups: Sequence[str]) -> str:
     return ""
 
 
-def folds_of(groups: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
+def folds_of(groups: Sequence[str], seed: int) -> NDArray[np.int64]:
     """The fold [rows] of each row; groups are not split."""
     names = sorted(set(groups))
     order = np.random.default_rng(seed).permutation(len(names))
-    of_group = {names[place]: number % count for number, place in enumerate(order)}
+    of_group = {names[place]: number % FOLDS for number, place in enumerate(order)}
     return np.array([of_group[group] for group in groups])
-
-
-def component_count(sources: Mapping[str, NDArray[Any]], folds: Sequence[NDArray[Any]]) -> int:
-    """The number of components for all sources: at most half the number of training rows."""
-    fewest = min(int((fold != number).sum()) for fold in folds for number in range(FOLDS))
-    return max(1, min(MOST_COMPONENTS, fewest // 2, *(values.shape[1] for values in sources.values())))
 
 
 def principal_components(values: NDArray[Any], train: NDArray[Any], components: int, seed: int) -> NDArray[Any]:
@@ -164,7 +152,9 @@ def principal_components(values: NDArray[Any], train: NDArray[Any], components: 
     return make_pipeline(StandardScaler(), parts, StandardScaler()).fit(values[train]).transform(values)
 
 
-def correct(prepared: Sequence[NDArray[Any]], fold: NDArray[Any], values: Sequence[str | None]) -> NDArray[np.float64]:
+def correct(
+    prepared: Sequence[NDArray[Any]], fold: NDArray[Any], values: Sequence[str | None], probe: Any
+) -> NDArray[np.float64]:
     """Whether a probe trained on the other folds predicts each row [rows]; NaN where the value is unknown."""
     wanted = np.array(["" if value is None else value for value in values])
     known, found = np.array([value is not None for value in values]), np.full(len(values), np.nan)
@@ -177,32 +167,17 @@ def correct(prepared: Sequence[NDArray[Any]], fold: NDArray[Any], values: Sequen
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model = LogisticRegression(C=STRENGTH, max_iter=100, tol=1e-3).fit(given[train], wanted[train])
-        found[test] = model.predict(given[test]) == wanted[test]
-    return found
-
-
-def majority_baseline(fold: NDArray[Any], values: Sequence[str | None]) -> NDArray[np.float64]:
-    """The same for a probe that always predicts the training rows' most frequent value."""
-    found = np.full(len(values), np.nan)
-    for number in range(FOLDS):
-        train = [v for v, at in zip(values, fold, strict=True) if at != number and v is not None]
-        guess = max(sorted(set(train)), key=train.count)
-        for place, value in enumerate(values):
-            if fold[place] == number and value is not None:
-                found[place] = value == guess
+            found[test] = clone(probe).fit(given[train], wanted[train]).predict(given[test]) == wanted[test]
     return found
 
 
 def permute(values: Sequence[str | None], groups: Sequence[str], seed: int) -> list[str | None]:
     """Permutes values: among groups if each has a single value, otherwise among rows."""
     rng = np.random.default_rng(seed)
-    own: dict[str, set[str | None]] = {}
-    for value, group in zip(values, groups, strict=True):
-        own.setdefault(group, set()).add(value)
-    if all(len(each) == 1 for each in own.values()):
+    own = dict(zip(groups, values, strict=True))
+    if all(own[group] == value for group, value in zip(groups, values, strict=True)):
         names = sorted(own)
-        dealt = dict(zip(names, (next(iter(own[names[place]])) for place in rng.permutation(len(names))), strict=True))
+        dealt = {name: own[names[place]] for name, place in zip(names, rng.permutation(len(names)), strict=True)}
         return [dealt[group] for group in groups]
     return [values[place] for place in rng.permutation(len(values))]
 
@@ -211,24 +186,21 @@ def summary(
     members: Sequence[Target], right: Mapping[str, Mapping[str, list[NDArray[Any]]]], groups: Any
 ) -> dict[str, Any]:
     """A family's accuracies: averaged over targets and repeats for each row, then over rows."""
-    reads = {name for target in members for name in right[target.name]}
-
-    def by_row(name: str) -> NDArray[np.float64]:
-        stacked = np.stack([line for target in members for line in right[target.name][name]])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # rows without known values
-            return np.nanmean(stacked, axis=0)
-
-    rows = {name: by_row(name) for name in reads}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # rows without known values
+        rows = {
+            name: np.nanmean([line for target in members for line in right[target.name][name]], axis=0)
+            for name in right[members[0].name]
+        }
     known = ~np.isnan(rows[MEMORY])
     kept = [group for group, is_known in zip(groups, known, strict=True) if is_known]
     found: dict[str, Any] = {
         "targets": [target.name for target in members],
         "classes": max(len(set(target.values) - {None}) for target in members),
-        **{name: share(values[known].tolist(), kept).to_dict() for name, values in rows.items()},
+        **{name: share(values[known].tolist(), kept) for name, values in rows.items()},
     }
     pairs = {"gain": "chance", "selectivity": f"{MEMORY} shuffled"}
     pairs |= {f"against {other}": other for other in (VISUAL, QUERY) if other in rows}
     for name, other in pairs.items():
-        found[name] = average((rows[MEMORY][known] - rows[other][known]).tolist(), kept).to_dict()
+        found[name] = average((rows[MEMORY][known] - rows[other][known]).tolist(), kept)
     return found

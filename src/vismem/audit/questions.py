@@ -36,23 +36,18 @@ def questions_and_unread(
     """As `questions`, and also a record with the error of each row that could not be read."""
     source, _, suite = data.partition(":")
     if source == POCKET:
-        return pocket_questions(suite, count, seed), []
+        from vismem.pocket.suites import SUITES
+        from vismem.pocket.suites import rows as suite_rows
+
+        if suite not in SUITES:
+            raise ValueError(f"unknown pocket suite {suite!r}; there are {', '.join(SUITES)}")
+        turn = len(SUITES[suite].cells) * SUITES[suite].share  # the rows alternate between cells
+        return suite_rows(suite, -(-count // turn), seed)[:count], []
     rows = load_dataset_rows(data, split=split, columns=columns, max_bad_rows=None)
     if not isinstance(rows, Rows):
         raise BadDataError(f"{data} can only be read in order, but the audit samples its questions at random")
     found = sample_rows(rows, count, seed)
     return found, [Record.failed(row_id, reason) for row_id, reason in rows.reports.found]
-
-
-def pocket_questions(suite: str, count: int, seed: int) -> list[Row]:
-    """Questions of a pocket suite, alternating between its cells."""
-    from vismem.pocket.suites import SUITES
-    from vismem.pocket.suites import rows as suite_rows
-
-    if suite not in SUITES:
-        raise ValueError(f"unknown pocket suite {suite!r}; there are {', '.join(SUITES)}")
-    turn = len(SUITES[suite].cells) * SUITES[suite].share
-    return suite_rows(suite, -(-count // turn), seed)[:count]
 
 
 def sample_rows(rows: Sequence[Row] | Rows, count: int, seed: int) -> list[Row]:

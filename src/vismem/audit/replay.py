@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vismem.analysis.replacement import next_token_kl
-from vismem.audit.activations import ActivationStore
+from vismem.audit.activations import ActivationStore, present
 from vismem.audit.interventions import stand_ins
 from vismem.audit.names import INTACT
 from vismem.config import KINDS
@@ -48,14 +48,14 @@ def batch_shifts(activations: ActivationStore, names: Sequence[str], ids: list[s
     """
     rollouts = [activations.entries[row_id].rollout for row_id in ids]
     vectors = {name: replacements(activations, name, ids) for name in (INTACT, *names)}
-    moved = {
-        (name, row, index): distance(memory, activations.entries[ids[row]].memory(index))
-        for name, found in vectors.items()
-        for (row, index), memory in found.items()
-    }
-    for row, index in vectors[INTACT]:  # formed again, to check that the stored activations are consistent
-        kind = rollouts[row].invocations[index].kind
-        yield {"id": ids[row], "name": INTACT, "index": index, "kind": kind, "moved": moved[INTACT, row, index]}
+
+    def shift(name: str, row: int, index: int, **more: Any) -> dict[str, Any]:
+        intact = rollouts[row].invocations[index]
+        moved = distance(vectors[name][row, index], present(intact.memory))
+        return {"id": ids[row], "name": name, "index": index, "kind": intact.kind, "moved": moved, **more}
+
+    # Formed again, to check that the stored activations are consistent.
+    yield from (shift(INTACT, row, index) for row, index in vectors[INTACT])
     if not names:
         return
     inputs = activations.inputs([activations.row(row_id) for row_id in ids])
@@ -65,18 +65,11 @@ def batch_shifts(activations: ActivationStore, names: Sequence[str], ids: list[s
         row, number = divmod(copy, len(names))
         return vectors[names[number]].get((row, index), invocation.memory)
 
-    for shift in next_token_kl(activations.model, inputs, copies, replace):
-        row, number = divmod(shift.row, len(names))
-        if (row, shift.index) in vectors[names[number]]:
-            yield {
-                "id": ids[row],
-                "name": names[number],
-                "index": shift.index,
-                "kind": shift.kind,
-                "moved": moved[names[number], row, shift.index],
-                "first": round(shift.first, 8),
-                "rest": None if math.isnan(shift.rest) else round(shift.rest, 8),
-            }
+    for found in next_token_kl(activations.model, inputs, copies, replace):
+        row, number = divmod(found.row, len(names))
+        if (row, found.index) in vectors[names[number]]:
+            rest = None if math.isnan(found.rest) else round(found.rest, 8)
+            yield shift(names[number], row, found.index, first=round(found.first, 8), rest=rest)
 
 
 @torch.no_grad()

@@ -24,49 +24,31 @@ SIDE = 192  # pixels of a picture's longer side at most
 
 def write_report(
     found: Mapping[str, Any], activations: ActivationStore, answers: Mapping[str, Mapping[str, Record]], out: Path
-) -> Path:
-    """Writes `report.html` into the audit's folder `out`, which has `maps.json`, and returns its path.
+) -> None:
+    """Writes `report.html` into the audit's folder `out`, which has `maps.json`.
 
     `found` has the contents of `audit.json`, `answers` the records by condition and id.
     """
     environment = templates_of("vismem.audit")
     environment.filters |= {"percent": percent, "points": points, "nats": nats, "cosine": cosine, "glued": glued}
-    maps = json.loads((out / "maps.json").read_text(encoding="utf-8"))["maps"]
     page = environment.get_template("report.html").render(
         found=found,
+        plots=plots,
         names=KINDS_IN_WORDS,
         words=WORDS,
         examples=examples(activations, answers),
-        effects={
-            kinds: plots.effects(rows, KINDS_IN_WORDS[kinds])
-            for kinds, rows in found["effects"].items()
-            if any(row["n"] for row in rows)
-        },
-        shifts={
-            kinds: plots.shifts(rows, KINDS_IN_WORDS[kinds])
-            for kinds, rows in found["effects"].items()
-            if any(row.get("kl_first") for row in rows)
-        },
-        gaze=plots.attention(seen) if (seen := {k: g for k, g in found["gaze"].items() if g.get("n")}) else "",
-        probes={kind: plots.probes(each, kind) for kind, each in found["probes"].items() if each.get("families")},
-        likeness={
-            kind: plots.similarity(kind, each["pairs"], found["structure"]["bins"])
-            for kind, each in found["structure"]["kinds"].items()
-            if each["pairs"]
-        },
-        maps={name: plots.scatter(name, each) for name, each in maps.items()},
-        maps_about=maps,
+        gaze={kind: each for kind, each in found["gaze"].items() if each["n"]},
+        probes={kind: each for kind, each in found["probes"].items() if each.get("families")},
+        maps=json.loads((out / "maps.json").read_text(encoding="utf-8"))["maps"],
         about={name: found["settings"].get(name) for name in ("base", "checkpoint", "data")},
     )
-    path = out / "report.html"
-    files.write_text(path, page)
-    return path
+    files.write_text(out / "report.html", page)
 
 
 def examples(activations: ActivationStore, answers: Mapping[str, Mapping[str, Record]]) -> list[dict[str, Any]]:
     """Some questions whose answers change when memory is replaced, those that change most first."""
     intact = answers[INTACT]
-    others = {name: records for name, records in answers.items() if name != INTACT and "-" not in name}
+    others = {name: records for name, records in answers.items() if name != INTACT}
 
     def changes(row_id: str) -> int:
         own = intact[row_id].reply

@@ -1,4 +1,4 @@
-"""Means, shares and paired changes with 95 % intervals.
+"""Means, shares and paired changes with 95 % intervals, as plain values for JSON.
 
 The bootstrap samples images, since questions about one image are not independent. Identical values give a bootstrap
 interval of width 0 however few they are, so shares and changes get at least the width of a Wilson interval.
@@ -7,51 +7,32 @@ interval of width 0 however few they are, so shares and changes get at least the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from vismem.evaluation.intervals import bootstrap_mean, wilson
+from vismem.evaluation.intervals import bootstrap_mean, bootstrap_share, wilson
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean of n values and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, rounded to five decimals."""
-        return {name: round(v, 5) if isinstance(v, float) else v for name, v in asdict(self).items()}
+def average(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
+    """The mean of values, bootstrapped over groups: `value`, `low`, `high` and `n`."""
+    return _rounded(*bootstrap_mean(values, groups), len(values))
 
 
-def average(values: Sequence[float], groups: Sequence[str]) -> Estimate:
-    """The mean of values, bootstrapped over groups. Raises ValueError if there is no value."""
-    return Estimate(*bootstrap_mean(values, groups), len(values))
+def share(values: Sequence[bool | float], groups: Sequence[str]) -> dict[str, Any]:
+    """The same for a share; scores outside 0 to 1 get a plain `average`."""
+    return _rounded(*bootstrap_share(values, groups), len(values))
 
 
-def share(values: Sequence[bool | float], groups: Sequence[str]) -> Estimate:
-    """A mean of values from 0 to 1: the wider of the bootstrap and the Wilson interval, with n the number of groups."""
-    found = average([float(value) for value in values], groups)
-    low, high = wilson(found.value, len(set(groups)))
-    return Estimate(found.value, min(low, found.low), max(high, found.high), found.n)
-
-
-def accuracy(values: Sequence[float], groups: Sequence[str]) -> Estimate:
-    """A mean of scores, as a share if all lie between 0 and 1."""
-    return (share if all(0 <= value <= 1 for value in values) else average)(values, groups)
-
-
-def change(values: Sequence[float], others: Sequence[float], groups: Sequence[str]) -> Estimate:
+def change(values: Sequence[float], others: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
     """Mean of `values` minus mean of `others`, paired.
 
     If no value differs, the interval is that of a share of 0 differing questions, scaled to the scores' range.
     """
     differences = [one - two for one, two in zip(values, others, strict=True)]
-    found = average(differences, groups)
     if any(differences):
-        return found
+        return average(differences, groups)
     bound = wilson(0.0, len(set(groups)))[1] * max(1.0, *map(abs, values))
-    return Estimate(0.0, -bound, bound, found.n)
+    return _rounded(0.0, -bound, bound, len(values))
+
+
+def _rounded(value: float, low: float, high: float, n: int) -> dict[str, Any]:
+    return {"value": round(value, 5), "low": round(low, 5), "high": round(high, 5), "n": n}

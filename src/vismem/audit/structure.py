@@ -48,17 +48,17 @@ def structure(
     found: dict[str, Any] = {"kinds": {}, "maps": {}, "bins": [round(float(edge), 4) for edge in BINS]}
     means: dict[Kind, dict[str, NDArray[Any]]] = {}
     for kind in KINDS:
-        own = [i for i in ids if activations.entries[i].of_kind(kind)]
-        if len(own) < FEWEST:
+        places = [at for at, i in enumerate(ids) if activations.entries[i].of_kind(kind)]
+        if len(places) < FEWEST:
             continue
+        own = [ids[at] for at in places]
         entries = [activations.entries[i] for i in own]
         memories = [entry.memory(entry.of_kind(kind)[0]) for entry in entries]
         means[kind] = {i: memory.float().mean(0).numpy() for i, memory in zip(own, memories, strict=True)}
         flat = np.stack([memory.float().flatten().numpy() for memory in memories])
         images, asked = [activations.group(i) for i in own], [activations.question[i] for i in own]
         found["kinds"][kind] = {"n": len(own), "pairs": similarities(flat, images, asked, seed)}
-        place = {i: at for at, i in enumerate(ids)}
-        facts = [Target(t.name, t.family, [t.values[place[i]] for i in own]) for t in wanted]
+        facts = [target.at(places) for target in wanted]
         found["maps"][kind] = project(flat, how, seed) | colours(flat, facts, images, seed)
     if len(means) == 2:
         found["between kinds"] = between_kinds(means)

@@ -7,7 +7,7 @@ word ("colour r1c2", "colour r3c1") form a family, whose accuracies are averaged
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vismem.data import Row
@@ -24,6 +24,10 @@ class Target:
     name: str
     family: str
     values: list[str | None]
+
+    def at(self, rows: Sequence[int]) -> Target:
+        """The target of some of the rows."""
+        return replace(self, values=[self.values[row] for row in rows])
 
 
 def targets(rows: Sequence[Row], columns: Sequence[str] = (), seed: int = 0) -> list[Target]:

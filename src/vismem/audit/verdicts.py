@@ -7,7 +7,7 @@ decidable otherwise. So no verdict depends on chance, and few questions give few
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from vismem.audit.names import CONTENT_FREE
@@ -62,13 +62,6 @@ class Verdict:
     text: str
     large: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return f"{self.question} {self.answer}{', a large effect' if self.large else ''}: {self.text}"
-
 
 # Of each intervention: its name, the question it answers, and a phrase for the replacement.
 DEPENDENCES = (
@@ -80,32 +73,26 @@ DEPENDENCES = (
 )
 
 
-def verdicts(found: Mapping[str, Any], limits: Thresholds = THRESHOLDS) -> list[Verdict]:
+def verdicts(found: Mapping[str, Any]) -> list[Verdict]:
     """All verdicts on an audit's results.
 
     Args:
         found: `effects` (by "all", "short", "long": rows of `effects.effect`), and if measured `gaze` and `probes`.
-        limits: the thresholds.
     """
     given = []
     for kinds, rows in found["effects"].items():
         by_name = {row["name"]: row for row in rows}
         given += [
-            depends(question, how, by_name[name], kinds, limits)
-            for name, question, how in DEPENDENCES
-            if name in by_name
+            depends(question, how, by_name[name], kinds) for name, question, how in DEPENDENCES if name in by_name
         ]
         content = [by_name[name] for name in CONTENT_FREE if name in by_name]
         if content:
-            given.append(more_than_computation(content, kinds, limits))
-    for kinds, attention in (found.get("gaze") or {}).items():
-        given.append(attended_to(attention, kinds, limits))
-    for kinds, probes in (found.get("probes") or {}).items():
-        given.append(readable(probes, kinds, limits))
-    return given
+            given.append(more_than_computation(content, kinds))
+    given += [attended_to(attention, kinds) for kinds, attention in found.get("gaze", {}).items()]
+    return given + [readable(probes, kinds) for kinds, probes in found.get("probes", {}).items()]
 
 
-def depends(question: str, how: str, row: Mapping[str, Any], kinds: str, limits: Thresholds) -> Verdict:
+def depends(question: str, how: str, row: Mapping[str, Any], kinds: str) -> Verdict:
     """Whether a replacement changes answers, and whether it changes the memory."""
     if not row["n"]:
         return Verdict(question, kinds, UNTESTED, untested(row))
@@ -114,42 +101,40 @@ def depends(question: str, how: str, row: Mapping[str, Any], kinds: str, limits:
     moved = row.get("moved")
     if moved and row["name"] != "zeros":
         numbers += f"; the memory itself moves by {100 * moved['value']:.1f} % of its length"
-    answer = decided(flips, limits.flips)
-    if answer != YES and moved and moved["high"] < limits.moved:
+    answer = decided(flips, THRESHOLDS.flips)
+    if answer != YES and moved and moved["high"] < THRESHOLDS.moved:
         answer, numbers = NO, f"the memory is the same. {numbers[0].upper()}{numbers[1:]}"
-    return verdict(question, kinds, answer, numbers, n, limits, large=flips["low"] >= limits.large)
+    return verdict(question, kinds, answer, numbers, n, large=flips["low"] >= THRESHOLDS.large)
 
 
-def more_than_computation(rows: Sequence[Mapping[str, Any]], kinds: str, limits: Thresholds) -> Verdict:
+def more_than_computation(rows: Sequence[Mapping[str, Any]], kinds: str) -> Verdict:
     """Whether the content adds accuracy over the same number of vectors without content."""
     question = "Is it more than extra computation?"
     tested = [row for row in rows if row["n"]]
     if not tested:
         return Verdict(question, kinds, UNTESTED, untested(rows[0]))
     worth = [mirrored(row["change"]) for row in tested]
-    answers = {decided(each, limits.points) for each in worth}
+    answers = {decided(each, THRESHOLDS.points) for each in worth}
     answer = NO if NO in answers else YES if answers == {YES} else OPEN
-    nearest = min(tested, key=lambda row: -row["change"]["value"])
+    nearest = max(tested, key=lambda row: row["change"]["value"])
     text = (
         f"with the memory {percent(nearest['intact'])} are right, {points(mirrored(nearest['change']))} more than with "
         f"the best of {', '.join(row['name'] for row in tested)}, which is {nearest['name']}"
     )
     if "over_off" in nearest:
         text += f" and itself adds {points(nearest['over_off'])} over no memory at all"
-    large = all(each["low"] >= limits.large for each in worth)
-    return verdict(question, kinds, answer, text, nearest["n"], limits, large=large)
+    large = all(each["low"] >= THRESHOLDS.large for each in worth)
+    return verdict(question, kinds, answer, text, nearest["n"], large=large)
 
 
-def verdict(
-    question: str, kinds: str, answer: str, text: str, n: int, limits: Thresholds, *, large: bool = False
-) -> Verdict:
+def verdict(question: str, kinds: str, answer: str, text: str, n: int, *, large: bool = False) -> Verdict:
     """A verdict on n questions; not decidable if they are too few."""
-    if n < limits.fewest or answer == OPEN:
+    if n < THRESHOLDS.fewest or answer == OPEN:
         return Verdict(question, kinds, OPEN, f"with n = {n}: {text}")
     return Verdict(question, kinds, answer, f"{text}; n = {n}", large and answer == YES)
 
 
-def attended_to(attention: Mapping[str, Any], kinds: str, limits: Thresholds) -> Verdict:
+def attended_to(attention: Mapping[str, Any], kinds: str) -> Verdict:
     """Whether later tokens attend to the slots more than to positions in general."""
     question = "Do later tokens look at it?"
     if not attention.get("n"):
@@ -157,48 +142,44 @@ def attended_to(attention: Mapping[str, Any], kinds: str, limits: Thresholds) ->
     ratio, most = attention["ratio"], attention["most"]
     text = (
         f"slots get {percent(attention['share']['slots'])} of the attention of what is written after them, "
-        f"{times(ratio)} uniform attention; {percent(most)} in layer {attention['layer']} of {attention['layers']}, "
+        f"{ratio['value']:.1f} times [{ratio['low']:.1f}, {ratio['high']:.1f}] uniform attention; "
+        f"{percent(most)} in layer {attention['layer']} of {attention['layers']}, "
         "where they get most"
     )
-    answers = {decided(most, limits.gaze), decided(ratio, limits.alike)}
+    answers = {decided(most, THRESHOLDS.gaze), decided(ratio, THRESHOLDS.alike)}
     answer = YES if YES in answers else NO if answers == {NO} else OPEN
-    return verdict(question, kinds, answer, text, attention["n"], limits)
+    return verdict(question, kinds, answer, text, attention["n"])
 
 
-def readable(probes: Mapping[str, Any], kinds: str, limits: Thresholds) -> Verdict:
+def readable(probes: Mapping[str, Any], kinds: str) -> Verdict:
     """Which facts a linear probe can read from the vectors."""
     question = "Can facts be read from it?"
-    if probes.get("skipped") and not probes.get("families"):
-        reason = probes["skipped"]
-        if not isinstance(reason, str):
+    families = probes.get("families")
+    if not families:
+        reason = probes.get("skipped")
+        if isinstance(reason, dict):
             reason = "; ".join(f"{name}: {why}" for name, why in list(reason.items())[:3])
+        reason = reason or "no facts are known of these questions; name columns with --probe"
         return Verdict(question, kinds, UNTESTED, reason)
-    if not probes.get("families"):
-        return Verdict(question, kinds, UNTESTED, "no facts are known of these questions; name columns with --probe")
-    good, open_ = [], []
-    for name, family in probes["families"].items():
-        lower = min(family["gain"]["low"], family["selectivity"]["low"])
-        upper = min(family["gain"]["high"], family["selectivity"]["high"])
-        if lower > limits.read:
-            good.append((family["gain"]["value"], name, family))
-        elif upper > limits.read:
-            open_.append(name)
-    good.sort(key=lambda each: -each[0])
-    parts = [
-        f"{name} {percent(family['memory'])} (chance {100 * family['chance']['value']:.0f}"
-        + "".join(
-            f", {other} {100 * family[other]['value']:.0f}" for other in ("visual tokens", "query") if other in family
-        )
-        + ")"
-        for _, name, family in good
-    ]
-    names, n = ", ".join(probes["families"]), probes["rows"]
-    if good:
-        text = "; ".join(parts) + (f"; not decidable: {', '.join(open_)}" if open_ else "")
-        return verdict(question, kinds, YES, text, n, limits)
-    if open_:
-        return verdict(question, kinds, OPEN, ", ".join(open_), n, limits)
-    return verdict(question, kinds, NO, f"none of {names} is read better than chance", n, limits)
+    read, unclear = [], []
+    for name, family in families.items():
+        gain, selectivity = family["gain"], family["selectivity"]
+        if min(gain["low"], selectivity["low"]) > THRESHOLDS.read:
+            read.append(name)
+        elif min(gain["high"], selectivity["high"]) > THRESHOLDS.read:
+            unclear.append(name)
+    if not read and not unclear:
+        text = f"none of {', '.join(families)} is read better than chance"
+        return verdict(question, kinds, NO, text, probes["rows"])
+    if not read:
+        return verdict(question, kinds, OPEN, ", ".join(unclear), probes["rows"])
+    parts = []
+    for name in sorted(read, key=lambda name: -families[name]["gain"]["value"]):
+        others = [other for other in ("chance", "visual tokens", "query") if other in families[name]]
+        told = [f"{other} {100 * families[name][other]['value']:.0f}" for other in others]
+        parts.append(f"{name} {percent(families[name]['memory'])} ({', '.join(told)})")
+    text = "; ".join(parts) + (f"; not decidable: {', '.join(unclear)}" if unclear else "")
+    return verdict(question, kinds, YES, text, probes["rows"])
 
 
 def decided(estimate: Mapping[str, float], limit: float) -> str:
@@ -223,11 +204,8 @@ def mirrored(estimate: Mapping[str, float]) -> dict[str, float]:
 def percent(estimate: Mapping[str, float]) -> str:
     """A share with its interval, in per cent."""
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    return (
-        f"{value:.0f} % [{low:.0f}, {high:.0f}]"
-        if value >= 10 or value == 0
-        else f"{value:.1f} % [{low:.1f}, {high:.1f}]"
-    )
+    digits = 0 if value >= 10 or value == 0 else 1
+    return f"{value:.{digits}f} % [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def points(estimate: Mapping[str, float]) -> str:
@@ -241,8 +219,3 @@ def costs(change: Mapping[str, float]) -> str:
     if change["value"] > 0:
         return f"gains {points(change)}"
     return f"costs {points(mirrored(change))}"
-
-
-def times(estimate: Mapping[str, float]) -> str:
-    """A ratio with its interval."""
-    return f"{estimate['value']:.1f} times [{estimate['low']:.1f}, {estimate['high']:.1f}]"

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from vismem.data import BadRowError, Row, reward_columns, row_inputs
-from vismem.decoding.policies import After, Policy, Random
+from vismem.decoding.policies import After, Policy, Random, read_policy
 from vismem.decoding.prepare import context_of
 from vismem.decoding.queue import Answer, Request
 from vismem.escaping import visible
 from vismem.evaluation.records import Record, RecordFile
 from vismem.model import VisMem
 from vismem.tokens import single_token_id
-from vismem.training.experience import seed_of
 from vismem.training.rewards import Rewards, load_rewards
+from vismem.training.rollout import seed_of
 
 log = logging.getLogger(__name__)
 KEPT = ("benchmark", "suite", "cell", "ability", "task", "subtask", "distance")  # columns that records keep
@@ -40,6 +41,7 @@ def answer(
     store: RecordFile | None = None,
     label: str = "",
     keep: Sequence[str] = KEPT,
+    on_answer: Callable[[str, Answer], object] | None = None,
     **generation: Any,
 ) -> list[Record]:
     """Answers rows and scores the answers.
@@ -48,15 +50,16 @@ def answer(
         model: the model.
         rows: the questions, with distinct ids.
         rewards: names, functions, or the result of `load_rewards`.
-        invocation: as in `generate`. A `Random` policy is seeded by each row's id, so it does not depend on the batch.
-            `"placed"` invokes memory as each row's column `places` says: pairs of n and kind, after the reply's n-th
-            colon.
+        invocation: as in `generate`, or a policy as text such as `"random:0.5"`. A random policy is seeded by each
+            row's id, so it does not depend on the batch. `"placed"` invokes memory as each row's column `places` says:
+            pairs of n and kind, after the reply's n-th colon.
         batch_size: rows decoded together.
         max_new_tokens: sampled tokens per answer.
         seed: of sampling, with `do_sample`.
         store: a file with the answers of an earlier run; receives the new ones as they come.
         label: for the progress bar.
         keep: columns that the records keep.
+        on_answer: called with each new answer and its row's id, before the record is saved.
         **generation: keywords of `generate`.
 
     Returns:
@@ -70,7 +73,7 @@ def answer(
     scorer = rewards if isinstance(rewards, Rewards) else load_rewards(rewards)
     by_id = {row.id: row for row in rows}
     if len(by_id) != len(rows):
-        twice = next(row.id for index, row in enumerate(rows) if any(row.id == other.id for other in rows[:index]))
+        ((twice, _),) = Counter(row.id for row in rows).most_common(1)
         raise ValueError(f"two questions have the id {twice!r}; ids must be unique")
     done = {} if store is None else {i: record for i, record in store.records.items() if i in by_id}
     missing = [row for row in rows if row.id not in done]
@@ -85,6 +88,8 @@ def answer(
 
         requests = requests_for(model, missing, invocation, seed, keep_record, keep)
         for written in model.stream_batch(requests, batch_size, **settings):
+            if on_answer is not None:
+                on_answer(written.tag, written)
             keep_record(record_of(model, by_id[written.tag], written, scorer, keep))
     records = [done[row.id] for row in rows]
     report_failures(records, label or "answers")
@@ -142,16 +147,16 @@ def kept_columns(row: Row, keep: Sequence[str]) -> dict[str, Any]:
 
 def policy_for(model: VisMem, row: Row, invocation: str | Policy) -> str | Policy:
     """The policy of one row, with its own seed and its own `places`."""
-    if isinstance(invocation, Random) and isinstance(invocation.seed, int):
-        own = copy.copy(invocation)
-        own.seed = seed_of(invocation.seed, row.id)
-        return own
-    if invocation != "placed":
-        return invocation
-    if "places" not in row.columns:
-        raise ValueError(f"{row.id} has no column `places`, which invocation='placed' needs")
-    marker = single_token_id(model.processor.tokenizer, (PLACED_AFTER,))
-    return After(marker, {int(n): kind for n, kind in row.columns["places"]})
+    if invocation == "placed":
+        if "places" not in row.columns:
+            raise ValueError(f"{row.id} has no column `places`, which invocation='placed' needs")
+        marker = single_token_id(model.processor.tokenizer, (PLACED_AFTER,))
+        return After(marker, {int(n): kind for n, kind in row.columns["places"]})
+    policy = read_policy(invocation) if isinstance(invocation, str) else invocation
+    if isinstance(policy, Random) and isinstance(policy.seed, int):
+        policy = copy.copy(policy)
+        policy.seed = seed_of(policy.seed, row.id)
+    return policy
 
 
 def record_of(model: VisMem, row: Row, written: Answer, rewards: Rewards, keep: Sequence[str]) -> Record:
@@ -159,18 +164,25 @@ def record_of(model: VisMem, row: Row, written: Answer, rewards: Rewards, keep: 
     if written.error is not None:
         return Record.failed(row.id, str(written.error) or type(written.error).__name__, kept_columns(row, keep))
     reply = model.processor.tokenizer.decode(written.tokens, skip_special_tokens=True)
-    sampled = sum(not invocation.forced for invocation in written.invocations)
     return Record(
         id=row.id,
         score=scores([row], [reply], [written.tokens], rewards)[0],
         reply=reply,
         tokens=len(written.tokens),
         sampled=written.sampled,
-        delimiters=sum(token in model.delimiters for token in written.tokens) + sampled,
-        invocations=[invocation.to_dict() for invocation in written.invocations],
-        finish=str(written.finish),
         columns=kept_columns(row, keep),
+        **trace_of(model, written),
     )
+
+
+def trace_of(model: VisMem, written: Answer) -> dict[str, Any]:
+    """An answer's `delimiters`, `invocations` and `finish`, as its record has them."""
+    chosen = sum(not invocation.forced for invocation in written.invocations)
+    return {
+        "delimiters": sum(token in model.delimiters for token in written.tokens) + chosen,
+        "invocations": [invocation.to_dict() for invocation in written.invocations],
+        "finish": str(written.finish),
+    }
 
 
 def scores(rows: Sequence[Row], replies: Sequence[str], tokens: Sequence[list[int]], rewards: Rewards) -> list[float]:

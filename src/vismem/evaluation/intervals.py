@@ -83,6 +83,19 @@ def bootstrap_mean(scores: ArrayLike, groups: Sequence[object] | None = None) ->
     return float(found.mean()), *interval(sampled @ sums / (sampled @ np.bincount(member, minlength=len(names))))
 
 
+def bootstrap_share(scores: ArrayLike, groups: Sequence[object] | None = None) -> tuple[float, float, float]:
+    """As `bootstrap_mean`; if all scores lie between 0 and 1, the interval is at least as wide as Wilson's.
+
+    The Wilson interval is that of as many questions, or groups, as there are.
+    """
+    found = matrix(scores)
+    value, low, high = bootstrap_mean(found, groups)
+    if found.min() < 0 or found.max() > 1:
+        return value, low, high
+    least, most = wilson(value, found.shape[1] if groups is None else len(set(groups)))
+    return value, min(low, least), max(high, most)
+
+
 def bootstrap_difference(scores: ArrayLike, others: ArrayLike) -> tuple[float, float, float]:
     """Mean of `scores` minus mean of `others` on the same questions (paired), and its 95 % interval.
 

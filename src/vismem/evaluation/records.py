@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vismem import jsonl
 
@@ -50,17 +50,11 @@ class Record:
 DEFAULTS = vars(Record("", 0.0, "", 0, 0))
 
 
-@dataclass
-class Merged:
-    """The lines of one result file that was merged into another.
-
-    Args:
-        path: of the merged file.
-        lines: the settings, then the results.
-    """
+class Merged(NamedTuple):
+    """A merged file, and its lines that were one result file: the settings, then the results."""
 
     path: Path
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]]
 
 
 def merged_answers(folder: Path) -> dict[Path, Merged]:
@@ -79,7 +73,7 @@ def merged_answers(folder: Path) -> dict[Path, Merged]:
                 place = folder / line.pop("method") / f"{line.pop('answers')}.jsonl"
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{path} holds a line without method and answers; delete the file") from error
-            found.setdefault(place, Merged(path)).lines.append(line)
+            found.setdefault(place, Merged(path, [])).lines.append(line)
     return found
 
 
@@ -107,7 +101,7 @@ class ResultFile:
             self._read(self.path, jsonl.read(self.path))
             self._write()
         elif merged is not None:
-            self._read(merged.path, merged.lines)
+            self._read(*merged)
 
     def _read(self, source: Path, lines: list[dict[str, Any]]) -> None:
         if not lines:

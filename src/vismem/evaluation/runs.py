@@ -12,13 +12,13 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from vismem import checkpoint as memory_files
 from vismem.data import Row, load_dataset_rows
-from vismem.decoding.policies import Policy, read_policy
 from vismem.evaluation.answering import answer
 from vismem.evaluation.records import Record, RecordFile, merged_answers
 from vismem.evaluation.settings import ADAPTER_FILE, POCKET, Benchmark, EvaluationSettings, Method
@@ -40,7 +40,6 @@ class Runs:
 
     Attributes:
         dry_run: whether tables only check what they need, and then raise `DryRunFinishedError`.
-        failures: by benchmark the largest number of failed questions of a method, and the number of questions.
     """
 
     def __init__(self, settings: EvaluationSettings) -> None:
@@ -48,8 +47,6 @@ class Runs:
         self._held: tuple[Any, VisMem] | None = None  # the model that was used last
         self._rows: dict[tuple[str, bool], list[Row]] = {}
         self._unread: dict[str, list[Record]] = {}  # by benchmark, questions that cannot be read
-        self.failures: dict[str, tuple[int, int]] = {}
-        self._tasks: set[str] = set()  # lmms-eval tasks known to exist
         self.answers = Path(settings.output_dir) / "answers"
         self._merged = merged_answers(self.answers)
 
@@ -113,25 +110,23 @@ class Runs:
     def rows(self, benchmark: Benchmark, *, bound: bool = False) -> list[Row]:
         """A benchmark's questions."""
         key = (str(benchmark), bound)
-        if key not in self._rows:
-            self._rows[key] = self._read(benchmark, bound=bound)
-        return self._rows[key]
-
-    def _read(self, benchmark: Benchmark, *, bound: bool) -> list[Row]:
-        settings = self.settings
-        limit = benchmark.limit if benchmark.limit is not None else settings.limit
+        if key in self._rows:
+            return self._rows[key]
+        limit = benchmark.limit or self.settings.limit
         source, _, suite = benchmark.data.partition(":")
         if source == POCKET:
             from vismem.pocket.suites import rows as suite_rows
 
-            return suite_rows(suite, settings.n, settings.question_seed, bound=bound)[:limit]
-        found: Any = load_dataset_rows(
-            benchmark.data, split=benchmark.split, limit=limit, columns=benchmark.columns, max_bad_rows=None
-        )
-        rows = list(found.good())
-        if not rows:
-            raise found.reports.no_good_row()
-        self._unread[benchmark.name] = [Record.failed(row_id, why) for row_id, why in found.reports.found]
+            rows = suite_rows(suite, self.settings.n, self.settings.question_seed, bound=bound)[:limit]
+        else:
+            found: Any = load_dataset_rows(
+                benchmark.data, split=benchmark.split, limit=limit, columns=benchmark.columns, max_bad_rows=None
+            )
+            rows = list(found.good())
+            if not rows:
+                raise found.reports.no_good_row()
+            self._unread[benchmark.name] = [Record.failed(row_id, why) for row_id, why in found.reports.found]
+        self._rows[key] = rows
         return rows
 
     def has(self, method: Method, benchmark: Benchmark) -> bool:
@@ -150,58 +145,42 @@ class Runs:
         return self.settings.seeds if method.seeded else (None,)
 
     def records(self, method: Method, benchmark: Benchmark, seed: int | None) -> list[Record]:
-        """The method's records; answers what an earlier run did not."""
-        invocation, tokens = method.policy, self.tokens(benchmark)
+        """The method's records; answers what an earlier run did not.
+
+        The records of an lmms-eval task are saved when all its samples are answered.
+        """
         file = self.file(method, benchmark, seed)
+        settings: dict[str, Any] = {
+            "invocation": method.policy,
+            "batch_size": self.settings.batch_size,
+            "max_new_tokens": self.tokens(benchmark),
+        }
         if benchmark.task:
-            return self._counted(benchmark, self.task_records(method, benchmark, seed, invocation, tokens, file))
+            from vismem.evaluation.lmms.run import task_records
+
+            if not file.records:
+                model, limit = self.model(method, seed), benchmark.limit or self.settings.limit
+                file.add_all(task_records(model, benchmark.task, limit=limit, **settings))
+            return list(file.records.values())
         rows = self.rows(benchmark, bound=method.bound)
-        if any(row.id not in file.done for row in rows):
-            model = self.model(method, seed)
-            answer(
-                model,
-                rows,
-                rewards_of(benchmark),
-                invocation=policy_of(invocation),
-                batch_size=self.settings.batch_size,
-                max_new_tokens=tokens,
-                store=file,
-                label=f"{method.name}, {benchmark.name}",
-                keep=(),
-            )
-        answered = [file.records[row.id] for row in rows]
-        return self._counted(benchmark, [*answered, *self._unread.get(benchmark.name, ())])
-
-    def _counted(self, benchmark: Benchmark, records: list[Record]) -> list[Record]:
-        """Returns the records after noting how many failed."""
-        failed, all_failed = sum(bool(record.error) for record in records), self.failures.get(benchmark.name, (0, 0))
-        if failed > all_failed[0]:
-            self.failures[benchmark.name] = (failed, len(records))
-        return records
-
-    def failures_note(self) -> list[str]:
-        """A note on questions without an answer, if there are any."""
-        counts = [f"{failed} of {total} in {name}" for name, (failed, total) in self.failures.items()]
-        return [f"Failed questions, which count as wrong: {', '.join(counts)}."] if counts else []
+        if any(row.id not in file.records for row in rows):
+            settings |= {"store": file, "label": f"{method.name}, {benchmark.name}", "keep": ()}
+            answer(self.model(method, seed), rows, benchmark.rewards, **settings)
+        return [file.records[row.id] for row in rows] + self._unread.get(benchmark.name, [])
 
     def check(self, method: Method, benchmark: Benchmark, seed: int | None) -> None:
         """Checks what the answers need besides a model: questions, and the scoring of missing answers.
 
         Raises:
-            ValueError: if questions cannot be read, saved answers are of other settings, or a reward, a task, a policy
-                or a package is missing.
+            ValueError: if questions cannot be read, saved answers are of other settings, or a reward, a task or a
+                package is missing.
         """
         file = self.file(method, benchmark, seed)
-        if benchmark.data and all(row.id in file.done for row in self.rows(benchmark, bound=method.bound)):
-            return
-        if benchmark.task and file.records:
-            return
-        policy_of(method.policy)
-        if benchmark.data:
-            load_rewards(rewards_of(benchmark))
-        elif benchmark.task not in self._tasks:
-            check_task(benchmark.task)
-            self._tasks.add(benchmark.task)
+        if benchmark.task:
+            if not file.records:
+                check_task(benchmark.task)
+        elif any(row.id not in file.records for row in self.rows(benchmark, bound=method.bound)):
+            load_rewards(benchmark.rewards)
 
     def tokens(self, benchmark: Benchmark) -> int:
         """Maximum number of sampled tokens per answer."""
@@ -209,21 +188,23 @@ class Runs:
 
     def file(self, method: Method, benchmark: Benchmark, seed: int | None) -> RecordFile:
         """The file of the method's answers. Raises ValueError if it was written with other settings."""
-        invocation = method.policy
-        apart = ("ability", "limit", "subtask")  # number and grouping of the questions may change
-        asked = {name: value for name, value in asdict(benchmark).items() if name not in apart and value}
+        regrouped = ("ability", "limit", "subtask")  # number and grouping of the questions may change
+        asked = {name: value for name, value in asdict(benchmark).items() if name not in regrouped and value}
         if benchmark.data.partition(":")[0] == POCKET:
             asked |= {"n": self.settings.n, "question_seed": self.settings.question_seed}
-        known: dict[str, Any] = {
+        settings = {
             "base": self.settings.base,
             "checkpoint": method.checkpoint,
             "train": list(map(dict, method.train)),
+            "invocation": method.policy,
+            "bound": method.bound,
+            "seed": seed,
+            "max_new_tokens": self.tokens(benchmark),
+            "benchmark": asked,
         }
-        known |= {"invocation": invocation, "bound": method.bound, "seed": seed}
-        known |= {"max_new_tokens": self.tokens(benchmark), "benchmark": asked}
         place = "base" if seed is None else f"seed{seed}"
-        path = self.answers / slug(method.name) / f"{slug(benchmark.name)}-{slug(invocation)}-{place}.jsonl"
-        return RecordFile(path, known, self._merged.get(path))
+        path = self.answers / slug(method.name) / f"{slug(benchmark.name)}-{slug(method.policy)}-{place}.jsonl"
+        return RecordFile(path, settings, self._merged.get(path))
 
     def subtasks(self, benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
         """The sub-task of each record: a column of its question, or of an lmms-eval sample.
@@ -236,38 +217,16 @@ class Runs:
         unread = {benchmark.subtask: "unread"}
         return [str(columns.get(record.id, unread).get(benchmark.subtask, "")) for record in records]
 
-    def task_records(
-        self, method: Method, benchmark: Benchmark, seed: int | None, invocation: str, tokens: int, file: RecordFile
-    ) -> list[Record]:
-        """The records of an lmms-eval task, saved when all its samples are answered."""
-        from vismem.evaluation.lmms.run import task_records
 
-        if not file.records:
-            asked = {"invocation": invocation, "batch_size": self.settings.batch_size, "max_new_tokens": tokens}
-            limit = benchmark.limit if benchmark.limit is not None else self.settings.limit
-            file.add_all(task_records(self.model(method, seed), benchmark.task, limit=limit, **asked))
-        return list(file.records.values())
-
-
-def rewards_of(benchmark: Benchmark) -> Any:
-    """A benchmark's rewards as arguments of `load_rewards`."""
-    return list(benchmark.rewards) if isinstance(benchmark.rewards, tuple) else benchmark.rewards
-
-
+@cache
 def check_task(name: str) -> None:
     """Raises ValueError if lmms-eval or the task is missing."""
     if find_spec("lmms_eval") is None:
         raise ValueError(f"the task {name!r} needs lmms-eval: pip install 'vismem[eval]'")
-    from vismem.evaluation.lmms import tasks_folder
     from vismem.evaluation.lmms.run import find_task, quiet
 
     with quiet():
-        find_task(name, [str(tasks_folder())])
-
-
-def policy_of(invocation: str) -> str | Policy:
-    """The policy with this name; `"placed"` is left to `answer`."""
-    return invocation if invocation == "placed" else read_policy(invocation)
+        find_task(name)
 
 
 def slug(text: str) -> str:

@@ -82,13 +82,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.checkpoint and self.train:
             raise SettingsError(f"method {self.name!r} has both checkpoint and train; give one of them")
-        for step in self.train:
-            if not isinstance(step, Mapping) or step.get("step") not in STEPS:
-                named = ", ".join(STEPS)
-                raise SettingsError(
-                    f"method {self.name!r}: every entry of train needs a `step`, one of {named}, "
-                    f"got {format_value(step)}"
-                )
+        for number, step in enumerate(self.train):
+            check_step(step, f"method {self.name!r}: train[{number}]")
         if self.invocation not in ("", "placed"):
             try:
                 read_policy(self.invocation)
@@ -205,29 +200,26 @@ class EvaluationSettings:
         return with_memory[-1]
 
 
-def pocket_benchmark(suite: str, **more: Any) -> dict[str, Any]:
-    from vismem.pocket.suites import SUITES
+def suite(name: str, **more: Any) -> dict[str, Any]:
+    """The benchmark of a suite of the pocket world."""
+    reasoning = ("rules", "rules_first", "rules_second", "both", "pairs")
+    ability = "generation" if name == "describe" else "reasoning" if name in reasoning else "understanding"
+    return {"name": name, "data": f"pocket:{name}", "ability": ability, "rewards": ["pocket"], **more}
 
-    ability = SUITES[suite].ability
-    return {"name": suite, "data": f"pocket:{suite}", "ability": ability, "rewards": ["pocket"], **more}
 
-
-def pocket() -> dict[str, Any]:
-    """The preset `pocket`: all tables on the packaged model."""
-    warmup, sft = {"step": "warmup"}, {"step": "sft", "data": "pocket:warmup"}
-    # Learning rates found with benchmarks/baseline_rates.py; the memory's are the preset's of `vismem train`.
-    soft = {"step": "all", "memory": {"content": "soft"}}
-    soft |= {"warmup": {"learning_rate": 0.1}, "stage1": {"learning_rate": 0.01}}
-    memory = {"name": "VisMem", "invocation": "placed"}
-    suites = ("late", "strange", "rules_first", "rules_second", "in_view")
-    after = [pocket_benchmark(name, limit=64) for name in suites]
-    stages = {
-        "late": {"data": "pocket:late", "max_steps": 80},
-        "strange": {"data": "pocket:strange", "max_steps": 80},
-        "rules_first": {"data": "pocket:rules_first", "max_steps": 160},
-        "rules_second": {"data": "pocket:rules_second", "max_steps": 160},
-    }
-    return {
+WARMUP, SFT = {"step": "warmup"}, {"step": "sft", "data": "pocket:warmup"}
+# Learning rates found with benchmarks/baseline_rates.py; the memory's are the preset's of `vismem train`.
+SOFT = {
+    "step": "all",
+    "memory": {"content": "soft"},
+    "warmup": {"learning_rate": 0.1},
+    "stage1": {"learning_rate": 0.01},
+}
+PLACED = {"name": "VisMem", "invocation": "placed", "train": [WARMUP]}
+STAGED = [suite(name, limit=64) for name in ("late", "strange", "rules_first", "rules_second", "in_view")]
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "pocket": {  # all tables on the packaged model
         "output_dir": "results/evaluation",
         "runs_dir": "runs/evaluation",
         "base": POCKET,
@@ -240,51 +232,51 @@ def pocket() -> dict[str, Any]:
         "methods": [
             {"name": "vanilla"},
             {"name": "bound", "bound": True},
-            {"name": "LoRA, supervised", "train": [{**sft, "max_steps": 445}]},
+            {"name": "LoRA, supervised", "train": [{**SFT, "max_steps": 445}]},
             {
                 "name": "LoRA, supervised then GRPO",
-                "train": [{**sft, "max_steps": 320}, {"step": "grpo", "data": "pocket:stage2", "max_steps": 125}],
+                "train": [{**SFT, "max_steps": 320}, {"step": "grpo", "data": "pocket:stage2", "max_steps": 125}],
             },
-            {"name": "soft vectors", "train": [soft]},
+            {"name": "soft vectors", "train": [SOFT]},
             {"name": "VisMem", "train": [{"step": "all"}]},
         ],
         "benchmarks": [
-            pocket_benchmark("late", subtask="task"),
-            pocket_benchmark("strange", subtask="cell"),
-            pocket_benchmark("in_view", subtask="cell"),
-            pocket_benchmark("easy_vqa"),
-            pocket_benchmark("rules"),
-            pocket_benchmark("both", subtask="distance"),
-            pocket_benchmark("pairs"),
-            pocket_benchmark("describe", subtask="cell", max_new_tokens=128),
+            suite("late", subtask="task"),
+            suite("strange", subtask="cell"),
+            suite("in_view", subtask="cell"),
+            suite("easy_vqa"),
+            suite("rules"),
+            suite("both", subtask="distance"),
+            suite("pairs"),
+            suite("describe", subtask="cell", max_new_tokens=128),
         ],
         "invocation": {"benchmarks": ["late", "in_view", "rules", "both"]},
         "partial": {
             "data": {"full": "pocket:warmup", "partial": "pocket:partial"},
-            "methods": [
-                {**memory, "train": [warmup]},
-                {"name": "LoRA, supervised", "train": [{**sft, "max_steps": 320}]},
-            ],
-            "benchmarks": after,
+            "methods": [PLACED, {"name": "LoRA, supervised", "train": [{**SFT, "max_steps": 320}]}],
+            "benchmarks": STAGED,
         },
         "continual": {
-            "stages": stages,
-            "methods": [{**memory, "train": [warmup]}, {"name": "LoRA, supervised", "train": [sft]}],
-            "benchmarks": after,
+            "stages": {
+                "late": {"data": "pocket:late", "max_steps": 80},
+                "strange": {"data": "pocket:strange", "max_steps": 80},
+                "rules_first": {"data": "pocket:rules_first", "max_steps": 160},
+                "rules_second": {"data": "pocket:rules_second", "max_steps": 160},
+            },
+            "methods": [PLACED, {"name": "LoRA, supervised", "train": [SFT]}],
+            "benchmarks": STAGED,
         },
         "lengths": {
             "query_length": [2, 8],
             "short_length": [8, 16],
             "long_length": [4, 16],
-            "train": [{**warmup, "max_steps": 100}],
+            "train": [{**WARMUP, "max_steps": 100}],
             "invocation": "placed",
-            "benchmarks": [pocket_benchmark(name, limit=64) for name in ("late", "rules", "both")],
+            "benchmarks": [suite(name, limit=64) for name in ("late", "rules", "both")],
         },
         "latency": {"questions": 8, "rounds": 3, "clock": "processor"},
-    }
-
-
-PRESETS = {"pocket": pocket, "none": dict}
+    },
+}
 SECTIONS: dict[str, dict[str, Any]] = {
     "invocation": {"rates": list[float], "benchmarks": list[str]},
     "partial": {"data": dict[str, str], "methods": list[Any], "benchmarks": list[Any]},
@@ -309,8 +301,7 @@ def load_settings(path: str | Path | None, overrides: Sequence[str]) -> Evaluati
     """
     given = merge(read_file(path), read_changes(overrides))
     preset = check_preset(given.pop("preset", "none"), PRESETS)
-    checked_values(given)  # before loading what the preset refers to
-    return settings_of(merge(PRESETS[preset](), given))
+    return settings_of(merge(PRESETS[preset], given))
 
 
 def merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,11 +315,6 @@ def merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_of(values: Mapping[str, Any]) -> EvaluationSettings:
     """Settings of plain values. Raises SettingsError for an unknown name, a wrong type or a value out of range."""
-    return EvaluationSettings(**checked_values(values))
-
-
-def checked_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The given fields of `EvaluationSettings`, checked and converted. Raises SettingsError."""
     plain = {name: value for name, value in values.items() if name not in ("methods", "benchmarks")}
     found = check(plain, types_of(EvaluationSettings))
     for name, make in (("methods", methods_of), ("benchmarks", benchmarks_of)):
@@ -344,7 +330,7 @@ def checked_values(values: Mapping[str, Any]) -> dict[str, Any]:
             check_step(step, f"{section}.train[{number}]")
         for name, stage in (own.get("stages") or {}).items():
             check_layer(stage, f"{section}.stages.{name}.")
-    return found
+    return EvaluationSettings(**found)
 
 
 @cache
@@ -355,11 +341,7 @@ def types_of(settings: type) -> dict[str, Any]:
 
 def methods_of(entries: Sequence[Any]) -> tuple[Method, ...]:
     """Methods from plain values."""
-    made = tuple(_made(Method, entry, "method") for entry in entries)
-    for method in made:
-        for number, step in enumerate(method.train):
-            check_step(step, f"method {method.name!r}: train[{number}]")
-    return made
+    return tuple(_made(Method, entry, "method") for entry in entries)
 
 
 def benchmarks_of(entries: Sequence[Any]) -> tuple[Benchmark, ...]:
@@ -367,8 +349,10 @@ def benchmarks_of(entries: Sequence[Any]) -> tuple[Benchmark, ...]:
     return tuple(_made(Benchmark, entry, "benchmark") for entry in entries)
 
 
-def check_step(step: Mapping[str, Any], where: str) -> None:
+def check_step(step: Any, where: str) -> None:
     """Raises SettingsError if `vismem train` would reject a training step's settings."""
+    if not isinstance(step, Mapping) or step.get("step") not in STEPS:
+        raise SettingsError(f"{where} needs a `step`, one of {', '.join(STEPS)}, got {format_value(step)}")
     check_layer({name: value for name, value in step.items() if name != "step"}, f"{where}.")
 
 

@@ -22,24 +22,11 @@ from vismem import files
 from vismem.data import Row, prompt_inputs
 from vismem.evaluation.answering import answerable, policy_for
 from vismem.evaluation.records import check_settings
-from vismem.evaluation.runs import DryRunFinishedError, Runs, policy_of
+from vismem.evaluation.runs import DryRunFinishedError, Runs
 from vismem.evaluation.settings import Method
 from vismem.model import VisMem
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-
-
-@dataclass(frozen=True)
-class TimedMethod:
-    """A method, and optionally another invocation than its own."""
-
-    method: Method
-    invocation: str = ""
-
-    @property
-    def policy(self) -> str:
-        """The name of the policy."""
-        return self.invocation or self.method.policy
+CLOCKS = {"wall": ("wall clock", time.perf_counter), "processor": ("processor time", time.process_time)}
 
 
 @dataclass(frozen=True)
@@ -52,12 +39,10 @@ class Timing:
     invocations: int
 
 
-def measure_times(
-    runs: Runs, ways: Mapping[str, TimedMethod], title: str
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def measure_times(runs: Runs, methods: Mapping[str, Method], title: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Times of several methods, and a note on how they were measured.
 
-    Entries with the same method share a model; the others have one each, all in memory at once.
+    Methods of the same name share a model; the others have one each, all in memory at once.
 
     Returns:
         For each label `seconds` per answer, `first` (seconds to the first token), `per_second` (sampled tokens per
@@ -65,48 +50,44 @@ def measure_times(
         `invocations` per answer, and `n`.
 
     Raises:
-        ValueError: if the clock is unknown, or no benchmark has rows.
+        ValueError: if no benchmark has rows.
         DryRunFinishedError: at the end of a dry run.
     """
-    section, settings = runs.settings.latency, runs.settings
+    settings, section = runs.settings, runs.settings.latency
     path = Path(settings.output_dir) / "answers" / f"times-{title}.json"
     asked = {"latency": dict(section), "max_new_tokens": settings.max_new_tokens, "seed": settings.seeds[0]}
-    asked |= {"ways": {label: [way.method.name, way.policy] for label, way in ways.items()}}
+    asked |= {"ways": {label: [method.name, method.policy] for label, method in methods.items()}}
     if path.is_file():
         return saved_times(path, asked)
-    clock_name, rounds = section.get("clock", "wall"), int(section.get("rounds", 3))
-    if clock_name not in CLOCKS:
-        raise ValueError(f"latency.clock must be one of {', '.join(CLOCKS)}, got {clock_name!r}")
-    rows = questions(runs, int(section.get("questions", 12)))
+    (clock, read_clock), rounds = CLOCKS[section.get("clock", "wall")], section.get("rounds", 3)
+    rows = questions(runs, section.get("questions", 12))
     if runs.dry_run:
         raise DryRunFinishedError
-    first_seed = settings.seeds[0]
-    methods = {way.method.name: way.method for way in ways.values()}
-    models = {name: runs.load(runs.artefact(method, first_seed)) for name, method in methods.items()}
-    rows, failed = answerable(next(iter(models.values())), rows)
+    models = {
+        name: runs.load(runs.artefact(method, settings.seeds[0]))
+        for name, method in {method.name: method for method in methods.values()}.items()
+    }
+    first = next(iter(models.values()))
+    rows, failed = answerable(first, rows)
     if not rows:
         raise ValueError(f"no question can be answered for times; the first: {failed[0].id}: {failed[0].error}")
-    measured: dict[str, list[list[Timing]]] = {label: [[] for _ in rows] for label in ways}
-    total = (rounds + 1) * len(rows)
-    with tqdm(total=total, desc=f"{title}, times", unit="question", delay=1) as bar:
+    measured: dict[str, list[list[Timing]]] = {label: [[] for _ in rows] for label in methods}
+    with tqdm(total=(rounds + 1) * len(rows), desc=f"{title}, times", unit="question", delay=1) as bar:
         for turn in range(rounds + 1):  # the first is a warm-up
             for index, row in enumerate(rows):
                 bar.update()
-                labels = list(ways)
-                for label in labels if turn % 2 else reversed(labels):
-                    way = ways[label]
-                    model = models[way.method.name]
-                    policy = policy_for(model, row, policy_of(way.policy))
-                    timing = time_answer(model, row, policy, settings.max_new_tokens, CLOCKS[clock_name])
+                for label, method in list(methods.items())[:: 1 if turn % 2 else -1]:
+                    model = models[method.name]
+                    policy = policy_for(model, row, method.policy)
+                    timing = time_answer(model, row, policy, settings.max_new_tokens, read_clock)
                     if turn:
                         measured[label][index].append(timing)
     found = summarize(measured)
-    device = next(iter(models.values())).device
-    where = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    clock = "processor time" if clock_name == "processor" else "wall clock"
+    cpu = platform.processor() or platform.machine()
+    where = cpu if first.device.type == "cpu" else torch.cuda.get_device_name(first.device)
     note = (
         f"Times: {len(rows)} questions one at a time, {rounds} interleaved rounds, medians, {clock}, {where}, "
-        f"{torch.get_num_threads()} thread(s); ratios are per question, against {next(iter(ways))}."
+        f"{torch.get_num_threads()} thread(s); ratios are per question, against {next(iter(methods))}."
     )
     files.write_json(path, {"settings": asked, "times": found, "notes": [note]}, indent=1)
     return found, [note]

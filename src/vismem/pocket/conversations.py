@@ -14,32 +14,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vismem.pocket.tasks import (
-    PAIR_TASKS,
-    SINGLE_TASKS,
-    TASKS,
-    Question,
-    compare,
-    describe,
-    difference,
-    promotion,
-)
+from vismem.pocket.tasks import TASKS, Question, ask, compare, describe, difference
 from vismem.pocket.world import SIDE, Scene, change_one_price, render_array, sample_scene
 
 FILLER_TASKS = ("colour", "shape", "digit", "label", "item", "row", "sum")
 # What a description may say before a late question without giving its answer away.
-DESCRIPTION_BEFORE = {"colour": "prices", "shape": "prices", "colours": "prices", "shapes": "prices"}
-DESCRIPTION_BEFORE["describe_tags"] = "prices"
+DESCRIPTION_BEFORE = dict.fromkeys(("colour", "shape", "colours", "shapes", "describe_tags"), "prices")
 
 
 @dataclass
 class Turn:
-    """One exchange. `user` holds texts and image numbers in reading order; `since` counts the turns since an
-    image was last shown (0: in this one; None: never)."""
+    """One exchange."""
 
-    user: list[str | int]
+    user: list[str | int]  # texts and image numbers in reading order
     question: Question
-    since: int | None = 0
+    since: int | None = 0  # turns since an image was last shown; None: never
 
 
 @dataclass
@@ -80,26 +69,22 @@ class Conversation:
         return [Image.fromarray(self.pictures[index]) for index in self._order]
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
-        """Chat messages that end with the last turn's user message."""
-        images = iter(self.images)
-        messages = []
-        for number, turn in enumerate(self.turns):
-            content = [
-                {"type": "image", "image": next(images)} if isinstance(part, int) else {"type": "text", "text": part}
-                for part in turn.user
-            ]
-            messages.append({"role": "user", "content": content})
-            if number < len(self.turns) - 1:
-                reply = {"type": "text", "text": turn.question.reply}
-                messages.append({"role": "assistant", "content": [reply]})
-        return messages
+    def prompt(self) -> list[dict[str, Any]]:
+        """Chat messages that end with the last turn's question; the pictures are apart, in `images`, as in a `Row`."""
+        found = []
+        for turn in self.turns:
+            parts = [{"type": "image"} if isinstance(p, int) else {"type": "text", "text": p} for p in turn.user]
+            reply = {"type": "text", "text": turn.question.reply}
+            found += [{"role": "user", "content": parts}, {"role": "assistant", "content": [reply]}]
+        return found[:-1]
 
     @property
-    def prompt(self) -> list[dict[str, Any]]:
-        """`messages` as a `Row` has them: the pictures apart, in `images`."""
-        bare = [[{k: v for k, v in part.items() if k != "image"} for part in m["content"]] for m in self.messages]
-        return [{**message, "content": content} for message, content in zip(self.messages, bare, strict=True)]
+    def messages(self) -> list[dict[str, Any]]:
+        """`prompt` with the pictures in it."""
+        images, found = iter(self.images), self.prompt
+        for part in (part for message in found for part in message["content"] if part["type"] == "image"):
+            part["image"] = next(images)
+        return found
 
 
 def arrange(rng: Random, text: str, images: list[int]) -> list[str | int]:
@@ -107,17 +92,6 @@ def arrange(rng: Random, text: str, images: list[int]) -> list[str | int]:
     if not images:
         return [text]
     return [*images, text] if rng.random() < 0.65 else [text, *images]
-
-
-def ask(scene: Scene, rng: Random, task: str, rule: str = "stated", labels: tuple[str, ...] | None = None) -> Question:
-    """A question of a single-image task."""
-    if task == "promotion":
-        return promotion(scene, rng, rule, labels)
-    if task.startswith("describe"):
-        return describe(scene, rng, task.split("_")[1] if "_" in task else None)
-    if task not in SINGLE_TASKS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-    return SINGLE_TASKS[task](scene, rng)
 
 
 def ask_pair(task: str, rng: Random, split: str) -> tuple[list[Scene], Question]:
@@ -158,7 +132,7 @@ def sample_conversation(
         raise ValueError(f"distance must be 0 or more, not {distance}")
     task = task or rng.choice(TASKS)
     distance = max(distance, 1) if after_description else distance
-    if task in PAIR_TASKS:
+    if task in ("compare", "difference"):
         scenes, target = ask_pair(task, rng, split)
     else:
         scenes = [sample_scene(rng, split)]

@@ -25,21 +25,18 @@ def _package() -> Any:
 
 @lru_cache(maxsize=2)
 def questions(split: str) -> dict[int, list[tuple[str, str]]]:
-    """For each image number of a split, its (question, answer) pairs."""
+    """For each image number of a split, in order, its (question, answer) pairs."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    package = _package()
-    read = package.get_train_questions if split == "train" else package.get_test_questions
     by_image = defaultdict(list)
-    for text, answer, image in zip(*read(), strict=True):
+    for text, answer, image in zip(*getattr(_package(), f"get_{split}_questions")(), strict=True):
         by_image[image].append((text, answer))
-    return dict(by_image)
+    return dict(sorted(by_image.items()))
 
 
 @lru_cache(maxsize=2)
 def _paths(split: str) -> dict[int, str]:
-    package = _package()
-    return package.get_train_image_paths() if split == "train" else package.get_test_image_paths()
+    return getattr(_package(), f"get_{split}_image_paths")()
 
 
 @lru_cache(maxsize=8192)
@@ -50,11 +47,5 @@ def picture(split: str, image: int) -> np.ndarray:
 
 def sample_image(rng: Random, split: str) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """A random image of a split with all its (question, answer) pairs."""
-    by_image = questions(split)
-    image = rng.choice(sorted_images(split))
-    return picture(split, image), by_image[image]
-
-
-@lru_cache(maxsize=2)
-def sorted_images(split: str) -> tuple[int, ...]:
-    return tuple(sorted(questions(split)))
+    image = rng.choice(list(questions(split)))
+    return picture(split, image), questions(split)[image]

@@ -19,7 +19,8 @@ from vismem.pocket.conversations import Conversation, sample_conversation
 from vismem.pocket.world import LABEL_NAMES
 from vismem.tokens import INVOCATION_TOKENS
 
-LATE_TASKS = ("colour", "shape", "digit", "label", "item", "row", "column", "sum", "basket")
+ASKED = ("colour", "shape", "digit", "label", "item", "row", "column", "sum", "basket")  # tasks of one image
+DISTURBANCES = ("noise", "blur", "rotation")
 ROWS = 1_000_000  # more than any run reads
 STAGES = ("warmup", "stage1", "stage2")
 FOLLOWED = {"sft": "warmup", "grpo": "stage2"}  # baselines read the rows of a memory's stage
@@ -48,9 +49,7 @@ MIXTURES = {
     "late": Mixture(rules=0.0, late_rules=0.0, described=0.0, in_view=0.0, strange=0.0),
     "strange": Mixture(rules=0.0, late_rules=0.0, described=0.0, in_view=0.0, strange=1.0),
     # The warm-up's with half of the rules and no strange pictures; and one half of the rules alone.
-    "partial": Mixture(
-        rules=0.75, late_rules=0.08, described=0.02, in_view=0.03, strange=0.0, labels=LABEL_SETS["first"]
-    ),
+    "partial": Mixture(0.75, 0.08, described=0.02, in_view=0.03, strange=0.0, labels=LABEL_SETS["first"]),
     "rules_first": Mixture(rules=0.85, late_rules=0.15, labels=LABEL_SETS["first"]),
     "rules_second": Mixture(rules=0.85, late_rules=0.15, labels=LABEL_SETS["second"]),
 }
@@ -67,7 +66,7 @@ def disturb(picture: np.ndarray, kind: str, rng: Random) -> np.ndarray:
     if kind == "rotation":
         angle = rng.choice((-1, 1)) * rng.uniform(6, 10)
         return np.asarray(image.rotate(angle, resample=Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)))
-    raise ValueError(f"unknown disturbance {kind!r}; there are noise, blur and rotation")
+    raise ValueError(f"unknown disturbance {kind!r}; there are {', '.join(DISTURBANCES)}")
 
 
 def disturbed(conversation: Conversation, kind: str, rng: Random) -> Conversation:
@@ -87,19 +86,15 @@ def practice(rng: Random, mixture: Mixture) -> Conversation:
         name = "late"
     if name.endswith("rules"):
         distance = rng.randrange(2, 6) if name == "late_rules" else 0
-        found = sample_conversation(
-            rng, task="promotion", distance=distance, rule="hidden-truth", labels=mixture.labels
-        )
-    elif name == "described":
+        return sample_conversation(rng, task="promotion", distance=distance, rule="hidden-truth", labels=mixture.labels)
+    if name == "described":
         found = sample_conversation(rng, task=f"describe_{rng.choice(('prices', 'tags', 'full'))}")
     elif name == "in_view":
-        found = sample_conversation(rng, task=rng.choice(LATE_TASKS))
+        found = sample_conversation(rng, task=rng.choice(ASKED))
     else:
-        options = {"distance": rng.randrange(2, 9)} if rng.random() < 0.8 else {"after_description": True}
-        found = sample_conversation(rng, task=rng.choice(LATE_TASKS), **options)
-    if not name.endswith("rules") and rng.random() < mixture.strange:
-        found = disturbed(found, rng.choice(("noise", "blur", "rotation")), rng)
-    return found
+        late = {"distance": rng.randrange(2, 9)} if rng.random() < 0.8 else {"after_description": True}
+        found = sample_conversation(rng, task=rng.choice(ASKED), **late)
+    return disturbed(found, rng.choice(DISTURBANCES), rng) if rng.random() < mixture.strange else found
 
 
 def annotated(conversation: Conversation, rng: Random) -> str:

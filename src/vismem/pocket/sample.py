@@ -29,14 +29,7 @@ def sample(out: Path, n: int = 12, seed: int = 0, enlarge: int = 1) -> None:
             names.append(f"{number:04d}_{place}.png")
             side = image.width * enlarge
             image.resize((side, side), Image.Resampling.NEAREST).save(out / names[-1])
-        question = conversation.turns[-1].question
-        lines.append(
-            {
-                "images": names,
-                "question": question.text,
-                "reply": question.reply,
-                "answer": question.answer,
-                "task": question.task,
-            }
-        )
+        asked = conversation.turns[-1].question
+        line = {"images": names, "question": asked.text, "reply": asked.reply}
+        lines.append({**line, "answer": asked.answer, "task": asked.task})
     jsonl.write(out / "samples.jsonl", lines)

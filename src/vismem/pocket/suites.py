@@ -19,33 +19,24 @@ from vismem.config import Kind
 from vismem.data import Row
 from vismem.pocket import easyvqa
 from vismem.pocket.conversations import Conversation, sample_conversation
-from vismem.pocket.practice import LABEL_SETS, disturbed
+from vismem.pocket.practice import ASKED, DISTURBANCES, LABEL_SETS, disturbed
 from vismem.pocket.world import SIDE, Scene
 
 LATE_TASKS = ("colour", "digit", "row", "sum")
 DISTANCES = (2, 4, 6, 8)
-STRANGE = ("noise", "blur", "rotation")
 LOOK: tuple[int, Kind] = (1, "short")  # after the reply's first colon
 RECALL: tuple[int, Kind] = (2, "long")  # after its second
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Questions by cell.
+    """Questions by cell."""
 
-    Args:
-        ability: in the paper's grouping: understanding, reasoning or generation.
-        cells: from a cell's name to the options of `sample_conversation`, and `disturb`.
-        bound: options that supply what memory would have to; empty if nothing is missing.
-        share: questions per cell, relative to `n`.
-        places: where a reply needs memory: after its n-th colon, and of which kind.
-    """
-
-    ability: str
-    cells: dict[str, dict[str, Any]]
-    bound: dict[str, Any] = field(default_factory=dict)
-    share: int = 1
-    places: tuple[tuple[int, Kind], ...] = (LOOK,)
+    ability: str  # in the paper's grouping: understanding, reasoning or generation
+    cells: dict[str, dict[str, Any]]  # from a cell's name to the options of `sample_conversation`, and `disturb`
+    bound: dict[str, Any] = field(default_factory=dict)  # options that supply what memory would have to
+    share: int = 1  # questions per cell, relative to `n`
+    places: tuple[tuple[int, Kind], ...] = (LOOK,)  # where a reply needs memory: after its n-th colon, of which kind
 
 
 def _rules(labels: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -53,7 +44,6 @@ def _rules(labels: tuple[str, ...] | None = None) -> dict[str, Any]:
 
 
 AGAIN, STATED = {"shown_again": True}, {"rule": "stated-truth"}
-IN_VIEW = ("colour", "shape", "digit", "label", "item", "row", "column", "sum", "basket")
 SUITES = {
     "late": Suite(
         "understanding",
@@ -63,11 +53,11 @@ SUITES = {
     ),
     "strange": Suite(
         "understanding",
-        {f"{k}/{t}": {"task": t, "distance": 4, "disturb": k} for k in STRANGE for t in LATE_TASKS},
+        {f"{k}/{t}": {"task": t, "distance": 4, "disturb": k} for k in DISTURBANCES for t in LATE_TASKS},
         AGAIN,
         share=2,
     ),
-    "in_view": Suite("understanding", {t: {"task": t} for t in IN_VIEW}, share=2),
+    "in_view": Suite("understanding", {t: {"task": t} for t in ASKED}, share=2),
     "easy_vqa": Suite("understanding", {"easy_vqa": {}}, share=12),
     # A recalled rule pushes the picture out of the window, so a short-term memory goes with it.
     "rules": Suite("reasoning", {"promotion": _rules()}, STATED, share=12, places=(LOOK, RECALL)),

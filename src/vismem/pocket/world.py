@@ -1,14 +1,14 @@
 """The pocket world: shelves of 4x4 items with handwritten prices, coloured tags and promotion labels.
 
-A `Scene` is plain data; `render` draws it as a 64x64 picture, one 16x16 block an item. Prices are real
+A `Scene` is plain data; `render_array` draws it as a 64x64 picture, one 16x16 block an item. Prices are real
 handwritten digits (scikit-learn's `load_digits`); train and test scenes use different handwriting. `tasks.py` has the
 questions about a scene. `PROMOTION_RULES` says which label stands for which rule; the base was never told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 from typing import TypeVar
@@ -21,6 +21,7 @@ T = TypeVar("T")
 SIDE = 4  # items in a row, rows in a shelf
 CELL = 16  # pixels an item; two 8-pixel patches, so one visual token after the 2x2 pixel shuffle
 IMAGE_SIZE = SIDE * CELL
+NOISE = 5.0  # standard deviation of a photograph's pixels
 TEST_SHARE = 4  # every fourth handwritten digit belongs to the test split
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -63,17 +64,16 @@ class Rule:
     def words(self) -> str:
         return f"{self.target} {self.action}"
 
-    def apply(self, prices: list[int]) -> list[int]:
+    def apply(self, prices: Sequence[int]) -> list[int]:
         """Four prices -> four prices after the promotion."""
-        if self.target == "each":
-            return [self._one(price) for price in prices]
-        place = {"first": 0, "second": 1, "third": 2, "last": 3}[self.target]
-        return [self._one(price) if i == place else price for i, price in enumerate(prices)]
-
-    def _one(self, price: int) -> int:
-        if self.action == "free":
-            return 0
-        return price * 2 if self.action == "double" else price + int(self.action.split()[1])
+        places = {"first": [0], "second": [1], "third": [2], "last": [3], "each": [0, 1, 2, 3]}[self.target]
+        paid = list(prices)
+        for i in places:
+            if self.action == "free":
+                paid[i] = 0
+            else:
+                paid[i] += paid[i] if self.action == "double" else int(self.action.removeprefix("plus "))
+        return paid
 
 
 RULES: tuple[Rule, ...] = tuple(
@@ -104,6 +104,9 @@ class Scene:
     shapes: tuple[tuple[str, ...], ...]
     labels: tuple[str, ...]
     seed: int
+
+    def tag(self, row: int, column: int) -> str:
+        return f"{self.colours[row][column]} {self.shapes[row][column]}"
 
 
 @lru_cache(maxsize=1)
@@ -168,41 +171,23 @@ def change_one_price(scene: Scene, row: int, column: int, rng: Random, split: st
     def put(grid: tuple[tuple[int, ...], ...], value: int) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(value if (r, c) == (row, column) else grid[r][c] for c in range(SIDE)) for r in range(SIDE))
 
-    return Scene(
-        put(scene.prices, new),
-        put(scene.digits, index),
-        scene.colours,
-        scene.shapes,
-        scene.labels,
-        rng.randrange(2**31),
-    )
+    seed = rng.randrange(2**31)
+    return replace(scene, prices=put(scene.prices, new), digits=put(scene.digits, index), seed=seed)
 
 
-def _handwritten(index: int) -> Image.Image:
+def handwritten(index: int) -> Image.Image:
     """A handwritten digit as a picture of 32x32 pixels."""
     pixels = (load_handwriting()[0][index] * 255).astype(np.uint8)
     return Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
 
 
 @lru_cache(maxsize=65536)
-def _ink(index: int, turn: int, size: int) -> np.ndarray:
+def ink(index: int, turn: int, size: int) -> np.ndarray:
     """A handwritten digit as ink coverage [size, size] in 0..1, rotated by `turn` degrees."""
-    picture = _handwritten(index)
-    picture = picture.rotate(turn, resample=Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
+    picture = (
+        handwritten(index).rotate(turn, resample=Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
+    )
     return np.asarray(picture, dtype=np.float32) / 255
-
-
-def _varied_ink(index: int, turn: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The same digit in another handwriting: stretched, slanted, shifted, thicker or thinner."""
-    wide, high = rng.uniform(0.85, 1.2, 2)
-    slant, right, down = rng.uniform(-0.25, 0.25), *rng.uniform(-2, 2, 2)
-    picture = _handwritten(index)
-    # maps the new picture's pixels to the old one's, about the centre
-    across = (wide, slant, 16 - 16 * (wide + slant) + right)
-    along = (0.0, high, 16 - 16 * high + down)
-    picture = picture.transform((32, 32), Image.Transform.AFFINE, (*across, *along), Image.Resampling.BILINEAR)
-    picture = picture.rotate(turn, resample=Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
-    return (np.asarray(picture, dtype=np.float32) / 255) ** rng.uniform(0.75, 1.3)
 
 
 @lru_cache(maxsize=8)
@@ -224,13 +209,12 @@ def _shape_mask(shape: str) -> np.ndarray:
     return np.array([[pixel == "1" for pixel in line] for line in SHAPES[shape]])
 
 
-def render_array(scene: Scene, noise: float = 5.0, *, varied: bool = False) -> np.ndarray:
-    """Draw a scene: uint8 array [64, 64, 3]. The same scene gives the same picture, pixel for pixel.
+def render_array(scene: Scene, ink: Callable[[int, int, int], np.ndarray] = ink) -> np.ndarray:
+    """Draws a scene: uint8 array [64, 64, 3]. The same scene gives the same picture, pixel for pixel.
 
-    `varied` distorts each digit's handwriting at random: more of it for the base to train on.
+    `ink` draws a digit, from its index, the degrees it is rotated by and its size.
     """
     rng = np.random.default_rng(scene.seed)
-    hand = np.random.default_rng((scene.seed, 1))
     light = rng.uniform(0.94, 1.04)
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     canvas[:] = (244, 236, 222)
@@ -240,18 +224,12 @@ def render_array(scene: Scene, noise: float = 5.0, *, varied: bool = False) -> n
         top = row * CELL
         for column in range(SIDE):
             left, (dy, ty) = column * CELL, jitter[row, column]
-            digit = (scene.digits[row][column], int(turns[row, column]), 11)
-            ink = (_varied_ink(*digit, hand) if varied else _ink(*digit))[..., None]
+            drawn = ink(scene.digits[row][column], int(turns[row, column]), 11)[..., None]
             block = canvas[top + dy : top + dy + 11, left + 5 : left + 16]
-            block *= 1 - ink
-            block += ink * np.array((28, 32, 60), dtype=np.float32)
+            block *= 1 - drawn
+            block += drawn * np.array((28, 32, 60), dtype=np.float32)
             corner = canvas[top + 1 + 4 * ty : top + 7 + 4 * ty, left : left + 6]
             corner[_shape_mask(scene.shapes[row][column])] = COLOURS[scene.colours[row][column]]
         canvas[top + CELL - 3 : top + CELL] = _edge(scene.labels[row])
-    photograph = canvas * light + rng.normal(0, noise, canvas.shape)
+    photograph = canvas * light + rng.normal(0, NOISE, canvas.shape)
     return np.clip(photograph, 0, 255).astype(np.uint8)
-
-
-def render(scene: Scene, noise: float = 5.0) -> Image.Image:
-    """Draw a scene as an RGB picture of 64x64 pixels."""
-    return Image.fromarray(render_array(scene, noise))

@@ -19,32 +19,20 @@ from vismem.data.images import open_image
 
 @dataclass(frozen=True)
 class Example:
-    """One example.
+    """One example."""
 
-    Args:
-        title, note: text of its card.
-        kinds: of memory that the answer to `question` invokes.
-        picture: a file in this folder, or None.
-        alt: the picture in words.
-        question: the first question.
-        next: follow-up questions.
-        scene: seed of the picture's scene.
-    """
-
-    title: str
-    kinds: tuple[Kind, ...]
-    note: str
-    picture: str | None
-    alt: str
+    title: str  # of its card
+    kinds: tuple[Kind, ...]  # of memory that the answer to `question` invokes
+    note: str  # on its card
+    picture: str | None  # a file in this folder
+    alt: str  # the picture in words
     question: str
-    next: tuple[str, ...]
-    scene: str | None
+    next: tuple[str, ...]  # follow-up questions
+    scene: str | None  # seed of the picture's scene
 
     def open(self) -> list[Image.Image]:
         """Its picture in a list, which is empty if it has none."""
-        if self.picture is None:
-            return []
-        return [open_image((files(__package__) / self.picture).read_bytes())]
+        return [open_image((files(__package__) / self.picture).read_bytes())] if self.picture else []
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """VisMem as a model of lmms-eval, and tasks for the paper's benchmarks that lmms-eval lacks.
 
 lmms-eval finds the model through the entry point `lmms_eval.models`, which calls `manifest`. `model` writes the
-answers, `messages` reads the prompts, `run` runs a task from Python. Only these three import lmms-eval.
+answers, `messages` reads the prompts, `run` runs a task from Python.
 """
 
 from __future__ import annotations

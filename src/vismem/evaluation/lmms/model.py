@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,11 +28,12 @@ from vismem.data import row_inputs
 from vismem.decoding.policies import read_policy
 from vismem.decoding.prepare import context_of
 from vismem.decoding.queue import Answer, Request
-from vismem.evaluation.answering import policy_for
+from vismem.evaluation.answering import policy_for, trace_of
 from vismem.evaluation.lmms.messages import row_of
 from vismem.loading import DTYPES, load_model, silence_libraries
 from vismem.model import VisMem
-from vismem.training.experience import seed_of
+from vismem.settings import Flag, convert
+from vismem.training.rollout import seed_of
 
 AUTOMATIC_BATCH = 16
 BLANK_LINE = "\n\n"  # lmms-eval's default for `until`
@@ -57,23 +60,15 @@ class Traced(TokenCounts):
 
     def to_dict(self) -> dict[str, Any]:
         """The values that lmms-eval logs."""
-        own = {name: getattr(self, name) for name in ("sampled_tokens", "delimiters", "finish", "invocations")}
-        return {**super().to_dict(), **own, **({"error": self.error} if self.error else {})}
+        return {name: value for name, value in vars(self).items() if value not in (None, "")}
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question to answer.
+class Question(NamedTuple):
+    """A question to answer."""
 
-    Args:
-        name: task, sample and repeat; unique.
-        messages: returns the chat messages; called when the batch has room.
-        generation: the task's generation keywords.
-    """
-
-    name: str
-    messages: Callable[[], Sequence[dict[str, Any]]]
-    generation: Mapping[str, Any]
+    name: str  # task, sample and repeat or round; unique
+    messages: Callable[[], Sequence[dict[str, Any]]]  # called when the batch has room
+    generation: Mapping[str, Any]  # the task's generation keywords
 
 
 class VisMemChat(lmms):
@@ -138,9 +133,7 @@ class VisMemChat(lmms):
         dtype = str(given.get("dtype", "auto"))
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; there are {', '.join(DTYPES)}")
-        trusted = given.get("trust_remote_code", False)
-        if not isinstance(trusted, bool):
-            raise ValueError(f"trust_remote_code must be true or false, got {trusted!r}")
+        trusted = convert(given.get("trust_remote_code", False), Flag, "trust_remote_code")
         silence_libraries(debug=False)
         names = {name: str(given[name]) for name in ("checkpoint", "base") if given.get(name) not in (None, "")}
         device = _device(str(given.get("device", "auto")))
@@ -157,22 +150,22 @@ class VisMemChat(lmms):
         Raises:
             ValueError: if no sample can be answered; names the first.
         """
+        found = [GenerationResult("")] * len(requests)
         questions: dict[int, Question] = {}
-        samples: dict[int, tuple[str, int]] = {}
         repeats: Counter[tuple[str, int]] = Counter()
         for index, request in enumerate(requests):
             if (request.metadata or {}).get("__padding_only__"):
                 continue  # padding that balances processes; this model does not need it
-            _, to_messages, generation, doc_id, task, split = request.args
-            repeat = repeats[task, doc_id]
+            _, _, generation, doc_id, task, _ = request.args
+            repeat = f", repeat {repeats[task, doc_id]}" if repeats[task, doc_id] else ""
             repeats[task, doc_id] += 1
-            name = f"{task}, sample {doc_id}" + (f", repeat {repeat}" if repeat else "")
-            questions[index] = Question(name, self._messages(name, to_messages, task, split, doc_id), generation)
-            samples[index] = (task, doc_id)
-        answers = dict(zip(questions, self._answer(list(questions.values())), strict=True))
-        for index, answer in answers.items():
-            self.written.setdefault(samples[index], answer)
-        return [answers.get(index, GenerationResult("")) for index in range(len(requests))]
+            name = f"{task}, sample {doc_id}{repeat}"
+            questions[index] = Question(name, partial(self._messages, request), generation)
+        for index, answer in zip(questions, self._answer(list(questions.values())), strict=True):
+            _, _, _, doc_id, task, _ = requests[index].args
+            self.written.setdefault((task, doc_id), answer)
+            found[index] = answer
+        return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Answers requests round by round, each seeing the earlier rounds, until its task stops; one text per round.
@@ -187,7 +180,7 @@ class VisMemChat(lmms):
             for index in going:
                 _, to_messages, generation, doc_id, task, split = requests[index].args
                 name = f"{task}, sample {doc_id}, round {number} ({index})"
-                messages = self._messages(name, to_messages, task, split, doc_id)
+                messages: Callable[[], Any] = partial(self._messages, requests[index])
                 if number:
                     doc = self.task_dict[task][split][doc_id]
                     found = to_messages(
@@ -195,7 +188,7 @@ class VisMemChat(lmms):
                     )
                     if not isinstance(found, tuple) or len(found) != 4 or found[1]:
                         continue
-                    messages, notes[index] = (lambda found=found: found[0]), found[3]
+                    messages, notes[index] = partial(itemgetter(0), found), found[3]
                 questions.append(Question(name, messages, generation))
                 asked.append(index)
             answers = self._answer(questions)
@@ -213,24 +206,15 @@ class VisMemChat(lmms):
 
     # Answering.
 
-    def _messages(
-        self, name: str, to_messages: Callable[..., Any], task: str, split: str, doc_id: int
-    ) -> Callable[..., Any]:
-        """A function that reads a sample; its errors name the sample."""
-
-        def read() -> Sequence[dict[str, Any]]:
-            try:
-                return to_messages(self.task_dict[task][split][doc_id])
-            except Exception as error:  # datasets, Pillow and tasks may raise anything
-                raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
-
-        return read
+    def _messages(self, request: Instance) -> Sequence[dict[str, Any]]:
+        """The messages of a request's sample."""
+        _, to_messages, _, doc_id, task, split = request.args
+        return to_messages(self.task_dict[task][split][doc_id])
 
     def _answer(self, questions: list[Question]) -> list[GenerationResult]:
         """Answers questions, in order."""
         found: dict[str, GenerationResult] = {}
-        lengths: dict[str, int] = {}
-        stops = {question.name: until(question.generation) for question in questions}
+        asked = {question.name: question for question in questions}
         start = time.perf_counter()
         with tqdm(total=len(questions), disable=self.rank != 0, desc="Model Responding") as bar:
 
@@ -239,11 +223,11 @@ class VisMemChat(lmms):
                 found[name] = GenerationResult("", Traced(0, 0, finish="error", error=reason))
                 bar.update()
 
-            for answer in self.vismem.stream_batch(self._requests(questions, lengths, failed), self.batch_size):
+            for answer in self.vismem.stream_batch(self._requests(questions, failed), self.batch_size):
                 if answer.error is not None:
                     failed(answer.tag, str(answer.error))
                     continue
-                found[answer.tag] = self._result(answer, lengths.pop(answer.tag), stops[answer.tag])
+                found[answer.tag] = self._result(answer, until(asked[answer.tag].generation))
                 bar.update()
         errors = {name: result.token_counts.error for name, result in found.items() if result.token_counts.error}
         self.answered += len(found) - len(errors)
@@ -258,38 +242,39 @@ class VisMemChat(lmms):
             log_metrics(seconds, tokens, tokens / seconds, {"num_requests": len(questions)})
         return [found[question.name] for question in questions]
 
-    def _requests(
-        self, questions: list[Question], lengths: dict[str, int], failed: Callable[[str, str], None]
-    ) -> Iterator[Request]:
-        """A request for each question, created when the batch has room; records prompt lengths and failures."""
+    def _requests(self, questions: list[Question], failed: Callable[[str, str], None]) -> Iterator[Request]:
+        """A request for each question, created when the batch has room; `failed` receives name and reason."""
         model = self.vismem
         mark = getattr(model.processor, "image_token", None)
         for question in questions:
             try:
-                row = row_of(question.name, question.messages(), mark)
+                messages = question.messages()
+            except Exception as error:  # datasets, Pillow and tasks may raise anything
+                failed(question.name, f"cannot be read: {type(error).__name__}: {error}")
+                continue
+            try:
+                row = row_of(question.name, messages, mark)
                 inputs = row_inputs(model.processor, row, context_of(model.base))
             except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last three of malformed messages
                 failed(question.name, str(error).removeprefix(f"{question.name}: "))
                 continue
-            lengths[question.name] = inputs["input_ids"].shape[1]
             policy, seed = policy_for(model, row, self.policy), seed_of(self.seed, question.name)
             yield Request(model.move_inputs(inputs), policy, seed, self.keywords(question.generation), question.name)
 
-    def _result(self, answer: Answer, prompt: int, stops: list[str]) -> GenerationResult:
-        """An answer as lmms-eval's result."""
+    def _result(self, answer: Answer, stops: list[str]) -> GenerationResult:
+        """An answer as lmms-eval's result, cut at the texts that end it."""
         text = self.vismem.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         for stop in stops:
             text = text.split(stop, 1)[0]
-        chosen = sum(not invocation.forced for invocation in answer.invocations)
-        counts = Traced(
-            input_tokens=prompt,
-            output_tokens=len(answer.tokens),
-            sampled_tokens=answer.sampled,
-            delimiters=sum(token in self.vismem.delimiters for token in answer.tokens) + chosen,
-            finish=str(answer.finish),
-            invocations=[invocation.to_dict() for invocation in answer.invocations],
+        return GenerationResult(
+            text,
+            Traced(
+                input_tokens=answer.request.inputs["input_ids"].shape[1],
+                output_tokens=len(answer.tokens),
+                sampled_tokens=answer.sampled,
+                **trace_of(self.vismem, answer),
+            ),
         )
-        return GenerationResult(text, counts)
 
     def keywords(self, generation: Mapping[str, Any]) -> dict[str, Any]:
         """Converts a task's generation keywords to those of `generate`.

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,10 @@ def run_task(
 
     from vismem.evaluation.lmms.model import VisMemChat
 
-    extra = [include_path] if isinstance(include_path, (str, Path)) else list(include_path)
-    folders = [str(tasks_folder()), *map(str, extra)]
+    extra = [include_path] if isinstance(include_path, (str, Path)) else include_path
     with quiet(log=log), tempfile.TemporaryDirectory() as scratch:
         place = str(scratch if output_path is None else output_path)
-        manager = find_task(task, folders)
+        manager = find_task(task, extra)
         tracker = EvaluationTracker(output_path=place)
         lm = VisMemChat(model, invocation, batch_size, max_new_tokens or 1024, seed)
         found = simple_evaluate(
@@ -122,14 +121,15 @@ def run_task(
     return TaskRun(records, {name: numbers(values) for name, values in found["results"].items()})
 
 
-def find_task(task: str, folders: list[str]) -> Any:
-    """lmms-eval's index of tasks; includes lmms-eval's own only if the folders do not have everything.
+def find_task(task: str, more: Iterable[str | Path] = ()) -> Any:
+    """An index of the packaged tasks and those in `more` folders; includes lmms-eval's own if the task needs them.
 
     Raises:
         ValueError: if there is no task with this name.
     """
     from lmms_eval.tasks import TaskManager
 
+    folders = [str(folder) for folder in (tasks_folder(), *more)]
     manager = TaskManager("ERROR", include_path=folders, include_defaults=False, model_name="vismem")
     if not complete(task, manager):
         manager = TaskManager("ERROR", include_path=folders, model_name="vismem")
@@ -180,27 +180,23 @@ def scorer(path: str, name: str) -> Callable[[Mapping[str, Any]], float]:
         present = [entry for entry in metrics if entry["metric"] in sample]
         if not present:
             raise ValueError(f"{name}: its samples have none of its metrics, so there is no score per sample")
-        metric = present[0]
-        value = sample[metric["metric"]]
+        metric, aggregation = present[0]["metric"], present[0].get("aggregation")
+        value = sample[metric]
         if isinstance(value, Mapping):
             inside = [value[key] for key in own if key in value]
-            value = inside[0] if inside else aggregated_alone(metric.get("aggregation"), value)
+            if inside:
+                value = inside[0]
+            elif callable(aggregation) and "args" not in inspect.signature(aggregation).parameters:
+                value = aggregation([value])  # over this sample alone
         try:
             found = float(value)
         except (TypeError, ValueError):
             found = math.nan
         if not math.isfinite(found):
-            raise ValueError(f"{name}: its metric {metric['metric']!r} gives no number for a single sample")
+            raise ValueError(f"{name}: its metric {metric!r} gives no number for a single sample")
         return found
 
     return score
-
-
-def aggregated_alone(aggregation: Any, value: Any) -> Any:
-    """A metric aggregated over one sample; None if it needs lmms-eval's arguments."""
-    if not callable(aggregation) or "args" in inspect.signature(aggregation).parameters:
-        return None
-    return aggregation([value])
 
 
 def records_of(
@@ -212,13 +208,9 @@ def records_of(
         number = sample["doc_id"]
         if number in found:
             continue
-        answer = written[name, number]
+        answer, columns = written[name, number], sample["doc"].items()
         trace = answer.token_counts
-        plain = {
-            key: value
-            for key, value in sample["doc"].items()
-            if isinstance(value, (str, int, float, bool)) and len(str(value)) <= LONGEST_COLUMN
-        }
+        short = {k: v for k, v in columns if isinstance(v, (str, int, float)) and len(str(v)) <= LONGEST_COLUMN}
         found[number] = Record(
             id=f"{name}/{number}",
             score=0.0 if trace.error else score(sample),  # some metrics give an empty answer a point
@@ -229,16 +221,15 @@ def records_of(
             invocations=trace.invocations,
             finish=trace.finish,
             error=trace.error,
-            columns={**plain, "lmms_task": name},
+            columns={**short, "lmms_task": name},
         )
     return list(found.values())
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The numeric metrics, by name without the filter's suffix."""
-    named = {key.removesuffix(",none"): value for key, value in values.items()}
     return {
-        key: float(value)
-        for key, value in named.items()
+        key.removesuffix(",none"): float(value)
+        for key, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }

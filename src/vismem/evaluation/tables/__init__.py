@@ -15,19 +15,12 @@ from vismem.evaluation.runs import DryRunFinishedError, Runs
 from vismem.evaluation.settings import EvaluationSettings
 from vismem.evaluation.tables.layout import Table, in_terminal, write
 from vismem.evaluation.tables.paper import continual, invocation, latency, lengths, main, partial, subtasks, when
-from vismem.evaluation.tables.plots import NO_PLOTS, draw
+from vismem.evaluation.tables.plots import draw
 
 __all__ = ["TABLES", "in_terminal", "make"]
 
 TABLES: dict[str, Callable[[Runs], Table]] = {
-    "main": main,
-    "subtasks": subtasks,
-    "partial": partial,
-    "continual": continual,
-    "invocation": invocation,
-    "lengths": lengths,
-    "latency": latency,
-    "when": when,
+    table.__name__: table for table in (main, subtasks, partial, continual, invocation, lengths, latency, when)
 }
 
 
@@ -56,7 +49,7 @@ def make(
     """
     runs, folder, found = Runs(settings), Path(settings.output_dir), []
     if find_spec("matplotlib") is None:
-        raise ValueError(NO_PLOTS)
+        raise ValueError("plots need matplotlib: pip install 'vismem[eval]'")
     runs.dry_run = True
     for name in names:
         with contextlib.suppress(DryRunFinishedError):
@@ -64,9 +57,7 @@ def make(
     runs.dry_run = False
     with files.locked(folder):
         for name in names:
-            runs.failures.clear()
             table = TABLES[name](runs)
-            table.notes.extend(runs.failures_note())
             found += write(table, folder, command.replace("{}", name, 1))
             draw(table, folder / f"{name}.png")
             found.append(folder / f"{name}.png")

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vismem import __version__, files
-from vismem.evaluation.intervals import bootstrap_average, bootstrap_mean, matrix, wilson
+from vismem.evaluation.intervals import bootstrap_average, bootstrap_share, matrix
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,7 @@ class Table:
 def measured(row: str, column: str, scores: Sequence[Sequence[float]]) -> Cell:
     """The cell of scores [seeds, questions]."""
     found = matrix(scores)
-    value, low, high = bootstrap_mean(found)
-    if found.min() >= 0 and found.max() <= 1:  # a share: at least as wide as the Wilson interval
-        least = wilson(value, found.shape[1])
-        low, high = min(low, least[0]), max(high, least[1])
-    value, low, high = _rounded(value, low, high)
+    value, low, high = _rounded(*bootstrap_share(found))
     return Cell(row, column, value, low, high, found.shape[1], _rounded(*found.mean(1)))
 
 
@@ -86,9 +83,7 @@ def averaged(row: str, column: str, parts: Sequence[Sequence[Sequence[float]]]) 
     found = [matrix(part) for part in parts]
     value, low, high = bootstrap_average(found)
     counts = {len(part) for part in found}
-    seeds = (
-        [sum(part[i].mean() for part in found) / len(found) for i in range(counts.pop())] if len(counts) == 1 else []
-    )
+    seeds = np.mean([part.mean(1) for part in found], axis=0) if len(counts) == 1 else []
     value, low, high = _rounded(value, low, high)
     return Cell(row, column, value, low, high, sum(part.shape[1] for part in found), _rounded(*seeds))
 
@@ -101,19 +96,16 @@ def write(table: Table, folder: Path, command: str) -> list[Path]:
     """Writes `NAME.json` and `NAME.md` into a folder and returns their paths."""
     versions = {"vismem": __version__, "torch": torch.__version__, "python": platform.python_version()}
     record = {"command": command, "versions": versions, **asdict(table)}
-    texts = {".json": dumped(record), ".md": markdown(table, command)}
-    found = []
-    for ending, text in texts.items():
-        path = folder / f"{table.name}{ending}"
+    paths = [folder / f"{table.name}.json", folder / f"{table.name}.md"]
+    for path, text in zip(paths, (dumped(record), markdown(table, command)), strict=True):
         files.write_text(path, text)
-        found.append(path)
-    return found
+    return paths
 
 
 def read(path: Path) -> Table:
     """Reads a table's JSON file."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    values = {name: record[name] for name in (each.name for each in fields(Table))}
+    values = {each.name: record[each.name] for each in fields(Table)}
     return Table(**{**values, "cells": [Cell(**cell) for cell in record["cells"]]})
 
 

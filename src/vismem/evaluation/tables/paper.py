@@ -1,4 +1,7 @@
-"""The paper's tables and figures: one function for each, from `Runs` to `Table`."""
+"""The paper's tables and figures: one function for each, from `Runs` to `Table`.
+
+Each gathers the answers of its methods to its benchmarks, with one progress bar; a dry run only checks what they need.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,33 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from vismem.config import KINDS
-from vismem.evaluation.intervals import interval
+from vismem.escaping import visible
+from vismem.evaluation.intervals import BOOTSTRAP_SAMPLES, interval
 from vismem.evaluation.records import Record
-from vismem.evaluation.runs import Runs
+from vismem.evaluation.runs import DryRunFinishedError, Runs
 from vismem.evaluation.settings import ABILITIES, Benchmark, Method
-from vismem.evaluation.tables.gathering import Answers, gather, never_invoked, scores
 from vismem.evaluation.tables.layout import Cell, Table, averaged, measured
-from vismem.evaluation.timing import TimedMethod, measure_times
+from vismem.evaluation.timing import measure_times
 from vismem.training.settings import memory_config, values_for
 
+HEADINGS = {  # title, place in the paper, and what the rows are
+    "main": ("Main results", "The paper's Tab. 1", "method"),
+    "subtasks": ("Which memory helps which sub-task", "The paper's Tab. 5 and 6", "memory"),
+    "partial": ("Full against partial training data", "The paper's Tab. 7", "method, data"),
+    "continual": ("Stages of data, one after another", "The paper's Tab. 8", "method, stage"),
+    "invocation": ("Who invokes memory, and what it costs", "The paper's Tab. 3 and 9", "invocation"),
+    "lengths": ("Lengths of query and memories", "The paper's Tab. 10 and 11", "length"),
+    "latency": ("What an answer takes", "The paper's Tab. 12", "method"),
+    "when": ("When memory is invoked", "The paper's Fig. 5 and 9", "task"),
+}
 AVERAGE = "average"
 MODES = {"short-term only": "short", "long-term only": "long", "both": "learned"}
 RATES = (25, 50, 75, 100)  # of random invocation, per cent
 LENGTHS = {"query_length": "K", "short_length": "N_s", "long_length": "N_l"}
-BOOTSTRAP_SAMPLES = 2000
+VANILLA = {"vanilla": Method("vanilla")}
 BINS = 10  # of relative positions
 LATENCIES = {  # of the measured times: their column and unit
     "seconds": ("seconds per answer", "{:.3f}"),
@@ -32,13 +46,68 @@ LATENCIES = {  # of the measured times: their column and unit
     "per_token": ("per token", "{:.2f}x"),
     "invocations": ("invocations", "{:.2f}"),
 }
+Answers = dict[tuple[str, str], list[list[Record]]]  # by row label and benchmark name: [seeds][questions]
+
+
+def gather(runs: Runs, methods: Mapping[str, Method], benchmarks: Sequence[Benchmark], title: str) -> Answers:
+    """Collects all answers; trains, loads and decodes only what is missing.
+
+    `methods` are by row label. The result lacks benchmarks that a method cannot answer.
+
+    Raises:
+        ValueError: if there is no method or no benchmark; in a dry run, whatever `Runs.check` raises.
+        DryRunFinishedError: at the end of a dry run.
+    """
+    if not methods or not benchmarks:
+        raise ValueError(f"nothing to compare: there are {len(methods)} methods and {len(benchmarks)} benchmarks")
+    plan = [
+        (label, method, seed, benchmark)
+        for label, method in methods.items()
+        for seed in runs.seeds(method)
+        for benchmark in benchmarks
+        if runs.has(method, benchmark)
+    ]
+    if runs.dry_run:
+        with tqdm(plan, desc=f"{title}, what it needs", unit="set", delay=2, leave=False, dynamic_ncols=True) as bar:
+            for _, method, seed, benchmark in bar:
+                runs.check(method, benchmark, seed)
+        raise DryRunFinishedError
+    found: Answers = {}
+    with tqdm(plan, desc=title, unit="set", delay=1, dynamic_ncols=True) as bar:
+        for label, method, seed, benchmark in bar:
+            # A bar shown before its delay does not end its line, so an error would be printed on it.
+            bar.set_postfix_str(visible(f"{label}, {benchmark.name}"), refresh=bar.n > 0)
+            found.setdefault((label, benchmark.name), []).append(runs.records(method, benchmark, seed))
+    return found
+
+
+def never_invoked(methods: Mapping[str, Method], answers: Answers) -> list[str]:
+    """A note for each method that has a memory, may invoke it, and never did."""
+    notes = []
+    for label, method in methods.items():
+        if not method.remembers or method.policy == "off":
+            continue
+        records = [record for (row, _), seeds in answers.items() if row == label for seed in seeds for record in seed]
+        if records and not any(record.invocations for record in records):
+            notes.append(f"{label} never invoked memory in {len(records)} answers, so these are the base's.")
+    return notes
+
+
+def failed(answers: Answers) -> list[str]:
+    """A note on questions without an answer: of each benchmark, the most that a method failed on."""
+    worst = {name: (0, 0) for _, name in answers}
+    for (_, name), seeds in answers.items():
+        counts = [(sum(bool(record.error) for record in seed), len(seed)) for seed in seeds]
+        worst[name] = max(worst[name], *counts)
+    found = [f"{count} of {total} in {name}" for name, (count, total) in worst.items() if count]
+    return [f"Failed questions, which count as wrong: {', '.join(found)}."] if found else []
 
 
 def compared(methods: Mapping[str, Method], benchmarks: Sequence[Benchmark], answers: Answers) -> list[Cell]:
     """A cell for each method and benchmark, and averages over each ability and over all benchmarks."""
     cells = []
     for label in methods:
-        known = {b.name: found for b in benchmarks if (found := scores(answers, label, b.name)) is not None}
+        known = {b.name: scores(answers[label, b.name]) for b in benchmarks if (label, b.name) in answers}
         cells += [measured(label, name, found) for name, found in known.items()]
         for ability, names in by_ability(benchmarks).items():
             if len(names) > 1 and all(name in known for name in names):
@@ -46,6 +115,11 @@ def compared(methods: Mapping[str, Method], benchmarks: Sequence[Benchmark], ans
         if len(benchmarks) > 1 and len(known) == len(benchmarks):
             cells.append(averaged(label, AVERAGE, list(known.values())))
     return cells
+
+
+def scores(seeds: Sequence[Sequence[Record]]) -> list[list[float]]:
+    """Scores [seeds][questions] of one cell."""
+    return [[record.score for record in seed] for seed in seeds]
 
 
 def by_ability(benchmarks: Sequence[Benchmark]) -> dict[str, list[str]]:
@@ -76,44 +150,36 @@ def seeds_note(runs: Runs, methods: Mapping[str, Method]) -> list[str]:
 
 def comparison(
     runs: Runs,
+    name: str,
     methods: Mapping[str, Method],
     benchmarks: Sequence[Benchmark],
-    answers: Answers,
-    *,
-    columns: Sequence[str] = (),
-    cells: Sequence[Cell] = (),
-    notes: tuple[Sequence[str], Sequence[str]] = ((), ()),
-    **fields: Any,
+    answers: Answers | None = None,
+    notes: Sequence[str] = (),
+    extra: dict[str, Any] | None = None,
 ) -> Table:
-    """A table of methods by benchmarks; `columns` and `cells` are added after the benchmarks'.
-
-    `notes` come before and after the notes on seeds and on methods that never invoked memory.
-    """
-    return Table(
+    """A table of methods by benchmarks; gathers the answers if they are not given."""
+    answers = answers or gather(runs, methods, benchmarks, name)
+    return headed(
+        name,
         rows=list(methods),
-        columns=[*columns_of(benchmarks), *columns],
-        cells=[*compared(methods, benchmarks, answers), *cells],
+        columns=columns_of(benchmarks),
+        cells=compared(methods, benchmarks, answers),
         groups={b.name: b.ability for b in benchmarks if b.ability},
-        notes=[*notes[0], *seeds_note(runs, methods), *never_invoked(methods, answers), *notes[1]],
-        **fields,
+        notes=[*notes, *seeds_note(runs, methods), *never_invoked(methods, answers), *failed(answers)],
+        extra=extra or {},
     )
+
+
+def headed(name: str, **fields: Any) -> Table:
+    """A table with its heading."""
+    title, paper, first = HEADINGS[name]
+    return Table(name=name, title=title, paper=paper, first=first, **fields)
 
 
 def main(runs: Runs) -> Table:
     """Every method on every benchmark, by ability."""
-    settings = runs.settings
-    methods = {method.name: method for method in settings.methods}
-    answers = gather(runs, methods, settings.benchmarks, "main")
-    return comparison(
-        runs,
-        methods,
-        settings.benchmarks,
-        answers,
-        name="main",
-        title="Main results",
-        paper="The paper's Tab. 1",
-        first="method",
-    )
+    methods = {method.name: method for method in runs.settings.methods}
+    return comparison(runs, "main", methods, runs.settings.benchmarks)
 
 
 def partial(runs: Runs) -> Table:
@@ -133,18 +199,12 @@ def partial(runs: Runs) -> Table:
     }
     if not methods:
         raise ValueError("the table partial needs a method with train: it trains it on each of partial.data")
-    methods = {"vanilla": Method("vanilla"), **methods}
-    answers = gather(runs, methods, benchmarks, "partial")
     return comparison(
         runs,
-        methods,
+        "partial",
+        VANILLA | methods,
         benchmarks,
-        answers,
-        notes=([f"Data: {', '.join(f'{name} is `{source}`' for name, source in data.items())}."], ()),
-        name="partial",
-        title="Full against partial training data",
-        paper="The paper's Tab. 7",
-        first="method, data",
+        notes=[f"Data: {', '.join(f'{name} is `{source}`' for name, source in data.items())}."],
     )
 
 
@@ -153,10 +213,10 @@ def subtasks(runs: Runs) -> Table:
     ours, benchmarks = runs.settings.ours(), [b for b in runs.settings.benchmarks if b.subtask]
     if not benchmarks:
         raise ValueError("the table subtasks needs a benchmark with subtask=COLUMN")
-    methods = {"vanilla": Method("vanilla")}
-    methods |= {label: replace(ours, invocation=mode) for label, mode in MODES.items()}
+    methods = VANILLA | {label: replace(ours, invocation=mode) for label, mode in MODES.items()}
     answers = gather(runs, methods, benchmarks, "subtasks")
-    cells, columns, groups = [], [], {}
+    cells: list[Cell] = []
+    groups: dict[str, str] = {}  # by column
     for benchmark in benchmarks:
         for label in methods:
             seeds = answers[label, benchmark.name]
@@ -166,17 +226,17 @@ def subtasks(runs: Runs) -> Table:
                 chosen = [[r.score for r, own in zip(seed, labels, strict=True) if own == name] for seed in seeds]
                 cells.append(measured(label, column, chosen))
                 groups[column] = benchmark.name
-                if column not in columns:
-                    columns.append(column)
-    return Table(
-        name="subtasks",
-        title="Which memory helps which sub-task",
-        paper="The paper's Tab. 5 and 6",
+    return headed(
+        "subtasks",
         rows=list(methods),
-        columns=columns,
+        columns=list(groups),
         cells=cells,
-        notes=[f"The memory is that of {ours.name}.", *seeds_note(runs, methods), *never_invoked(methods, answers)],
-        first="memory",
+        notes=[
+            f"The memory is that of {ours.name}.",
+            *seeds_note(runs, methods),
+            *never_invoked(methods, answers),
+            *failed(answers),
+        ],
         extra={"groups": groups},
     )
 
@@ -184,50 +244,47 @@ def subtasks(runs: Runs) -> Table:
 def invocation(runs: Runs) -> Table:
     """No invocation, random invocation at four rates, the model's own with one kind or both; scores and time."""
     settings, ours = runs.settings, runs.settings.ours()
-    modes = {"vanilla": "off"}
     section = settings.invocation
-    modes |= {f"random, {rate} %": f"random:{rate / 100:g}" for rate in section.get("rates", RATES)}
+    modes = {f"random, {rate} %": f"random:{rate / 100:g}" for rate in section.get("rates", RATES)}
     modes |= {"short-term only": "short", "long-term only": "long", "complete": "learned"}
-    methods = {label: replace(ours, invocation=mode) for label, mode in modes.items() if label != "vanilla"}
-    methods = {"vanilla": Method("vanilla"), **methods}
+    methods = {label: replace(ours, invocation=mode) for label, mode in modes.items()}
     names = section.get("benchmarks") or [b.name for b in settings.benchmarks]
     benchmarks = [b for b in settings.benchmarks if b.name in names]
     unknown = [name for name in names if name not in [b.name for b in benchmarks]]
     if unknown:
         raise ValueError(f"invocation.benchmarks names {unknown[0]!r}, which is not a benchmark")
-    answers = gather(runs, methods, benchmarks, "invocation")
-    cells = []
-    for label in methods:
-        records = [record for b in benchmarks for seed in answers[label, b.name] for record in seed]
-        counts, places = sum(len(r.invocations) for r in records), sum(r.delimiters for r in records)
-        cells.append(Cell(label, "invocations per answer", round(counts / len(records), 3), n=len(records)))
-        cells.append(Cell(label, "per delimiter", round(counts / max(places, 1), 3), n=places))
-    times, notes = measure_times(runs, {label: TimedMethod(ours, mode) for label, mode in modes.items()}, "invocation")
-    units = {"invocations per answer": "{:.2f}", "per delimiter": "{:.2f}"}
-    shown = {
-        "seconds": ("seconds per answer", "{:.3f}"),
-        "per_second": ("tokens/s", "{:.1f}"),
-        "ratio": ("time", "{:.2f}x"),
-    }
-    for label, found in times.items():
-        for key, (column, unit) in shown.items():
-            cells.append(Cell(label, column, found[key], n=found["n"]))
-            units[column] = unit
-    return comparison(
+    answers = gather(runs, VANILLA | methods, benchmarks, "invocation")
+    table = comparison(
         runs,
-        methods,
+        "invocation",
+        VANILLA | methods,
         benchmarks,
         answers,
-        columns=list(units),
-        cells=cells,
-        notes=([f"The memory is that of {ours.name}."], notes),
-        name="invocation",
-        title="Who invokes memory, and what it costs",
-        paper="The paper's Tab. 3 and 9",
-        units=units,
-        first="invocation",
-        extra={"times": times},
+        notes=[f"The memory is that of {ours.name}."],
     )
+    for label in table.rows:
+        records = [record for b in benchmarks for seed in answers[label, b.name] for record in seed]
+        counts, places = sum(len(r.invocations) for r in records), sum(r.delimiters for r in records)
+        table.cells.append(Cell(label, "invocations per answer", round(counts / len(records), 3), n=len(records)))
+        table.cells.append(Cell(label, "per delimiter", round(counts / max(places, 1), 3), n=places))
+    times, notes = measure_times(runs, {"vanilla": replace(ours, invocation="off"), **methods}, "invocation")
+    shown = {**LATENCIES, "ratio": ("time", "{:.2f}x")}
+    shown = {key: shown[key] for key in ("seconds", "per_second", "ratio")}
+    table.cells += timed(times, shown)
+    table.units = {"invocations per answer": "{:.2f}", "per delimiter": "{:.2f}", **dict(shown.values())}
+    table.columns += table.units
+    table.notes += notes
+    table.extra["times"] = times
+    return table
+
+
+def timed(times: Mapping[str, Mapping[str, Any]], shown: Mapping[str, tuple[str, str]]) -> list[Cell]:
+    """The cells of measured times: `shown` has a column and a unit for each measurement."""
+    return [
+        Cell(label, column, found[key], n=found["n"])
+        for label, found in times.items()
+        for key, (column, _) in shown.items()
+    ]
 
 
 def lengths(runs: Runs) -> Table:
@@ -252,18 +309,13 @@ def lengths(runs: Runs) -> Table:
             methods[label] = Method(label, train=changed, invocation=section.get("invocation") or "")
             points.setdefault(name, []).append((value, label))
     _, benchmarks = settings.of(section)
-    answers = gather(runs, methods, benchmarks, "lengths")
     usual = ", ".join(f"{symbol} = {getattr(config, name)}" for name, symbol in LENGTHS.items())
     return comparison(
         runs,
+        "lengths",
         methods,
         benchmarks,
-        answers,
-        notes=([f"As configured: {usual}."], ()),
-        name="lengths",
-        title="Lengths of query and memories",
-        paper="The paper's Tab. 10 and 11",
-        first="length",
+        notes=[f"As configured: {usual}."],
         extra={"points": points, "average": AVERAGE},
     )
 
@@ -275,7 +327,7 @@ def continual(runs: Runs) -> Table:
     if len(stages) < 2:
         raise ValueError("the table continual needs continual.stages: {NAME: {data: FILE, ...}, ...}, two or more")
     trained, benchmarks = runs.settings.of(section)
-    methods = {"vanilla": Method("vanilla")}
+    methods = dict(VANILLA)
     chains: dict[str, list[str]] = {}
     for method in trained:
         if not method.train:
@@ -289,28 +341,24 @@ def continual(runs: Runs) -> Table:
     if not chains:
         raise ValueError("the table continual needs a method with train")
     answers = gather(runs, methods, benchmarks, "continual")
-    names = [b.name for b in benchmarks]
-    cells = [cell for labels in chains.values() for cell in forgetting(answers, labels, list(stages), names)]
     listed = ", ".join(f"{name} (`{changes.get('data', '')}`)" for name, changes in stages.items())
-    notes = [
-        "Forgotten: what a benchmark has lost since its own stage, averaged over the stages before the last; "
-        "below 0 it has gained.",
-        f"Stages: {listed}.",
-    ]
-    return comparison(
+    table = comparison(
         runs,
+        "continual",
         methods,
         benchmarks,
         answers,
-        columns=["forgotten"],
-        cells=cells,
-        notes=(notes, ()),
-        name="continual",
-        title="Stages of data, one after another",
-        paper="The paper's Tab. 8",
-        first="method, stage",
+        notes=[
+            "Forgotten: what a benchmark has lost since its own stage, averaged over the stages before the last; "
+            "below 0 it has gained.",
+            f"Stages: {listed}.",
+        ],
         extra={"chains": chains},
     )
+    table.columns.append("forgotten")
+    for labels in chains.values():
+        table.cells += forgetting(answers, labels, list(stages), [b.name for b in benchmarks])
+    return table
 
 
 def forgetting(answers: Answers, labels: list[str], stages: list[str], benchmarks: list[str]) -> list[Cell]:
@@ -318,7 +366,7 @@ def forgetting(answers: Answers, labels: list[str], stages: list[str], benchmark
     lost = []
     for label, stage in zip(labels[:-1], stages[:-1], strict=True):
         if stage in benchmarks:
-            then, now = scores(answers, label, stage), scores(answers, labels[-1], stage)
+            then, now = scores(answers[label, stage]), scores(answers[labels[-1], stage])
             lost.append(np.array(then) - np.array(now))
     if not lost:
         return []
@@ -337,24 +385,15 @@ def forgetting(answers: Answers, labels: list[str], stages: list[str], benchmark
 
 def latency(runs: Runs) -> Table:
     """Time per answer of all methods, one question at a time."""
-    methods = {"vanilla": Method("vanilla")}
-    methods |= {m.name: m for m in runs.settings.methods if not m.bound and (m.checkpoint or m.train)}
-    times, notes = measure_times(runs, {label: TimedMethod(method) for label, method in methods.items()}, "latency")
-    cells = [
-        Cell(label, column, found[key], n=found["n"])
-        for label, found in times.items()
-        for key, (column, _) in LATENCIES.items()
-    ]
-    return Table(
-        name="latency",
-        title="What an answer takes",
-        paper="The paper's Tab. 12",
+    trained = [m for m in runs.settings.methods if not m.bound and (m.checkpoint or m.train)]
+    times, notes = measure_times(runs, VANILLA | {method.name: method for method in trained}, "latency")
+    return headed(
+        "latency",
         rows=list(times),
         columns=[column for column, _ in LATENCIES.values()],
-        cells=cells,
+        cells=timed(times, LATENCIES),
         units=dict(LATENCIES.values()),
         notes=notes,
-        first="method",
         extra={"times": times},
     )
 
@@ -384,10 +423,8 @@ def when(runs: Runs) -> Table:
             positions[row][kind] = np.histogram(where, BINS, (0.0, 1.0))[0].tolist()
     units = {f"{kind} per answer": "{:.2f}" for kind in KINDS} | {"per delimiter": "{:.2f}"}
     units |= {f"{kind}, median position": "{:.2f}" for kind in KINDS}
-    return Table(
-        name="when",
-        title="When memory is invoked",
-        paper="The paper's Fig. 5 and 9",
+    return headed(
+        "when",
         rows=[b.name for b in benchmarks],
         columns=["answers that invoke", *units],
         cells=cells,
@@ -396,8 +433,8 @@ def when(runs: Runs) -> Table:
             f"The model decides ({ours.name}). A position is the index of the invocation among the answer's tokens, "
             "as a share of the answer's length.",
             *never_invoked({ours.name: ours}, answers),
+            *failed(answers),
         ],
-        first="task",
         extra={"positions": positions, "bins": BINS},
     )
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vismem import files
-from vismem.evaluation.tables.layout import Table
+from vismem.evaluation.tables.layout import Cell, Table
 
 PALETTE = ("#4d4d4d", "#9c9c9c", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
-NO_PLOTS = "plots need matplotlib: pip install 'vismem[eval]'"
 KIND_COLOURS = {"short": "#0072b2", "long": "#d55e00"}
 
 
 def draw(table: Table, path: Path) -> None:
-    """Plots a table into a PNG file, atomically.
+    """Plots a table into a PNG file, atomically."""
+    import matplotlib
 
-    Raises:
-        ValueError: if matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(NO_PLOTS) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -30,6 +24,13 @@ def draw(table: Table, path: Path) -> None:
     with files.replacing(path) as partial:
         figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
     pyplot.close(figure)
+
+
+def percents(cells: Sequence[Cell]) -> tuple[list[float], list[float], list[float]]:
+    """Values and both ends of the intervals, in per cent; without an interval, the ends are the value."""
+    ends = ((c.value if c.low is None else c.low, c.value if c.high is None else c.high) for c in cells)
+    values = [(100 * c.value, 100 * low, 100 * high) for c, (low, high) in zip(cells, ends, strict=True)]
+    return [v for v, _, _ in values], [low for _, low, _ in values], [high for _, _, high in values]
 
 
 def bars(table: Table, pyplot: Any) -> Any:
@@ -46,22 +47,25 @@ def bars(table: Table, pyplot: Any) -> Any:
         for number, row in enumerate(rows):
             found = [(place, cell) for place, c in enumerate(chosen) if (cell := table.cell(row, c)) is not None]
             at = [place + (number - (len(rows) - 1) / 2) * width for place, _ in found]
-            values = [100 * cell.value for _, cell in found]
-            low = [100 * (cell.value - (cell.value if cell.low is None else cell.low)) for _, cell in found]
-            high = [100 * ((cell.value if cell.high is None else cell.high) - cell.value) for _, cell in found]
-            colour = PALETTE[number % len(PALETTE)]
-            hatch = "//" if number >= len(PALETTE) else None
+            values, low, high = percents([cell for _, cell in found])
+            colour, hatch = PALETTE[number % len(PALETTE)], "//" if number >= len(PALETTE) else None
             axis.bar(at, values, width * 0.94, color=colour, label=row, hatch=hatch)
-            spread = [[max(v, 0) for v in low], [max(v, 0) for v in high]]
+            spread = [[max(v - end, 0) for v, end in zip(values, low, strict=True)]]
+            spread.append([max(end - v, 0) for v, end in zip(values, high, strict=True)])
             axis.errorbar(at, values, yerr=spread, fmt="none", ecolor="#222222", elinewidth=0.8, capsize=1.5)
         axis.set_xticks(range(len(chosen)), [c.replace(", ", "\n") for c in chosen], fontsize=8)
         axis.set(ylim=(min(0.0, axis.get_ylim()[0]), 102), ylabel="per cent", xlim=(-0.6, per_line - 0.4))
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(rows), 4), frameon=False, fontsize=9)
+    legend_below(figure, axes[0, 0], ncols=min(len(rows), 4), fontsize=9)
     figure.suptitle(f"{table.title} (95 % intervals)")
     return figure
+
+
+def legend_below(figure: Any, axis: Any, **style: Any) -> None:
+    """One legend below all panels, of the first one's lines."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", frameon=False, **style)
 
 
 def lengths(table: Table, pyplot: Any) -> Any:
@@ -77,9 +81,8 @@ def lengths(table: Table, pyplot: Any) -> Any:
         for number, column in enumerate(columns):
             cells = [(value, cell) for value, label in found if (cell := table.cell(label, column)) is not None]
             at, colour = [value for value, _ in cells], PALETTE[(number + 2) % len(PALETTE)]
-            axis.plot(at, [100 * c.value for _, c in cells], marker="o", markersize=4, color=colour, label=column)
-            low = [100 * (c.value if c.low is None else c.low) for _, c in cells]
-            high = [100 * (c.value if c.high is None else c.high) for _, c in cells]
+            values, low, high = percents([cell for _, cell in cells])
+            axis.plot(at, values, marker="o", markersize=4, color=colour, label=column)
             axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks([value for value, _ in found], [str(value) for value, _ in found])
@@ -87,8 +90,7 @@ def lengths(table: Table, pyplot: Any) -> Any:
         axis.set(title=titles[name], ylim=(0, 102))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("per cent")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, axes[0][0], ncols=4)
     figure.suptitle(f"{table.title} (95 % intervals)")
     return figure
 
@@ -108,8 +110,8 @@ def continual(table: Table, pyplot: Any) -> Any:
             for x, value in enumerate(line):
                 axis.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black")
         axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
-        names = ["before", *(label.partition(", after ")[2] for label in labels)]
-        axis.set_yticks(range(len(rows)), [f"after {n}" if n != "before" else n for n in names], fontsize=8)
+        names = ["before", *(f"after {label.partition(', after ')[2]}" for label in labels)]
+        axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_title(method)
     figure.suptitle(f"{table.title}: per cent right")
     return figure

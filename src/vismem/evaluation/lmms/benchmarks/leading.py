@@ -12,9 +12,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from vismem.evaluation.lmms.benchmarks.mv_math import same_choice
 from vismem.evaluation.lmms.benchmarks.pictures import message, picture
-from vismem.training.rewards.answers import extract_answer
-from vismem.training.rewards.builtin import read_choice, read_options
 
 KINDS = {"POS": "positive", "NEG": "negative"}
 
@@ -44,9 +43,7 @@ def messages(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any]) -> 
 
 def results(doc: dict[str, Any], replies: Sequence[str]) -> dict[str, Any]:
     """Whether the answer is right: overall, for its kind, and for its pair."""
-    wanted = str(doc["ground_truth"]).strip().upper()[:1]
-    said = read_choice(extract_answer(replies[0]), read_options(doc["question"]))
-    right = float(said == wanted)
+    right = float(same_choice(doc["question"], str(doc["ground_truth"]).strip(), replies[0]))
     of_pair = {"pair": str(doc["id"]), "kind": doc["kind"], "right": right}
     return {"accuracy": right, doc["kind"]: right, "robust_accuracy": of_pair, "misleading_rate": of_pair}
 

@@ -33,9 +33,7 @@ STEREOTYPE_OPTIONS = {"stereotype": "1", "anti-stereotype": "2", "unrelated": "3
 
 def _rows(found: Iterable[tuple[str, str, str, str]]) -> Dataset:
     names = ("question", "picture", "target", "group")
-    rows = [
-        dict(zip(names, (question, shown, str(target), group), strict=True)) for question, shown, target, group in found
-    ]
+    rows = [dict(zip(names, row, strict=True)) for row in found]
     if not rows:
         raise ValueError("the query file has no rows of the expected layout")
     return Dataset.from_list(rows)
@@ -57,15 +55,14 @@ def basic_rows(data: Dataset) -> Dataset:
 
 
 def advanced_rows(data: Dataset) -> Dataset:
-    """T.2: inferences from a picture (`query`, `image`, `truth`); drops rows without a query."""
-    rows = (row for row in data if row["query"])
-    return _rows((f"{row['query']}\n{YES_OR_NO_AND_WHY}", row["image"], truth(row["truth"]), "") for row in rows)
+    """T.2: inferences from a picture, and T.6: confusing pictures (`query`, `image`, `truth`, in T.6 also `kind`).
 
-
-def confusion_rows(data: Dataset) -> Dataset:
-    """T.6: confusing pictures (`query`, `image`, `truth`, `kind`)."""
+    Drops rows without a query.
+    """
     return _rows(
-        (f"{row['query']}\n{YES_OR_NO_AND_WHY}", row["image"], truth(row["truth"]), str(row["kind"])) for row in data
+        (f"{row['query']}\n{YES_OR_NO_AND_WHY}", row["image"], truth(row["truth"]), str(row.get("kind", "")))
+        for row in data
+        if row["query"]
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from vismem.evaluation.lmms.benchmarks.pictures import picture
@@ -114,7 +114,7 @@ def same_value(question: str, reference: str, reply: str) -> bool:
     return bool(score)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _equal() -> Callable[..., Any]:
     return math()
 
@@ -129,7 +129,7 @@ def same_by_judge(question: str, reference: str, reply: str) -> bool:
     return bool(found["result"])
 
 
-@lru_cache(maxsize=1)
+@cache
 def _judge() -> Any:
     from lmms_eval.llm_judge import ServerConfig, get_server
 
