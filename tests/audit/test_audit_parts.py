@@ -22,6 +22,7 @@ from vismem.audit.interventions import (
     STAND_INS,
     Intervention,
     formed_by,
+    former_of,
     possible,
     replaced,
     resampled,
@@ -156,7 +157,7 @@ def test_another_question_replaces_states_and_segment(bank, rows):
 
 def test_zeros_noise_mean_shuffled_and_other_kind(bank, rows):
     observations = [bank.observation(one.id, 0) for one in rows]
-    form = bank.model.memory.form
+    form = former_of(bank.model)
     own = [bank.entries[one.id].rollout.invocations[0].memory for one in rows]
     got = {name: stand_ins(bank, form, name, "short", observations) for name in INTERVENTIONS}
     assert all(not memory.any() for memory in got["zeros"])
@@ -239,7 +240,7 @@ def test_rows_without_a_tag_raise(bank, rows):
     with pytest.raises(ValueError, match="no row 'elsewhere'"):
         stand_ins(
             bank,
-            bank.model.memory.form,
+            former_of(bank.model),
             "zeros",
             "short",
             [replace(bank.observation("row0", 0), origin=("elsewhere", 0))],

@@ -14,7 +14,7 @@ from vismem.training.trainer import MemoryTrainer
 
 def rows(count=4) -> Dataset:
     return [
-        {"prompt": f"What is on picture {i}?", "images": [tiny.picture(i)], "answer": "cup", "completion": "a red cup."}
+        {"prompt": f"What is on picture {i}?", "images": [tiny.picture(i)], "answer": "cup", "completion": "a red <ms_I>cup, and two green <ms_I>pens."}
         for i in range(count)
     ]
 
@@ -61,7 +61,7 @@ def collected(monkeypatch):
             sum(float((i.choice.blocks == 0).sum()) for i in r.invocations if i.choice is not None)
             for r in found.rollouts
         ]
-        found.advantages, _ = experience.grpo.group_advantages(torch.tensor(taken), self.args.group_size)
+        found.advantages, _ = experience.grpo.group_advantages(torch.tensor(taken).float(), self.args.group_size)
         return found
 
     monkeypatch.setattr(experience.Collector, "collect", advantages)
@@ -113,10 +113,10 @@ def test_the_replayed_choice_is_the_decoded_one(tmp_path):
 
 def test_the_warm_up_learns_the_gaze(tmp_path):
     model = tiny.equip("idefics3", memory_init="attended")
-    run = trainer(tmp_path, model, None, stage="warmup", max_steps=12, max_new_tokens=16, logging_steps=1)
+    run = trainer(tmp_path, model, None, stage="warmup", max_steps=24, max_new_tokens=16, logging_steps=1)
     run.train()
     gaze = [entry["gaze"] for entry in run.state.log_history if "gaze" in entry]
-    assert len(gaze) == 12 and sum(gaze[-4:]) < 0.8 * sum(gaze[:4])
+    assert len(gaze) > 12 and sum(gaze[-4:]) < 0.7 * sum(gaze[:4])
 
 
 def test_a_warm_up_without_the_gaze_leaves_the_choice_alone(tmp_path):

@@ -12,36 +12,6 @@ from torch import Tensor, nn
 from vismem.backbones import Backbone
 
 
-def attention_layers(backbone: Backbone) -> list[nn.Module]:
-    """The language model's attention modules, layer by layer.
-
-    Raises:
-        ValueError: if a layer has no attention.
-    """
-    layers = getattr(backbone.language_model, "layers", None) or []
-    found: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
-    if not found or any(attention is None for attention in found):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
-        raise ValueError(
-            f"the language model of {backbone.model_type} has layers without attention ({kinds}); only layers "
-            "with `self_attn` return weights"
-        )
-    return found
-
-
-@contextmanager
-def eager_attention(backbone: Backbone) -> Iterator[None]:
-    """Switches the base's language model to eager attention while the context lasts."""
-    # Set on the private attribute, as `set_attn_implementation` does, because that method refuses remote code.
-    config: Any = backbone.language_model.config
-    before = config._attn_implementation  # noqa: SLF001 - tested with transformers 5.23.0
-    config._attn_implementation = "eager"  # noqa: SLF001
-    try:
-        yield
-    finally:
-        config._attn_implementation = before  # noqa: SLF001
-
-
 @contextmanager
 def attention_weights(backbone: Backbone, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Runs the language model with eager attention and passes on each layer's weights as it computes them.
@@ -64,7 +34,19 @@ def attention_weights(backbone: Backbone, receive: Callable[[int, Tensor], None]
             )
         receive(layer, weights)
 
-    with eager_attention(backbone), ExitStack() as stack:
-        for index, layer in enumerate(attention_layers(backbone)):
-            stack.callback(layer.register_forward_hook(partial(hook, index)).remove)
+    language: Any = backbone.language_model
+    layers = getattr(language, "layers", None) or []
+    if not layers or any(getattr(layer, "self_attn", None) is None for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+        raise ValueError(
+            f"the language model of {backbone.model_type} has layers without attention ({kinds}); only layers "
+            "with `self_attn` return weights"
+        )
+    # Set on the private attribute, as `set_attn_implementation` does, because that method refuses remote code.
+    before = language.config._attn_implementation  # noqa: SLF001 - tested with transformers 5.23.0
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.callback(layer.self_attn.register_forward_hook(partial(hook, index)).remove)
+        stack.callback(setattr, language.config, "_attn_implementation", before)
+        language.config._attn_implementation = "eager"  # noqa: SLF001
         yield
