@@ -72,9 +72,11 @@ def same_but_for(found: dict, expected: dict, bad) -> None:
 
 
 def test_a_poisoned_picture_fails_alone(family):
+    """Sampling is one for all families, so each takes one way of it; two unlike ones take all."""
     model = tempting(family)
     inputs = visible(model, 7)
-    for sampling in SAMPLING:
+    turn = list(tiny.FAMILIES).index(family) % 3
+    for sampling in SAMPLING if family in tiny.UNLIKE else SAMPLING[turn : turn + 1]:
         expected = answers_of(model, inputs, **sampling)
         found = answers_of(model, inputs, bad=(1, 4), values=(torch.nan, torch.inf), **sampling)
         same_but_for(found, expected, (1, 4))
