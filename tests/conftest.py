@@ -1,4 +1,7 @@
-"""Shared settings: no network, one thread for each worker, and the tiny models."""
+"""Shared settings: no network, one thread for each worker, and the tiny models.
+
+What takes seconds to import is imported where it is used: the controller of pytest-xdist needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import threading
 
 import pytest
-import tiny
-import torch
-
-torch.set_num_threads(1)
 
 
 def pytest_configure(config) -> None:
@@ -22,7 +21,10 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keeps imports out of garbage collections, which training and lmms-eval ask for often."""
+    """One thread; and keeps imports out of garbage collections, which training and lmms-eval ask for often."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
@@ -42,5 +44,7 @@ def pytest_generate_tests(metafunc) -> None:
     if "family" in metafunc.fixturenames and not any(
         "family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
     ):
+        import tiny
+
         everywhere = getattr(metafunc.module, "EVERY_FAMILY", False)
         metafunc.parametrize("family", list(tiny.FAMILIES) if everywhere else tiny.UNLIKE)

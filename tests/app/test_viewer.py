@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-import subprocess
 import sys
 import threading
 import urllib.request
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import tiny
 from contrast import contrast
+from forked import Forked
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the viewer's extra is not installed")
@@ -660,18 +660,13 @@ def test_read_password(tmp_path, capsys):
 
 
 def test_ctrl_c_stops_it():
-    words = [sys.executable, "-m", "vismem", "app", "--port", "0", "--no-browser", "--device", "cpu"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline()
-            address = re.fullmatch(r"VisMem is at (http://127\.0\.0\.1:\d+) - Ctrl-C stops it\n", line)[1]
-            with urllib.request.urlopen(address, timeout=BOUND) as answer:
-                assert answer.status == 200 and "default-src 'self'" in answer.headers["Content-Security-Policy"]
-            strange = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
-            with pytest.raises(urllib.error.HTTPError, match="403"):
-                urllib.request.urlopen(strange, timeout=BOUND)
-            process.send_signal(signal.SIGINT)
-            out, errors = process.communicate(timeout=BOUND)
-        finally:
-            process.kill()
-    assert (process.returncode, out, errors) == (0, "", "")
+    with Forked(cli.main, ["app", "--port", "0", "--no-browser", "--device", "cpu"]) as process:
+        line = process.stdout.readline()
+        address = re.fullmatch(r"VisMem is at (http://127\.0\.0\.1:\d+) - Ctrl-C stops it\n", line)[1]
+        with urllib.request.urlopen(address, timeout=BOUND) as answer:
+            assert answer.status == 200 and "default-src 'self'" in answer.headers["Content-Security-Policy"]
+        strange = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(strange, timeout=BOUND)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(BOUND) == 0 and process.rest() == ("", "")

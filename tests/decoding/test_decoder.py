@@ -344,12 +344,15 @@ def test_a_schedule_draws_as_the_base_until_it_is_put_in(model):
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"encoder_repetition_penalty": 1.5}])
 def test_processors_that_hold_the_prompts_meet_copies(model, settings):
-    """Several answers to each prompt of a padded batch are as the base gives them."""
+    """Several answers to each prompt of a padded batch are as the base gives them, each with its prompt's padding."""
     batch = tiny.mixed_batch(model.processor)
     settings = {**settings, "max_new_tokens": 6, "do_sample": True, "num_return_sequences": 2, "eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
     torch.manual_seed(3)
     expected = model.base.generate(**batch, **settings)
-    torch.manual_seed(3)
-    assert torch.equal(model.generate(**batch, invocation="off", **settings), expected)
-    torch.manual_seed(3)
-    assert torch.equal(model.generate(**batch, invocation="off", cache_implementation="static", **settings), expected)
+    for cache in ("dynamic", "static"):
+        torch.manual_seed(3)
+        found = model.generate(**batch, invocation="off", cache_implementation=cache, **settings)
+        assert torch.equal(found.sequences, expected.sequences)
+        for ours, theirs in zip(found.scores, expected.scores, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)

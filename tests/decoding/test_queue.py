@@ -21,10 +21,12 @@ EVERY_FAMILY = True
 
 
 def test_answers_are_those_of_a_row_alone(family):
+    """Sampling is one for all families, so each takes one way of it; two unlike ones take all."""
     model = tempting(family, pull=12)
     inputs = prompts(model, 6)
     end = model.generation_config.eos_token_id
-    for sampling in SAMPLING:
+    turn = list(tiny.FAMILIES).index(family) % 3
+    for sampling in SAMPLING if family in tiny.UNLIKE else SAMPLING[turn : turn + 1]:
         asked = [
             Request(e, seed=i, generation={"max_new_tokens": 6 + 3 * (i % 3)}, tag=i) for i, e in enumerate(inputs)
         ]

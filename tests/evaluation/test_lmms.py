@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from PIL import Image
 
 from vismem.data import prompt_inputs
 from vismem.evaluation.answering import answer
+from vismem.evaluation.lmms import model as plug_in
 from vismem.evaluation.lmms.messages import row_of
 from vismem.evaluation.lmms.model import Traced, VisMemChat, until
 from vismem.evaluation.lmms.run import records_of, run_task, scorer, task_records
@@ -293,6 +295,13 @@ def test_the_command_line_and_several_processes(folder, runs, tmp_path):
 def test_lmms_eval_finds_the_model():
     assert "vismem" in models.list_available_models()
     assert models.get_model("vismem") is VisMemChat
+
+
+def test_lmms_eval_is_told_which_process_this_is(model, monkeypatch):
+    """It shares out the samples by these numbers."""
+    monkeypatch.setattr(plug_in, "Accelerator", lambda: SimpleNamespace(process_index=1, num_processes=3))
+    lm = VisMemChat(model)
+    assert (lm.rank, lm.world_size) == (1, 3)
 
 
 def test_lmms_eval_is_imported_lazily():

@@ -1,7 +1,11 @@
-"""Tiny real models: transformers' own classes built from a config with random weights, and their real processors."""
+"""Tiny real models: transformers' own classes built from a config with random weights, and their real processors.
+
+Each is built once and copied for every test, which takes half as long as building it again.
+"""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import lru_cache
 
 import numpy as np
@@ -16,14 +20,35 @@ __all__ = ["FAMILIES", "UNLIKE", "base_and_processor", "equip", "message", "mixe
 
 def base_and_processor(family: str, dtype: torch.dtype = torch.float32, **changes):
     """A tiny base of that family with its processor."""
-    return FAMILIES[family].build(**changes).to(dtype), FAMILIES[family].processor()
+    return copied(built, family, dtype, changes)
 
 
 def equip(family: str, dtype: torch.dtype = torch.float32, seed: int = 1, base: dict | None = None, **config):
     """A tiny model with memory. Its memory is shaken a little, so that no part of it is zero."""
-    model, processor = base_and_processor(family, dtype, **(base or {}))
+    return copied(equipped, family, dtype, seed, base or {}, config)
+
+
+MADE: dict[str, tuple] = {}
+
+
+def copied(make, *given):
+    """A copy of what `make` returns; torch's random numbers go on as if it had been made now."""
+    key = f"{make.__name__}{given}"
+    if key not in MADE:
+        MADE[key] = make(*given), torch.get_rng_state()
+    found, state = MADE[key]
+    torch.set_rng_state(state)
+    return deepcopy(found)
+
+
+def built(family: str, dtype: torch.dtype, changes: dict):
+    return FAMILIES[family].build(**changes).to(dtype), FAMILIES[family].processor()
+
+
+def equipped(family: str, dtype: torch.dtype, seed: int, base: dict, changes: dict):
+    model, processor = base_and_processor(family, dtype, **base)
     torch.manual_seed(seed)
-    config = {"query_length": 4, "short_length": 4, "long_length": 4, "lora_r": 4, **config}
+    config = {"query_length": 4, "short_length": 4, "long_length": 4, "lora_r": 4, **changes}
     found = vismem.VisMem(model, processor, vismem.VisMemConfig(**config)).eval()
     with torch.no_grad():
         for parameter in found.memory.parameters():

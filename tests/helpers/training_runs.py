@@ -116,7 +116,11 @@ def whole_and_resumed(folder: Path, stage: str, fresh: Callable[[], Any], **chan
         train(fresh(), settings(cut, stage, **plan), rows(6))
     assert sorted(path.name for path in cut.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert last_checkpoint(cut) == str(cut / "checkpoint-4")
-    train(again := fresh(), settings(cut, stage, **plan), rows(6), resume=last_checkpoint(cut))
+    again = fresh()
+    with torch.no_grad():  # whatever it starts from, even the reference policy is the checkpoint's
+        for parameter in Learner(again).parameters():
+            parameter.add_(0.1)
+    train(again, settings(cut, stage, **plan), rows(6), resume=last_checkpoint(cut))
     assert not (cut / ".partial").exists() and (cut / "checkpoint-6").is_dir()
     return whole, again
 

@@ -266,12 +266,12 @@ def test_nothing_listens_beyond_loopback(engine):
     }
 
 
-def test_a_replica_that_cannot_load_its_model_says_why(engine):
+def test_replicas_that_cannot_start_say_why(engine):
     from ray import serve
 
     other = copy.copy(engine.cluster)
     other.name = "other"
-    with pytest.raises(LoadError, match="need more than the 0 that Ray has"):
+    with pytest.raises(LoadError, match="2 replicas with 1 GPUs each need more than the 0 that Ray has"):
         other.deploy({"device": "cpu"}, 1, {}, 2, 1)
     with pytest.raises(LoadError, match="no-such-folder"):
         other.deploy({"device": "cpu", "checkpoint": "/no-such-folder"}, 1, {}, 1, None)
@@ -304,9 +304,24 @@ def test_close_is_graceful_and_leaves_nothing_behind(engine):
     assert not any(engine.cluster.running()) and not ray.is_initialized()  # a late call starts no other cluster
 
 
-def test_start_errors_are_one_line():
+def test_start_errors_are_one_line(monkeypatch):
     with pytest.raises(ValueError, match="1 replica or more, got 0"):
         start_replicas({}, 0)
+    clusters = []
+
+    def fails(cluster, *_):
+        assert Path(cluster.folder).is_dir() and "RAY_AUTH_TOKEN" in os.environ
+        clusters.append(cluster)
+        raise LoadError("no replica")
+
+    with monkeypatch.context() as patch:  # instead of another Ray, which takes long to start
+        patch.setattr(Cluster, "_connect", lambda *_: None)
+        patch.setattr(Cluster, "deploy", fails)
+        patch.setattr("ray.shutdown", lambda: clusters.append("shut down"))
+        with pytest.raises(LoadError, match="no replica"):
+            start_replicas({"device": "cpu"}, 2, object_store=SMALL)
+    cluster, last = clusters
+    assert last == "shut down" and not Path(cluster.folder).exists() and "RAY_AUTH_TOKEN" not in os.environ
     with pytest.raises(LoadError, match=r"cannot use Ray at 127\.0\.0\.1:9: "):
         start_replicas({"device": "cpu"}, 2, address="127.0.0.1:9")
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.run
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
-from forked import START, Forked
+from forked import Forked
 from safetensors.torch import load_file
 
 import vismem
@@ -46,16 +46,16 @@ def free_port() -> int:
 
 
 def torchrun(script: list[str]) -> None:
-    """`torchrun`, with the processes forked where they can be."""
+    """`torchrun`, with its processes forked from it."""
     address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    torch.distributed.run.main(["--nproc_per_node=2", *address, "--run_path", f"--start_method={START}", *script])
+    torch.distributed.run.main(["--nproc_per_node=2", *address, "--run_path", "--start_method=fork", *script])
 
 
 def accelerate(script: list[str]) -> None:
     """`accelerate launch`, which leaves the start of processes to torchrun."""
     given = [f"--config_file={CONFIGS / 'cpu-2.yaml'}", f"--main_process_port={free_port()}", *script]
     args = launch_command_parser().parse_args(given)
-    args.run_path, args.start_method = True, START
+    args.run_path, args.start_method = True, "fork"
     launch_command(args)
 
 
@@ -77,10 +77,15 @@ def distance(one: Path, other: Path) -> float:
     return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
 
 
-@pytest.mark.parametrize(("stage", "family"), [("stage1", "idefics3"), ("stage2", "qwen2_5_vl")])
-def test_two_processes_train_as_one(stage, family, tmp_path):
-    """Three updates of four prompts: the second fills up an epoch of six, the third begins the next."""
-    plan = {**PLAN, "stage": stage, "family": family, "max_steps": 3}
+@pytest.mark.parametrize(
+    ("stage", "family", "target"), [("stage1", "idefics3", 0.14), ("stage2", "qwen2_5_vl", 0.0019)]
+)
+def test_two_processes_train_as_one(stage, family, target, tmp_path):
+    """Three updates of four prompts: the second fills up an epoch of five, the third begins the next.
+
+    In the third the divergence is about what the controller aims at, so its coefficient follows from the exact value.
+    """
+    plan = {**PLAN, "rows": 5, "stage": stage, "family": family, "max_steps": 3, "target_kl": target}
     single = alone(tmp_path / "one", {**plan, "per_device_train_batch_size": 4})
     both = launch(accelerate, tmp_path / "two", {**plan, "per_device_train_batch_size": 2})
     assert [facts["world"] for facts in both] == [2, 2]
@@ -92,7 +97,8 @@ def test_two_processes_train_as_one(stage, family, tmp_path):
     for ours, theirs in zip(both[0]["history"][:3], single["history"][:3], strict=True):
         assert ours["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-    assert both[0]["kl_coef"] == both[1]["kl_coef"] == pytest.approx(single["kl_coef"], rel=1e-5)
+    assert both[0]["kl_coef"] == both[1]["kl_coef"] == pytest.approx(single["kl_coef"], rel=1e-4)
+    assert abs(single["history"][2]["kl"] / target - 1) < 0.1
     alone(tmp_path / "start", {**plan, "per_device_train_batch_size": 4, "learning_rate": 0.0, "max_steps": 1})
     moved = distance(tmp_path / "one", tmp_path / "start")
     assert moved > 1e-3

@@ -22,7 +22,9 @@ def processor() -> Idefics3Processor:
     return Idefics3Processor(images, words, image_seq_len=4, chat_template=words.chat_template)
 
 
-def build(seed: int = 0, sliding_window: int | None = None, tied: bool = True) -> Idefics3ForConditionalGeneration:
+def build(
+    seed: int = 0, sliding_window: int | None = None, tied: bool = True, layers: int = 2
+) -> Idefics3ForConditionalGeneration:
     """Two layers each side; images of 32 px in patches of 8, merged 2 x 2: four visual tokens."""
     words = processor().tokenizer
     torch.manual_seed(seed)
@@ -30,7 +32,7 @@ def build(seed: int = 0, sliding_window: int | None = None, tied: bool = True) -
         "model_type": "mistral" if sliding_window else "llama",
         "hidden_size": 48,
         "intermediate_size": 96,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": len(words),
