@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from datasets import Dataset
 
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.replay import Learner, chosen_blocks, collate
 from vismem.training.trainer import MemoryTrainer
 
+REPLY = "a red <ms_I>cup, and two green <ms_I>pens."
 
-def rows(count=4) -> Dataset:
+
+def rows(count=4) -> list[dict]:
     return [
-        {"prompt": f"What is on picture {i}?", "images": [tiny.picture(i)], "answer": "cup", "completion": "a red <ms_I>cup, and two green <ms_I>pens."}
+        {"prompt": f"What is on picture {i}?", "images": [tiny.picture(i)], "answer": "cup", "completion": REPLY}
         for i in range(count)
     ]
 
@@ -27,7 +28,8 @@ def trainer(tmp_path, model, reward, **changes) -> MemoryTrainer:
         "group_size": 4,
         "max_new_tokens": 6,
         "learning_rate": 1e-2,
-        "injection_rate": 1.0,
+        "injection_places": "anywhere",
+        "anywhere_rate": 1.0,
         "kl_coef": 0.0,
         "baseline": "off",
         "skip_solved": False,
@@ -57,23 +59,22 @@ def collected(monkeypatch):
 
     def advantages(self, rows, step, places, state=None, collect=experience.Collector.collect):
         found = collect(self, rows, step, places, state)
-        taken = [
-            sum(float((i.choice.blocks == 0).sum()) for i in r.invocations if i.choice is not None)
-            for r in found.rollouts
-        ]
-        found.advantages, _ = experience.grpo.group_advantages(torch.tensor(taken).float(), self.args.group_size)
+        looks = [[i.choice.blocks for i in r.invocations if i.choice is not None] for r in found.rollouts]
+        taken = [float((torch.cat(blocks) == 0).float().mean()) if blocks else 0.25 for blocks in looks]
+        found.advantages, _ = experience.grpo.group_advantages(torch.tensor(taken), self.args.group_size)
         return found
 
     monkeypatch.setattr(experience.Collector, "collect", advantages)
 
 
 def test_blocks_that_earn_more_become_likelier(tmp_path, collected):
-    model = tiny.equip("idefics3", memory_init="attended")
+    model = tiny.equip("idefics3", memory_init="attended", min_gap=1)
     with torch.no_grad():
+        model.memory.short.choice.log_scale.fill_(-1.0)  # undecided, so that every block is tried
         before = first_blocks(model)[:, 0].mean()
-    run = trainer(tmp_path, model, lambda completions, **_: [0.0] * len(completions), max_steps=8)
+    run = trainer(tmp_path, model, lambda completions, **_: [0.0] * len(completions), max_steps=16, logging_steps=1)
     run.train()
-    assert first_blocks(model)[:, 0].mean() > before + 0.05
+    assert first_blocks(model)[:, 0].mean() > before + 0.2
     assert any("choice/clip_share" in entry for entry in run.state.log_history)
 
 
