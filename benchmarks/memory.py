@@ -101,7 +101,7 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
         learner = Learner(model)
 
         def update(batch: dict = batch, optimizer: Any = optimizer, learner: Any = learner) -> None:
-            (learner(batch).sum() / ROWS).backward()
+            (learner(batch).log_probs.sum() / ROWS).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -252,11 +252,11 @@ class Updates:
             kept = [p.detach().clone() for p in trained]  # the stage's start is put in place, and out again
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
-            reference = self.learner(batch)
+            reference = self.learner(batch).log_probs
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
         with watch.part("forward"):
-            log_probs = self.learner(batch)
+            log_probs = self.learner(batch).log_probs
             losses, _ = grpo.grpo_loss(
                 log_probs, log_probs.detach(), reference, self.advantages, batch["sampled"], CLIP_RATIO, KL_COEF
             )

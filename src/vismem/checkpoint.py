@@ -322,7 +322,9 @@ def check_sizes(state: Mapping[str, Tensor], path: Path, config: VisMemConfig, h
         shape = shapes.get(f"memory.{name}", ())
         return shape[axis] if axis < len(shape) else None
 
-    short, pooled = size("short.memory_init", 0), "memory.short.query_mix" in shapes
+    short = size("short.memory_init", 0)
+    pooled, attended = (f"memory.short.{name}" in shapes for name in ("query_mix", "choice.mix"))
+    init = "attended" if attended else "pooled" if pooled else "learned"
     sizes: dict[str, int | None]
     if config.content == "soft":
         sizes = {"short_length": size("short.vectors", 0), "long_length": size("long.vectors", 0)}
@@ -342,7 +344,7 @@ def check_sizes(state: Mapping[str, Tensor], path: Path, config: VisMemConfig, h
         if expected != size_found:
             in_weights = "the weights have no such tensor" if size_found is None else f"{size_found} in the weights"
             raise ValueError(f"{path} does not match its config: {name} is {expected} in the config, but {in_weights}")
-    if config.content == "formed" and pooled != (config.memory_init == "pooled"):
+    if config.content == "formed" and init != config.memory_init:
         raise ValueError(f"{path} does not match its config: memory_init is {config.memory_init!r} in the config")
 
 

@@ -35,7 +35,9 @@ class VisMemConfig:
         lora_r, lora_alpha, lora_dropout: rank, scale and dropout of both formers' LoRA adapters (query and value
             projections, Tab. 4).
         memory_init: `"pooled"` starts short memory from pooled patches and long memory from the mean token
-            embedding, each plus a learned offset; `"learned"` uses learned constants alone, the literal Eq. 6.
+            embedding, each plus a learned offset. `"attended"` does the same, but each short memory vector starts from
+            one block of patches that the query chooses; the choice must be trained. `"learned"` uses learned
+            constants alone, the literal Eq. 6.
         content: `"formed"`, or `"soft"`, a baseline: the same number of vectors at the same positions, but learned
             constants. Builder, LoRA and `memory_init` are then unused.
         max_invocations: maximum number of invocations in one answer, sampled or random; forced ones are not limited.
@@ -61,7 +63,7 @@ class VisMemConfig:
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.1
-    memory_init: Literal["pooled", "learned"] = "pooled"
+    memory_init: Literal["pooled", "attended", "learned"] = "pooled"
     content: Literal["formed", "soft"] = "formed"
     max_invocations: int = 8
     min_gap: int = 4
@@ -83,7 +85,8 @@ class VisMemConfig:
         self._require("builder_width", fits, f"None or a multiple of builder_heads ({self.builder_heads})")
         self._require("lora_dropout", _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._require("token_noise", _is_number(self.token_noise) and 0 <= self.token_noise < LARGEST, "0 or more")
-        self._require("memory_init", self.memory_init in ("pooled", "learned"), "'pooled' or 'learned'")
+        inits = ("pooled", "attended", "learned")
+        self._require("memory_init", self.memory_init in inits, "'pooled', 'attended' or 'learned'")
         self._require("content", self.content in ("formed", "soft"), "'formed' or 'soft'")
         fits = isinstance(delimiters, (list, tuple)) and all(isinstance(text, str) and text for text in delimiters)
         self._require("delimiters", fits and delimiters, "a non-empty list of strings")

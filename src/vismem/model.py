@@ -29,9 +29,10 @@ from vismem.decoding.policies import Policy, policy_of
 from vismem.decoding.prepare import Layout, Prepared, prepare
 from vismem.decoding.queue import Answer, Request, RequestQueue, stream
 from vismem.decoding.trace import VisMemOutput
-from vismem.memory import memory_of
+from vismem.memory import Choice, memory_of
 from vismem.reading import forward as reading
 from vismem.reading import heads
+from vismem.reading.gaze import gaze_losses, gaze_targets
 from vismem.tokens import MemoryTokens, add_memory_tokens, delimiter_ids, single_token_id
 
 
@@ -44,7 +45,10 @@ class VisMemForwardOutput(ModelOutput):
         logits: float32 [B, L, vocabulary], aligned with `input_ids`: slots are read, not listed. End tokens are -inf.
         memories: for each row its memory vectors [N, d], in order of invocation; None if a kind forms nothing.
         states: for each row and invocation the observed states [z, d] its query was built from.
+        choices: for each row and invocation the `Choice` of its blocks, with gradient; None unless short memory with
+            `memory_init="attended"` was formed.
         log_probs: with `sampled`, float32 [B, L]: of the sampled tokens, and 0 elsewhere.
+        gaze_loss: with `gaze`, float32 [B]: mean over each row's looks, 0 for a row without one.
         last_hidden_state: [B, L, d], the last layer's states at the tokens of `input_ids`.
     """
 
@@ -52,7 +56,9 @@ class VisMemForwardOutput(ModelOutput):
     logits: Tensor | None = None
     memories: list[list[Tensor | None]] | None = None
     states: list[list[Tensor]] | None = None
+    choices: list[list[Choice | None]] | None = None
     log_probs: Tensor | None = None
+    gaze_loss: Tensor | None = None
     last_hidden_state: Tensor | None = None
 
 
@@ -209,6 +215,7 @@ class VisMem(nn.Module):
         generator: torch.Generator | None = None,
         seed: int | list[int] | None = None,
         record: bool = False,
+        sample_blocks: bool = False,
         streamer: Any = None,
         **kwargs: Any,
     ) -> VisMemOutput | Tensor:
@@ -220,6 +227,8 @@ class VisMem(nn.Module):
             generator, seed: of sampling; without either, torch's global generator. With a list of seeds, one for each
                 output row, a row's samples do not depend on its neighbours.
             record: also return what training needs of each row, as `rollout` (with `return_dict_in_generate=True`).
+            sample_blocks: with `memory_init="attended"`, sample the blocks that short memory starts from, each row by
+                its own seed, instead of taking the likeliest; as stage I does.
             streamer: as in transformers; invocation and end tokens pass through it too.
             **kwargs: the processor's tensors, a `generation_config`, and generation keywords. `max_new_tokens`
                 counts sampled tokens only, not end tokens, memory slots and forced invocations. With
@@ -240,7 +249,8 @@ class VisMem(nn.Module):
             generator = torch.Generator(device=self.device).manual_seed(seed)
         seeds = list(seed) if isinstance(seed, (list, tuple)) else None
         policy, layout = policy_of(invocation), Layout.wanted(self.base, kwargs)
-        call = self.prepare(policy, inputs, generator=generator, record=record, streamer=streamer, **kwargs)
+        options = {"generator": generator, "record": record, "sample_blocks": sample_blocks, "streamer": streamer}
+        call = self.prepare(policy, inputs, **options, **kwargs)
         slots = None
         if layout is not None:
             slots = layout.slots(self.base, call.rows, layout.columns(call, self.memory_config))
@@ -304,11 +314,14 @@ class VisMem(nn.Module):
         copies: int = 1,
         states: list[list[Tensor]] | None = None,
         memories: list[list[Tensor | None]] | None = None,
+        blocks: list[list[Tensor | None]] | None = None,
         forms: tuple[Kind, ...] = KINDS,
         logits_to_keep: int = 0,
         sampled: Tensor | None = None,
         allowed: Tensor | None = None,
         temperature: float = 1.0,
+        *,
+        gaze: bool = False,
         **inputs: Tensor,
     ) -> VisMemForwardOutput:
         """The training forward: reads finished answers with their memories in place, in one pass.
@@ -328,11 +341,15 @@ class VisMem(nn.Module):
             states: for each row and invocation, observed states [z, d].
             memories: for each row and invocation its vectors [N, d], or None if nothing was inserted. Nothing is formed
                 then, and no gradient reaches builder and formers.
+            blocks: for each row and invocation the recorded blocks [N_s] of short memory (`Invocation.choice`), with
+                `memory_init="attended"`; by default the memory chooses again.
             forms: kinds that form a memory; tokens of the other kind are read without one.
             logits_to_keep: return logits of the last `logits_to_keep` positions only; 0 for all.
             sampled: bool [B, L]; return `log_probs` of these tokens instead of logits.
             allowed: bool [B, L, 2], with `sampled`: kinds that might have been invoked at each token; by default all.
             temperature: of the distribution of `log_probs`.
+            gaze: with `sampled` and `memory_init="attended"`, return `gaze_loss` too: how far the choices are
+                from where the frozen base looks as it reads the sampled tokens; takes one more read of the answers.
             **inputs: the processor's image tensors, and its per-token tensors if the family has them
                 (`mm_token_type_ids`, `token_type_ids`), at least for the prompts: answers are text.
 
@@ -343,14 +360,18 @@ class VisMem(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         starts = reading.answer_starts(self, input_ids, labels, prompt_length)
         located, reader = reading.locate(self, input_ids, attention_mask, starts, copies, inputs)
+        choices = None
         if memories is None:
             if "short" in forms:
                 located.patches = reading.encode_patches(self, located)
             if states is None:
-                states = reading.observe(self, located, reader, forms)
-            memories = reading.form(self, located, states, forms)
+                states = reading.observe(self, located, reader, forms, blocks)
+            memories, choices = reading.form(self, located, states, forms, blocks)
         hidden = reading.read(located, reader, memories)
-        output = VisMemForwardOutput(memories=memories, states=states, last_hidden_state=hidden)
+        output = VisMemForwardOutput(memories=memories, states=states, choices=choices, last_hidden_state=hidden)
+        if gaze and sampled is not None and any(choice is not None for row in choices or () for choice in row):
+            assert choices is not None
+            output.gaze_loss = gaze_losses(choices, gaze_targets(self, located, reader, sampled))
         if sampled is not None:
             output.log_probs = heads.sampled_log_probs(self, hidden, input_ids, sampled, allowed, temperature)
             return output

@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from vismem.analysis.long_attention import long_term_attention
-from vismem.analysis.slot_attention import attention_weights
 from vismem.decoding.policies import Forced
+from vismem.reading.attention import attention_weights
 
 EVERY_FAMILY = True
 WRITING = {"return_dict_in_generate": True, "record": True, "eos_token_id": None, "max_new_tokens": 10}
@@ -88,13 +88,13 @@ def test_recording_changes_nothing(family):
     segments = [torch.randn(3, model.backbone.hidden_size), torch.randn(6, model.backbone.hidden_size)]
     with torch.no_grad():
         before = former(query, segments)
-        with attention_weights(model, receive):
+        with attention_weights(model.backbone, receive):
             inside = former(query, segments)
         assert torch.allclose(inside, before, atol=1e-5)
         assert len(layers) == len(language.layers) and all(w.shape == (2, 4, 14) for w in layers)
         assert all(torch.allclose(w.sum(-1), torch.ones(2, 4), atol=1e-5) for w in layers)
         assert not any(w[0, :, :3].any() for w in layers)  # padding of the shorter segment
-        with pytest.raises(RuntimeError), attention_weights(model, receive):
+        with pytest.raises(RuntimeError), attention_weights(model.backbone, receive):
             raise RuntimeError("on purpose")
         assert language.config._attn_implementation == "sdpa"
         assert not any(layer.self_attn._forward_hooks for layer in language.layers)

@@ -7,8 +7,9 @@ import tiny
 import torch
 from torch import nn
 
-from vismem.analysis.slot_attention import GROUPS, attention_to_slots, attention_weights
+from vismem.analysis.slot_attention import GROUPS, attention_to_slots
 from vismem.decoding.policies import Forced
+from vismem.reading.attention import attention_weights
 from vismem.reading.splice import Splice, find_invocations
 from vismem.training.replay import collate
 
@@ -69,12 +70,12 @@ def test_eager_attention_changes_nothing_and_is_undone(family):
     with torch.no_grad():
         before = model(**call).last_hidden_state
         assert model.backbone.language_model.config._attn_implementation == "sdpa"
-        with attention_weights(model, lambda *_: None):
+        with attention_weights(model.backbone, lambda *_: None):
             assert model.backbone.language_model.config._attn_implementation == "eager"
             inside = model(**call).last_hidden_state
         real = call["attention_mask"].bool()
         assert torch.allclose(inside[real], before[real], atol=1e-4)
-        with pytest.raises(RuntimeError), attention_weights(model, lambda *_: None):
+        with pytest.raises(RuntimeError), attention_weights(model.backbone, lambda *_: None):
             raise RuntimeError("on purpose")
         assert model.backbone.language_model.config._attn_implementation == "sdpa"
         assert torch.equal(model(**call).last_hidden_state, before)

@@ -22,6 +22,7 @@ from vismem.audit.interventions import (
     STAND_INS,
     Intervention,
     formed_by,
+    former_of,
     possible,
     replaced,
     resampled,
@@ -95,7 +96,7 @@ def test_stored_activations_form_the_same_memories(bank):
         assert [one.kind for one in entry.rollout.invocations] == list(KINDS)
         for index, one in enumerate(entry.rollout.invocations):
             with torch.no_grad():
-                again = bank.model.memory.form(one.kind, [bank.observation(row_id, index)])[0]
+                again = bank.model.memory.form(one.kind, [bank.observation(row_id, index)]).vectors[0]
                 query = bank.model.memory.builder([bank.observation(row_id, index).visual], [one.states])[0]
             assert torch.allclose(again, one.memory, atol=1e-4)
             assert torch.allclose(query, entry.queries[index], atol=1e-4)
@@ -132,12 +133,12 @@ def test_another_image_replaces_only_the_image(bank, rows):
         mine, theirs = seen[one.id, 0], seen[other, 0]
         with torch.no_grad():
             mixed = replace(mine, visual=theirs.visual, patches=theirs.patches)
-            expected = bank.model.memory.form("short", [mixed])[0]
+            expected = bank.model.memory.form("short", [mixed]).vectors[0]
         own = bank.entries[one.id].rollout.invocations[0].memory
         assert torch.allclose(found[one.id][1][0], expected, atol=1e-4)
         assert (expected - own).norm() > 0.05 * own.norm()
         with torch.no_grad():  # what that row itself recalled there is another memory: its words are others
-            assert (expected - bank.model.memory.form("short", [theirs])[0]).norm() > 1e-3 * own.norm()
+            assert (expected - bank.model.memory.form("short", [theirs]).vectors[0]).norm() > 1e-3 * own.norm()
 
 
 def test_another_question_replaces_states_and_segment(bank, rows):
@@ -148,7 +149,7 @@ def test_another_question_replaces_states_and_segment(bank, rows):
         theirs, mine = bank.observation(other, index), bank.observation(one.id, 1)
         seen = replace(mine, states=theirs.states, segment=theirs.segment)
         with torch.no_grad():
-            assert torch.allclose(found[one.id][1][1], bank.model.memory.form("long", [seen])[0], atol=1e-4)
+            assert torch.allclose(found[one.id][1][1], bank.model.memory.form("long", [seen]).vectors[0], atol=1e-4)
         own = bank.entries[one.id].rollout.invocations
         assert torch.allclose(found[one.id][1][0], own[0].memory, atol=1e-4)  # the other kind is left alone
         assert (found[one.id][1][1] - own[1].memory).norm() > 1e-3 * own[1].memory.norm()
@@ -156,7 +157,7 @@ def test_another_question_replaces_states_and_segment(bank, rows):
 
 def test_zeros_noise_mean_shuffled_and_other_kind(bank, rows):
     observations = [bank.observation(one.id, 0) for one in rows]
-    form = bank.model.memory.form
+    form = former_of(bank.model)
     own = [bank.entries[one.id].rollout.invocations[0].memory for one in rows]
     got = {name: stand_ins(bank, form, name, "short", observations) for name in INTERVENTIONS}
     assert all(not memory.any() for memory in got["zeros"])
@@ -239,7 +240,7 @@ def test_rows_without_a_tag_raise(bank, rows):
     with pytest.raises(ValueError, match="no row 'elsewhere'"):
         stand_ins(
             bank,
-            bank.model.memory.form,
+            former_of(bank.model),
             "zeros",
             "short",
             [replace(bank.observation("row0", 0), origin=("elsewhere", 0))],

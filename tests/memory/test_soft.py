@@ -64,13 +64,13 @@ def test_soft_memory_starts_as_words_of_the_base():
     model = vismem.VisMem(base, processor, vismem.VisMemConfig(content="soft"))
     table = model.backbone.embeddings.weight
     for kind in ("short", "long"):
-        vectors = model.memory.form(kind, [None])[0]
+        vectors = model.memory.form(kind, [None]).vectors[0]
         assert len(vectors) == model.memory_config.length(kind)
         assert all(float((table - vector.detach()).abs().max(1).values.min()) < 1e-5 for vector in vectors)
         before = vectors.detach().clone()
         with torch.no_grad():
             getattr(model.memory, kind).log_gain.fill_(1.0)
-        assert torch.allclose(model.memory.form(kind, [None])[0], before * math.e, rtol=1e-4)
+        assert torch.allclose(model.memory.form(kind, [None]).vectors[0], before * math.e, rtol=1e-4)
     assert model.parameters_of("builder") == [] and len(model.parameters_of("short")) == 2
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
 

@@ -518,11 +518,15 @@ def test_a_failed_step_returns_500(engine, client, error, monkeypatch):
     assert ask(client).choices[0].finish_reason == "stop"
 
 
+def poisoned(formed):
+    return formed._replace(vectors=formed.vectors * float("nan"))
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_non_finite_answer_returns_500_and_fails_alone(engine, client, stream, monkeypatch, caplog):
     expected = ask(client, seed=1).choices[0].message.content
     form = engine.model.memory.form
-    monkeypatch.setattr(engine.model.memory, "form", lambda *given: form(*given) * float("nan"))
+    monkeypatch.setattr(engine.model.memory, "form", lambda *given: poisoned(form(*given)))
     with pytest.raises(openai.APIError, match="NaN or infinite") as failed:
         found = ask(client, stream=stream, extra_body={"vismem": {"invocation": "long@2"}})
         list(found)

@@ -207,9 +207,9 @@ def test_the_learner_lets_every_trained_parameter_take_part(family):
     learner = Learner(model)
     rollouts = rollouts_of(model, "one")
     batch = replayed(model, rollouts, "states")
-    assert torch.equal(learner(batch), model(**batch).log_probs)
+    assert torch.equal(learner(batch).log_probs, model(**batch).log_probs)
     learner.zero_grad()
-    learner(None).backward()
+    learner(None).log_probs.backward()
     assert all(p.grad is not None and not p.grad.any() for p in learner.parameters())
     assert not any(name.startswith("base") for name, _ in learner.named_parameters())
 
@@ -314,7 +314,7 @@ def test_counterfactuals_swap_the_first_invocation(family):
             visual = model.backbone.visual_states(inputs["input_ids"] == model.backbone.image_token_id, features)[0]
             patches = model.memory.short.encode(model.backbone.images(**vision))
             segment = model.tokens.embed(found.tokens[: here + 1])
-            expected = model.memory.form(kind, [Observation(visual, first.states, segment, patches)])[0]
+            expected = model.memory.form(kind, [Observation(visual, first.states, segment, patches)]).vectors[0]
         assert torch.allclose(found.invocations[0].memory, expected, atol=1e-4)
         assert torch.equal(found.invocations[0].states, first.states)
 

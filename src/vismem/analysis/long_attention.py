@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from vismem.analysis.rollouts import answers_per_prompt, recorded_invocations, segment_of
-from vismem.analysis.slot_attention import attention_weights
 from vismem.decoding.trace import Rollout
 from vismem.deprecation import renamed
 from vismem.model import VisMem
+from vismem.reading.attention import attention_weights
 from vismem.reading.splice import batches_of_similar_length
 
 
@@ -94,7 +94,7 @@ def long_term_attention(
         )
         embeds = [model.tokens.embed(segments[i].to(inputs["input_ids"].device)) for i in batch]
         layers.clear()
-        with attention_weights(model, receive):
+        with attention_weights(model.backbone, receive):
             memories = former(query, embeds)
         stacked = torch.stack(layers, dim=1)  # [n, layers, N, E]
         for i, weights, memory in zip(batch, stacked, memories, strict=True):

@@ -22,7 +22,7 @@ from vismem.analysis.rollouts import recorded_invocations
 from vismem.backbones import Image
 from vismem.decoding.trace import Invocation
 from vismem.deprecation import renamed
-from vismem.memory import ShortTermFormer
+from vismem.memory import Choice, ShortTermFormer
 from vismem.memory.short_term import coarse_grid, share
 from vismem.model import VisMem
 
@@ -44,6 +44,8 @@ class ShortTermAttention:
             `weights`.
         starts: for each vector the index of the view whose region it started from, and the region's box in the
             picture's pixels; empty if memory starts from learned constants.
+        certainty: for each vector the probability of its region, [N], if the memory chooses where it starts
+            (`memory_init="attended"`); else None.
         merge: m.
         memory: the memory [N, d].
     """
@@ -56,6 +58,7 @@ class ShortTermAttention:
     starts: list[tuple[int, Box]]
     merge: int
     memory: Tensor
+    certainty: Tensor | None = None
 
     @property
     def layers(self) -> int:
@@ -222,11 +225,13 @@ def short_term_attention(
         patches = former.encode(images[prompt])
         query = model.memory.builder([visual[prompt]] * len(wanted), [i.states for _, _, i in wanted])
         with block_weights(former) as layers:
-            memories = former(query, [patches] * len(wanted))
+            blocks = None if former.choice is None else [i.choice.blocks for _, _, i in wanted if i.choice is not None]
+            memories = former(query, [patches] * len(wanted), blocks)
         stacked = torch.stack(layers, dim=1)[:, :, query.shape[1] :]  # [n, layers, P, patches + K + P]
-        starts = regions(former, images[prompt], seen)
         lengths = [image.keys_values[0].shape[2] for image in patches]
-        for (row, index, _), weights, memory in zip(wanted, stacked, memories, strict=True):
+        for (row, index, invocation), weights, memory in zip(wanted, stacked, memories, strict=True):
+            starts = regions(former, images[prompt], seen, invocation.choice)
+            sure = None if invocation.choice is None else invocation.choice.log_probs.exp()
             *parts, queries, own = weights.split([*lengths, query.shape[1], weights.shape[1]], dim=-1)
             laid = [raster(model, part, view.grid) for part, view in zip(parts, seen, strict=True)]
             rest = {"class token": torch.zeros_like(queries[..., 0]), "query": queries.sum(-1), "memory": own.sum(-1)}
@@ -234,15 +239,27 @@ def short_term_attention(
                 if part.shape[-1] > patch[0, 0].numel():
                     rest["class token"] += part.sum(-1) - patch.sum((-2, -1))
             laid, rest = [patch.cpu() for patch in laid], {name: share.cpu() for name, share in rest.items()}
-            found.append(ShortTermAttention(row, index, seen, laid, rest, starts, backbone.merge, memory.cpu()))
+            found.append(
+                ShortTermAttention(row, index, seen, laid, rest, starts, backbone.merge, memory.cpu(), certainty=sure)
+            )
     return found
 
 
-def regions(former: ShortTermFormer, images: list[Image], seen: list[View]) -> list[tuple[int, Box]]:
-    """For each vector the view and the box, in the picture's pixels, of the patches whose mean it starts from."""
-    if not former.pooled:
+def regions(
+    former: ShortTermFormer, images: list[Image], seen: list[View], choice: Choice | None = None
+) -> list[tuple[int, Box]]:
+    """For each vector the view and the box, in the picture's pixels, of the patches it starts from."""
+    if former.constant:
         return []
-    total, found = len(former.memory_init) // former.backbone.merge**2, []
+    side, found = former.backbone.merge, []
+    if choice is not None:
+        for index, row, column in choice.places:
+            rows, columns = (range(n)[part] for n, part in zip(images[index].grid, images[index].part, strict=True))
+            first = seen[index].patch(rows[row * side], columns[column * side])
+            last = seen[index].patch(rows[row * side] + side - 1, columns[column * side] + side - 1)
+            found.append((index, (*first[:2], *last[2:])))
+        return found
+    total = len(former.memory_init) // side**2
     for index, count in enumerate(share(total, [image.tokens for image in images])):
         rows, columns = (
             range(length)[part] for length, part in zip(images[index].grid, images[index].part, strict=True)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +18,7 @@ from vismem.analysis.rollouts import replay_inputs
 from vismem.config import Kind
 from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
+from vismem.reading.attention import attention_weights
 from vismem.reading.splice import Splice, find_invocations
 
 GROUPS = ("memory", "visual", "prompt", "answer")  # every position of a sequence belongs to exactly one
@@ -88,7 +86,7 @@ def attention_to_slots(model: VisMem, inputs: dict[str, Tensor], rollouts: Seque
     places = find_invocations(ids, [start] * len(ids), model.tokens.invocation_ids, model.tokens.end_ids)
     splice = Splice(places, memories, ids.shape[1])
     reducer = AttentionReducer(splice, ids == model.backbone.image_token_id, start)
-    with attention_weights(model, reducer.add):
+    with attention_weights(model.backbone, reducer.add):
         model(**call, logits_to_keep=1)
     slots, shares = reducer.result()
     found = []
@@ -150,41 +148,3 @@ class AttentionReducer:
         layers = [[torch.cat(part, 1) for part in zip(*parts, strict=True)] for parts in self.parts.values()]
         slots, shares = (torch.stack(part) for part in zip(*layers, strict=True))
         return slots, shares
-
-
-@contextmanager
-def attention_weights(model: VisMem, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Runs the language model with eager attention and passes on each layer's weights as it computes them.
-
-    Args:
-        model: the model.
-        receive: called with the layer's index and its weights [n, heads, queries, keys].
-
-    Raises:
-        ValueError: if a layer has no attention, or returns no weights.
-    """
-
-    def hook(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if weights is None:
-            raise ValueError(
-                f"layer {layer} of the language model returns no attention weights, even with eager attention"
-            )
-        receive(layer, weights)
-
-    language: Any = model.backbone.language_model
-    layers = getattr(language, "layers", None) or []
-    if not layers or any(getattr(layer, "self_attn", None) is None for layer in layers):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
-        raise ValueError(
-            f"the language model of {model.backbone.model_type} has layers without attention ({kinds}); only layers "
-            "with `self_attn` return weights"
-        )
-    # Set on the private attribute, as `set_attn_implementation` does, because that method refuses remote code.
-    before = language.config._attn_implementation  # noqa: SLF001 - tested with transformers 5.23.0
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.callback(layer.self_attn.register_forward_hook(partial(hook, index)).remove)
-        stack.callback(setattr, language.config, "_attn_implementation", before)
-        language.config._attn_implementation = "eager"  # noqa: SLF001
-        yield

@@ -29,7 +29,7 @@ from vismem.data import Row, prompt_inputs
 from vismem.decoding.trace import Invocation, Rollout
 from vismem.deprecation import renamed
 from vismem.evaluation.records import ResultFile
-from vismem.memory import Observation
+from vismem.memory import Choice, Observation
 from vismem.model import VisMem
 from vismem.training.rollout import seed_of
 
@@ -111,6 +111,9 @@ class ActivationStore:
         tensors["visual"] = visual
         for index, (one, query) in enumerate(zip(rollout.invocations, queries, strict=True)):
             parts = {"memory": one.memory, "states": one.states, "query": query}
+            if one.choice is not None:
+                grids = torch.tensor(one.choice.grids)
+                parts |= {"scores": one.choice.scores, "blocks": one.choice.blocks, "grids": grids}
             tensors |= {f"{name}.{index}": part for name, part in parts.items() if part is not None}
         metadata = {"id": row_id, "invocations": json.dumps([one.to_dict() for one in rollout.invocations])}
         own = {
@@ -132,10 +135,15 @@ class ActivationStore:
                 held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError:  # truncated or damaged
             return False
-        invocations = [
-            Invocation(**one, memory=held.get(f"memory.{index}"), states=held.get(f"states.{index}"))
-            for index, one in enumerate(json.loads(metadata["invocations"]))
-        ]
+        invocations = []
+        for index, one in enumerate(json.loads(metadata["invocations"])):
+            one.pop("blocks", None)
+            memory, states = held.get(f"memory.{index}"), held.get(f"states.{index}")
+            choice = None
+            if f"blocks.{index}" in held:
+                grids = [(rows, columns) for rows, columns in held[f"grids.{index}"].tolist()]
+                choice = Choice(held[f"scores.{index}"], held[f"blocks.{index}"], grids)
+            invocations.append(Invocation(**one, memory=memory, states=states, choice=choice))
         rollout = Rollout(held["tokens"], held["sampled"], held["allowed"], held["log_probs"], invocations)
         queries = [held.get(f"query.{index}") for index in range(len(invocations))]
         self.entries[row_id] = Entry(rollout, queries, held["visual"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from vismem.audit.activations import ActivationStore
 from vismem.audit.names import INTERVENTIONS
 from vismem.config import KINDS, Kind
-from vismem.memory import Observation
+from vismem.memory import Choice, Formed, Observation
 from vismem.model import VisMem
 from vismem.training.rollout import seed_of
 
@@ -152,6 +152,11 @@ def possible(activations: ActivationStore, intervention: Intervention, row_id: s
     return bool(kinds) and all(map(has_replacement, kinds))
 
 
+def former_of(model: VisMem) -> Form:
+    """What forms the model's memories."""
+    return lambda kind, seen: model.memory.form(kind, seen).vectors
+
+
 @torch.no_grad()
 def stand_ins(activations: ActivationStore, form: Form, name: str, kind: Kind, seen: list[Observation]) -> Replacements:
     """Replacements for the memories of `kind` that `form` makes of these observations, None where there is none.
@@ -192,8 +197,20 @@ def replaced(activations: ActivationStore, intervention: Intervention) -> Iterat
 def formed_by(model: VisMem, wrap: Callable[[Form], Form]) -> Iterator[None]:
     """Forms the model's memories with `wrap(form)` while the context lasts; `form` is what formed them before."""
     memory: Any = model.memory
-    before = vars(memory).get("form")  # of an outer context
-    memory.form = wrap(memory.form)
+    before, inner = vars(memory).get("form"), memory.form  # `before` is of an outer context
+
+    def formed(kind: Kind, seen: list[Observation]) -> Formed:
+        chosen: dict[int, Choice | None] = {}
+
+        def form(kind: Kind, seen: list[Observation]) -> Tensor:
+            found: Formed = inner(kind, seen)
+            chosen.update(zip(map(id, seen), found.choices, strict=True))
+            return found.vectors
+
+        memories: Any = wrap(form)(kind, seen)
+        return Formed(memories, [chosen.get(id(one)) for one in seen])
+
+    memory.form = formed
     try:
         yield
     finally:

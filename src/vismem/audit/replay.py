@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vismem.analysis.replacement import next_token_kl
 from vismem.audit.activations import ActivationStore, present
-from vismem.audit.interventions import stand_ins
+from vismem.audit.interventions import former_of, stand_ins
 from vismem.audit.names import INTACT
 from vismem.config import KINDS
 from vismem.evaluation.records import ResultFile
@@ -76,7 +76,7 @@ def batch_shifts(activations: ActivationStore, names: Sequence[str], ids: list[s
 def replacements(activations: ActivationStore, name: str, ids: Sequence[str]) -> dict[tuple[int, int], Tensor]:
     """The existing replacements for memories of the rows' intact answers, by row and invocation."""
     found: dict[tuple[int, int], Tensor] = {}
-    form = activations.model.memory.form
+    form = former_of(activations.model)
     for kind in KINDS:
         places = [(row, index) for row, row_id in enumerate(ids) for index in activations.entries[row_id].of_kind(kind)]
         if not places:

@@ -30,12 +30,14 @@ class Image:
         grid: height and width in patches.
         tokens: number of its visual tokens in the prompt.
         part: rows and columns of the grid that show the picture; the rest is padding that the tower reads too.
+        blocks: see `Patches`; None if the visual tokens are the grid's blocks row by row.
     """
 
     pixels: Tensor
     grid: tuple[int, int]
     tokens: int
     part: tuple[slice, slice] = (slice(None), slice(None))
+    blocks: Tensor | None = None
 
 
 @dataclass
@@ -47,11 +49,14 @@ class Patches:
             width, d_vision].
         keys_values: for each block [2, heads, patches, head_dim], rotated where the tower rotates.
         tokens: number of the image's visual tokens in the prompt.
+        blocks: int [height // m, width // m], for each whole block of m x m patches the index of the visual token that
+            shows it, counted from the image's first.
     """
 
     embedded: Tensor
     keys_values: list[Tensor]
     tokens: int
+    blocks: Tensor
 
 
 class Backbone:
@@ -218,8 +223,16 @@ class Backbone:
             raster = self.to_raster(start, grid)
             for place, index in enumerate(members):
                 embedded = raster[place][images[index].part]
-                found[index] = Patches(embedded, [layer[place] for layer in kept], images[index].tokens)
+                layers, image = [layer[place] for layer in kept], images[index]
+                found[index] = Patches(embedded, layers, image.tokens, self.block_tokens(image))
         return [patches for patches in found if patches is not None]
+
+    def block_tokens(self, image: Image) -> Tensor:
+        """For each whole block of an image its visual token; see `Patches.blocks`."""
+        if image.blocks is not None:
+            return image.blocks
+        rows, columns = (cells // self.merge for cells in image.grid)
+        return torch.arange(rows * columns).view(rows, columns)
 
     def read_block(self, depth: int, grid: tuple[int, int], rotary: Rotary, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Block `depth` on patches [n, patches, d_vision]: its keys and values [n, 2, heads, patches, head_dim], and

@@ -49,7 +49,10 @@ class Idefics3Backbone(ClipTowerBackbone):
                 min(-(-real // patch), full // patch)
                 for real, full in zip((height, width), pixels.shape[-2:], strict=True)
             )
-            found.append(Image(pixels[index, :, : grid[0] * patch, : grid[1] * patch], grid, tokens))
+            full = tuple(side // patch // self.merge for side in pixels.shape[-2:])
+            blocks = torch.arange(full[0] * full[1]).view(full)[: grid[0] // self.merge, : grid[1] // self.merge]
+            image = pixels[index, :, : grid[0] * patch, : grid[1] * patch]
+            found.append(Image(image, grid, tokens, blocks=blocks))
         return found
 
     def embed_patches(self, images: list[Image]) -> Tensor:

@@ -76,7 +76,8 @@ class LlavaBackbone(ClipTowerBackbone):
         patch = self.base.config.vision_config.patch_size
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
         kept = self.class_tokens if self.base.config.vision_feature_select_strategy == "full" else 0
-        return [Image(pixels, grid, grid[0] * grid[1] + kept) for pixels in pixel_values]
+        blocks = kept + torch.arange(grid[0] * grid[1]).view(grid)
+        return [Image(pixels, grid, grid[0] * grid[1] + kept, blocks=blocks) for pixels in pixel_values]
 
     def embed_patches(self, images: list[Image]) -> Tensor:
         # [n, class tokens + patches, d_vision]

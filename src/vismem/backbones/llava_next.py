@@ -78,16 +78,33 @@ class LlavaNextBackbone(LlavaBackbone):
             for column in range(shape[1])
         ]
         patches = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in parts]
-        total = self.tile_tokens(down.stop - down.start, across.stop - across.start)
+        shown = (down.stop - down.start, across.stop - across.start)
+        high, wide = self.tile_grid(*shown)
+        total = high * (wide + 1)  # a newline ends each row
         if not any(patches):  # newlines alone, if anything
             return [Image(pixels[0], (side, side), side * side + total)]
-        tiles = zip(pixels[1:], parts, deal(total, patches), strict=True)
-        whole = Image(pixels[0], (side, side), side * side)
-        return [whole, *(Image(tile, (side, side), count, part) for tile, part, count in tiles if count)]
+        found, first = [Image(pixels[0], (side, side), side * side)], 0
+        for index, count in enumerate(deal(total, patches)):
+            # Where the tile's patches stand among the tokens of all tiles, whose rows go through several of them.
+            top, left = (
+                cells * side - gap.start for cells, gap in zip(divmod(index, shape[1]), (down, across), strict=True)
+            )
+            rows, columns = (range(side)[cells] for cells in parts[index])
+            row = (torch.tensor(rows) + top) * high // max(shown[0], 1)
+            column = (torch.tensor(columns) + left) * wide // max(shown[1], 1)
+            blocks = row[:, None] * (wide + 1) + column - first
+            if count:
+                found.append(Image(pixels[1 + index], (side, side), count, parts[index], blocks))
+            first += count
+        return found
 
-    def tile_tokens(self, height: int, width: int) -> int:
-        """Tokens that all tiles of a picture take, for the height and width in patches of what they show of it."""
-        return height * (width + 1)  # a newline ends each row
+    def tile_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of all tiles of a picture, newlines not counted.
+
+        Args:
+            height, width: in patches, of what the tiles show of the picture.
+        """
+        return height, width
 
 
 def inside(grid: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from vismem.backbones.base import Image
@@ -46,11 +47,12 @@ class LlavaOnevisionBackbone(LlavaNextBackbone):
         part = inside(grid, size)
         if any(cells.start == cells.stop for cells in part):  # a mere line: its padding is all there is
             part = slice(None), slice(None)
-        return [Image(pixels[0], grid, self.side**2 + 1, part)]  # a newline ends it
+        blocks = torch.arange(self.side**2).view(grid)[part]
+        return [Image(pixels[0], grid, self.side**2 + 1, part, blocks)]  # a newline ends it
 
-    def tile_tokens(self, height: int, width: int) -> int:
+    def tile_grid(self, height: int, width: int) -> tuple[int, int]:
         most = int(self.base.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(height * width / (most * self.side**2))
         if ratio > 1.1:  # the base's own rule
             height, width = int(height // ratio), int(width // ratio)
-        return super().tile_tokens(height, width)
+        return height, width

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from vismem.decoding.row import DecodingSettings, PromptImages, Row
 from vismem.decoding.sampling import Sampler
 from vismem.decoding.trace import Invocation
 from vismem.memory import Memory, Observation, SoftMemory
+from vismem.memory.choice import sampled_blocks
 from vismem.tokens import MemoryTokens
 
 
@@ -237,8 +239,10 @@ class Decoder:
         memories: list[Tensor | None] = [None] * len(rows)
         if forming:
             observed = [self.observe(rows[at], kind, None if states is None else states[at]) for at in forming]
-            for at, seen, memory in zip(forming, observed, self.memory.form(kind, observed), strict=True):
+            vectors, choices = self.memory.form(kind, observed)
+            for at, seen, memory, choice in zip(forming, observed, vectors, choices, strict=True):
                 memories[at] = memory
+                rows[at].invocations[-1].choice = None if choice is None else choice.detach()
                 if rows[at].settings.record:
                     rows[at].invocations[-1].states = seen.states
         first, last = self.tokens.row(kind, "invocation")[None], self.tokens.row(kind, "end")[None]
@@ -258,7 +262,11 @@ class Decoder:
         if states is None:
             states = torch.stack([hidden[slot] for hidden, slot in row.states])
         segment = self.tokens.embed(self.batch.ids[row.slot, len(row.prompt) + row.segment_start : row.length])
-        return Observation(images.visual, states, segment, images.patches or [], (row.tag, len(row.invocations) - 1))
+        number, sampler = len(row.invocations) - 1, None
+        if row.settings.sample_blocks:
+            generator = row.settings.generator if row.rng is None else row.rng.of_invocation(number)
+            sampler = partial(sampled_blocks, generator=generator)
+        return Observation(images.visual, states, segment, images.patches or [], (row.tag, number), sampler=sampler)
 
     def _insert(self, row: Row, token: int) -> None:
         self.batch.append(row, token)

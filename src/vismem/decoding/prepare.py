@@ -82,6 +82,7 @@ def prepare(
     *,
     generator: torch.Generator | None = None,
     record: bool = False,
+    sample_blocks: bool = False,
     streamer: Any = None,
     **kwargs: Any,
 ) -> Prepared:
@@ -92,7 +93,7 @@ def prepare(
         tokenizer: for stop strings, unless one is given.
         delimiters: returns the ids that end a phrase.
         policy: of invocation.
-        inputs, generator, record, streamer, **kwargs: as in `VisMem.generate`.
+        inputs, generator, record, sample_blocks, streamer, **kwargs: as in `VisMem.generate`.
 
     Raises:
         ValueError: for what memory decoding cannot honour, for a prompt longer than the base's context, and for images
@@ -133,6 +134,7 @@ def prepare(
             pad=0 if pad is None else int(pad.flatten()[0]),
             generator=generator,
             record=record,
+            sample_blocks=sample_blocks,
             streamer=streamer,
         )
         return Prepared(input_ids, images, settings, copies, model_kwargs)

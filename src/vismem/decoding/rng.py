@@ -12,13 +12,18 @@ class RowRng:
     """A row's stream of uniform numbers from its own seed; sampled token number k uses number k."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(int(seed))
+        self.seed = int(seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
         self.numbers: list[float] = []
 
     def __getitem__(self, token: int) -> float:
         while token >= len(self.numbers):
             self.numbers += torch.rand(BLOCK, generator=self.generator, dtype=torch.float64).tolist()
         return self.numbers[token]
+
+    def of_invocation(self, index: int) -> torch.Generator:
+        """The generator of invocation number `index`, apart from that of the tokens."""
+        return torch.Generator().manual_seed((self.seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def inverse_transform(probabilities: Tensor, uniform: Tensor) -> Tensor:

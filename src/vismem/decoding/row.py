@@ -49,6 +49,7 @@ class DecodingSettings:
         pad: id of the pad token.
         generator: for sampling rows without a seed of their own; None is torch's global one.
         record: keep what training needs of a rollout.
+        sample_blocks: sample the blocks that short memory starts from, with `memory_init="attended"`.
         streamer: as in transformers' `generate`.
     """
 
@@ -62,6 +63,7 @@ class DecodingSettings:
     pad: int
     generator: torch.Generator | None = None
     record: bool = False
+    sample_blocks: bool = False
     streamer: Any = None
     ignores_ids: bool = field(init=False)  # whether the processors look at scores alone
     sampling_key: Any = field(init=False)  # equal for rows that can be sampled together

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from vismem.config import Kind
+from vismem.memory.choice import Choice
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Invocation:
         forced: True if a policy inserted it, False if the model sampled it.
         memory: the vectors themselves [length, d]; not part of comparisons or of `to_dict`.
         states: with `record=True`, the observed states [z, d] that the query was built from (H without the image).
+        choice: with `memory_init="attended"`, the blocks of the image that a short memory's vectors started from.
     """
 
     kind: Kind
@@ -30,10 +32,23 @@ class Invocation:
     forced: bool
     memory: Tensor | None = field(default=None, repr=False, compare=False)
     states: Tensor | None = field(default=None, repr=False, compare=False)
+    choice: Choice | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"kind": self.kind, "position": self.position, "length": self.length, "forced": self.forced}
+        """Plain values for JSON; `blocks` has image, row, column and probability of each vector's block."""
+        found: dict[str, Any] = {
+            "kind": self.kind,
+            "position": self.position,
+            "length": self.length,
+            "forced": self.forced,
+        }
+        if self.choice is not None:
+            sure = self.choice.log_probs.exp().tolist()
+            found["blocks"] = [
+                {"image": image, "row": row, "column": column, "probability": round(p, 4)}
+                for (image, row, column), p in zip(self.choice.places, sure, strict=True)
+            ]
+        return found
 
 
 @dataclass(frozen=True)

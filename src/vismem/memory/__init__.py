@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
 
+import torch
 from torch import Tensor, nn
 
-from vismem.backbones import Backbone, Patches
+from vismem.backbones import Backbone
 from vismem.config import Kind, VisMemConfig
 from vismem.memory.builder import QueryBuilder
+from vismem.memory.choice import Choice
 from vismem.memory.long_term import LongTermFormer
+from vismem.memory.observation import Formed, Observation
 from vismem.memory.short_term import ShortTermFormer
 from vismem.memory.soft import SoftMemory
-
-
-@dataclass
-class Observation:
-    """What a memory is formed from: what one row observes when it invokes memory, without gradient.
-
-    Args:
-        visual: visual states [y, d] of the row's images.
-        states: last-layer states [z, d] that produced the segment's tokens, the invocation token included.
-        segment: input embeddings [z, d] of those tokens.
-        patches: the row's images as the short former encoded them; empty without images.
-        origin: the tag of the row's request and the index of the invocation, for analysis; None outside decoding.
-    """
-
-    visual: Tensor
-    states: Tensor
-    segment: Tensor
-    patches: list[Patches] = field(default_factory=list)
-    origin: tuple[Any, int] | None = None
 
 
 class Memory(nn.Module):
@@ -44,18 +27,45 @@ class Memory(nn.Module):
         scale = float(weight.detach().float().pow(2).mean().sqrt()) if weight.device.type != "meta" else 1.0
         scale *= backbone.embedding_scale
         self.builder = QueryBuilder(
-            backbone.hidden_size, config.query_length, config.builder_layers, config.builder_heads, width, scale
+            backbone.hidden_size,
+            config.query_length,
+            config.builder_layers,
+            config.builder_heads,
+            width,
+            scale,
+            from_segment=config.memory_init == "attended",
         )
         self.short = ShortTermFormer(backbone, config)
         self.long = LongTermFormer(backbone, config)
         self.to(device=weight.device, dtype=weight.dtype)
 
-    def form(self, kind: Kind, observations: list[Observation]) -> Tensor:
-        """Forms one memory of `kind` for each observation, in one batch: [n, N, d]."""
+    def form(self, kind: Kind, observations: list[Observation]) -> Formed:
+        """Forms one memory of `kind` for each observation, in one batch."""
         query = self.builder([o.visual for o in observations], [o.states for o in observations])
-        if kind == "short":
-            return self.short(query, [o.patches for o in observations])
-        return self.long(query, [o.segment for o in observations])
+        if kind == "long":
+            return Formed(self.long(query, [o.segment for o in observations]), [None] * len(observations))
+        patches = [o.patches for o in observations]
+        if self.short.choice is None:
+            return Formed(self.short(query, patches), [None] * len(observations))
+        choices = self.choose(query, observations)
+        return Formed(self.short(query, patches, [choice.blocks for choice in choices]), list(choices))
+
+    def choose(self, query: Tensor, observations: list[Observation]) -> list[Choice]:
+        """The blocks that each observation's short memory starts from, given the queries [n, K, d]."""
+        assert self.short.choice is not None
+        found, grids, states = [], [], []
+        for seen in observations:
+            # A block's visual token, counted from the first of its image.
+            firsts = accumulate((image.tokens for image in seen.patches), initial=0)
+            tokens = [first + image.blocks.flatten() for first, image in zip(firsts, seen.patches, strict=False)]
+            states.append(seen.visual[torch.cat(tokens).to(seen.visual.device)])
+            grids.append([(image.blocks.shape[0], image.blocks.shape[1]) for image in seen.patches])
+        for seen, scores, grid in zip(observations, self.short.choice(query, states), grids, strict=True):
+            blocks = seen.blocks
+            if blocks is None:
+                blocks = scores.argmax(-1) if seen.sampler is None else seen.sampler(scores)
+            found.append(Choice(scores, blocks.to(scores.device), grid))
+        return found
 
 
 def memory_of(backbone: Backbone, config: VisMemConfig) -> Memory | SoftMemory:
@@ -63,4 +73,14 @@ def memory_of(backbone: Backbone, config: VisMemConfig) -> Memory | SoftMemory:
     return (SoftMemory if config.content == "soft" else Memory)(backbone, config)
 
 
-__all__ = ["LongTermFormer", "Memory", "Observation", "QueryBuilder", "ShortTermFormer", "SoftMemory", "memory_of"]
+__all__ = [
+    "Choice",
+    "Formed",
+    "LongTermFormer",
+    "Memory",
+    "Observation",
+    "QueryBuilder",
+    "ShortTermFormer",
+    "SoftMemory",
+    "memory_of",
+]

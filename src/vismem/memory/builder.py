@@ -52,12 +52,23 @@ class QueryBuilder(nn.Module):
         layers, heads, width: of the encoder; `width` is inner, with a linear layer in and out.
         output_scale: initial RMS of the queries: that of the base's embedding table, so that the language model reads
             them as words.
+        from_segment: the queries begin at the mean of the segment's states. Otherwise a query begins as an average
+            over thousands of visual states and a few of text, which drown.
     """
 
     def __init__(
-        self, hidden_size: int, query_length: int, layers: int, heads: int, width: int, output_scale: float = 1.0
+        self,
+        hidden_size: int,
+        query_length: int,
+        layers: int,
+        heads: int,
+        width: int,
+        output_scale: float = 1.0,
+        *,
+        from_segment: bool = False,
     ) -> None:
         super().__init__()
+        self.from_segment = from_segment
         self.norm_in = nn.LayerNorm(hidden_size)  # norms of visual states and hidden states can differ fifty-fold
         self.project_in = nn.Linear(hidden_size, width)
         self.types = nn.Parameter(torch.randn(3, width) * 0.02)
@@ -83,6 +94,9 @@ class QueryBuilder(nn.Module):
         kinds = pad_sequence([t.long() for t in text], batch_first=True)  # [n, s], VISUAL or TEXT
         held = self.project_in(self.norm_in(pad_sequence(rows, batch_first=True))) + self.types[kinds]
         queries = (self.query_init + self.types[QUERY]).expand(len(rows), -1, -1)
+        if self.from_segment:
+            segment = torch.stack([h.mean(0).to(weight) for h in states])
+            queries = queries + self.project_in(self.norm_in(segment))[:, None]
         x = torch.cat([held, queries], dim=1)
         mask = builder_mask(lengths, held.shape[1], queries.shape[1])
         for block in self.blocks[:-1]:

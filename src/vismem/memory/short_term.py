@@ -19,26 +19,30 @@ from torch.utils.checkpoint import checkpoint
 from vismem.backbones import Backbone, Image, Patches
 from vismem.config import VisMemConfig
 from vismem.memory.adapter import Adapter
+from vismem.memory.choice import BlockChoice
 
 
 class ShortTermFormer(nn.Module):
     """`M = P(F([X, Q, M_init])[-N_s*m*m:])`, X the patches of all the row's images, P the base's projector.
 
     With `memory_init="pooled"` the memory positions start as a coarse grid of pooled patches, plus a learned offset
-    and a learned mixture of the queries, both initially zero: untrained, it is a coarse second look at the image.
+    and a learned mixture of the queries, both initially zero: untrained, it is a coarse second look at the image. With
+    `"attended"` they start as whole blocks of patches that the query chose (`choice.py`), plus the same two.
     """
 
     def __init__(self, backbone: Backbone, config: VisMemConfig) -> None:
         super().__init__()
-        self.backbone, self.pooled = backbone, config.memory_init == "pooled"
+        self.backbone, self.constant = backbone, config.memory_init == "learned"
+        attended, hidden_size = config.memory_init == "attended", backbone.hidden_size
+        self.choice = BlockChoice(hidden_size, config.short_length, config.query_length) if attended else None
         positions = config.short_length * backbone.merge**2  # the projector merges m x m of them into one vector
         self.checkpointing = False
         # Called in every block with queries, keys and mask, for analysis.
         self.watch: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
         self.query_in = nn.Linear(backbone.hidden_size, backbone.vision_size)
         start = torch.zeros(positions, backbone.vision_size)
-        self.memory_init = nn.Parameter(start if self.pooled else 0.02 * torch.randn_like(start))
-        if self.pooled:
+        self.memory_init = nn.Parameter(0.02 * torch.randn_like(start) if self.constant else start)
+        if not self.constant:
             self.query_mix = nn.Parameter(torch.zeros(positions, config.query_length))
         self.adapter = Adapter(
             backbone.tower,
@@ -58,22 +62,32 @@ class ShortTermFormer(nn.Module):
             again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.adapter.on()))
             return self.backbone.encode(images, again)
 
-    def start(self, patches: list[Patches]) -> tuple[Tensor, Tensor]:
-        """M_init of one row without the query's share: vectors [N_s*m*m, d_vision] and coordinates [N_s*m*m, 2]."""
-        if not self.pooled:
-            return self.memory_init, self.memory_init.new_zeros(len(self.memory_init), 2)
+    def start(self, patches: list[Patches], blocks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """M_init of one row without the query's share: vectors [N_s*m*m, d_vision] and coordinates [N_s*m*m, 2].
+
+        Args:
+            patches: the row's images.
+            blocks: the chosen blocks [N_s], if there is a choice.
+        """
         side = self.backbone.merge
+        if self.constant:
+            return self.memory_init, self.memory_init.new_zeros(len(self.memory_init), 2)
+        if self.choice is not None:
+            assert blocks is not None
+            vectors, coordinates = block_patches(patches, blocks, side)
+            return vectors + self.memory_init.to(vectors), coordinates
         shares = share(len(self.memory_init) // side**2, [image.tokens for image in patches])
         pools = [pool(image.embedded, n, side) for image, n in zip(patches, shares, strict=True) if n]
         vectors, coordinates = (torch.cat(part) for part in zip(*pools, strict=True))
         return vectors + self.memory_init.to(vectors), coordinates
 
-    def forward(self, query: Tensor, patches: list[list[Patches]]) -> Tensor:
+    def forward(self, query: Tensor, patches: list[list[Patches]], blocks: list[Tensor] | None = None) -> Tensor:
         """Short-term memory for n invocations.
 
         Args:
             query: Q [n, K, d].
             patches: for each invocation the encoded images of its row, in order; at least one.
+            blocks: for each invocation the blocks [N_s] that were chosen, with `memory_init="attended"`.
 
         Returns:
             [n, N_s, d], at the scale of the base's visual tokens.
@@ -81,8 +95,9 @@ class ShortTermFormer(nn.Module):
         backbone = self.backbone
         place = patches[0][0].keys_values[0].device  # the tower's: a device map may have placed it elsewhere
         seen = self.query_in(query.to(self.query_in.weight)).to(place)  # [n, K, d_vision]
-        starts, coordinates = (torch.stack(part) for part in zip(*map(self.start, patches), strict=True))
-        if self.pooled:
+        begun = [self.start(row, None if blocks is None else blocks[index]) for index, row in enumerate(patches)]
+        starts, coordinates = (torch.stack(part) for part in zip(*begun, strict=True))
+        if not self.constant:
             starts = starts + self.query_mix.to(place) @ seen
         # Trained weights may have a wider dtype than the frozen tower.
         dtype = patches[0][0].embedded.dtype
@@ -112,6 +127,33 @@ class ShortTermFormer(nn.Module):
                 attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
                 hidden = backbone.finish(block, hidden, attended)
             return backbone.project(hidden[:, seen.shape[1] :]).to(query)
+
+
+def block_patches(patches: list[Patches], blocks: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The patches of some blocks of a row's images.
+
+    Args:
+        patches: the row's images.
+        blocks: [N], numbered through the images in order, each row by row.
+        side: m of the projector.
+
+    Returns:
+        Vectors [N * m * m, d_vision] in block order, and their coordinates [N * m * m, 2] in patches.
+    """
+    members, coordinates, first = [], [], 0
+    for image in patches:
+        height, width, _ = image.embedded.shape
+        rows, columns = image.blocks.shape
+        numbers = torch.arange(first, first + height * width).view(height, width)[: rows * side, : columns * side]
+        members.append(numbers.unflatten(0, (rows, side)).unflatten(2, (columns, side)).transpose(1, 2).flatten(0, 1))
+        axes = torch.arange(height).float(), torch.arange(width).float()
+        coordinates.append(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1))
+        first += height * width
+    device = patches[0].embedded.device
+    index = torch.cat([cells.flatten(1) for cells in members]).to(device)[blocks.to(device)].flatten()
+    embedded = [image.embedded.flatten(0, 1) for image in patches]
+    flat = torch.cat(embedded) if embedded[1:] else embedded[0]
+    return flat[index], torch.cat(coordinates).to(device)[index]
 
 
 def share(total: int, weights: list[int]) -> list[int]:

@@ -5,16 +5,14 @@ Same tokens, positions, lengths and training stages as memory, but no builder, n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vismem.backbones import Backbone, Image
 from vismem.config import Kind, VisMemConfig
-
-if TYPE_CHECKING:
-    from vismem.memory import Observation
+from vismem.memory.observation import Formed, Observation
 
 
 class SoftVectors(nn.Module):
@@ -57,6 +55,7 @@ class SoftMemory(nn.Module):
         weight = backbone.embeddings.weight
         self.to(device=weight.device, dtype=weight.dtype)
 
-    def form(self, kind: Kind, observations: list[Observation]) -> Tensor:
-        """The vectors of `kind`, the same for every observation: [n, N, d]."""
-        return (self.short if kind == "short" else self.long)(len(observations))
+    def form(self, kind: Kind, observations: list[Observation]) -> Formed:
+        """The vectors of `kind`, the same for every observation."""
+        vectors = (self.short if kind == "short" else self.long)(len(observations))
+        return Formed(vectors, [None] * len(observations))

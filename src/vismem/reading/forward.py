@@ -16,13 +16,15 @@ from torch import Tensor
 
 from vismem.backbones import Image, Patches
 from vismem.config import Kind
-from vismem.memory import Observation
+from vismem.memory import Choice, Observation
 from vismem.reading.splice import InvocationSite, Reader, Splice, batches_of_similar_length, find_invocations
 
 if TYPE_CHECKING:
     from vismem.model import VisMem
 
 Memories = list[list[Tensor | None]]  # for each row and invocation [N, d], or None where nothing is inserted
+Choices = list[list[Choice | None]]  # for each row and invocation the choice of its blocks
+Blocks = list[list[Tensor | None]]  # for each row and invocation recorded blocks [N_s]
 States = list[list[Tensor]]  # for each row and invocation the observed states [z, d]
 
 
@@ -35,6 +37,7 @@ class Located:
         embeds: [B, L, d], input embeddings; image places not yet filled.
         visual: for each prompt its visual states [y, d].
         images: for each prompt its images.
+        shown: bool [B, L], the places of visual tokens.
         copies: consecutive rows that share a prompt.
         patches: for each prompt that is looked at, its images as the short former encoded them.
     """
@@ -43,6 +46,7 @@ class Located:
     embeds: Tensor
     visual: list[Tensor]
     images: list[list[Image]]
+    shown: Tensor
     copies: int
     patches: dict[int, list[Patches]] = field(default_factory=dict)
 
@@ -51,11 +55,11 @@ class Located:
         """L."""
         return self.embeds.shape[1]
 
-    def observation(self, row: int, index: int, states: Tensor) -> Observation:
-        """What the query of a row's invocation number `index` is built from, given its states [z, d]."""
+    def observation(self, row: int, index: int, states: Tensor, blocks: Tensor | None = None) -> Observation:
+        """What a row's invocation number `index` forms memory from, given its states [z, d] and its blocks, if any."""
         site, prompt = self.sites[row][index], row // self.copies
-        segment = self.embeds[row, site.segment_start : site.index + 1]
-        return Observation(self.visual[prompt], states.detach(), segment.detach(), self.patches.get(prompt, []))
+        segment, patches = self.embeds[row, site.segment_start : site.index + 1], self.patches.get(prompt, [])
+        return Observation(self.visual[prompt], states.detach(), segment.detach(), patches, blocks=blocks)
 
 
 def locate(
@@ -97,6 +101,7 @@ def locate(
         embeds=embeds,
         visual=backbone.visual_states(prompt_places, features),
         images=backbone.rows_of_images(prompt_places, images),
+        shown=shown & ~written,
         copies=copies,
     )
     reader = Reader(
@@ -116,7 +121,9 @@ def locate(
     return located, reader
 
 
-def observe(model: VisMem, located: Located, reader: Reader, forms: tuple[Kind, ...]) -> States:
+def observe(
+    model: VisMem, located: Located, reader: Reader, forms: tuple[Kind, ...], blocks: Blocks | None = None
+) -> States:
     """Recomputes the observed states of every invocation, without gradient.
 
     One pass for each invocation of the fullest row, with the memories of all earlier ones in place.
@@ -124,7 +131,8 @@ def observe(model: VisMem, located: Located, reader: Reader, forms: tuple[Kind, 
     states: States = [[] for _ in located.sites]
     with torch.no_grad():
         for turn in range(max(map(len, located.sites), default=0)):
-            hidden = read(located, reader, form(model, located, states, forms))
+            memories, _ = form(model, located, states, forms, blocks)
+            hidden = read(located, reader, memories)
             for row, sites in enumerate(located.sites):
                 if turn < len(sites):  # the state at position t produced token t + 1
                     site = sites[turn]
@@ -132,9 +140,23 @@ def observe(model: VisMem, located: Located, reader: Reader, forms: tuple[Kind, 
     return states
 
 
-def form(model: VisMem, located: Located, states: States, forms: tuple[Kind, ...]) -> Memories:
-    """Forms the memories of as many invocations of each row as there are states, a batch or two for each kind."""
+def form(
+    model: VisMem, located: Located, states: States, forms: tuple[Kind, ...], blocks: Blocks | None = None
+) -> tuple[Memories, Choices]:
+    """Forms the memories of as many invocations of each row as there are states, a batch or two for each kind.
+
+    Args:
+        model: the model.
+        located: the batch.
+        states: of the invocations.
+        forms: kinds that form a memory.
+        blocks: recorded blocks that short memories start from; None lets them choose.
+
+    Returns:
+        The memories, and the choices of those that chose.
+    """
     memories: Memories = [[None] * len(row) for row in located.sites]
+    choices: Choices = [[None] * len(row) for row in located.sites]
     for kind in forms:
         members = [
             (row, index)
@@ -146,10 +168,13 @@ def form(model: VisMem, located: Located, states: States, forms: tuple[Kind, ...
         lengths = [len(states[row][index]) if kind == "long" else 0 for row, index in members]
         for batch in batches_of_similar_length(lengths):
             part = [members[at] for at in batch]
-            observed = [located.observation(row, index, states[row][index]) for row, index in part]
-            for (row, index), memory in zip(part, model.memory.form(kind, observed), strict=True):
-                memories[row][index] = memory
-    return memories
+            observed = [
+                located.observation(row, index, states[row][index], None if blocks is None else blocks[row][index])
+                for row, index in part
+            ]
+            for (row, index), memory, choice in zip(part, *model.memory.form(kind, observed), strict=True):
+                memories[row][index], choices[row][index] = memory, choice
+    return memories, choices
 
 
 def read(located: Located, reader: Reader, memories: Memories) -> Tensor:

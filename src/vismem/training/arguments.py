@@ -26,7 +26,8 @@ from vismem.training.stages import PLANS, STAGES, Plan
 __all__ = ["PRESETS", "SECTIONS", "STAGES", "MemoryTrainingArguments", "arguments_for", "load_settings"]
 
 AT_LEAST_0 = ["learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "max_bad_rows", "micro_batch"]
-AT_LEAST_0 += ["clip_ratio", "kl_coef", "target_kl", "penalty_coef", "end_rate", "importance_sampling_cap"]
+AT_LEAST_0 += ["clip_ratio", "kl_coef", "target_kl", "penalty_coef", "end_rate", "importance_sampling_cap", "gaze_coef"]
+AT_LEAST_0 += ["choice_coef"]
 AT_LEAST_1 = ["per_device_train_batch_size", "gradient_accumulation_steps", "inner_iterations", "max_new_tokens"]
 AT_LEAST_1 += ["kl_horizon"]
 NO_EVALUATION = "training does not evaluate: leave out eval_dataset and eval_strategy, and run `vismem eval` afterwards"
@@ -66,6 +67,8 @@ class MemoryTrainingArguments(TrainingArguments):
         injection_places: `"delimiter"`, `"anywhere"`, or `"delimiter-then-anywhere"`: delimiters in the first half.
         replace_rate: probability that an injected invocation replaces the delimiter before it, as a sampled one does
             (warm-up).
+        gaze_coef: weight of the frozen base's own gaze, which teaches the choice of `memory_init="attended"` (warm-up).
+        choice_coef: weight of the sampled choices in stage I's objective.
         end_rate: learning rate of the end tokens' embeddings, relative to the invocation tokens' (stage II).
         micro_batch: trajectories per forward and backward; 0 for all at once. Must divide `group_size` or be a
             multiple of it.
@@ -104,6 +107,8 @@ class MemoryTrainingArguments(TrainingArguments):
     anywhere_rate: float = 0.05
     injection_places: Literal["delimiter", "anywhere", "delimiter-then-anywhere"] = "delimiter-then-anywhere"
     replace_rate: float = 0.5
+    gaze_coef: float = 1.0
+    choice_coef: float = 1.0
     end_rate: float = 0.1
     micro_batch: int = 0
     baseline: Literal["greedy", "sample", "off"] = "greedy"

@@ -20,6 +20,7 @@ from vismem.training import grpo
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.baselines import without_adapter
 from vismem.training.metrics import Metrics, Samples
+from vismem.training.replay import Replayed
 from vismem.training.rewards import RewardResult, Rewards
 from vismem.training.rollout import counterfactuals, sampling, seed_of, write
 
@@ -34,7 +35,7 @@ class Experience:
         rollouts: B * G, those of one prompt adjacent.
         advantages: float [B * G].
         trained: bool [B], False for prompts that are already solved.
-        old, reference: log-probabilities by micro-batch, filled in at its first update.
+        old, reference: what the policy at the first update, and the reference, give by micro-batch.
     """
 
     rows: list[Row]
@@ -42,8 +43,8 @@ class Experience:
     rollouts: list[Rollout]
     advantages: Tensor
     trained: list[bool]
-    old: dict[int, Tensor] = field(default_factory=dict)
-    reference: dict[int, Tensor] = field(default_factory=dict)
+    old: dict[int, Replayed] = field(default_factory=dict)
+    reference: dict[int, Replayed] = field(default_factory=dict)
 
 
 class Collector:
@@ -83,7 +84,8 @@ class Collector:
         seeds = [seed_of(args.seed, step, row.id, copy) for row in rows for copy in range(group)]
         settings = sampling(self.model, args.max_new_tokens, args.temperature)
         with metrics.timed("rollout"):
-            rollouts = write(self.model, prompts, self.policy(places, seeds), settings, seeds, group)
+            policy, looks = self.policy(places, seeds), args.plan.forms
+            rollouts = write(self.model, prompts, policy, settings, seeds, group, sample_blocks=looks)
         result = self.score(rows, rollouts, state)
         for name, part in zip(result.names, result.parts.unbind(1), strict=True):
             metrics.add(f"rewards/{name}", part[~part.isnan()])

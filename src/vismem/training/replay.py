@@ -6,14 +6,34 @@ with gradient; stage II passes the memories themselves, and only the four tokens
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vismem.decoding.trace import Rollout
+from vismem.memory import Choice
 from vismem.model import VisMem
+
+
+class Replayed(NamedTuple):
+    """What a replay computes.
+
+    Args:
+        log_probs: float32 [n, L], of the sampled tokens; 0 elsewhere.
+        choices: float32 [n, C], of the blocks that each row's short memories started from, in order, with
+            `memory_init="attended"`; 0 beyond a row's own, and C is 0 without a choice.
+        gaze: float32 [n], each row's `gaze_loss`; a single 0 if none was asked for.
+    """
+
+    log_probs: Tensor
+    choices: Tensor
+    gaze: Tensor
+
+    def detach(self) -> Replayed:
+        """The same without gradient."""
+        return Replayed(*(part.detach() for part in self))
 
 
 class Learner(nn.Module):
@@ -40,16 +60,32 @@ class Learner(nn.Module):
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # its name in older versions
 
-    def forward(self, inputs: dict[str, Any] | None) -> Tensor:
-        """Log-probabilities [n, L] of the sampled tokens by `VisMem.forward(**inputs)`; zero for None.
+    def forward(self, inputs: dict[str, Any] | None) -> Replayed:
+        """Log-probabilities of what was sampled, by `VisMem.forward(**inputs)`; zeros for None.
 
         Every trained parameter takes part, unused ones with weight 0, so that processes whose trajectories invoked
         different kinds reduce the same gradients.
         """
         zero = sum((0 * p.float().sum() for p in self.parameters() if p.requires_grad), torch.zeros(()))
         if inputs is None:
-            return zero
-        return self._model[0](**inputs).log_probs + zero
+            return Replayed(zero, zero, zero)
+        output = self._model[0](**inputs)
+        gaze = zero if output.gaze_loss is None else output.gaze_loss.to(zero.device) + zero
+        return Replayed(output.log_probs + zero, choice_log_probs(output.choices, zero.device) + zero, gaze)
+
+
+def choice_log_probs(choices: list[list[Choice | None]] | None, device: torch.device) -> Tensor:
+    """Log-probabilities [n, C] of the chosen blocks of each row's memories, padded with 0."""
+    rows = [[choice.log_probs.to(device) for choice in row if choice is not None] for row in choices or ()]
+    flat = [torch.cat(row) if row else torch.zeros(0, device=device) for row in rows]
+    return pad_sequence(flat, batch_first=True) if flat else torch.zeros(0, 0, device=device)
+
+
+def chosen_blocks(rollouts: list[Rollout], device: torch.device) -> Tensor:
+    """bool [n, C], True at the rollouts' own entries of `Replayed.choices`."""
+    counts = [sum(len(i.choice.blocks) for i in rollout.invocations if i.choice is not None) for rollout in rollouts]
+    own = torch.arange(max(counts, default=0), device=device)
+    return own < torch.tensor(counts, device=device)[:, None]
 
 
 def collate(
@@ -76,6 +112,8 @@ def collate(
     if formed is not None:
         name, field = ("memories", "memory") if formed else ("states", "states")
         given[name] = [[getattr(i, field) for i in rollout.invocations] for rollout in rollouts]
+    if formed is False and any(i.choice is not None for rollout in rollouts for i in rollout.invocations):
+        given["blocks"] = [[i.choice and i.choice.blocks for i in rollout.invocations] for rollout in rollouts]
     return {
         "input_ids": with_answers(ids, [r.tokens for r in rollouts], pad),
         "attention_mask": with_answers(mask, [torch.ones_like(r.tokens) for r in rollouts]),

@@ -63,6 +63,8 @@ def write(
     settings: GenerationConfig,
     seeds: list[int] | None = None,
     copies: int = 1,
+    *,
+    sample_blocks: bool = False,
 ) -> list[Rollout]:
     """`copies` answers to every prompt in one batched decode; each prompt is read once and its cache expanded.
 
@@ -72,6 +74,7 @@ def write(
         settings: from `sampling`.
         seeds: one for each of the B * copies rows; None for greedy decoding.
         copies: G.
+        sample_blocks: sample the blocks that short memories start from, with `memory_init="attended"`.
 
     Returns:
         B * copies rollouts without padding, those of one prompt adjacent.
@@ -80,7 +83,14 @@ def write(
     settings.num_return_sequences = copies
     keywords: dict[str, Any] = {**inputs}
     with without_defaults(model.base):
-        out = model.generate(**keywords, generation_config=settings, invocation=policy, seed=seeds, record=True)
+        out = model.generate(
+            **keywords,
+            generation_config=settings,
+            invocation=policy,
+            seed=seeds,
+            record=True,
+            sample_blocks=sample_blocks,
+        )
     assert isinstance(out, VisMemOutput) and out.rollout is not None  # as `sampling` and `record` ask for
     return out.rollout
 

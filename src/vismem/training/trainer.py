@@ -28,7 +28,7 @@ from vismem.training.baselines import adapter_of, without_adapter
 from vismem.training.checkpoints import CheckpointingTrainer, newest_checkpoint
 from vismem.training.experience import Collector, Experience, inputs_of
 from vismem.training.metrics import Metrics, Samples, SignalWatch
-from vismem.training.replay import Learner, collate, decoded_log_probs, without_memory
+from vismem.training.replay import Learner, Replayed, chosen_blocks, collate, decoded_log_probs, without_memory
 from vismem.training.rewards import load_rewards
 from vismem.training.rows import PromptSampler, check_row, load_rows
 from vismem.training.sharding import make_shardable, whole
@@ -214,11 +214,11 @@ class MemoryTrainer(CheckpointingTrainer):
                 if args.kl_coef and number not in experience.reference:
                     experience.reference[number] = self.reference_log_probs(batch)
                 with self.synchronised(model, last=number + 1 == len(micro_batches)):
-                    log_probs = model(batch)
+                    replayed = model(batch)
                     if batch is None:  # no trajectory left, but other processes wait for this gradient
-                        self.accelerator.backward(log_probs)
+                        self.accelerator.backward(replayed.log_probs)
                         continue
-                    losses, found = self.losses(log_probs, batch["sampled"], experience, number, index)
+                    losses, found = self.losses(replayed, batch["sampled"], experience, number, index)
                     # The mean is over all trajectories of the batch, skipped ones as zeros, on every process.
                     loss = losses.sum() / len(rollouts)
                     self.backward(loss, experience.rows)
@@ -261,27 +261,47 @@ class MemoryTrainer(CheckpointingTrainer):
         return collate(inputs, rollouts, pad, self.args.temperature, formed=not self.args.plan.forms)
 
     def losses(
-        self, log_probs: Tensor, sampled: Tensor, experience: Experience, number: int, index: list[int]
+        self, replayed: Replayed, sampled: Tensor, experience: Experience, number: int, index: list[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `grpo.grpo_loss` gives for a micro-batch: its number, and the indices of its rollouts."""
-        args, sampled = self.args, sampled.to(log_probs.device)
-        decoded = decoded_log_probs([experience.rollouts[i] for i in index], sampled)
+        """What `grpo.grpo_loss` gives for a micro-batch: its number, and the indices of its rollouts.
+
+        Sampled blocks of short memories are actions too, with a surrogate and a divergence of their own: `choice_coef`
+        times their sum over the N_s vectors of a look, averaged over a trajectory's looks.
+        """
+        args, rollouts = self.args, [experience.rollouts[i] for i in index]
+        log_probs, sampled = replayed.log_probs, sampled.to(replayed.log_probs.device)
+        decoded = decoded_log_probs(rollouts, sampled)
         if number not in experience.old:
-            old = experience.old[number] = log_probs.detach()
-            gap = (old - decoded).abs()[sampled]
+            experience.old[number] = replayed.detach()
+            gap = (log_probs.detach() - decoded).abs()[sampled]
             self.metrics.add("sampling/logp_difference/mean", gap)
             self.metrics.add("sampling/logp_difference/max", gap.max() if len(gap) else gap)
-        old, cap = experience.old[number], args.importance_sampling_cap
-        return grpo.grpo_loss(
+        old, reference, cap = experience.old[number], experience.reference.get(number), args.importance_sampling_cap
+        advantages = experience.advantages[index].to(log_probs.device)
+        losses, found = grpo.grpo_loss(
             log_probs,
-            old,
-            experience.reference.get(number),
-            experience.advantages[index].to(log_probs.device),
+            old.log_probs,
+            None if reference is None else reference.log_probs,
+            advantages,
             sampled,
             args.clip_ratio,
             self.kl.coef,
-            grpo.importance_weights(old, decoded, cap) if cap else None,
+            grpo.importance_weights(old.log_probs, decoded, cap) if cap else None,
         )
+        if replayed.choices.shape[-1]:
+            of_choices, more = grpo.grpo_loss(
+                replayed.choices,
+                old.choices,
+                None if reference is None or reference.choices.shape != old.choices.shape else reference.choices,
+                advantages,
+                chosen_blocks(rollouts, log_probs.device),
+                args.clip_ratio,
+                self.kl.coef,
+            )
+            losses = losses + args.choice_coef * self.vismem.memory_config.short_length * of_choices
+            for name, values in more.items():
+                self.metrics.add(f"choice/{name}", values)
+        return losses, found
 
     def update_kl(self) -> None:
         """Moves the KL coefficient by the mean divergence of the update's trajectories on all processes."""
@@ -303,8 +323,11 @@ class MemoryTrainer(CheckpointingTrainer):
                 prompts = inputs_of(self.vismem, part)
                 batch = supervised_batch(self.vismem, prompts, replies, sighted, rngs, self.places(), args)
                 with self.synchronised(model, last=start + size >= len(rows)):
-                    log_probs = model(batch)
-                    losses = -grpo.trajectory_mean(log_probs, batch["sampled"].to(log_probs.device))
+                    replayed = model({**batch, "gaze": args.plan.forms and args.gaze_coef > 0})
+                    losses = -grpo.trajectory_mean(replayed.log_probs, batch["sampled"].to(replayed.log_probs.device))
+                    if replayed.gaze.dim():
+                        self.metrics.add("gaze", replayed.gaze.detach())
+                        losses = losses + args.gaze_coef * replayed.gaze
                     loss = losses.sum() / len(rows)
                     self.backward(loss, part)
                 total += loss.detach().cpu()
@@ -320,8 +343,8 @@ class MemoryTrainer(CheckpointingTrainer):
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
 
     @torch.no_grad()
-    def reference_log_probs(self, batch: dict[str, Any] | None) -> Tensor:
-        """Log-probabilities [n, L] under the stage's reference: its starting parameters, or the base alone."""
+    def reference_log_probs(self, batch: dict[str, Any] | None) -> Replayed:
+        """Log-probabilities under the stage's reference: its starting parameters, or the base alone."""
         model = self.learner.forward  # not the wrapper, which would shard the parameters again
         if self.args.reference == "no_memory" and self.args.plan.adapts:
             with without_adapter(self.vismem.base):
@@ -331,9 +354,10 @@ class MemoryTrainer(CheckpointingTrainer):
             bare, order = without_memory(batch, tokens)
             found = torch.zeros(batch["input_ids"].shape, device=order.device)
             with whole(self.model_wrapped):
-                found = found.scatter(1, order, model(bare))
-                # Tokens without a counterpart are compared with themselves: no divergence.
-                return torch.where(torch.isin(batch["input_ids"], tokens), model(batch), found)
+                own, bare_log_probs = model(batch), model(bare).log_probs
+                found = found.scatter(1, order, bare_log_probs)
+                # Tokens without a counterpart, and blocks, are compared with themselves: no divergence.
+                return own._replace(log_probs=torch.where(torch.isin(batch["input_ids"], tokens), own.log_probs, found))
         with whole(self.model_wrapped), self.starting():
             return model(batch)
 
