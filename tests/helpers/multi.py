@@ -47,8 +47,8 @@ def main(folder: Path, plan: dict) -> None:
         fsdp_on_cpu()
     written, write = [], experience.write
 
-    def kept(model, inputs, policy, config, seeds=None, copies=1):
-        found = write(model, inputs, policy, config, seeds, copies)
+    def kept(model, inputs, policy, config, seeds=None, copies=1, **named):
+        found = write(model, inputs, policy, config, seeds, copies, **named)
         if copies > 1:
             written.extend(rollout.tokens.tolist() for rollout in found)
         return found

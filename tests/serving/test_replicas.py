@@ -330,6 +330,8 @@ def test_a_start_that_fails_is_one_line_and_leaves_nothing(monkeypatch):
     def timeout(*_):
         raise Exception("The current node timed out during startup.")  # as Ray 2.60 does
 
+    import ray  # noqa: F401 - sets variables
+
     before, folders = dict(os.environ), set(Path(tempfile.gettempdir()).glob("vismem-ray-*"))
     monkeypatch.setattr(Cluster, "deploy", timeout)
     with monkeypatch.context() as patch, pytest.raises(Exception, match="timed out during startup"):

@@ -165,7 +165,7 @@ def test_forming_memory_leaves_the_adapter_on(family):
 def test_replay_is_decoding(family, tmp_path):
     model = adapted(family)
     batch, seeds = tiny.mixed_batch(model.processor), list(range(6))
-    policy = MemoryTrainer(model, settings(tmp_path, "grpo"), rows(), low).collector.policy("anywhere", seeds)
+    policy = MemoryTrainer(model, settings(tmp_path, "grpo"), rows(), low).collector.policy("anywhere", [], seeds)
     written = write(model, batch, policy, sampling(model, 8, 0.9), seeds, 2)
     inputs = collate(batch, written, model.processor.tokenizer.pad_token_id, 0.9, formed=True)
     with torch.no_grad():
@@ -531,4 +531,5 @@ def test_the_stages_rows_are_unchanged():
         conversation = practice(rng, MIXTURES[mixture or stage])
         row = PocketRows(stage, 5, mixture=mixture)[9]
         assert (row.prompt, row.answer) == (conversation.prompt, conversation.answer)
-        assert row.completion == (annotated(conversation, rng) if stage == "warmup" else conversation.answer_text)
+        named = stage in ("warmup", "stage1")  # stage II learns where to invoke
+        assert row.completion == (annotated(conversation, rng) if named else conversation.answer_text)

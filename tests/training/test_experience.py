@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 
 from vismem.data import Row
+from vismem.decoding.policies import Named, Random
 from vismem.decoding.trace import Invocation, Rollout
 from vismem.training import experience
 from vismem.training.arguments import MemoryTrainingArguments
@@ -14,6 +17,7 @@ from vismem.training.experience import Collector
 from vismem.training.metrics import Metrics
 from vismem.training.rewards import load_rewards
 from vismem.training.rollout import seed_of
+from vismem.training.supervised import named_places
 
 WRONG = 10  # a token that no score is read from
 ALPHA, GROUP = 0.5, 3
@@ -46,13 +50,16 @@ class Decoded:
         self.answers, self.baselines, self.swapped = answers, baselines, swapped
         self.seeds: list[list[int]] = []
         self.places: list[str] = []
+        self.policies: list = []
+        self.again: list[list[Rollout]] = []  # of prompts that are decoded again
 
-    def write(self, model, inputs, policy, settings, seeds=None, copies=1):
+    def write(self, model, inputs, policy, settings, seeds=None, copies=1, *, sample_blocks=False):
         if policy == "off":
             return self.baselines
-        self.seeds.append(seeds)
+        self.seeds.append(list(seeds))
         self.places.append(getattr(policy, "where", policy))
-        return self.answers
+        self.policies.append(policy)
+        return self.answers if len(seeds) == len(self.answers) else self.again.pop(0)
 
     def counterfactuals(self, model, inputs, rollouts, copies, sighted, settings, seeds):
         assert rollouts is self.answers and sighted == [True, False] and copies == GROUP
@@ -134,3 +141,57 @@ def test_only_solved_prompts_are_left_out(collected, scores, baseline, skip, tra
     found, metrics = collected(Decoded(answers, [answer(baseline), answer(0)], {}), skip_solved=skip)
     assert found.trained == [trained, True]
     assert metrics["frac_solved"] == (0.5 if scores == (10, 10, 10) and baseline == 10 else 0)
+
+
+def test_prompts_whose_answers_all_earned_the_same_are_decoded_again(collected):
+    """The first prompt has no spread: its second decode has none either, its third has, and counts."""
+    answers = [answer(3), answer(3), answer(3), answer(6), answer(0), answer(0)]
+    decoded = Decoded(answers, [answer(4), answer(1)], {})
+    decoded.again = [[answer(5), answer(5), answer(5)], [answer(1), answer(2), answer(3)], [answer(9)] * 3]
+    found, metrics = collected(decoded, stage="stage1", redraws=3)
+    assert len(decoded.again) == 1  # a third time there was nothing to decode again
+    assert [int(rollout.tokens[-1]) - 20 for rollout in found.rollouts] == [1, 2, 3, 6, 0, 0]
+    assert found.advantages[:3].tolist() == pytest.approx([-1, 0, 1], abs=1e-2)
+    assert metrics["reward"] == pytest.approx((0.1 + 0.2 + 0.3 + 0.6) / 6, abs=1e-5)
+    assert metrics["frac_redrawn"] == pytest.approx(1 / 3)  # half, half, none
+    first, second, third = decoded.seeds[:3]
+    assert len({*first, *second, *third}) == 6 + 3 + 3
+    assert second[0] == seed_of(7, 0, "seen", 0, 1)
+
+
+def test_answers_are_compared_within_their_schedule(collected):
+    """Six answers in three schedules: two answers of one schedule share its seed, and their advantage."""
+    answers = [answer(score) for score in (1, 3, 8, 8, 0, 4)] + [answer(0)] * 6
+    decoded = Decoded(answers, [answer(4), answer(1)], {})
+    found, _ = collected(decoded, stage="stage1", group_size=6, injection_schedules=3)
+    expected = [-0.7071, 0.7071, 0, 0, -0.7071, 0.7071]
+    assert found.advantages[:6].tolist() == pytest.approx(expected, abs=1e-2)
+    seeds, schedules = decoded.seeds[0], decoded.policies[0].seed
+    assert schedules == [seeds[index // 2 * 2] for index in range(12)]
+
+
+def test_invocations_stand_where_the_reply_names_them():
+    """After the same occurrence of a word as in the reference reply, whatever else the answer says."""
+    model = tiny.equip("idefics3")
+    encode, tokens = model.processor.tokenizer.encode, model.tokens
+    reply = encode("a red <ms_I>cup, and a red <ml_I><ms_I>pen.", add_special_tokens=False)
+    places = named_places(reply, tokens)
+    red = encode("a red <ms_I>", add_special_tokens=False)[-2]
+    assert list(places.values()) == [["short"], ["long", "short"]]
+    assert [place[1] for place in places] == [1, 2] and {place[0] for place in places} == {red}
+    assert named_places(encode("<ml_I>a cup.", add_special_tokens=False), tokens) == {(None, 0): ["long"]}
+    assert named_places(encode("a cup.", add_special_tokens=False), tokens) == {}
+
+    policy = Named([places, {}, places], Random(1.0, seed=[1, 2, 3]))
+    policy.start()
+
+    def state(index, *written, sighted=True):
+        at_delimiter = not written
+        return SimpleNamespace(index=index, tokens=list(written), sampled=0, sighted=sighted, at_delimiter=at_delimiter)
+
+    assert policy.inject(state(0)) is None
+    assert policy.inject(state(0, red)) == "short" and policy.inject(state(0, red)) is None
+    assert policy.inject(state(0, red, 5)) is None
+    assert policy.inject(state(0, red, 5, red)) == "long" and policy.inject(state(0, red, 5, red)) == "short"
+    assert policy.inject(state(1)) in ("short", "long")  # names none: at random
+    assert policy.inject(state(2, red, sighted=False)) is None  # no image, no short-term memory

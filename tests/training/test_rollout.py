@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vismem.config import KINDS
 from vismem.decoding.policies import Random
-from vismem.memory import Observation
+from vismem.memory import Formed, Observation
 from vismem.training.replay import Learner, collate, without_memory
 from vismem.training.rollout import counterfactuals, sampling, write
 
@@ -351,7 +351,10 @@ def test_kinds_that_are_equally_good_give_the_same_words(family, monkeypatch):
     with torch.no_grad():
         for parameter in model.tokens.parameters():
             parameter.copy_(parameter[:1].expand_as(parameter))
-    zeros = lambda kind, seen: torch.zeros(len(seen), 4, seen[0].states.shape[-1])  # noqa: E731
+
+    def zeros(_kind, seen):
+        return Formed(torch.zeros(len(seen), 4, seen[0].states.shape[-1]), [None] * len(seen))
+
     monkeypatch.setattr(model.memory, "form", zeros)
     rollouts = rollouts_of(model, "two")
     settings = sampling(model, BUDGET, TEMPERATURE)

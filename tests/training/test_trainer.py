@@ -188,10 +188,10 @@ def test_after_training_off_is_the_base_and_replay_is_decoding(family, stage, tm
 def test_invocations_are_injected_at_delimiters_in_the_first_half(places, steps, expected, tmp_path, monkeypatch):
     found, real = [], experience.write
 
-    def watched(model, inputs, policy, *others):
+    def watched(model, inputs, policy, *others, **named):
         if policy != "off":
             found.append((policy.where, policy.rate))
-        return real(model, inputs, policy, *others)
+        return real(model, inputs, policy, *others, **named)
 
     monkeypatch.setattr(experience, "write", watched)
     plan = {"injection_places": places, "max_steps": steps, "injection_rate": 0.9, "anywhere_rate": 0.2}
@@ -231,8 +231,8 @@ def test_the_gap_between_decode_and_replay_is_logged(stage, tmp_path, monkeypatc
     assert weighted["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)  # ratios of 1 change nothing
     real = experience.write
 
-    def doubtful(*given):
-        found = real(*given)
+    def doubtful(*given, **named):
+        found = real(*given, **named)
         for rollout in found:
             rollout.log_probs[rollout.sampled] -= 0.25
         return found
@@ -285,9 +285,9 @@ def test_inner_iterations_read_rollouts_again(tmp_path, monkeypatch):
     written, ratios = [], []
     real_write, real_loss = experience.write, grpo.grpo_loss
 
-    def counted(model, inputs, policy, *others):
+    def counted(model, inputs, policy, *others, **named):
         written.append(policy)
-        return real_write(model, inputs, policy, *others)
+        return real_write(model, inputs, policy, *others, **named)
 
     def watched(log_probs, old, *others):
         ratios.append(float((log_probs - old).detach().abs().max()))
@@ -559,7 +559,12 @@ def test_stage_one_raises_the_reward(cut, tmp_path, monkeypatch):
 
     if cut:
         real = Memory.form
-        monkeypatch.setattr(Memory, "form", lambda *given: [memory.detach() for memory in real(*given)])
+
+        def detached(*given):
+            formed = real(*given)
+            return formed._replace(vectors=formed.vectors.detach())
+
+        monkeypatch.setattr(Memory, "form", detached)
     before = mean_reward()
     plan = {"group_size": 64, "max_new_tokens": 2, "max_steps": 5 if cut else 40, "learning_rate": 1e-2}
     plan |= {"per_device_train_batch_size": 1, "kl_coef": 0.0, "baseline": "off", "weight_decay": 0.0}

@@ -243,6 +243,42 @@ class After:
         return kind if row.sighted or kind != "short" else None
 
 
+Occurrence = tuple[int | None, int]  # a token and which occurrence of it, from 1; (None, 0) is the start
+
+
+@dataclass
+class Named:
+    """Inserts each row's invocations where its reference reply names them: after the same occurrence of a token.
+
+    Args:
+        places: for each row its kinds by place; empty for a row that names none.
+        otherwise: the policy of rows that name none.
+    """
+
+    places: Sequence[dict[Occurrence, list[Kind]]]
+    otherwise: Random
+    samples: bool = field(default=False, init=False)
+    injects: bool = field(default=True, init=False)
+    forms: tuple[Kind, ...] = field(default=KINDS, init=False)
+    guarded: bool = field(default=True, init=False)
+    _pending: list[dict[Occurrence, list[Kind]]] = field(default_factory=list, init=False, repr=False)
+
+    def start(self) -> None:
+        """Makes all places pending."""
+        self.otherwise = replace(self.otherwise)
+        self.otherwise.start()
+        self._pending = [{place: list(kinds) for place, kinds in row.items()} for row in self.places]
+
+    def inject(self, row: RowState) -> Kind | None:
+        """The next kind of the place that the row has come to."""
+        if not self.places[row.index]:
+            return self.otherwise.inject(row)
+        last = row.tokens[-1] if row.tokens else None
+        kinds = self._pending[row.index].get((last, row.tokens.count(last) if last is not None else 0))
+        kind = kinds.pop(0) if kinds else None
+        return kind if row.sighted or kind != "short" else None
+
+
 @dataclass(frozen=True)
 class Opening:
     """How a row of a counterfactual starts.

@@ -147,7 +147,7 @@ class PocketRows(Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         rng = Random(f"{self.seed}-{self.source}-{index}")
         conversation = practice(rng, MIXTURES[self.mixture])
-        completion = annotated(conversation, rng) if self.stage == "warmup" else conversation.answer_text
+        completion = annotated(conversation, rng) if self.stage in ("warmup", "stage1") else conversation.answer_text
         columns = {"task": conversation.task, "distance": conversation.distance}
         return Row(
             f"pocket[{index}]", conversation.prompt, conversation.images, conversation.answer, completion, columns

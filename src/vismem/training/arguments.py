@@ -27,7 +27,7 @@ __all__ = ["PRESETS", "SECTIONS", "STAGES", "MemoryTrainingArguments", "argument
 
 AT_LEAST_0 = ["learning_rate", "weight_decay", "max_grad_norm", "dataloader_num_workers", "max_bad_rows", "micro_batch"]
 AT_LEAST_0 += ["clip_ratio", "kl_coef", "target_kl", "penalty_coef", "end_rate", "importance_sampling_cap", "gaze_coef"]
-AT_LEAST_0 += ["choice_coef"]
+AT_LEAST_0 += ["choice_coef", "redraws"]
 AT_LEAST_1 = ["per_device_train_batch_size", "gradient_accumulation_steps", "inner_iterations", "max_new_tokens"]
 AT_LEAST_1 += ["kl_horizon"]
 NO_EVALUATION = "training does not evaluate: leave out eval_dataset and eval_strategy, and run `vismem eval` afterwards"
@@ -64,7 +64,11 @@ class MemoryTrainingArguments(TrainingArguments):
         penalty_coef: alpha of stage II's penalties.
         injection_rate, anywhere_rate: probability of an injected invocation at each delimiter, and before any token
             (warm-up and stage I).
-        injection_places: `"delimiter"`, `"anywhere"`, or `"delimiter-then-anywhere"`: delimiters in the first half.
+        injection_places: `"delimiter"`, `"anywhere"`, or `"delimiter-then-anywhere"`: delimiters in the first half. In
+            stage I also `"named"`: where the row's `completion` has invocations, else at delimiters.
+        injection_schedules: different schedules of invocations among a prompt's trajectories, which are then compared
+            with those of the same schedule alone; 0 for a schedule of its own for each, all compared (stage I).
+        redraws: times that a prompt whose trajectories all earned the same is decoded again, with other seeds.
         replace_rate: probability that an injected invocation replaces the delimiter before it, as a sampled one does
             (warm-up).
         gaze_coef: weight of the frozen base's own gaze, which teaches the choice of `memory_init="attended"` (warm-up).
@@ -105,7 +109,9 @@ class MemoryTrainingArguments(TrainingArguments):
     penalty_coef: float = 0.3
     injection_rate: float = 0.25
     anywhere_rate: float = 0.05
-    injection_places: Literal["delimiter", "anywhere", "delimiter-then-anywhere"] = "delimiter-then-anywhere"
+    injection_places: Literal["delimiter", "anywhere", "delimiter-then-anywhere", "named"] = "delimiter-then-anywhere"
+    injection_schedules: int = 0
+    redraws: int = 0
     replace_rate: float = 0.5
     gaze_coef: float = 1.0
     choice_coef: float = 1.0
@@ -151,6 +157,11 @@ class MemoryTrainingArguments(TrainingArguments):
                 f"0, a divisor of group_size ({group}) or a multiple of it",
                 lambda value: not value or group % value == 0 or value % group == 0,
                 ["micro_batch"],
+            ),
+            (
+                f"0, or a divisor of group_size ({group}) that leaves 2 or more to each schedule",
+                lambda value: not value or (value > 0 and group % value == 0 and group // value >= 2),
+                ["injection_schedules"],
             ),
             (f"one of {', '.join(levels)}", lambda value: value in levels, ["log_level", "log_level_replica"]),
             (f"none, all or some of {', '.join(known)}", lambda value: {*(value or ())} <= {*known}, ["report_to"]),

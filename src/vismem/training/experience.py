@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vismem.data import Row, prompt_inputs, reward_columns
-from vismem.decoding.policies import Policy, Random
+from vismem.decoding.policies import Named, Policy, Random
 from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
 from vismem.training import grpo
@@ -23,6 +23,7 @@ from vismem.training.metrics import Metrics, Samples
 from vismem.training.replay import Replayed
 from vismem.training.rewards import RewardResult, Rewards
 from vismem.training.rollout import counterfactuals, sampling, seed_of, write
+from vismem.training.supervised import named_places
 
 
 @dataclass
@@ -76,20 +77,27 @@ class Collector:
         Args:
             rows: the prompts.
             step: number of the update; seeds depend on it and on the row's id.
-            places: where stage I inserts invocations: `"delimiter"` or `"anywhere"`.
+            places: where stage I inserts invocations: `"delimiter"`, `"anywhere"` or `"named"`.
             state: the Trainer's state, passed to the rewards.
         """
         args, group, metrics = self.args, self.args.group_size, self.metrics
         prompts = inputs_of(self.model, rows)
-        seeds = [seed_of(args.seed, step, row.id, copy) for row in rows for copy in range(group)]
-        settings = sampling(self.model, args.max_new_tokens, args.temperature)
-        with metrics.timed("rollout"):
-            policy, looks = self.policy(places, seeds), args.plan.forms
-            rollouts = write(self.model, prompts, policy, settings, seeds, group, sample_blocks=looks)
-        result = self.score(rows, rollouts, state)
+        rollouts, result, seeds = self.draw(rows, prompts, step, places, state)
+        for attempt in range(1, args.redraws + 1):
+            flat = [i for i, scores in enumerate(result.total.view(-1, group)) if scores.max() == scores.min()]
+            metrics.add("frac_redrawn", len(flat) / len(rows))
+            if not flat:
+                break
+            some = [rows[i] for i in flat]
+            again = self.draw(some, inputs_of(self.model, some), step, places, state, attempt)
+            index = [i * group + copy for i in flat for copy in range(group)]
+            for at, rollout, seed in zip(index, again[0], again[2], strict=True):
+                rollouts[at], seeds[at] = rollout, seed
+            result.total[index], result.parts[index] = again[1].total, again[1].parts
         for name, part in zip(result.names, result.parts.unbind(1), strict=True):
             metrics.add(f"rewards/{name}", part[~part.isnan()])
         scores, base = result.total, self.baseline(rows, prompts, state)
+        settings = sampling(self.model, args.max_new_tokens, args.temperature)
         returns = improvement = scores - base.repeat_interleave(group)
         if args.plan.invokes == "model":
             with metrics.timed("counterfactual"):
@@ -106,7 +114,9 @@ class Collector:
             returns = found.total
             metrics.add("penalties/type", found.type_penalty)
             metrics.add("penalties/negative", found.negative_penalty)
-        advantages, spread = grpo.group_advantages(returns, group)
+        # With injection_schedules, trajectories are compared with those of the same schedule.
+        advantages, spread = grpo.group_advantages(returns, group // max(args.injection_schedules, 1))
+        spread = spread.view(len(rows), -1).amax(1)
         groups, best = scores.view(-1, group), sum(self.rewards.weights) - 1e-6
         solved = (spread == 0) & (groups[:, 0] >= best) & (base >= best)
         for name, values in {
@@ -129,15 +139,36 @@ class Collector:
         trained = [not (args.skip_solved and done) for done in solved.tolist()]
         return Experience(rows, prompts, rollouts, advantages, trained)
 
-    def policy(self, places: Any, seeds: list[int]) -> str | Policy:
-        """The policy of this stage's rollouts: random in stage I, the model in stage II, or nobody."""
-        if self.args.plan.invokes == "model":
+    def draw(
+        self, rows: list[Row], prompts: dict[str, Tensor], step: int, places: str, state: Any, attempt: int = 0
+    ) -> tuple[list[Rollout], RewardResult, list[int]]:
+        """G trajectories of each prompt with their rewards and seeds; another `attempt` draws others."""
+        args, group, attempts = self.args, self.args.group_size, (attempt,) if attempt else ()
+        seeds = [seed_of(args.seed, step, row.id, copy, *attempts) for row in rows for copy in range(group)]
+        settings = sampling(self.model, args.max_new_tokens, args.temperature)
+        with self.metrics.timed("rollout"):
+            policy = self.policy(places, rows, seeds)
+            rollouts = write(self.model, prompts, policy, settings, seeds, group, sample_blocks=args.plan.forms)
+        return rollouts, self.score(rows, rollouts, state), seeds
+
+    def policy(self, places: Any, rows: list[Row], seeds: list[int]) -> str | Policy:
+        """The policy of this stage's rollouts: by chance in stage I, the model in stage II, or nobody."""
+        args, group = self.args, self.args.group_size
+        if args.plan.invokes == "model":
             return "learned"
-        if self.args.plan.invokes == "nobody":
+        share = group // (args.injection_schedules or group)  # copies that share a schedule
+        seeds = [seeds[index // share * share] for index in range(len(seeds))]
+        if args.plan.invokes == "nobody":
             # Not "off": a base whose table is wider than its vocabulary could then sample the four tokens' ids.
             return Random(0.0, seed=seeds)
-        rate = self.args.injection_rate if places == "delimiter" else self.args.anywhere_rate
-        return Random(rate, places, seed=seeds)
+        if places == "anywhere":
+            return Random(args.anywhere_rate, places, seed=seeds)
+        at_delimiters = Random(args.injection_rate, "delimiter", seed=seeds)
+        if places == "delimiter":
+            return at_delimiters
+        tokenizer, tokens = self.model.processor.tokenizer, self.model.tokens
+        replies = [tokenizer.encode(row.completion, add_special_tokens=False) for row in rows]
+        return Named([named_places(reply, tokens) for reply in replies for _ in range(group)], at_delimiters)
 
     def score(self, rows: list[Row], rollouts: list[Rollout], state: Any) -> RewardResult:
         """Scores S of all answers; `rows` are the prompts, each with the same number of answers."""

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from vismem.config import KINDS, Kind
+from vismem.decoding.policies import Occurrence
 from vismem.decoding.trace import Rollout
 from vismem.model import VisMem
+from vismem.tokens import MemoryTokens
 from vismem.training.arguments import MemoryTrainingArguments
 from vismem.training.replay import collate
 
@@ -48,7 +50,7 @@ def with_invocations(
                 invoke(tokens.kind_of[word])
             continue
         at_delimiter = not index or words[index - 1] in model.delimiters
-        rate = args.injection_rate if places == "delimiter" else args.anywhere_rate
+        rate = args.anywhere_rate if places == "anywhere" else args.injection_rate
         free = kinds and not named and made < config.max_invocations and gap >= config.min_gap
         if free and (at_delimiter or places == "anywhere") and rng.random() < rate:
             if index and at_delimiter and rng.random() < args.replace_rate:
@@ -59,6 +61,19 @@ def with_invocations(
         learned.append(True)
         gap += 1
     return ids, learned
+
+
+def named_places(words: list[int], tokens: MemoryTokens) -> dict[Occurrence, list[Kind]]:
+    """Where a reply's ids name invocations: for each place the kinds that follow it."""
+    found: dict[Occurrence, list[Kind]] = {}
+    written: list[int] = []
+    for word in words:
+        if word in tokens.kind_of:
+            place = (written[-1], written.count(written[-1])) if written else (None, 0)
+            found.setdefault(place, []).append(tokens.kind_of[word])
+        elif word not in tokens.end_ids.values():
+            written.append(word)
+    return found
 
 
 def end_of_turn(model: VisMem) -> int | None:
