@@ -128,6 +128,26 @@ def test_every_family(family):
     assert moment.read and moment.later.places["picture"] == 0 and not moment.missing
 
 
+def test_chosen_blocks_are_framed():
+    """Each vector's block, in its picture and where it lies, with the choice's probability."""
+    model = tiny.equip("idefics3", memory_init="attended")
+    pictures = [tiny.picture(1), tiny.picture(3)]
+    batch, rollout = written(model, tiny.message("Describe both.", *pictures), Forced([(0, 1, "short")]))
+    choice = rollout.invocations[0].choice
+    found = inspect_answer(model, batch, rollout, pictures)
+    blocks = {block.vector: (heat.picture, block) for heat in found.moments[0].looked.maps for block in heat.chosen}
+    for vector, (image, row, column) in enumerate(choice.places):
+        picture, block = blocks[vector]
+        rows, columns = choice.grids[image]
+        box = (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+        assert picture == image and block.box == pytest.approx(box, abs=0.01)
+        assert block.certainty == pytest.approx(float(choice.log_probs[vector].exp()), abs=1e-5)
+    html = panel(found, 0)
+    Checker(html)
+    assert html.count('class="vm-chosen"') >= 2 * len(choice.blocks) and "started from the framed block" in html
+    assert json.loads(json.dumps(rollout.invocations[0].to_dict()))["blocks"][0]["image"] == choice.places[0][0]
+
+
 def test_maps_of_tiles_match_the_attention():
     """Where patches lie on no plain grid, a map is the look at another size."""
     model = tiny.equip("llava_next")

@@ -155,15 +155,23 @@ def test_heat_lies_over_its_patches():
         look.on(1)
 
 
-def test_vectors_start_from_their_regions(family):
-    """The middle of each region is the mean of the coordinates that the former itself pools at."""
-    model = tiny.equip(family)
+@pytest.mark.parametrize("init", ["pooled", "attended"])
+def test_vectors_start_from_their_regions(family, init):
+    """The middle of each region is the mean of the coordinates that the former itself starts at."""
+    model = tiny.equip(family, memory_init=init)
     batch = tiny.mixed_batch(model.processor)
-    found = short_term_attention(model, batch, written(model, batch).invocations, PICTURES)
+    out = written(model, batch)
+    found = short_term_attention(model, batch, out.invocations, PICTURES)
     place = batch["input_ids"] == model.backbone.image_token_id
     images = model.backbone.rows_of_images(place, model.backbone.images(**vision(model, batch)))
     for look in found:
-        _, centres = model.memory.short.start(model.memory.short.encode(images[look.row]))
+        choice = out.invocations[look.row][look.index].choice
+        assert (choice is None) == (look.certainty is None) == (init == "pooled")
+        patches = model.memory.short.encode(images[look.row])
+        _, centres = model.memory.short.start(patches, None if choice is None else choice.blocks)
+        if choice is not None:
+            assert [view for view, _ in look.starts] == [image for image, _, _ in choice.places]
+            assert torch.allclose(look.certainty, choice.log_probs.exp())
         centres = centres.unflatten(0, (4, -1)).mean(1).tolist()
         assert len(look.starts) == 4
         for (view, (left, top, right, bottom)), (row, column) in zip(look.starts, centres, strict=True):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vismem.analysis.image_geometry import Box
 from vismem.analysis.long_attention import long_term_attention
 from vismem.analysis.replacement import NextTokenPair, distributions
 from vismem.analysis.rollouts import segment_start
@@ -46,6 +47,15 @@ class AnswerToken:
     index: int | None = None
 
 
+@dataclass(frozen=True)
+class ChosenBlock:
+    """The block of a picture that a memory vector started from, with `memory_init="attended"`."""
+
+    vector: int
+    box: Box  # left, top, right and bottom, as fractions of the picture
+    certainty: float  # the choice's probability of it
+
+
 @dataclass(frozen=True, eq=False)
 class HeatMap:
     """Attention over one picture, relative to uniform attention: 1 everywhere means no preference."""
@@ -57,6 +67,7 @@ class HeatMap:
     # [height, width], later tokens' attention to the memory's slots, each slot laid over the region its vector started
     # from; None if vectors start from learned constants or nothing attended to them.
     read: FloatArray | None
+    chosen: list[ChosenBlock] = field(default_factory=list)  # in this picture
 
 
 @dataclass(frozen=True)
@@ -313,9 +324,20 @@ def image_attention(attention: ShortTermAttention, seen: SlotAttention | None) -
             for view, weights in zip(attention.views, attention.weights, strict=True)
             if view.picture == picture
         )
-        maps.append(HeatMap(picture, share, mean, vectors, read))
+        maps.append(HeatMap(picture, share, mean, vectors, read, chosen_blocks(attention, picture)))
     shares = {name: float(share.mean()) for name, share in attention.shares().items()}
     return ImageAttention(maps, shares, attention.layers)
+
+
+def chosen_blocks(attention: ShortTermAttention, picture: int) -> list[ChosenBlock]:
+    """The blocks in one picture that a memory chose to start from."""
+    found = []
+    for vector, (view, (left, top, right, bottom)) in enumerate(attention.starts):
+        if attention.certainty is not None and attention.views[view].picture == picture:
+            wide, high = attention.views[view].size
+            box = (left / wide, top / high, right / wide, bottom / high)
+            found.append(ChosenBlock(vector, box, float(attention.certainty[vector])))
+    return found
 
 
 def map_size(attention: ShortTermAttention, picture: int) -> tuple[int, int]:

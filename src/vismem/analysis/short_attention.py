@@ -122,14 +122,17 @@ class ShortTermAttention:
         """
         if not self.starts:
             raise ValueError("with memory_init='learned' vectors do not start from a region of the picture")
-        regions = [
+        regions = [(replace(view, grid=(1, 1)), np.zeros((1, 1))) for view in self.views]  # all are seen
+        regions += [
             (replace(self.views[view], grid=(1, 1), box=box), np.full((1, 1), weight))
             for (view, box), weight in zip(self.starts, weights.tolist(), strict=True)
         ]
         return laid_over(regions, picture, size)
 
 
-def laid_over(patches: list[tuple[View, NDArray[np.floating]]], picture: int, size: Size | None) -> NDArray[np.float32]:
+def laid_over(
+    patches: Sequence[tuple[View, NDArray[np.floating]]], picture: int, size: Size | None
+) -> NDArray[np.float32]:
     """Views' weights [rows, columns] laid over one picture, [height, width]; their mean over all pictures is 1."""
     sizes = {view.picture: view.size for view, _ in patches if view.picture >= 0}
     if picture not in sizes:

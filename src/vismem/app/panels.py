@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vismem.analysis.heatmaps import HOT, PALE, data_url, enlarged, scale_end, strength
-from vismem.analysis.inspection import AnswerToken, FloatArray, HeatMap, InspectedInvocation, Inspection
+from vismem.analysis.inspection import AnswerToken, ChosenBlock, FloatArray, HeatMap, InspectedInvocation, Inspection
 from vismem.analysis.templates import templates_of
 from vismem.config import Kind
 from vismem.decoding.markers import SHAPES, Piece
@@ -124,19 +124,23 @@ def map_context(found: HeatMap, picture: Image.Image) -> dict[str, Any]:
     pale = (255 * (1 - PALE * (1 - np.asarray(grey.convert("L"), dtype=np.float64) / 255))).round().astype(np.uint8)
     most = scale_end([found.mean, *([] if found.read is None else [found.read])])
     each = scale_end(list(found.vectors))
+    blocks = {block.vector: block for block in found.chosen}
     return {
         "ground": data_url(Image.fromarray(pale)),
         "ratio": picture.height / picture.width,
         "number": found.picture + 1,
         "share": found.share,
-        "views": [layer("mean of all vectors", "mean", found.mean, most)]
-        + [layer(f"vector {i + 1}", str(i + 1), heat, each) for i, heat in enumerate(found.vectors)],
+        "views": [layer("mean of all vectors", "mean", found.mean, most, found.chosen)]
+        + [
+            layer(f"vector {i + 1}", str(i + 1), heat, each, [blocks[i]] if i in blocks else [])
+            for i, heat in enumerate(found.vectors)
+        ],
         "read": None if found.read is None else layer("what the answer read", "read", found.read, most),
     }
 
 
-def layer(title: str, name: str, heat: FloatArray, end: float) -> dict[str, Any]:
-    """One map: its image, its scale, and where its maximum is, in words."""
+def layer(title: str, name: str, heat: FloatArray, end: float, chosen: Sequence[ChosenBlock] = ()) -> dict[str, Any]:
+    """One map: its image, its scale, where its maximum is, in words, and the blocks that its vectors started from."""
     row, column = np.argwhere(heat >= heat.max() * (1 - 1e-4)).mean(0)  # centre of the maximum
     return {
         "title": title,
@@ -145,6 +149,7 @@ def layer(title: str, name: str, heat: FloatArray, end: float) -> dict[str, Any]
         "end": end,
         "peak": float(heat.max()),
         "place": position_in_words((row + 0.5) / heat.shape[0], (column + 0.5) / heat.shape[1]),
+        "chosen": chosen,
     }
 
 
