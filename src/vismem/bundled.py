@@ -10,5 +10,5 @@ BASE_PATH, MEMORY_PATH = WEIGHTS / "base", WEIGHTS / "memory"
 
 
 def is_pocket(name: str) -> bool:
-    """Whether a base's name refers to the pocket model, including its path on another machine."""
+    """Whether a base's name refers to the pocket model, even by its path on another machine."""
     return name == POCKET or Path(name).expanduser().resolve().parts[-4:] == ("vismem", *BASE_PATH.parts[-3:])

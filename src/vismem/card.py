@@ -104,7 +104,7 @@ def training(history: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows in Markdown, of which the first is the head."""
+    """A Markdown table; the first row is the head."""
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: a JSON record, a safetensors file with the trained weights, and a model card.
 
 The base is named, not copied, and nothing is unpickled. The record holds the weights' checksum and the base's sizes,
-so a damaged file or a different base is refused with a message that names both sides. A save that is killed leaves the
-old memory or the new one, never a mix.
+so loading refuses a damaged file or a different base, and says what differs. A save that is killed leaves the old
+memory or the new one, never a mix.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class CheckpointRecord:
     """The content of `vismem_config.json`.
 
     Args:
-        config: of the memory.
+        config: the memory's config.
         base_name: the base's name: a hub repository, a folder, or `"pocket"`.
         base: the properties that the base must have.
-        token_ids: of the four memory tokens.
+        token_ids: ids of the four memory tokens.
         sha256: checksum of the weights.
         base_folders: for a base in a local folder, its absolute path and its path relative to the memory's folder.
         history: the memory's training stages, oldest first, with their metrics.
@@ -138,7 +138,7 @@ def save(model: VisMem, folder: Path, name: str = "", tags: tuple[str, ...] = ()
 
     Args:
         model, folder: what to save, and where.
-        name, tags: of the memory, for the model card; the name defaults to the folder.
+        name, tags: for the model card; the name defaults to the folder.
 
     Raises:
         ValueError: if `folder` is a file, or a tensor is not finite.
@@ -196,7 +196,7 @@ def locate(
     Args:
         name: a memory's folder, a folder containing exactly one (such as a run's), or a hub repository.
         revision, token: for the hub.
-        say: called with notes: a download starts, the memory is below the folder that was named.
+        say: receives notes, such as that a download starts or the memory is in a subfolder.
 
     Raises:
         LoadError: if there is no such folder or repository, or the folder contains no memory or several.
@@ -237,7 +237,7 @@ def find_memory(folder: Path) -> Path:
     if files.partial_path(folder / CONFIG_FILE).is_file() or files.partial_path(folder / WEIGHTS_FILE).is_file():
         hint = "; a save into it was interrupted, so save the memory again"
     elif (folder / "trainer_state.json").is_file():
-        hint = f"; it is a training checkpoint, whose run writes its memory to {folder.parent / 'memory'} at the end"
+        hint = f"; it is a training checkpoint; its run writes the memory to {folder.parent / 'memory'} at the end"
     raise hub.LoadError(f"{folder} is not a VisMem checkpoint: it has no {CONFIG_FILE}{hint}")
 
 
@@ -272,7 +272,7 @@ def read_record(folder: Path) -> CheckpointRecord:
 
 
 def read_checkpoint(folder: Path, base: nn.Module) -> tuple[CheckpointRecord, dict[str, Tensor]]:
-    """Reads matching record and weights, even while another process saves to the folder, and checks that they fit.
+    """Reads a record and its weights, even while another process saves to the folder, and checks that they fit.
 
     Raises:
         OSError: if either is missing.
@@ -374,7 +374,7 @@ def load_weights(model: VisMem, state: dict[str, Tensor], folder: Path, record: 
 
 
 def check_finite(state: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError if a tensor is not floating point or not finite; names the tensor and `what` contains it."""
+    """Raises ValueError if a tensor is not floating point or not finite; names the tensor and `what`, its source."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{what}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, not floating point")

@@ -1,4 +1,4 @@
-"""The configuration of a memory: lengths, widths and LoRA numbers, with the paper's values as defaults.
+"""The configuration of a memory: lengths, widths and LoRA settings, with the paper's values as defaults.
 
 Every field is checked when the object is created, so a wrong value is reported where it was written. Symbols are those
 of the paper (arXiv 2511.11007).
@@ -35,9 +35,9 @@ class VisMemConfig:
         lora_r, lora_alpha, lora_dropout: rank, scale and dropout of both formers' LoRA adapters (query and value
             projections, Tab. 4).
         memory_init: `"pooled"` starts short memory from pooled patches and long memory from the mean token
-            embedding, each plus a learned offset. `"attended"` does the same, but each short memory vector starts from
-            one block of patches that the query chooses; the choice must be trained. `"learned"` uses learned
-            constants alone, the literal Eq. 6.
+            embedding, each plus a learned offset. `"attended"` starts each short memory vector from one block of
+            patches that the query chooses, plus an offset, and long memory from learned constants; the choice must be
+            trained. `"learned"` uses learned constants alone, the literal Eq. 6.
         content: `"formed"`, or `"soft"`, a baseline: the same number of vectors at the same positions, but learned
             constants. Builder, LoRA and `memory_init` are then unused.
         max_invocations: maximum number of invocations in one answer, sampled or random; forced ones are not limited.
@@ -120,7 +120,7 @@ class VisMemConfig:
     def preset(cls, name: str, **changes: Any) -> VisMemConfig:
         """A named preset: `"paper"` (lengths 8 and 16), `"paper-table4"` (4 and 8) or `"pocket"` (16 and 16)."""
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
 

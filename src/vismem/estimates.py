@@ -1,7 +1,8 @@
 """Estimated peak memory of a base with a latent memory: for answering, and for each stage of training.
 
-Every estimate is a sum of named parts in bytes. Attention is taken as fused (no score matrix is kept); the allocator's
-overhead and the CUDA context are not counted. `docs/speed.md` explains the parts and compares them with measurements.
+Every estimate is a sum of named parts in bytes. Attention is assumed to be fused (no score matrix is kept); the
+allocator's overhead and the CUDA context are not counted. `docs/speed.md` explains the parts and compares them with
+measurements.
 """
 
 from __future__ import annotations
@@ -92,11 +93,11 @@ class Load:
         visual_tokens: image tokens in each prompt.
         prompt_tokens: text tokens in each prompt.
         answer_tokens: sampled tokens in each answer.
-        invocations: in each answer, half of them of each kind.
+        invocations: in each answer, half of each kind.
         prompts: in a training batch; in the RL stages each has `group_size` answers.
         group_size: G.
         micro_batch: trajectories (rows, in the warm-up) in each forward and backward pass.
-        bytes_each: of one number in the base's dtype.
+        bytes_each: bytes per number in the base's dtype.
     """
 
     visual_tokens: int = 1024
@@ -114,7 +115,7 @@ class Load:
         return self.visual_tokens + self.prompt_tokens
 
     def written(self, config: VisMemConfig) -> int:
-        """Positions of an answer with its memories and their end tokens in it."""
+        """Positions of an answer, its memories and their end tokens."""
         slots = self.invocations * (config.short_length + config.long_length + 2)
         return self.answer_tokens + -(-slots // 2)
 
@@ -144,7 +145,7 @@ def patch_cache(shape: Shape, images: int, load: Load) -> int:
 
 
 def gated_inner(tower: Tower) -> int:
-    """Vectors of the MLP's width that a block of the tower holds."""
+    """Numbers that the MLP of a tower block holds for each patch."""
     return (3 if tower.gated else 2) * tower.inner
 
 
@@ -160,7 +161,7 @@ def reading(shape: Shape, rows: int, load: Load) -> int:
 
 
 def building(shape: Shape, config: VisMemConfig, load: Load, widths: int) -> tuple[int, int]:
-    """Numbers that the query builder holds for a query, `widths` vectors of its inner width a state, and its mask."""
+    """Numbers that the query builder holds for a query, with `widths` inner vectors per state, and its mask's."""
     states, hidden = load.visual_tokens + load.segment + config.query_length, shape.language.hidden
     return states * (2 * hidden + widths * config.inner_width(hidden)), states**2
 
@@ -215,10 +216,10 @@ def replay(shape: Shape, config: VisMemConfig, rows: int, load: Load, *, checkpo
 def formation(shape: Shape, config: VisMemConfig, rows: int, images: int, load: Load, *, checkpointing: bool) -> int:
     """Forming all memories of `rows` answers with gradient.
 
-    Kept are: the tower's activations at every patch of `images` prompts (with checkpointing the blocks' inputs and one
-    block's activations), and its keys and values; those of all patches again for each short-term invocation, beside its
-    own; for each long-term one the language model's activations over segment, query and memory; and for each invocation
-    the builder's, in float32.
+    For `images` prompts, this keeps the tower's activations at every patch (with checkpointing the blocks' inputs and
+    one block's activations) and its keys and values; for each short-term invocation, those of all patches again and its
+    own; for each long-term one, the language model's activations over segment, query and memory; and for each
+    invocation the builder's, in float32.
     """
     tower, each = shape.tower, load.bytes_each
     patches, each_kind = patches_of(shape, load), rows * load.invocations / 2
@@ -255,9 +256,9 @@ def training(
 ) -> dict[str, Any]:
     """One update of a stage on one device.
 
-    The base stays in its dtype, memory and token rows in float32; what is trained has AdamW's two moments and a copy of
-    its start (the KL reference). On top comes the larger of two peaks: the rollout of all `prompts * group_size`
-    answers at once (none in the warm-up), and the update of a micro-batch with its gradients.
+    The base stays in its dtype, memory and token rows in float32; trained parameters add AdamW's two moments and a
+    copy of their initial values (the KL reference). Added to this is the larger of two peaks: the rollout of all
+    `prompts * group_size` answers at once (none in the warm-up), and the update of a micro-batch with its gradients.
     """
     from vismem.reading.heads import MOST_LOGITS
 

@@ -1,7 +1,7 @@
 """Crash-safe files: written to a temporary file in the same folder, flushed to disk, then renamed.
 
 The package replaces files only with `replacing`: if the process is killed at any point, either the old or the new file
-is there, complete. `write_pair` does the same for two files of which the second holds the first's checksum. A full disk
+is there, complete. `write_pair` does the same for two files, the second with the first's checksum. A full disk
 raises `DiskFullError`, and `locked` keeps two runs from writing to one folder.
 """
 

@@ -31,7 +31,7 @@ class UnknownDeviceError(ValueError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to answer, and the names it was asked for by.
+    """A model ready to answer, and the names it was loaded by.
 
     Args:
         model: the `VisMem`.
@@ -54,8 +54,8 @@ def load(
     """Loads a model with its memory, ready to answer.
 
     Args:
-        name: a memory or a base: a folder or a hub repository; by default the pocket model. A base without a memory
-            gets an untrained one, always the same.
+        name: a memory or a base, as a folder or a hub repository; by default the pocket model. A base without a
+            memory gets an untrained one, always the same.
         base: the base of the memory, if it is not where the memory's record says.
         device: `"auto"` is the first GPU, or else the CPU.
         dtype: `"auto"` (the base's own), `"float32"`, `"bfloat16"` or `"float16"`.
@@ -86,10 +86,10 @@ def load_model(
     """Loads a base and equips it with its memory, as the command line does.
 
     Args:
-        checkpoint: a memory: a folder or a hub repository; by default the pocket model's, or an untrained one.
+        checkpoint: a memory, as a folder or a hub repository; by default the pocket model's, or an untrained one.
         base: a base model: a folder, a hub repository, or `"pocket"`; by default the checkpoint's, or the pocket model.
         device, dtype, trust_remote_code: as in `load`.
-        say: called with notes: a download starts, a memory is untrained.
+        say: receives notes, such as that a download starts or a memory is untrained.
 
     Raises:
         UnknownDeviceError, LoadError, ValueError, OSError: as in `load`.
@@ -154,7 +154,7 @@ def load_base(
     if pocket and not (BASE_PATH / "config.json").is_file():
         raise LoadError("the pocket model has not been built yet: run `vismem pocket build`, or name another base")
     found, local = (str(BASE_PATH), True) if pocket else find(name, "config.json", "base", say)
-    # Always said, or transformers asks on the terminal.
+    # Always passed, or transformers asks on the terminal.
     common = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     dtype = "float32" if pocket and dtype == "auto" else dtype  # the file is bfloat16 to be small
     try:

@@ -42,13 +42,13 @@ class VisMemForwardOutput(ModelOutput):
 
     Args:
         loss: mean cross-entropy over `labels`, where given.
-        logits: float32 [B, L, vocabulary], aligned with `input_ids`: slots are read, not listed. End tokens are -inf.
-        memories: for each row its memory vectors [N, d], in order of invocation; None if a kind forms nothing.
+        logits: float32 [B, L, vocabulary], aligned with `input_ids`, so slots have none. End tokens are -inf.
+        memories: for each row its memory vectors [N, d], in order of invocation; None where a kind forms nothing.
         states: for each row and invocation the observed states [z, d] its query was built from.
         choices: for each row and invocation the `Choice` of its blocks, with gradient; None unless short memory with
             `memory_init="attended"` was formed.
         log_probs: with `sampled`, float32 [B, L]: of the sampled tokens, and 0 elsewhere.
-        gaze_loss: with `gaze`, float32 [B]: mean over each row's looks, 0 for a row without one.
+        gaze_loss: with `gaze`, float32 [B]: mean over a row's invocations that have a target, else 0.
         last_hidden_state: [B, L, d], the last layer's states at the tokens of `input_ids`.
     """
 
@@ -159,7 +159,7 @@ class VisMem(nn.Module):
         parts: dict[str, nn.Module] = {"builder": self.memory.builder, "short": self.memory.short}
         parts |= {"long": self.memory.long, "tokens": self.tokens}
         if part not in parts:
-            raise ValueError(f"unknown part {part!r}; there are {', '.join(parts)}")
+            raise ValueError(f"unknown part {part!r}; choose from {', '.join(parts)}")
         return list(parts[part].parameters())
 
     def num_parameters(  # transformers' signature
@@ -242,8 +242,8 @@ class VisMem(nn.Module):
         Raises:
             ValueError: for beam search, assisted decoding, attention outputs, a filled cache, an unknown policy, or
                 images that do not fit the prompt.
-            NonFiniteError: if rows have no finite scores to sample from, once all others are done. `rows` names them,
-                `output` holds the others' answers.
+            NonFiniteError: after all other rows are done, if some have no finite scores to sample from. `rows` names
+                them, `output` holds the others' answers.
         """
         if isinstance(seed, int):
             generator = torch.Generator(device=self.device).manual_seed(seed)
@@ -281,7 +281,7 @@ class VisMem(nn.Module):
             **generation: generation keywords for all of them.
 
         Yields:
-            `vismem.Answer`s as they end, with `tokens`, `invocations`, `finish` and the request. If a request's
+            `vismem.Answer`s as they finish, with `tokens`, `invocations`, `finish` and the request. If a request's
             numbers are not finite, `finish` is `"error"` and `error` a `NonFiniteError`; others are not affected.
 
         Raises:
@@ -328,7 +328,7 @@ class VisMem(nn.Module):
 
         Every invocation token in an answer that is followed by its end token forms a memory. The states its query is
         built from are observed without gradient (as in Eq. 14): pass the recorded ones (`states`), or have them
-        recomputed, which takes one extra forward for each invocation of the row with the most. What precedes the first
+        recomputed, with as many extra forwards as the row with the most has invocations. What precedes the first
         invocation is read once, without gradient, and cached; so is a prompt that several rows share (`copies`).
 
         Args:
@@ -462,9 +462,9 @@ class VisMem(nn.Module):
         """Loads a memory, and its base by the recorded name unless `base` is passed.
 
         Args:
-            pretrained_model_name_or_path: a folder, one that contains a memory such as a run's, or a hub repository.
+            pretrained_model_name_or_path: a memory's folder, one that contains it, such as a run's, or a hub name.
             base, processor: used instead of the recorded ones.
-            revision, token: for a hub repository of the memory.
+            revision, token: for the memory's hub repository.
             memory_dtype: of the memory and the four tokens' rows; by default the base's.
             **base_kwargs: for loading the base: `dtype`, `device_map`, `trust_remote_code`, ...
 

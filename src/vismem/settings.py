@@ -1,6 +1,6 @@
 """Reads settings from YAML files and `key=value`, and checks every name and type; each error is one line.
 
-Training and evaluation read their settings here. Nothing imports torch, so a typo is reported immediately.
+Training and evaluation read their settings here. Nothing here imports torch, so a typo is reported immediately.
 """
 
 from __future__ import annotations
@@ -211,9 +211,11 @@ def unknown(
 ) -> SettingsError:
     """The error for an unknown name; gives its name here, or the nearest one."""
     if other := (elsewhere or {}).get(name):
-        return SettingsError(f"unknown setting {full_name}; " + (other if " " in other else f"here it is {other}"))
+        return SettingsError(
+            f"unknown setting {full_name}; " + (other if " " in other else f"it is called {other} here")
+        )
     near = difflib.get_close_matches(name, known, 1)
-    few = f"; there are {', '.join(known)}" if len(known) <= 20 else ""
+    few = f"; the settings are {', '.join(known)}" if len(known) <= 20 else ""
     return SettingsError(f"unknown setting {full_name}" + (f"; did you mean {near[0]}?" if near else few))
 
 
@@ -233,7 +235,7 @@ def convert(value: Any, kind: Any, name: str) -> Any:
 def check_preset(value: Any, presets: Collection[str], where: str = "") -> str:
     """Checks the name of a preset. Raises SettingsError if it is unknown."""
     if not isinstance(value, str) or value not in presets:
-        raise SettingsError(f"{where}unknown preset {format_value(value)}; there are {', '.join(presets)}")
+        raise SettingsError(f"{where}unknown preset {format_value(value)}; choose from {', '.join(presets)}")
     return value
 
 

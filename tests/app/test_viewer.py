@@ -353,7 +353,7 @@ def test_invalid_pictures(tmp_path, monkeypatch):
     Image.new("RGB", (2, 900)).save(tmp_path / "line.png")
     for name, message in (
         ("broken.png", "cannot be used: the file is truncated."),
-        ("text.png", "cannot be used: it is not an image, or of a format other than PNG, JPEG, WEBP, GIF, BMP."),
+        ("text.png", "cannot be used: it is not an image, or has a format other than PNG, JPEG, WEBP, GIF, BMP."),
         ("empty.png", "cannot be used: it is empty."),
         ("line.png", "cannot be used: its longer side is more than 200 times its shorter one."),
         ("none.png", "is no longer available: upload it again."),

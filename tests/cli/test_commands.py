@@ -292,7 +292,7 @@ def test_an_error_starts_below_a_progress_bar(run_whole, monkeypatch):
 
 def test_a_question_longer_than_the_context_is_one_line(run, monkeypatch):
     monkeypatch.setattr(loading, "load_model", None)
-    refused(run("ask", "a.png", "word " * 5000), 1, "the base was made for 2048 at most")
+    refused(run("ask", "a.png", "word " * 5000), 1, "the base takes 2048 at most")
 
 
 def test_streamer_waits_for_whole_characters():
@@ -379,7 +379,7 @@ def test_special_tokens_in_a_question_are_a_usage_error(run, mark):
     ("name", "words"),
     [
         ("broken.png", "image broken.png is broken: "),
-        ("text.png", "image text.png is not an image, or of a format that Pillow does not know"),
+        ("text.png", "image text.png is not an image, or has a format that Pillow does not know"),
         ("empty.png", "image empty.png is empty"),
     ],
 )
@@ -414,7 +414,7 @@ def test_empty_standard_input(run, monkeypatch):
 
 
 def test_images_that_do_not_fit_the_prompt(run, loaded, monkeypatch):
-    """A chat template that drops one image place leaves an image without a place."""
+    """A chat template that drops one image placeholder leaves an image without one."""
     template = loaded.model.processor.chat_template.replace("== 'image' %}", "== 'image' and not loop.first %}")
     monkeypatch.setattr(loaded.model.processor, "chat_template", template)
     refused(run("ask", "a.png", "b.jpg", QUESTION), 1, "image")

@@ -338,7 +338,7 @@ def test_a_json_array(folder):
     assert [row.id for row in load_dataset_rows(folder / "t.json", streaming=True)] == ["t.json[0]", "t.json[2]"]
     for text in ('[{"prompt": "a", "answer": "1"}, {"prompt": ', '[{"prompt": "a"} {"x": ]', "[5"):
         (folder / "u.json").write_text(text)
-        with pytest.raises(BadDataError, match="not a whole JSON array"):
+        with pytest.raises(BadDataError, match="not a complete JSON array"):
             load_dataset_rows(folder / "u.json")
     write(folder / "lines.json", [example(0), example(1)])  # JSON Lines under another name
     assert [row.id for row in load_dataset_rows(folder / "lines.json")] == ["lines.json:1", "lines.json:2"]

@@ -318,8 +318,8 @@ def test_lmms_eval_is_imported_lazily():
     [
         ("checkpoint", r"'checkpoint' is no list of name=value"),
         ("nonsense=1", "unknown model argument 'nonsense'; vismem takes checkpoint, base, device, dtype"),
-        ("invocation=sometimes", "unknown policy 'sometimes'; there are learned, off"),
-        ("invocation=random:2", "'random:2' is no random policy"),
+        ("invocation=sometimes", "unknown policy 'sometimes'; choose from learned, off"),
+        ("invocation=random:2", "'random:2' is not a random policy"),
         ("batch_size=0", "batch_size must be a whole number of 1 or more, got 0"),
         ("batch_size=many", "batch_size must be a whole number of 1 or more, got 'many'"),
         ("max_new_tokens=0", "max_new_tokens must be a whole number of 1 or more"),

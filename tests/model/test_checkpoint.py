@@ -364,7 +364,7 @@ def test_the_one_memory_below_a_folder_is_found(saved, tmp_path):
     (run / "stage2" / "checkpoint-5" / "trainer_state.json").write_text("{}")
     for name in (run, run / "stage2", run / "stage2" / "memory"):
         assert checkpoint.locate(name) == run / "stage2" / "memory"
-    with pytest.raises(OSError, match=r"no vismem_config.json; it is a training checkpoint, .*stage2/memory"):
+    with pytest.raises(OSError, match=r"no vismem_config.json; it is a training checkpoint; .*stage2/memory"):
         checkpoint.locate(run / "stage2" / "checkpoint-5")
     model.save_pretrained(run / "stage1" / "memory")
     with pytest.raises(OSError, match=r"several memories; name one of .*stage1/memory, .*stage2/memory"):

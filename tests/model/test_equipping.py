@@ -42,8 +42,8 @@ def wrapped(base, way: str):
 @pytest.mark.parametrize(
     ("way", "message"),
     [
-        ("peft", "equip it with memory first and add the adapter then, or pass base.merge_and_unload()"),
-        ("adapter", r"has a LoRA adapter already: equip it with memory first .* merge_and_unload\(\)"),
+        ("peft", "equip it with memory first, then add the adapter, or pass base.merge_and_unload()"),
+        ("adapter", r"has a LoRA adapter already: equip it with memory first, .* merge_and_unload\(\)"),
         ("ia3", r"merge_and_unload\(\)"),
         ("prompts", r"merge_and_unload\(\)"),
         ("compiled", "pass base._orig_mod"),
@@ -77,7 +77,7 @@ def test_what_is_no_model_is_refused_in_one_line(whole):
         (SimpleNamespace(model=base), "not a SimpleNamespace: pass its .model and its .processor"),
         (base.config, "must be a loaded model, not a Idefics3Config"),
         (text, "no backbone for model type 'llama'"),
-        (base.model, "Idefics3Model, which has no output head: load it by AutoModelForImageTextToText"),
+        (base.model, "Idefics3Model, which has no output head: load it with AutoModelForImageTextToText"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             vismem.VisMem(given, processor)

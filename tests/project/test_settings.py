@@ -116,7 +116,7 @@ def test_changes_go_into_sections():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("preset=[pocket]", "unknown preset ['pocket']; there are paper, pocket"),
+        ("preset=[pocket]", "unknown preset ['pocket']; choose from paper, pocket"),
         ("data=5", "data must be text, got 5"),
         ("base={a: 1}", "base must be text, got {'a': 1}"),
         ("rewards=3", "rewards must be text or a mapping or a list of texts or mappings, got 3"),
@@ -125,9 +125,9 @@ def test_changes_go_into_sections():
         ("memory.short_length=eight", "memory.short_length must be a whole number, got 'eight'"),
         ("memory.delimiters=5", "memory.delimiters must be a list of texts, got 5"),
         ("memory.content=hard", "memory.content must be one of formed, soft, got 'hard'"),
-        ("memory=off", "memory: unknown preset 'off'; there are paper, paper-table4, pocket"),
+        ("memory=off", "memory: unknown preset 'off'; choose from paper, paper-table4, pocket"),
         ("memory.preset=4", "memory.preset must be text, got 4"),
-        ("memory.lenght=5", "unknown setting memory.lenght; there are preset, query_length, "),
+        ("memory.lenght=5", "unknown setting memory.lenght; the settings are preset, query_length, "),
         ("stage2.memory.short_length=true", "stage2.memory.short_length must be a whole number, got true"),
         ("learning_rate=fast", "learning_rate must be a number, got 'fast'"),
         ("learning_rate=.nan", "learning_rate must be a number, got nan"),
@@ -193,7 +193,7 @@ def test_unambiguous_spellings_are_accepted():
     ],
 )
 def test_names_of_other_libraries_are_translated(change, said):
-    with pytest.raises(SettingsError, match=f"here it is {re.escape(said)}"):
+    with pytest.raises(SettingsError, match=f"it is called {re.escape(said)} here"):
         load_settings(None, [change])
     with pytest.raises(SettingsError, match="prompts are never truncated"):
         load_settings(None, ["max_prompt_length=512"])

@@ -183,7 +183,7 @@ def test_only_the_given_formats_are_accepted() -> None:
     assert FORMATS == ("PNG", "JPEG", "WEBP", "GIF", "BMP")
     for form in ("PPM", "TIFF", "EPS"):
         file = b"P6 10 10 255\n" + bytes(300) if form == "PPM" else file_of(scene(), form)
-        with pytest.raises(BadImageError, match="of a format other than PNG, JPEG"):
+        with pytest.raises(BadImageError, match="has a format other than PNG, JPEG"):
             open_image(file, Path(), formats=FORMATS)
     assert open_image(b"P6 10 10 255\n" + bytes(300), Path()).size == (10, 10)
 

@@ -441,7 +441,7 @@ def test_import_paths(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("exakt", "no reward 'exakt'; there are exact, choice"),
+        ("exakt", "no reward 'exakt'; choose from exact, choice"),
         ([], "non-empty list"),
         (None, "non-empty list"),
         ([5], "must be a name"),

@@ -458,7 +458,7 @@ def test_which_setting_wins(tmp_path):
         ("injection_rate=1.5", "injection_rate must be between 0 and 1, got 1.5"),
         ("reference=nowhere", "reference must be one of start, no_memory, got 'nowhere'"),
         ("micro_batch=5", "micro_batch must be 0, a divisor of group_size (2) or a multiple of it, got 5"),
-        ("preset=papr", "unknown preset 'papr'; there are paper, pocket"),
+        ("preset=papr", "unknown preset 'papr'; choose from paper, pocket"),
         ("base=/nowhere/base", "no base /nowhere/base: there is no such folder"),
         ("rewards=exakt", "exakt"),
         ("data=/nowhere.jsonl", "/nowhere.jsonl"),
@@ -480,7 +480,7 @@ def test_bad_settings_are_one_line(folder, tmp_path, capsys, change, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("rewards=[exakt]", "no reward 'exakt'; there are exact"),
+        ("rewards=[exakt]", "no reward 'exakt'; choose from exact"),
         ("rewards=[math]", "the reward 'math' needs the package math-verify"),
         ("stage2.rewards=[nowhere:low]", "cannot import nowhere"),
         ("stage2.temperature=0", "temperature must be more than 0"),

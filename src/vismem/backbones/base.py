@@ -151,7 +151,7 @@ class Backbone:
             For each row a tensor [y, d]; y is 0 without an image.
 
         Raises:
-            ValueError: if the images do not fill the prompt's image places.
+            ValueError: if the images do not fill the prompt's image placeholders.
         """
         counts = places.sum(1).tolist()
         if features is None:
@@ -176,7 +176,7 @@ class Backbone:
             inputs: the processor's outputs.
 
         Raises:
-            ValueError: if the images do not fill the prompts' image places.
+            ValueError: if the images do not fill the prompts' image placeholders.
         """
         return self.rows_of_images(input_ids == self.image_token_id, self.images(**self.vision_inputs(inputs)))
 
@@ -228,7 +228,7 @@ class Backbone:
         return [patches for patches in found if patches is not None]
 
     def block_tokens(self, image: Image) -> Tensor:
-        """For each whole block of an image its visual token; see `Patches.blocks`."""
+        """The visual token of each whole block of an image; see `Patches.blocks`."""
         if image.blocks is not None:
             return image.blocks
         rows, columns = (cells // self.merge for cells in image.grid)
@@ -319,10 +319,10 @@ class Backbone:
 
 
 def mismatch(wanted: int, given: int) -> ValueError:
-    """The error for images that do not fill the prompt's image places."""
+    """The error for images that do not fill the prompt's image placeholders."""
     return ValueError(
         f"the prompt has {wanted} image tokens but its images give {given}: let the processor make prompt and pixels "
-        "in one call, one image per image place (an all-black image can count as padding)"
+        "in one call, one image per placeholder (an all-black image can count as padding)"
     )
 
 

@@ -38,9 +38,9 @@ def check_base(base: Any) -> None:
     peft, tuners = sys.modules.get("peft"), sys.modules.get("peft.tuners.tuners_utils")
     wrapped = peft is not None and isinstance(base, (peft.PeftModel, peft.PeftMixedModel))
     if wrapped or (tuners is not None and any(isinstance(part, tuners.BaseTunerLayer) for part in base.modules())):
-        merge = "pass base.merge_and_unload()" if wrapped else "merge it by peft's merge_and_unload()"
+        merge = "pass base.merge_and_unload()" if wrapped else "merge it with peft's merge_and_unload()"
         raise ValueError(
-            f"the base has a LoRA adapter already: equip it with memory first and add the adapter then, or {merge}"
+            f"the base has a LoRA adapter already: equip it with memory first, then add the adapter, or {merge}"
         )
 
 
@@ -48,7 +48,7 @@ def check_head(base: Any) -> None:
     """Raises ValueError for a model without an output head."""
     if base.get_output_embeddings() is None:
         raise ValueError(
-            f"base is a {type(base).__name__}, which has no output head: load it by "
+            f"base is a {type(base).__name__}, which has no output head: load it with "
             "AutoModelForImageTextToText.from_pretrained"
         )
 

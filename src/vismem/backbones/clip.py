@@ -1,4 +1,4 @@
-"""Towers whose blocks are laid out as CLIP's in transformers, SigLIP's among them; each family says the rest."""
+"""Towers with blocks like CLIP's in transformers, such as SigLIP's; each family adds the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vismem.backbones.base import Backbone, Rotary, join_heads, split_heads
 
 
 class ClipTowerBackbone(Backbone):
-    """A parent: norms before attention and before the MLP, separate projections, learned positions only."""
+    """Parent class: norms before attention and before the MLP, separate projections, learned positions only."""
 
     @property
     def blocks(self) -> Any:

@@ -1,7 +1,7 @@
 """Gemma 3: a SigLIP tower, a projector that averages squares of patches, and scaled token embeddings.
 
 The language model reads an image's tokens in both directions, by `token_type_ids`, and text in one; most of its
-layers look back a window only. Pan-and-scan gives crops of a picture, each an `Image` of its own after the whole.
+layers attend within a window only. Pan-and-scan adds crops of a picture, each an `Image` of its own after the whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Gemma3Backbone(ClipTowerBackbone):
 
     @property
     def embedding_scale(self) -> float:
-        table = self.embeddings  # its scale as it rounds it, known without weights too
+        table = self.embeddings  # rounds its scale as here; also works without weights
         return float(torch.tensor(table.scalar_embed_scale, dtype=table.weight.dtype, device="cpu"))
 
     @property

@@ -32,7 +32,7 @@ class Idefics3Backbone(ClipTowerBackbone):
     def images(
         self, pixel_values: Tensor | None = None, pixel_attention_mask: Tensor | None = None, **_: Tensor
     ) -> list[Image]:
-        """Images out of `pixel_values` [B, most, 3, H, W]; an all-zero one is the processor's padding."""
+        """The images in `pixel_values` [B, most, 3, H, W]; an all-zero one is the processor's padding."""
         if pixel_values is None:
             return []
         patch = self.tower.patch_size

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: LLaVA's tower on the whole picture and on the tiles of a larger, padded one."""
+"""LLaVA-NeXT: LLaVA's tower on the whole picture and on tiles of a larger, padded copy."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class LlavaNextBackbone(LlavaBackbone):
 
     A picture is seen whole, squeezed into a square, and again in tiles, row by row, padded to fill their grid: each
     view is an `Image` of its own. The base drops the tiles' padding and ends every row of patches with a learned
-    newline. So a tile's tokens are its share, by patches that show the picture, of what all tiles take in the
-    prompt, newlines included: they decide how many memory vectors start from it. Memory starts from those patches
-    alone, but looks at the padding too, as the patches do. A tile without a token is left out.
+    newline. So the tokens of all tiles, newlines included, are shared out in proportion to each tile's patches that
+    show the picture; its share decides how many memory vectors start from it. Memory starts from those patches alone,
+    but looks at the padding too, as the patches do. A tile without a token is left out.
     """
 
     model_types: tuple[str, ...] = ("llava_next",)
@@ -46,7 +46,7 @@ class LlavaNextBackbone(LlavaBackbone):
     def pictures(
         self, pixel_values: Tensor, sizes: list[tuple[int, int]], shapes: list[tuple[int, int]]
     ) -> list[Image]:
-        """The views of all pictures, of their `sizes` and cut into tiles of those `shapes`."""
+        """The views of all pictures, given their `sizes` and the `shapes` of their grids of tiles."""
         counts = [1 + rows * columns for rows, columns in shapes]
         if pixel_values.dim() == 4:
             pixels = pixel_values.split(counts)
@@ -69,7 +69,7 @@ class LlavaNextBackbone(LlavaBackbone):
         return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
     def views(self, pixels: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> list[Image]:
-        """One picture of `size`: the whole and its tiles, of which there are `shape`, from `pixels` [views, ...]."""
+        """The views in `pixels` [views, ...] of a picture of `size`: the whole, then `shape` (rows, columns) tiles."""
         side = self.side
         down, across = inside((shape[0] * side, shape[1] * side), size)
         parts = [
@@ -85,7 +85,7 @@ class LlavaNextBackbone(LlavaBackbone):
             return [Image(pixels[0], (side, side), side * side + total)]
         found, first = [Image(pixels[0], (side, side), side * side)], 0
         for index, count in enumerate(deal(total, patches)):
-            # Where the tile's patches stand among the tokens of all tiles, whose rows go through several of them.
+            # The places of the tile's patches among the tokens of all tiles; a row of tokens spans several tiles.
             top, left = (
                 cells * side - gap.start for cells, gap in zip(divmod(index, shape[1]), (down, across), strict=True)
             )
@@ -102,7 +102,7 @@ class LlavaNextBackbone(LlavaBackbone):
         """Rows and columns of the tokens of all tiles of a picture, newlines not counted.
 
         Args:
-            height, width: in patches, of what the tiles show of the picture.
+            height, width: of the picture in the tiles, in patches.
         """
         return height, width
 
@@ -112,13 +112,13 @@ def inside(grid: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
     from transformers.models.llava_next.modeling_llava_next import unpad_image  # slow to import
 
     cells = torch.arange(grid[0] * grid[1]).view(1, *grid)
-    kept = unpad_image(cells, size)[0]  # the base's own rule; nothing may be left of a picture that is a mere line
+    kept = unpad_image(cells, size)[0]  # the base's own rule; nothing may be left of a very thin picture
     top, left = divmod(int(kept[0, 0]) if kept.numel() else 0, grid[1])
     return slice(top, top + kept.shape[0]), slice(left, left + kept.shape[1])
 
 
 def overlap(part: slice, start: int, length: int) -> slice:
-    """What of `part` lies in the `length` cells from `start` on, counted from there; empty where nothing does."""
+    """The overlap of `part` with the `length` cells from `start` on, counted from `start`; may be empty."""
     first = min(max(part.start - start, 0), length)
     return slice(first, max(min(part.stop - start, length), first))
 

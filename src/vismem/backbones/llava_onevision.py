@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: a SigLIP tower on the whole picture and on up to 36 tiles, whose tokens are thinned out."""
+"""LLaVA-OneVision: a SigLIP tower on the whole picture and on up to 36 tiles, whose tokens may be interpolated."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vismem.backbones.llava_next import LlavaNextBackbone, inside
 
 
 class LlavaOnevisionBackbone(LlavaNextBackbone):
-    """`LlavaOnevisionForConditionalGeneration`. Videos are not looked at again.
+    """`LlavaOnevisionForConditionalGeneration`. Short memory does not look at videos.
 
-    A picture alone in its prompt comes in tiles, as LLaVA-NeXT's do; where they have more tokens than some nine
+    A picture alone in its prompt comes in tiles, as LLaVA-NeXT's do; where they have more tokens than about nine
     tiles (`vision_aspect_ratio`), the base interpolates the projected patches. Memory still looks at all patches of
-    the tower, and each tile keeps its share of the fewer tokens. Of several pictures in a prompt each is one view,
+    the tower, and each tile keeps its share of the fewer tokens. With several pictures in a prompt, each is one view
     padded to a square: memory starts from the patches that show the picture.
     """
 
@@ -45,7 +45,7 @@ class LlavaOnevisionBackbone(LlavaNextBackbone):
             return super().views(pixels, size, shape)
         grid = (self.side, self.side)
         part = inside(grid, size)
-        if any(cells.start == cells.stop for cells in part):  # a mere line: its padding is all there is
+        if any(cells.start == cells.stop for cells in part):  # so thin that only padding is left
             part = slice(None), slice(None)
         blocks = torch.arange(self.side**2).view(grid)[part]
         return [Image(pixels[0], grid, self.side**2 + 1, part, blocks)]  # a newline ends it

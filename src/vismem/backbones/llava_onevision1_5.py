@@ -1,7 +1,7 @@
 """LLaVA-OneVision-1.5: a RICE tower with a class token whose rotation is learned, and positions on one axis.
 
-Its code comes with its weights (`trust_remote_code=True`) and knows nothing of `mm_encoder_outputs`, by which
-transformers hands encoded images to a model; so this backbone encodes them and puts them in their places itself.
+Its code comes with its weights (`trust_remote_code=True`) and does not know `mm_encoder_outputs`, with
+which transformers passes encoded images to a model; so this backbone encodes and inserts them itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LlavaOneVision15Backbone(Qwen2VLBackbone):
             return
         first = self.tower.rotary_pos_emb.inv_freq[0]
         if not first.is_meta and first != 1:
-            # transformers 5 leaves a buffer that no checkpoint holds as it was allocated, unless the code sets it.
+            # transformers 5 leaves a buffer that is in no checkpoint uninitialised, unless the code sets it.
             raise ValueError(
                 f"the base's visual.rotary_pos_emb.inv_freq starts with {float(first):.3g}, not 1: its code, made for "
                 "transformers 4, does not set it when weights are loaded; set it in the code's _init_weights"

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: Qwen2-VL's tower with attention in windows in most of its blocks."""
+"""Qwen2.5-VL: Qwen2-VL's tower with windowed attention in most blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vismem.backbones.qwen2_vl import Qwen2VLBackbone
 
 
 class Qwen25VLBackbone(Qwen2VLBackbone):
-    """`Qwen2_5_VLForConditionalGeneration`. Patches keep to their window; memory looks at all, in every block."""
+    """`Qwen2_5_VLForConditionalGeneration`. Patches attend within their window; memory attends to all of them."""
 
     model_types: tuple[str, ...] = ("qwen2_5_vl",)
 

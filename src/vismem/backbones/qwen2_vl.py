@@ -1,4 +1,4 @@
-"""Qwen2-VL: a rotary tower with a fused query-key-value projection, and M-RoPE; what later Qwen-VL towers start from.
+"""Qwen2-VL: a rotary tower with a fused query-key-value projection, and M-RoPE; the basis of later Qwen-VL towers.
 
 The processor writes patches merge block by merge block, and the tower reads them in that order.
 """
@@ -16,7 +16,7 @@ from vismem.backbones.base import Backbone, Image, Rotary, Rotation, join_heads
 
 
 class Qwen2VLBackbone(Backbone):
-    """`Qwen2VLForConditionalGeneration`. Videos are read by the base as ever; memory looks at images."""
+    """`Qwen2VLForConditionalGeneration`. The base reads videos as usual; memory looks at images only."""
 
     model_types: tuple[str, ...] = ("qwen2_vl",)
     image_inputs: tuple[str, ...] = ("pixel_values", "image_grid_thw")
@@ -46,7 +46,7 @@ class Qwen2VLBackbone(Backbone):
     def images(
         self, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None, **_: Tensor
     ) -> list[Image]:
-        """Images out of packed `pixel_values` [all patches, values per patch] and `image_grid_thw` [images, 3]."""
+        """The images in packed `pixel_values` [all patches, values per patch] and `image_grid_thw` [images, 3]."""
         if pixel_values is None or image_grid_thw is None:
             return []
         grids = [(height, width) for _time, height, width in image_grid_thw.tolist()]

@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense and with experts: Qwen2-VL's tower with learned positions too, and deepstack."""
+"""Qwen3-VL, dense and mixture-of-experts: Qwen2-VL's tower with learned positions too, and deepstack."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vismem.backbones.qwen2_vl import Qwen2VLBackbone
 class Qwen3VLBackbone(Qwen2VLBackbone):
     """`Qwen3VLForConditionalGeneration` and `Qwen3VLMoeForConditionalGeneration`.
 
-    Deepstack adds what some of the tower's blocks saw of an image to the first language layers, at that image's
-    tokens. It comes with the image's features wherever the base reads the prompt. Memory has no part in it: its
-    vectors come out of the projector alone and enter as input embeddings, for short memory has no place in the
-    prompt, and long memory has not seen the tower. So visual states are the projector's outputs too.
+    Deepstack adds the output of some of the tower's blocks to the first language layers, at an image's tokens. It
+    comes with the image's features wherever the base reads the prompt. Memory takes no part in it: its vectors enter as
+    input embeddings only, because short memory has no image tokens in the prompt and long memory never passes
+    through the tower. So visual states are the projector's outputs alone, too.
     """
 
     model_types: tuple[str, ...] = ("qwen3_vl", "qwen3_vl_moe")
@@ -26,7 +26,7 @@ class Qwen3VLBackbone(Qwen2VLBackbone):
         return embedded + self._positions(images[0].grid).to(embedded.dtype)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """The learned square of positions stretched over a grid: [patches, d_vision], in block order."""
+        """The learned position embeddings interpolated to a grid: [patches, d_vision], in block order."""
         tower = self.tower
         cells, weights = get_vision_interpolation_indices_and_weights(
             torch.tensor([[1, *grid]], device=tower.pos_embed.weight.device),

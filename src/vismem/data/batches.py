@@ -66,7 +66,7 @@ def row_inputs(processor: Any, row: Row, context: int | None = None) -> dict[str
     inputs = encode(processor, [row_messages(row, processor)])
     length = inputs["input_ids"].shape[1]
     if context is not None and length >= context:
-        raise BadRowError(f"the prompt has {length:,} tokens, and the model takes {context:,} with its reply")
+        raise BadRowError(f"the prompt has {length:,} tokens, and the model takes {context:,}, reply included")
     return inputs
 
 

@@ -157,7 +157,7 @@ def read_data_uri(uri: str) -> bytes:
     """Decodes a `data:` URI of any media type, or none.
 
     Accepts both base64 alphabets, with or without padding, whitespace and percent-encoding. Without `;base64`, data
-    that looks like base64 is decoded as such; no image file does.
+    that looks like base64 is decoded as such; no image file looks like that.
 
     Raises:
         BadImageError: if there is no comma, or the data is not valid base64.
@@ -230,7 +230,7 @@ def _decode(content: bytes, name: str, most_pixels: int, formats: Sequence[str] 
         raise
     except Image.UnidentifiedImageError as error:
         allowed = f"other than {', '.join(formats)}" if formats else "that Pillow does not know"
-        raise BadImageError(f"{name} is not an image, or of a format {allowed}") from error
+        raise BadImageError(f"{name} is not an image, or has a format {allowed}") from error
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(name, most_pixels) from error
     except Exception as error:  # Pillow's decoders raise many types, from OSError to struct.error

@@ -87,7 +87,7 @@ def describe_columns(names: Iterable[Any]) -> str:
 
 
 def nearest(what: str, names: Sequence[str]) -> str | None:
-    """The column most likely to be `what`, or None: by its whole name, a part of it, or nearly the same letters."""
+    """The column most likely to be `what`, or None: by its whole name, a part of it, or a similar spelling."""
     likely, others = _LIKELY[what], {name for key in _LIKELY if key != what for name in _LIKELY[key]}
     free = {name.casefold(): name for name in names if name.casefold() not in others}
     found = [

@@ -135,14 +135,14 @@ class JsonArray:
                     found, end = BadRowError("nested too deeply to be read"), _end_of(text)
                 except json.JSONDecodeError as error:
                     if done or len(text) > _MAX_ELEMENT:
-                        raise BadDataError(f"{self.path} is not a whole JSON array: {error}") from error
+                        raise BadDataError(f"{self.path} is not a complete JSON array: {error}") from error
                 except ValueError as error:  # Python limits the digits of an integer
                     found, end = BadRowError(f"not valid JSON: {error}"), _end_of(text)
                 if end and (end < len(text) or done):  # a number at the end may continue
                     yield found
                     text = text[end:]
                 elif done:
-                    raise BadDataError(f"{self.path} is not a whole JSON array: it ends within an element")
+                    raise BadDataError(f"{self.path} is not a complete JSON array: it ends within an element")
                 else:
                     piece = file.read(max(_CHUNK, len(text)))
                     done, text = not piece, text + piece
@@ -245,7 +245,7 @@ def _table(dataset: Any, name: str, folder: Path) -> Table | Stream:
 
 
 def _prepare(found: Table | Stream, columns: Mapping[str, str]) -> Table | Stream:
-    """Sets a datasets.Dataset or IterableDataset to plain values and encoded images, so a broken image is one bad row.
+    """Makes a datasets.Dataset or IterableDataset yield plain values and encoded images: a broken one is one bad row.
 
     Raises BadDataError if it has no prompt column or no answer column.
     """

@@ -52,7 +52,7 @@ class Batch:
         self.calls[id(rows[0].settings)] = rows
 
     def remove(self, rows: list[Row]) -> None:
-        """Removes rows, and lets go of what finished answers do not need; their lines stay."""
+        """Removes rows, and frees what finished answers do not need; their lines stay."""
         removed = {id(row) for row in rows}
         self.rows = [row for row in self.rows if id(row) not in removed]
         for row in rows:
@@ -76,7 +76,7 @@ class Batch:
     # Tokens.
 
     def append(self, row: Row, token: int) -> None:
-        """Appends a token to a row's answer that the row did not sample."""
+        """Appends a token that was not sampled to a row's answer."""
         self._reserve(row.length, row.settings.pad)
         self.ids[row.slot, row.length] = token
         row.append(token, self.hidden)
@@ -84,7 +84,7 @@ class Batch:
             row.record.tops.append(None)
 
     def write_sampled(self, rows: list[Row]) -> None:
-        """Enters the tokens in `next_ids` into `ids`, without waiting for the device."""
+        """Writes the tokens in `next_ids` into `ids`, without waiting for the device."""
         self._reserve(max(row.length for row in rows), rows[0].settings.pad)
         slots, columns = on_device([[row.slot, row.length] for row in rows], self.ids.device).unbind(1)
         self.ids[slots, columns] = self.next_ids[slots]

@@ -1,4 +1,4 @@
-"""Keys and values of the rows in progress, and how the base reads on from them.
+"""Keys and values of the rows in progress, and how the base continues from them.
 
 `Aligned` is transformers' dynamic cache: all rows end in the same column and stay until the last is done, so its
 numbers are those of the base's own `generate`, bit for bit. `Slots` are buffers allocated once, one slot per row, each
@@ -147,7 +147,7 @@ class Slots:
         if unknown := sorted(self.types - {"full_attention", "sliding_attention"}):
             raise ValueError(
                 f"slots hold full and sliding attention, and this base has layers of type {unknown[0]!r}: leave out "
-                "cache_implementation='static', or decode by `generate` instead of a queue"
+                "cache_implementation='static', or decode with `generate` instead of a queue"
             )
         self.layers = [SlotLayer(self, is_sliding=kind == "sliding_attention") for kind in types]
         self.cache = Cache(layers=list(self.layers))

@@ -5,8 +5,8 @@ samples its next token. An invocation puts `[invocation, m_1..m_N, end]` into it
 a memory in one forward, and in a batch some rows read memory while others write, with no padding and no holes in the
 cache. Rows may enter and leave between steps if the cache lets them (`cache.py`).
 
-On a GPU the next forward starts before the host has seen the token that it reads; if that token invokes memory, the
-row's last column is taken back. So while rows write words the device never waits for the host.
+On a GPU, with slots, the next forward starts before the host has seen the token that it reads; if that token invokes
+memory, the row's last column is taken back. So while rows write words the device never waits for the host.
 """
 
 from __future__ import annotations

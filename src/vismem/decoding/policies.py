@@ -144,7 +144,7 @@ class Random:
             raise ValueError(f"Random(where=...) must be 'delimiter' or 'anywhere', got {self.where!r}")
 
     def apart(self, rows: int) -> Random:
-        """The policy of `rows` rows of which row i draws as the only row of a call with `seed + i` does."""
+        """The policy of `rows` rows; row i draws as the only row of a call with seed `seed + i` would."""
         assert isinstance(self.seed, int)
         return replace(self, seed=[f"{self.seed + row}-0" for row in range(rows)])
 
@@ -319,7 +319,7 @@ def policy_of(invocation: str | Policy) -> Policy:
     """
     if isinstance(invocation, str):
         if invocation not in NAMES:
-            raise ValueError(f"unknown invocation {invocation!r}; there are {', '.join(NAMES)}, Random and Forced")
+            raise ValueError(f"unknown invocation {invocation!r}; choose from {', '.join(NAMES)}, Random and Forced")
         return NAMES[invocation]
     if not hasattr(invocation, "inject"):
         raise ValueError(f"invocation must be a name or a policy of vismem.invocation, got {invocation!r}")
@@ -356,8 +356,8 @@ def read_policy(text: str, seed: int = 0) -> str | Policy:
     except ValueError as error:
         if text.startswith("random:") and "Random(" in str(error):
             rule = "a rate from 0 to 1, and delimiter or anywhere after the @"
-            raise ValueError(f"{text!r} is no random policy: give {rule}") from error
-    raise ValueError(f"unknown policy {text!r}; there are {SPELLINGS}")
+            raise ValueError(f"{text!r} is not a random policy: give {rule}") from error
+    raise ValueError(f"unknown policy {text!r}; choose from {SPELLINGS}")
 
 
 def schedule_of(policy: str | Policy) -> list[tuple[int, int, Kind]]:

@@ -27,7 +27,7 @@ from vismem.decoding.policies import Counterfactual, Policy
 from vismem.decoding.row import DecodingSettings
 from vismem.tokens import MemoryTokens
 
-# What transformers calls them; its other names are older ones of "static" or need storage that slots do not have.
+# transformers' names; those after "static" are its older ones. Slots cannot stand in for the caches left out.
 SLOT_CACHES = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 DYNAMIC_CACHES = ("dynamic", "offloaded")
 COMPILED: WeakKeyDictionary[Any, Slots] = WeakKeyDictionary()  # each base's compiled slots, since compiling is slow
@@ -144,7 +144,7 @@ def prepare(
 
 
 def check_arguments(base: Any, kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for arguments that take the call away from a decoding method of one's own."""
+    """Raises ValueError for arguments that would bypass a custom decoding method."""
     if kwargs.get("assistant_model") is not None:
         raise ValueError("assisted decoding is not supported with memory; leave assistant_model out")
     if isinstance(kwargs.get("custom_generate"), str):
@@ -177,7 +177,7 @@ def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any], *, memo
     """Raises ValueError, in one line, for what this decoder cannot honour."""
     if config.guidance_scale not in (None, 1) and memory_on:
         raise ValueError(
-            f"guidance_scale={config.guidance_scale} is not supported with memory, which its second forward has not; "
+            f"guidance_scale={config.guidance_scale} is not supported with memory: its second forward has none; "
             "leave it out or pass invocation='off'"
         )
     mode = config.get_generation_mode()
@@ -190,8 +190,7 @@ def refuse_unsupported(config: GenerationConfig, kwargs: dict[str, Any], *, memo
         cache = kwargs.get(name)
         if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(
-                f"{name} cannot be a {type(cache).__name__}: leave it out, and say what cache you want by "
-                "cache_implementation"
+                f"{name} cannot be a {type(cache).__name__}: leave it out, and choose a cache with cache_implementation"
             )
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(f"a filled {name} cannot be continued: memory slots in it have no token ids")
@@ -209,10 +208,10 @@ def check_length(base: Any, length: int, name: str = "the prompt") -> None:
         ValueError: if it has more tokens than the base's context.
     """
     if length > (context := context_of(base)):
-        raise ValueError(f"{name} has {length} tokens, but the base was made for {context} at most; shorten it")
+        raise ValueError(f"{name} has {length} tokens, but the base takes {context} at most; shorten it")
 
 
-# Generation settings: a keyword counts most, then the generation config given, then the base's defaults.
+# Generation settings: keywords take precedence, then the generation config given, then the base's defaults.
 
 
 def setting(base: Any, kwargs: dict[str, Any], name: str) -> Any:

@@ -1,6 +1,6 @@
 """Logits processors of transformers, made fit for memory: they never count memory tokens as words of the text.
 
-Also which processors rows of different lengths and prompts may share, and one that spares the batch a row of NaN.
+Also says which processors rows of different lengths and prompts may share, and keeps a row of NaN from failing a batch.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def adapt(processors: LogitsProcessorList, memory_ids: list[int], prompts: int, 
 
 
 def signature(processors: LogitsProcessorList) -> tuple[Any, ...] | None:
-    """What two lists of processors have in common exactly if rows of both can be processed together; else None."""
+    """A key, equal for lists of processors whose rows can be processed together; None if a list cannot be shared."""
     bare = [each.inner if isinstance(each, FiniteRows) else each for each in processors]
     if any(type(each) not in IGNORES_IDS for each in bare):
         return None
@@ -110,5 +110,5 @@ def signature(processors: LogitsProcessorList) -> tuple[Any, ...] | None:
 
 
 def plain(value: Any) -> str:
-    """A setting as text that can be compared; of a tensor all digits."""
+    """A setting as text that can be compared; a tensor with all its digits."""
     return str(value.tolist()) if isinstance(value, Tensor) else str(value)

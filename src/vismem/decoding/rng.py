@@ -29,7 +29,7 @@ class RowRng:
 def inverse_transform(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Samples one token [n] per row of `probabilities` [n, V] by inverse transform sampling at `uniform` [n].
 
-    A row of NaN or zeros gives some token of the vocabulary and never an error.
+    A row of NaN or zeros gives an arbitrary token of the vocabulary, never an error.
     """
     edges = probabilities.double().cumsum(-1)
     places = torch.searchsorted(edges, uniform[:, None].to(edges) * edges[:, -1:], right=True)

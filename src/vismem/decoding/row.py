@@ -167,7 +167,7 @@ class Row:
         return self.images is None
 
     def may_invoke(self, config: VisMemConfig) -> bool:
-        """Whether the guards allow an invocation here; the last token of the budget could make no use of one."""
+        """Whether the guards allow an invocation here; the last token of the budget could not use one."""
         rested = not self.invocations or self.gap >= config.min_gap
         return rested and len(self.invocations) < config.max_invocations and self.sampled + 1 < self.settings.budget
 
@@ -179,7 +179,7 @@ class Row:
         Args:
             token: its id.
             states: [n, d], the last states of all slots before it.
-            log_prob: that it was sampled with; None if it was inserted.
+            log_prob: of the sampled token; None if it was inserted.
             allowed: which kinds might have been invoked instead; none for an inserted token.
         """
         self.tokens.append(token)
@@ -193,7 +193,7 @@ class Row:
             self.settings.streamer.put(torch.tensor([token]))
 
     def keep_scores(self, logits: Tensor, scores: Tensor) -> None:
-        """Keeps logits and scores [V] of a token, if the output is to have them."""
+        """Keeps logits and scores [V] of a token, if the output includes them."""
         if not self.settings.config.return_dict_in_generate:
             return
         if self.settings.config.output_scores:

@@ -1,6 +1,6 @@
 """Sampling: from the last states through logits and processors to each row's next token (Eq. 4).
 
-What a row feeds to the base and when it forms a memory is decided in `decoder.py`.
+`decoder.py` decides what a row feeds to the base and when it forms a memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Sampled:
 
 
 class Sampler:
-    """Samples next tokens on the device, and enters them into the rows once the host has them.
+    """Samples next tokens on the device, and adds them to the rows once the host has them.
 
     Args:
         backbone, tokens, config: of the model.
@@ -143,7 +143,7 @@ class Sampler:
     # On the host.
 
     def settle(self, batch: Batch, sampled: Sampled, tokens: list[int]) -> list[tuple[Row, Kind]]:
-        """Enters sampled tokens into their rows; a row without finite scores ends with an error.
+        """Adds sampled tokens to their rows; a row without finite scores ends with an error.
 
         Args:
             batch: the rows' batch.
@@ -182,9 +182,9 @@ class Sampler:
         return invoking
 
     def _diagnose(self, batch: Batch, row: Row, logits: Tensor) -> str:
-        """What of a row is not finite, given the logits [V] its next token was to be sampled from."""
-        advice = "look for NaN or infinity in its image tensors, or load the base in a dtype of more range (float32)"
-        where = f"at its token number {row.sampled}"
+        """Says what in a row is not finite, given the logits [V] its next token was to be sampled from."""
+        advice = "look for NaN or infinity in its image tensors, or load the base in a dtype with more range (float32)"
+        where = f"at its token {row.sampled}"
         last = row.invocations[-1] if row.invocations else None
         if last is not None and last.memory is not None and not last.memory.isfinite().all():
             return f"its {last.kind}-term memory is not finite {where}: check the memory's weights, or {advice}"
@@ -215,7 +215,7 @@ def process(batch: Batch, rows: list[Row], lines: dict[int, int], logits: Tensor
 
 
 def check_criteria(batch: Batch, sampled: Sampled, invoking: set[int]) -> None:
-    """Ends rows by the stopping criteria that need more than the last token; an invocation never ends a row so."""
+    """Ends rows by the stopping criteria that need more than the last token, unless they have just invoked."""
     for settings in {id(row.settings): row.settings for row in sampled.rows}.values():
         if not settings.criteria:
             continue

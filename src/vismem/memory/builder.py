@@ -52,8 +52,8 @@ class QueryBuilder(nn.Module):
         layers, heads, width: of the encoder; `width` is inner, with a linear layer in and out.
         output_scale: initial RMS of the queries: that of the base's embedding table, so that the language model reads
             them as words.
-        from_segment: the queries begin at the mean of the segment's states. Otherwise a query begins as an average
-            over thousands of visual states and a few of text, which drown.
+        from_segment: the queries start from the mean of the segment's states. Otherwise a query starts as an average
+            over thousands of visual states, in which the few of text drown.
     """
 
     def __init__(

@@ -5,8 +5,8 @@ Eq. 6 starts every memory from the same M_init. Here vector i starts from the pa
 
     A_i = softmax_p( s <W_i LN(sum_k mix_ik q_k) + o_i, W_k LN(v_p)> / sqrt(w) )
 
-The choice is hard, so the words' gradient never reaches A. It learns from the base's own gaze in the warm-up, and from
-rewards in stage I, where a sampled choice is an action.
+The choice is hard, so the gradient of the text never reaches A. It learns from the base's own gaze in the warm-up, and
+from rewards in stage I, where a sampled choice is an action.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class BlockChoice(nn.Module):
 def sampled_blocks(scores: Tensor, generator: torch.Generator | None) -> Tensor:
     """Samples a block for each vector from `scores` [N, P], by Gumbel-max: [N].
 
-    Scores that are not finite give some block and never an error.
+    Scores that are not finite give an arbitrary block, never an error.
     """
     device = scores.device if generator is None else generator.device
     uniform = torch.rand(scores.shape, generator=generator, device=device).clamp(1e-12, 1 - 1e-7)

@@ -13,7 +13,7 @@ from vismem.memory.adapter import Adapter
 class LongTermFormer(nn.Module):
     """`M = F([X, Q, M_init])[-N_l:]`, with X the current segment's token embeddings, causal, positions from 0.
 
-    The vectors leave at the RMS of the base's token embeddings times a learned gain, kept as its logarithm.
+    The vectors are scaled to the RMS of the base's token embeddings times a learned gain, stored as its logarithm.
     """
 
     table_rms: Tensor

@@ -16,7 +16,7 @@ from vismem.backbones import Backbone
 def attention_weights(backbone: Backbone, receive: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Runs the language model with eager attention and passes on each layer's weights as it computes them.
 
-    Only the tokens that are read are computed: with a cached prefix, those after it.
+    The weights cover the tokens read: with a cached prefix, those after it.
 
     Args:
         backbone: of the base.

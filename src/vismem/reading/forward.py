@@ -30,16 +30,16 @@ States = list[list[Tensor]]  # for each row and invocation the observed states [
 
 @dataclass
 class Located:
-    """A batch of finished answers, and what stands where in it.
+    """A batch of finished answers, and where its parts are.
 
     Args:
         sites: for each row its invocations.
-        embeds: [B, L, d], input embeddings; image places not yet filled.
+        embeds: [B, L, d], input embeddings; image placeholders not yet filled.
         visual: for each prompt its visual states [y, d].
         images: for each prompt its images.
         shown: bool [B, L], the places of visual tokens.
         copies: consecutive rows that share a prompt.
-        patches: for each prompt that is looked at, its images as the short former encoded them.
+        patches: for each prompt with a short-term invocation, its images as the short former encoded them.
     """
 
     sites: list[list[InvocationSite]]
@@ -81,20 +81,20 @@ def locate(
         inputs: the processor's other tensors, those of images once per prompt.
 
     Raises:
-        ValueError: if the images do not fill the prompts' image places.
+        ValueError: if the images do not fill the prompts' image placeholders.
     """
     backbone, vision = model.backbone, model.backbone.vision_inputs(inputs)
     images = backbone.images(**vision)
     shown = input_ids == backbone.image_token_id
     in_answer = torch.arange(input_ids.shape[1]) >= torch.tensor(starts)[:, None]
-    written = shown & in_answer.to(shown.device)  # image tokens that an answer wrote are only words
+    written = shown & in_answer.to(shown.device)  # image tokens written in an answer are plain text
     if copies == 1 and shown.sum() == sum(image.tokens for image in images):
         written = torch.zeros_like(shown)  # later turns show images too
     prompt_places = (shown & ~written)[::copies]
     with torch.no_grad():
         features = backbone.image_features(**vision) if vision else None
     embeds = model.tokens.embed(input_ids)
-    if written.any():  # the base finds image places by their embedding
+    if written.any():  # the base finds image placeholders by their embedding
         embeds = torch.where(written[..., None], embeds * (1 + 2 * torch.finfo(embeds.dtype).eps), embeds)
     located = Located(
         sites=find_invocations(input_ids, starts, model.tokens.invocation_ids, model.tokens.end_ids),
@@ -114,7 +114,7 @@ def locate(
         {name: inputs[name] for name in backbone.token_inputs if inputs.get(name) is not None},
         checkpointing=model.checkpointing,
     )
-    # What stands before the first invocation of all rows depends on nothing that is trained here.
+    # What precedes the first invocation of any row depends on nothing that is trained here.
     first = starts[0] if copies > 1 else min((site.index for row in located.sites for site in row), default=0)
     if copies > 1 or not (shown & ~written)[:, first:].any():
         reader.read_prefix(first)
@@ -126,7 +126,7 @@ def observe(
 ) -> States:
     """Recomputes the observed states of every invocation, without gradient.
 
-    One pass for each invocation of the fullest row, with the memories of all earlier ones in place.
+    As many passes as the row with the most has invocations, each with all earlier memories in place.
     """
     states: States = [[] for _ in located.sites]
     with torch.no_grad():

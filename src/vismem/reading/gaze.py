@@ -1,11 +1,11 @@
-"""Where the frozen base itself looks: the teacher of the choice of `memory_init="attended"` (`memory/choice.py`).
+"""Where the frozen base itself looks: what teaches the choice of `memory_init="attended"` (`memory/choice.py`).
 
 The base reads a reference reply, without gradient and without memory. What its words attend to in the image, up to the
-next look, is what the memory there should contain, so the choice is trained by cross-entropy with it. No annotation is
-needed beyond the reply.
+next short-term invocation, is what the memory there should contain, so the choice is trained by cross-entropy with it.
+No annotation is needed beyond the reply.
 
-A base whose layers all attend within a window may not reach the image from the reply. It is shown the image's visual
-states again, where the memory will stand.
+A base whose layers all attend within a window may not reach the image from the reply. It is then shown the image's
+visual states again, where the memory will stand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vismem.model import VisMem
     from vismem.reading.forward import Choices, Located
 
-SHARE = 0.5  # of the largest weight: blocks with at least this share of it are taught
+SHARE = 0.5  # blocks with at least this share of the largest weight are targets
 
 
 def full_layers(config: Any) -> set[int]:
@@ -47,8 +47,8 @@ def gaze_targets(model: VisMem, located: Located, reader: Reader, words: Tensor)
         words: bool [B, L], the reply's words.
 
     Returns:
-        For each row and invocation float32 [P], uniform over the blocks that were looked at most and at most N_s of
-        them; None for long-term memory, and where no word follows.
+        For each row and invocation float32 [P], uniform over the most attended blocks, at most N_s of them; None for
+        long-term memory, and where no word follows.
     """
     layers = full_layers(model.base.config.get_text_config())
     shown_again = not layers
@@ -135,7 +135,7 @@ def gaze_loss(choice: Choice, target: Tensor) -> Tensor:
 
 
 def gaze_losses(choices: Choices, targets: list[list[Tensor | None]]) -> Tensor:
-    """Each row's mean `gaze_loss` over its looks that have a target: [B], 0 for a row without one."""
+    """Each row's mean `gaze_loss` over its invocations that have a target: [B], 0 for a row without one."""
     rows = []
     for chosen, wanted in zip(choices, targets, strict=True):
         losses = [

@@ -129,7 +129,7 @@ class Reader:
 
     Args:
         backbone: of the base model.
-        embeds: input embeddings [B, L, d], image places not yet filled.
+        embeds: input embeddings [B, L, d], image placeholders not yet filled.
         mask: attention mask [B, L].
         positions: position ids [..., B, L].
         features: what `Backbone.image_features` returned, or None.
@@ -165,7 +165,7 @@ class Reader:
         """Reads the first `length` tokens once; every later read continues from there.
 
         Without gradient, unless the base itself is trained (a baseline's adapter). These tokens must contain all image
-        places and no memory; with `copies` they must be those of the shared prompt alone.
+        placeholders and no memory; with `copies` they must be those of the shared prompt alone.
         """
         if length < 1:
             return
@@ -215,7 +215,7 @@ def join(layer: Any, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[
 def recomputed(base: nn.Module) -> Iterator[None]:
     """Makes the base's layers recompute their activations in the backward pass, in evaluation mode.
 
-    transformers asks for training mode, which is set on the layers themselves and nothing inside them. They may keep
+    transformers requires training mode, set here on the layers themselves and nothing inside them. They may keep
     the cache, which is only read here.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import

@@ -66,12 +66,12 @@ class MemoryTrainingArguments(TrainingArguments):
             (warm-up and stage I).
         injection_places: `"delimiter"`, `"anywhere"`, or `"delimiter-then-anywhere"`: delimiters in the first half. In
             stage I also `"named"`: where the row's `completion` has invocations, else at delimiters.
-        injection_schedules: different schedules of invocations among a prompt's trajectories, which are then compared
-            with those of the same schedule alone; 0 for a schedule of its own for each, all compared (stage I).
-        redraws: times that a prompt whose trajectories all earned the same is decoded again, with other seeds.
+        injection_schedules: number of invocation schedules per prompt; a trajectory is compared only with those of the
+            same schedule. 0 gives each trajectory its own schedule and compares all (stage I).
+        redraws: how often to decode a prompt again, with other seeds, while all its trajectories earn the same.
         replace_rate: probability that an injected invocation replaces the delimiter before it, as a sampled one does
             (warm-up).
-        gaze_coef: weight of the frozen base's own gaze, which teaches the choice of `memory_init="attended"` (warm-up).
+        gaze_coef: weight of the loss that teaches the choice of `memory_init="attended"` the base's gaze (warm-up).
         choice_coef: weight of the sampled choices in stage I's objective.
         end_rate: learning rate of the end tokens' embeddings, relative to the invocation tokens' (stage II).
         micro_batch: trajectories per forward and backward; 0 for all at once. Must divide `group_size` or be a

@@ -79,13 +79,13 @@ class CheckpointingTrainer(Trainer):
         """Trains; leaves the model in evaluation mode, with this stage in its `history`.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of `output_dir`, if there
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest intact one in `output_dir`, if there
                 is one.
             *args, **kwargs: as in transformers.
 
         Raises:
             ValueError: if this trainer has trained before, or `output_dir` holds a run and none is resumed.
-            FolderInUseError: if another run writes into `output_dir`.
+            FolderInUseError: if another run writes to `output_dir`.
             DiskFullError: if there is no room; names the newest checkpoint.
             DamagedCheckpointError: if a file of the checkpoint is damaged.
         """
@@ -99,7 +99,7 @@ class CheckpointingTrainer(Trainer):
             if resume_from_checkpoint:
                 verify(Path(resume_from_checkpoint))
                 step = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE)).global_step
-            self.accelerator.wait_for_everyone()  # before anything is written that others look for
+            self.accelerator.wait_for_everyone()  # before writing anything that others look for
             if main:
                 if resume_from_checkpoint:
                     drop_newer(folder, step)
@@ -316,7 +316,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """A run's newest intact checkpoint, or None if it has no checkpoint; warns of the damaged ones that it skips.
+    """A run's newest intact checkpoint, or None if it has no checkpoint; warns about damaged ones it skips.
 
     Raises:
         DamagedCheckpointError: if there are checkpoints and all of them are damaged.

@@ -36,7 +36,7 @@ class Experience:
         rollouts: B * G, those of one prompt adjacent.
         advantages: float [B * G].
         trained: bool [B], False for prompts that are already solved.
-        old, reference: what the policy at the first update, and the reference, give by micro-batch.
+        old, reference: replays by the policy of the first update and by the reference, by micro-batch.
     """
 
     rows: list[Row]
@@ -152,7 +152,7 @@ class Collector:
         return rollouts, self.score(rows, rollouts, state), seeds
 
     def policy(self, places: Any, rows: list[Row], seeds: list[int]) -> str | Policy:
-        """The policy of this stage's rollouts: by chance in stage I, the model in stage II, or nobody."""
+        """The policy of this stage's rollouts: chance invokes in stage I, the model in stage II, or nobody."""
         args, group = self.args, self.args.group_size
         if args.plan.invokes == "model":
             return "learned"

@@ -1,7 +1,7 @@
 """Group-relative policy optimisation as pure functions on tensors (Eq. 12-15); they know no model and no stage.
 
 A trajectory is a row of T tokens with a mask: True where the policy sampled the token. Everything that was inserted
-(end tokens, forced invocations, padding) is False there and counts nowhere.
+(end tokens, forced invocations, padding) is False there and never counts.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def grpo_loss(
         weights: [n, T] of the surrogate, see `importance_weights`; None for 1.
 
     Returns:
-        Losses [n], of which the mean is to be minimised, and without gradient by trajectory: `kl` [n] and
+        Losses [n], whose mean is to be minimised; and, without gradient, each trajectory's `kl` [n] and
         `clip_share` [n].
     """
     objective, clipped = clipped_surrogate(log_probs, old_log_probs, advantages, clip_ratio)

@@ -26,11 +26,11 @@ BINS = 5  # of the histogram of where in an answer memory is invoked
 PATIENCE = 10  # updates in a row without a signal before a warning
 PAGE = "docs/training.md"
 REASONS = {  # by signal, what its absence means
-    "spread": "there was nothing to learn from: in every group all answers earned the same. Take prompts that the base "
-    "gets right sometimes, more trajectories (group_size) or a finer reward",
+    "spread": "there was nothing to learn from: in every group all answers earned the same. Use prompts that the base "
+    "sometimes gets right, more trajectories (group_size) or a finer reward",
     "invocations": "memory was never invoked. Check injection_rate, injection_places and memory.delimiters in stage I, "
     "and that stage II starts from a memory that was trained (checkpoint)",
-    "gradient": "there was no gradient: no reply invokes memory. Check the replies' marks, injection_rate and "
+    "gradient": "there was no gradient: no reply invokes memory. Check the replies' tokens, injection_rate and "
     "memory.delimiters",
 }
 
@@ -96,7 +96,7 @@ class Metrics:
 
 
 class Samples:
-    """`completions.jsonl` of a run: some completions with their memory marks, their rewards and the baseline's."""
+    """`completions.jsonl` of a run: some completions with their memory tokens, their rewards and the baseline's."""
 
     def __init__(self, folder: str | Path) -> None:
         self.file = Path(folder) / "completions.jsonl"

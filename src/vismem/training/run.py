@@ -50,7 +50,7 @@ def train(stage: str, layers: list[dict[str, Any]], *, resume: bool = False) -> 
         ValueError: for invalid settings, rewards or data (with `"all"`, before the first stage starts), or if an
             output folder holds another run and `resume` is false.
         FolderInUseError: if another run writes to the output folder.
-        Interrupted: at Ctrl-C; says where `resume` would continue.
+        Interrupted: on Ctrl-C; says where `resume` would continue.
     """
     if stage != "all":
         return run_stage(arguments_for(stage, layers), {}, resume=resume)

@@ -37,7 +37,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gathered(learner: nn.Module, scalars: set[Parameter]) -> Iterator[None]:
-    """Replaces sharded parameters by whole tensors, as `state_dict` returns shards even inside `whole`."""
+    """Replaces sharded parameters with whole tensors, as `state_dict` returns shards even inside `whole`."""
     places = [(module, name, p) for module in learner.modules() for name, p in module.named_parameters(recurse=False)]
     sharded: list[tuple[nn.Module, str, Any]] = [each for each in places if hasattr(each[2], "full_tensor")]
     try:

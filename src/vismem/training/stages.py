@@ -21,7 +21,7 @@ class Plan:
     Args:
         trains: parts of the memory, as `VisMem.parameters_of` names them, or `("adapter",)`.
         objective: cross-entropy of the reference replies, or GRPO on trajectories.
-        invokes: who invokes memory: the reference reply (or at random if it does not), chance, the model, nobody.
+        invokes: who invokes memory: the reference reply (or chance if it does not), chance, the model, or nobody.
     """
 
     trains: tuple[str, ...]

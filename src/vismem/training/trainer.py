@@ -239,7 +239,7 @@ class MemoryTrainer(CheckpointingTrainer):
     def micro_batches(self, experience: Experience) -> list[list[int]]:
         """Indices of the rollouts of each forward and backward pass, without those of solved prompts.
 
-        There is at least one, and if processes gather shards the same number on each; those at the end may be empty.
+        There is at least one. If processes gather shards, each has the same number, and the last may be empty.
         """
         group = self.args.group_size
         index = [p * group + copy for p, wanted in enumerate(experience.trained) if wanted for copy in range(group)]
@@ -263,10 +263,10 @@ class MemoryTrainer(CheckpointingTrainer):
     def losses(
         self, replayed: Replayed, sampled: Tensor, experience: Experience, number: int, index: list[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `grpo.grpo_loss` gives for a micro-batch: its number, and the indices of its rollouts.
+        """`grpo.grpo_loss` of micro-batch `number`, whose rollouts are at `index`.
 
         Sampled blocks of short memories are actions too, with a surrogate and a divergence of their own: `choice_coef`
-        times their sum over the N_s vectors of a look, averaged over a trajectory's looks.
+        times their sum over an invocation's N_s vectors, averaged over a trajectory's invocations.
         """
         args, rollouts = self.args, [experience.rollouts[i] for i in index]
         log_probs, sampled = replayed.log_probs, sampled.to(replayed.log_probs.device)

@@ -47,7 +47,7 @@ def per_row(
         for column in columns:
             if column not in given:
                 raise ValueError(
-                    f"the reward {name!r} needs a column {column!r}; there are {', '.join(given) or 'none'}"
+                    f"the reward {name!r} needs a column {column!r}; the columns are {', '.join(given) or 'none'}"
                 )
         if "references" in given and "answer" in given:
             given["answer"] = given["references"]
@@ -144,7 +144,7 @@ def numeric(relative: float = 1e-6, absolute: float = 1e-9) -> RewardFunction:
 
 
 def _read_number(text: str, *, marked: bool) -> ParsedNumber | None:
-    """The number in an answer that counts."""
+    """The number that counts in an answer."""
     parts = re.split(EQUALS, text)
     ending = parts[-1]
     if marked:

@@ -118,7 +118,7 @@ class Rewards:
 
 
 def _start(function: Callable[..., Any], given: Mapping[str, Any]) -> Future[Any]:
-    """Calls a reward function; a coroutine goes on in the background while others are called."""
+    """Calls a reward function; a coroutine runs on in the background while others are called."""
     future: Future[Any] = Future()
     try:
         value = function(**_accepted(function, given))
@@ -253,7 +253,9 @@ def _load(one: Any) -> Reward:
 
 def _built_in(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     if name not in BUILT_IN:
-        raise SettingsError(f"no reward {name!r}; there are {', '.join(BUILT_IN)}, and import paths 'module:function'")
+        raise SettingsError(
+            f"no reward {name!r}; choose from {', '.join(BUILT_IN)}, or give an import path 'module:function'"
+        )
     known = list(inspect.signature(BUILT_IN[name]).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:
