@@ -35,9 +35,9 @@ class VisMemConfig:
         lora_r, lora_alpha, lora_dropout: rank, scale and dropout of both formers' LoRA adapters (query and value
             projections, Tab. 4).
         memory_init: `"pooled"` starts short memory from pooled patches and long memory from the mean token
-            embedding, each plus a learned offset. `"attended"` starts each short memory vector from one block of
-            patches that the query chooses, plus an offset, and long memory from learned constants; the choice must be
-            trained. `"learned"` uses learned constants alone, the literal Eq. 6.
+            embedding, each plus a learned offset. `"attended"` differs in short memory: each vector starts from one
+            block of patches that the query chooses; the choice must be trained. `"learned"` uses learned constants
+            alone, the literal Eq. 6.
         content: `"formed"`, or `"soft"`, a baseline: the same number of vectors at the same positions, but learned
             constants. Builder, LoRA and `memory_init` are then unused.
         max_invocations: maximum number of invocations in one answer, sampled or random; forced ones are not limited.

@@ -209,3 +209,17 @@ def test_a_choice_names_image_row_and_column():
     choice = Choice(torch.zeros(3, 10), torch.tensor([0, 5, 9]), [(2, 3), (2, 2)])
     assert choice.places == [(0, 0, 0), (0, 1, 2), (1, 1, 1)]
     assert torch.allclose(choice.log_probs, torch.full((3,), -torch.tensor(10.0).log()))
+
+
+def test_long_memory_starts_as_it_does_with_pooled_patches(family):
+    """Only short memory chooses: with the same seed, long memories are equal."""
+    inits = ("pooled", "attended", "learned")
+    models = [tiny.equip(family, memory_init=init) for init in inits]
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.memory.long.adapter.parameters():
+                parameter.zero_()
+            model.memory.long.memory_init.zero_()
+            model.memory.long.log_gain.zero_()
+        pooled, attended, learned = (model.memory.long(torch.ones(1, 4, 48), [torch.ones(3, 48)]) for model in models)
+    assert torch.allclose(pooled, attended) and not torch.allclose(pooled, learned, atol=1e-3)

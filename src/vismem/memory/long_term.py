@@ -21,13 +21,13 @@ class LongTermFormer(nn.Module):
 
     def __init__(self, backbone: Backbone, config: VisMemConfig) -> None:
         super().__init__()
-        self.backbone, self.pooled = backbone, config.memory_init == "pooled"
+        self.backbone, self.constant = backbone, config.memory_init == "learned"
         table, scale = backbone.embeddings.weight.detach().float(), backbone.embedding_scale
         self.register_buffer("table_rms", table.pow(2).mean().sqrt() * scale, persistent=False)
         self.register_buffer("table_mean", table.mean(0) * scale, persistent=False)
         start = torch.zeros(config.long_length, backbone.hidden_size)
         # An offset from the mean token embedding, or the whole of M_init.
-        self.memory_init = nn.Parameter(start if self.pooled else self.table_rms.to(start) * torch.randn_like(start))
+        self.memory_init = nn.Parameter(self.table_rms.to(start) * torch.randn_like(start) if self.constant else start)
         self.log_gain = nn.Parameter(torch.zeros(()))
         self.adapter = Adapter(
             backbone.language_model, backbone.language_targets, config.lora_r, config.lora_alpha, config.lora_dropout
@@ -43,7 +43,7 @@ class LongTermFormer(nn.Module):
         Returns:
             [n, N_l, d], at the embedding table's scale.
         """
-        start = self.memory_init + self.table_mean if self.pooled else self.memory_init
+        start = self.memory_init if self.constant else self.memory_init + self.table_mean
         rows = [torch.cat([x.to(query), q, start.to(query)]) for x, q in zip(segments, query, strict=True)]
         longest = max(len(row) for row in rows)
         padding = torch.tensor([longest - len(row) for row in rows], device=query.device)
