@@ -80,7 +80,7 @@ def test_a_vector_starts_from_all_patches_of_its_block(family):
 
 @torch.no_grad()
 def test_the_choice_is_the_likeliest_block_of_the_formula(family):
-    """A = s <W_i LN(mix_i Q) + o_i, W_k LN(v_p)> / sqrt(w), written out again."""
+    """A = s <W_i LN(mix_i Q) + o_i, W_v LN(v_p)> / sqrt(w), written out again."""
     model = attended(family)
     batch = tiny.mixed_batch(model.processor)
     seen, choice = observations(model, batch), model.memory.short.choice

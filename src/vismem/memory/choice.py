@@ -3,7 +3,7 @@
 Eq. 6 starts every memory from the same M_init. Here vector i starts from the patches of one projector block instead
 (m x m patches, what the base sees as one visual token), chosen by the query among all blocks of the row's images:
 
-    A_i = softmax_p( s <W_i LN(sum_k mix_ik q_k) + o_i, W_k LN(v_p)> / sqrt(w) )
+    A_i = softmax_p( s <W_i LN(sum_k mix_ik q_k) + o_i, W_v LN(v_p)> / sqrt(w) )
 
 The choice is hard, so the gradient of the text never reaches A. It learns from the base's own gaze in the warm-up, and
 from rewards in stage I, where a sampled choice is an action.
