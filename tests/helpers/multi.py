@@ -55,7 +55,7 @@ def main(folder: Path, plan: dict) -> None:
 
     experience.write = kept
     try:
-        record(folder, plan, stage, family, rows, resume, rank, written)
+        record(folder, plan, stage, family, rows, resume, rank, written, plan.pop("memory_init", "pooled"))
     finally:
         experience.write = write
 
@@ -66,10 +66,10 @@ def with_bad_rows(rows: list[Row], bad: Sequence[int]) -> list[Row]:
     return [replace(row, images=[tall]) if index in bad else row for index, row in enumerate(rows)]
 
 
-def record(folder, plan, stage, family, rows, resume, rank, written) -> None:
+def record(folder, plan, stage, family, rows, resume, rank, written, memory_init) -> None:
     """Trains, and writes down the memory and what the processes are to be compared by."""
     torch.manual_seed(7)
-    model = training_runs.equip(family, lora_dropout=0.0)
+    model = training_runs.equip(family, lora_dropout=0.0, memory_init=memory_init)
     base = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
     args = training_runs.settings(folder / "run", stage, **plan)
     done = training_runs.train(model, args, rows, resume=resume)

@@ -108,6 +108,7 @@ def test_two_processes_train_as_one(stage, family, target, tmp_path):
 def test_two_processes_stay_in_step_over_bad_rows(tmp_path):
     """Each replaces the bad rows that it meets: one in the first process' share, then one in the second's."""
     plan = {**PLAN, "rows": 8, "stage": "stage1", "family": "qwen2_5_vl", "max_steps": 2, "bad": [1, 6]}
+    plan["memory_init"] = "attended"  # looks are sampled, too
     plan["train_sampling_strategy"] = "sequential"
     single = alone(tmp_path / "one", {**plan, "per_device_train_batch_size": 4})
     both = launch(torchrun, tmp_path / "two", {**plan, "per_device_train_batch_size": 2})
@@ -118,8 +119,9 @@ def test_two_processes_stay_in_step_over_bad_rows(tmp_path):
 
 
 def test_two_processes_go_on(tmp_path):
-    """From a checkpoint in the middle of the second epoch."""
+    """From a checkpoint in the middle of the second epoch, with sampled looks."""
     plan = {**PLAN, "stage": "stage1", "family": "idefics3", "per_device_train_batch_size": 2, "max_steps": 4}
+    plan["memory_init"] = "attended"
     plan |= {"optim": "adamw_torch", "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 3}
     whole = launch(torchrun, tmp_path / "whole", plan)
     saved = tmp_path / "whole" / "run" / "checkpoint-3"
@@ -131,6 +133,7 @@ def test_two_processes_go_on(tmp_path):
 def test_sharded_training(tmp_path):
     """FSDP2 as in `configs/fsdp2.yaml`: the same memory as one process makes, and checkpoints."""
     plan = {**PLAN, "stage": "stage1", "family": "idefics3", "max_steps": 2, "micro_batch": 2}
+    plan["memory_init"] = "attended"
     plan |= {"save_strategy": "steps", "save_steps": 1}
     options = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
     environment = {name.upper(): str(value).lower() for name, value in options.items()}
