@@ -160,7 +160,7 @@ def test_invalid_settings_show_the_same_notice(visit, capfd):
     seed.fill("-3")
     seed.blur()
     ask(page, "Hello.")
-    expect(page.locator(".ui-notice")).to_contain_text("The seed must be a whole number of 0 or more, not -3.")
+    expect(page.locator(".ui-notice")).to_contain_text("The seed must be a whole number, 0 or more, not -3.")
     page.get_by_label("Random", exact=True).check()
     dots = page.locator("#ui-random input[type=radio]")
     expect(dots).to_have_count(2)

@@ -216,7 +216,7 @@ def test_settings_from_the_switches():
         with pytest.raises(ChatError, match="each need a value"):
             settings_of(False, "random", "", rate, where, 0, 0, 64)
     for number in (1.5, float("inf"), float("nan")):
-        with pytest.raises(ChatError, match=f"seed must be a whole number of 0 or more, not {number:g}"):
+        with pytest.raises(ChatError, match=f"seed must be a whole number, 0 or more, not {number:g}"):
             settings_of(False, "learned", "", 0.25, "anywhere", 0, number, 64)
     with pytest.raises(ChatError, match=r"3,500 characters; the limit is 2,000"):
         settings_of(False, "schedule", "long@0," * 500, *rest)

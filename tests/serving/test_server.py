@@ -153,7 +153,7 @@ def test_the_length_of_schedules_is_limited(client):
     for count, ends in ((64, False), (65, True)):
         plan = {"vismem": {"invocation": ",".join(["long@900"] * count)}}
         if ends:
-            with pytest.raises(openai.BadRequestError, match="may have 64 invocations, not 65"):
+            with pytest.raises(openai.BadRequestError, match="may have at most 64 invocations, not 65"):
                 ask(client, user("Hello."), max_tokens=2, extra_body=plan)
         else:
             assert ask(client, user("Hello."), max_tokens=2, extra_body=plan).choices
