@@ -1,4 +1,4 @@
-"""What is said of each family is true of transformers' own classes: patches, keys and values, projection, order."""
+"""Each backbone matches transformers' own classes: patches, keys and values, projection, order."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_memory_tokens_start_as_the_delimiter_is_read_and_written(family, dtype)
 
 
 def test_memory_stands_at_the_scale_of_words(family):
-    """Long memory leaves at the RMS of the words as the language model reads them; so do untrained queries start."""
+    """Long memory has the RMS of the words as the language model reads them; so have untrained queries."""
     model = tiny.equip(family)
     words = model.base.get_input_embeddings()(torch.arange(model.tokens.base_vocabulary)).float()
     rms = float(words.pow(2).mean().sqrt())
@@ -295,7 +295,7 @@ def test_gemma3_image_tokens_look_both_ways_in_training():
 
 
 def test_gemma3_slots_keep_to_the_window():
-    """Keys and values laid out once: windows and full layers, memory in between, the same answers."""
+    """With preallocated keys and values, windowed and full layers give the same answers with memory in between."""
     model = tiny.equip("gemma3")
     settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     settings["invocation"] = vismem.invocation.Forced([(0, 2, "short"), (1, 9, "long"), (1, 20, "short")])
@@ -385,7 +385,7 @@ def test_llava_onevision1_5_refuses_a_video():
 
 
 def test_llava_onevision1_5_refuses_a_tower_without_its_frequencies():
-    """What loading the code as it was written for transformers 4 gives: memory as it was allocated."""
+    """Loading the code as written for transformers 4 leaves them uninitialised."""
     base = tiny.FAMILIES["llavaonevision1_5"].build()
     base.model.visual.rotary_pos_emb.inv_freq.fill_(1e-16)
     with pytest.raises(ValueError, match="inv_freq starts with 1e-16, not 1") as error:
@@ -397,7 +397,7 @@ def test_llava_onevision1_5_refuses_a_tower_without_its_frequencies():
 
 
 def test_the_guides_example_is_true(monkeypatch):
-    """The family that docs/extend.md writes down passes the checks that it names."""
+    """The family that docs/extend.md defines passes the checks that it names."""
     guide = (Path(__file__).parents[2] / "docs" / "extend.md").read_text(encoding="utf-8")
     written: dict = {}
     exec(guide.split("```python\n")[1].split("```")[0], written)

@@ -1,4 +1,4 @@
-"""What LLaVA's families have of their own: the layer that features come from, class tokens, tiles and padding."""
+"""What is specific to LLaVA's families: the layer that features come from, class tokens, tiles and padding."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def house(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_house(house, monkeypatch):
-    """Short relative names, and no colour settings of the developer's own."""
+    """Short relative names, and none of the developer's colour settings."""
     monkeypatch.chdir(house)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -525,7 +525,7 @@ def test_commands_that_need_a_source_checkout(run_whole, monkeypatch, tmp_path):
 
 
 def test_the_default_is_the_pocket_model_with_its_memory(run_whole, house, monkeypatch):
-    """Tiny stand-ins in the pocket's place: with the memory there it is used, without it an untrained one."""
+    """Tiny stand-ins for the pocket: its memory is used if it is there, otherwise an untrained one."""
     monkeypatch.setattr(loading, "BASE_PATH", house / "base")
     monkeypatch.setattr(loading, "MEMORY_PATH", house / "memory")
     code, out, err = run_whole("info", "--json")

@@ -176,7 +176,7 @@ def test_patches_have_the_bytes_that_were_estimated(family):
 
 
 def test_a_frozen_layer_keeps_what_was_estimated():
-    """Bytes saved for the backward pass through a language model, weights apart; attention keeps a little beside."""
+    """Bytes that a language model saves for the backward pass, without weights; attention saves slightly more."""
     config = Qwen3Config(
         hidden_size=128,
         intermediate_size=320,

@@ -1,4 +1,4 @@
-"""The one way in for pictures: every mode, transparency, high bits, turns, and what paths may name."""
+"""`open_image`, through which all pictures come: modes, transparency, bit depth, rotation, and valid paths."""
 
 from __future__ import annotations
 

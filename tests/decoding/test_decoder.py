@@ -25,7 +25,7 @@ def run(model, batch, policy="learned", **kwargs):
 
 
 def words(model, batch, out, row=0):
-    """A row's new tokens without those that were put in."""
+    """A row's new tokens without the inserted ones."""
     new = out.sequences[row, batch["input_ids"].shape[1] :].tolist()
     put_in = {
         p for i in out.invocations[row] for p in ((i.position, i.position + 1) if i.forced else (i.position + 1,))
@@ -331,7 +331,7 @@ def test_public_names():
 
 
 def test_a_schedule_draws_as_the_base_until_it_is_put_in(model):
-    """Sampling with a schedule draws from the base's own width, so the same seed gives the same tokens before it."""
+    """With a schedule, sampling uses the base's vocabulary, so the same seed gives the same tokens before it."""
     batch = tiny.mixed_batch(model.processor)
     settings = {"max_new_tokens": 12, "do_sample": True, "eos_token_id": None}
     torch.manual_seed(3)

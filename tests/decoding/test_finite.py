@@ -72,7 +72,7 @@ def same_but_for(found: dict, expected: dict, bad) -> None:
 
 
 def test_a_poisoned_picture_fails_alone(family):
-    """Sampling is one for all families, so each takes one way of it; two unlike ones take all."""
+    """Sampling is shared by all families, so each tests one way of it; two different ones test all."""
     model = tempting(family)
     inputs = visible(model, 7)
     turn = list(tiny.FAMILIES).index(family) % 3
@@ -89,7 +89,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def lasting():
-    """A model that is left as it is, and so compiles its slots once."""
+    """A model that no test changes, so it compiles its slots once."""
     return tempting("qwen2_5_vl")
 
 

@@ -1,4 +1,4 @@
-"""The queue of requests: what a row writes does not depend on when it enters, or on who is beside it."""
+"""The queue of requests: what a row writes does not depend on when it enters, or on what is beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERY_FAMILY = True
 
 
 def test_answers_are_those_of_a_row_alone(family):
-    """Sampling is one for all families, so each takes one way of it; two unlike ones take all."""
+    """Sampling is shared by all families, so each tests one way of it; two different ones test all."""
     model = tempting(family, pull=12)
     inputs = prompts(model, 6)
     end = model.generation_config.eos_token_id
@@ -170,7 +170,7 @@ def test_refusals(model):
 
 
 def test_finished_answers_hold_on_to_no_image(model):
-    """What a prompt showed goes with its last row, so a long evaluation does not fill the memory."""
+    """A prompt's images are freed with its last row, so a long evaluation does not fill the memory."""
     sights = []
     made = decoder.PromptImages.__init__
 
@@ -218,7 +218,7 @@ def test_one_policy_object_serves_many_requests(model, policy):
 
 
 def test_every_request_keeps_its_own_criteria(model):
-    """Rows that are drawn together need not end together."""
+    """Rows that are sampled together need not end together."""
 
     class After(StoppingCriteria):
         def __init__(self, count):
@@ -252,7 +252,7 @@ class Fails(LogitsProcessor):
 @pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
 def test_an_error_in_the_middle_of_a_step(model, error, ahead, monkeypatch):
-    """What was being written ends with it, what waits is written later."""
+    """Running answers end with it, waiting ones are written later."""
     if ahead:
         monkeypatch.setattr(cache, "AHEAD", {"cpu"})
     one, two, three = prompts(model, 3)
@@ -273,7 +273,7 @@ def test_an_error_in_the_middle_of_a_step(model, error, ahead, monkeypatch):
 
 
 def test_an_error_while_a_prompt_is_read(model, monkeypatch):
-    """Whatever it is, it ends that request alone; those that are being written do not notice."""
+    """Whatever it is, it ends only that request; running ones go on."""
     one, two = prompts(model, 2)
     settings = {"max_new_tokens": 6, "eos_token_id": None}
     queue = RequestQueue(model, batch_size=2, **settings)
@@ -293,7 +293,7 @@ def test_an_error_while_a_prompt_is_read(model, monkeypatch):
 
 
 def test_an_error_while_rows_get_their_places(model, monkeypatch):
-    """Then none is whole any more; all end, and the queue goes on."""
+    """Then no row is intact; all end, and the queue goes on."""
     one, two = prompts(model, 2)
     queue = RequestQueue(model, batch_size=2, max_new_tokens=6)
     (answer,) = queue.submit(Request(one))
@@ -330,7 +330,7 @@ def test_a_stream_that_is_left_early_holds_nothing(model):
 
 
 def readings_of_prompts(monkeypatch) -> list[int]:
-    """How many prompts each reading of prompts has, noted from now on."""
+    """The number of prompts in each prefill, recorded from now on."""
     counts, read = [], decoder.Decoder.read_prompts
 
     def noted(self, call):
@@ -342,7 +342,7 @@ def readings_of_prompts(monkeypatch) -> list[int]:
 
 
 def test_waiting_requests_are_read_together(family, monkeypatch):
-    """As one padded batch, once it is known that nothing looks at the padding; every row keeps its own budget."""
+    """As one padded batch, once nothing is known to read the padding; every row keeps its own budget."""
     model = tempting(family)
     texts = ["look again!", "A red cup, a blue book.", "Describe the image: it is bright; look again!", "look"]
     inputs = [tiny.prompts(model.processor, [tiny.message(t, tiny.picture(i))]) for i, t in enumerate(texts)]
@@ -437,7 +437,7 @@ def test_compiled_slots_grow_once_for_a_longer_request(model):
 
 
 def test_many_requests_leave_nothing_behind(model):
-    """Tensors in memory do not become more with the number of answers."""
+    """The number of live tensors does not grow with the number of answers."""
     inputs, counts = prompts(model, 6), []
     answers = model.stream_batch((inputs[i % 6] for i in range(60)), batch_size=6, max_new_tokens=5, do_sample=True)
     for number, _ in enumerate(answers):
@@ -467,7 +467,7 @@ def test_a_request_goes_on_without_a_row_that_was_given_up(model):
 
 
 def test_what_a_token_was_thought_of(model):
-    """`top` gives log-probabilities before temperature and truncation, and leaves out what was put in."""
+    """`top` gives log-probabilities before temperature and truncation, and leaves out inserted tokens."""
     each = prompts(model, 2)[1]
     settings = {"do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 8, "eos_token_id": None}
     asked = [

@@ -596,7 +596,7 @@ def test_a_dry_run_checks_all_benchmarks_first(tmp_path, capfd, monkeypatch, sec
 
 
 def test_finished_answers_need_no_rewards_or_tasks(tmp_path, monkeypatch):
-    """With all answers there, rewards, policies and tasks are not asked for."""
+    """With all answers saved, rewards, policies and tasks are not needed."""
     values = {**SMALL, "output_dir": str(tmp_path), "methods": [{"name": "vanilla"}]}
     runs = Runs(settings_of({**values, "benchmarks": [{"name": "a", "data": "pocket:in_view", "limit": 2}]}))
     (benchmark,), (method,) = runs.settings.benchmarks, runs.settings.methods

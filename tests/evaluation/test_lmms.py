@@ -48,7 +48,7 @@ def questions():
 
 @pytest.fixture(scope="module")
 def folder(questions, tmp_path_factory):
-    """A folder of tasks, and a cache of data sets that is not the user's."""
+    """A folder of tasks, and a data set cache apart from the user's."""
     place = tmp_path_factory.mktemp("lmms")
     for name, found in questions.items():
         write_task(place / "tasks", name, found)
@@ -231,7 +231,7 @@ def test_an_unknown_task_raises(model, folder):
 
 
 def write_benchmark(repository: str, split: str, docs: list[dict]) -> None:
-    """A data set under the name that it has on the hub, in the working directory, where `datasets` looks first."""
+    """A data set under its hub name in the working directory, where `datasets` looks first."""
     place = Path(repository)
     place.mkdir(parents=True)
     Dataset.from_list(docs).to_parquet(str(place / f"{split}.parquet"))
@@ -262,7 +262,7 @@ def test_benchmarks_that_lmms_eval_has(model, folder, tmp_path, monkeypatch):
 
 
 def test_the_command_line_and_several_processes(folder, runs, tmp_path):
-    """The same answers and traces from lmms-eval's command line, in one process and shared among two."""
+    """The same answers and traces from lmms-eval's command line, in one process and split between two."""
     arguments = ["--model", "vismem", "--model_args", "invocation=learned,batch_size=8", "--tasks", ",".join(SUITES)]
     arguments += ["--include_path", str(folder), "--log_samples", "--output_path"]
     own_index()
@@ -298,7 +298,7 @@ def test_lmms_eval_finds_the_model():
 
 
 def test_lmms_eval_is_told_which_process_this_is(model, monkeypatch):
-    """It shares out the samples by these numbers."""
+    """It splits the samples by these numbers."""
     monkeypatch.setattr(plug_in, "Accelerator", lambda: SimpleNamespace(process_index=1, num_processes=3))
     lm = VisMemChat(model)
     assert (lm.rank, lm.world_size) == (1, 3)
@@ -338,7 +338,7 @@ def test_wrong_model_arguments(arguments, message):
 
 
 def test_model_arguments():
-    """What --model_args says goes before lmms-eval's own options, quotes are taken off, `auto` is a number."""
+    """--model_args overrides lmms-eval's own options, quotes are removed, and `auto` becomes a number."""
     lm = VisMemChat.create_from_arg_string(
         'base=pocket,batch_size=3,max_new_tokens=9,invocation="short@0,long@2",device=cpu', {"batch_size": "1"}
     )
@@ -389,7 +389,7 @@ def test_requests_with_different_keywords_in_one_batch(model, questions):
 
 
 def test_sampling_depends_on_seed_and_sample_alone(model, questions):
-    """Repeats of a sample differ; the same sample is drawn alike whatever runs beside it."""
+    """Repeats of a sample differ; the same sample is sampled alike whatever runs beside it."""
     row, plan = questions["own_pocket"][0], {"max_new_tokens": 12, "do_sample": True, "temperature": 4.0}
     lm, one = ask(model, shown(row), plan, batch_size=4)
     together = [result.text for result in lm.generate_until([one] * 3)]
@@ -402,7 +402,7 @@ def test_sampling_depends_on_seed_and_sample_alone(model, questions):
 
 
 def test_padding_is_not_answered(model, questions):
-    """What lmms-eval adds so that all processes have as many requests costs nothing."""
+    """Requests that lmms-eval adds so that all processes have equally many cost nothing."""
     lm, one = ask(model, shown(questions["own_pocket"][0]), {"max_new_tokens": 4})
     _, padding = ask(model, None)
     padding.metadata["__padding_only__"] = True

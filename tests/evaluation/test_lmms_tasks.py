@@ -32,7 +32,7 @@ ROBUSTNESS, MATH, TRUST = "BAAI/Multimodal-Robustness-Benchmark", "PeijieWang/MV
 
 
 class Scripted(lmms):
-    """Says what a function of words, number and task says; scores and metrics are lmms-eval's and the task's own."""
+    """Replies with a function of prompt, number and task; scores and metrics are lmms-eval's and the task's own."""
 
     is_simple = False
 
@@ -68,7 +68,7 @@ def evaluate_all(tasks: list[str], say, folder: Path | None = None) -> tuple[dic
 
 
 def evaluate(task: str, say, folder: Path | None = None) -> tuple[dict, list[str]]:
-    """The same of one task."""
+    """The same for one task."""
     metrics, shown = evaluate_all([task], lambda words, number, _: say(words, number), folder)
     return metrics[task], shown
 
@@ -90,7 +90,7 @@ def pocket():
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    """A working directory in which data sets lie under the names that they have on the hub."""
+    """A working directory that holds data sets under their hub names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
     from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
@@ -101,7 +101,7 @@ def house(tmp_path, monkeypatch):
 
 
 def derived(house: Path, task: str, **changes) -> Path:
-    """A folder with a task of its own that includes one of the package's."""
+    """A folder with a new task that includes one of the package's."""
     (given,) = tasks_folder().rglob(f"{task}.yaml")
     write(house / "own" / "mine.yaml", yaml.safe_dump({"include": str(given), "task": "mine", **changes}))
     return house / "own"
@@ -251,7 +251,7 @@ def test_a_marker_without_picture_raises(school):
 
 
 class Judge(BaseHTTPRequestHandler):
-    """An endpoint as OpenAI's: says 1 to what has the word "good" in it."""
+    """An endpoint like OpenAI's that replies 1 to any prompt with the word "good"."""
 
     asked: ClassVar[list[str]] = []
 
@@ -358,7 +358,7 @@ def trust(house):
 ADVANCED = ["causality", "code", "compare", "daily", "math", "spatial", "temporal", "traffic", "translate"]
 
 
-ROUNDS = [  # task: what is said to all its samples, and some metrics
+ROUNDS = [  # task: the reply to all its samples, and some metrics
     {
         "basic_object": ("[Yes]", {"score": 2 / 3, "precision": 2 / 3, "recall": 1.0, "f1": 0.8}),
         "advanced_math": ("No, because.", {"score": 1 / 3, "precision": 0.0, "recall": 0.0, "f1": 0.0}),
@@ -412,7 +412,7 @@ def test_multitrust_information_flow(trust):
 
 
 def test_all_multitrust_tasks_with_the_pocket_model(trust, pocket):
-    """The group runs through as it is shipped; its mean is that of its tasks."""
+    """The group runs as shipped; its mean is that of its tasks."""
     run = run_task(pocket, "vismem_multitrust", max_new_tokens=4, batch_size=8, limit=2)
     tasks = {record.columns["lmms_task"] for record in run.records}
     listed = yaml.safe_load(next(tasks_folder().rglob("vismem_multitrust.yaml")).read_text())["task"]
@@ -502,7 +502,7 @@ def test_a_missing_picture_is_named_with_its_sample(robustness, pocket):
 
 
 def test_every_shipped_task_loads_its_functions():
-    """Names are unlike lmms-eval's own, and every function is there."""
+    """Names differ from lmms-eval's own, and every function exists."""
     ours = TaskManager("ERROR", [str(tasks_folder())], include_defaults=False)
     assert len(ours.all_subtasks) == 1 + 3 + 27 and ours.all_groups == ["logicvista", "vismem_multitrust"]
     assert all(name.startswith("vismem_") for name in ours.all_tasks if name != "logicvista")

@@ -23,7 +23,7 @@ def whole():
 
 
 def wrapped(base, way: str):
-    """The base as people have it who did something else with it before."""
+    """The base as it is after something else was done with it."""
     if way == "peft":
         return peft.get_peft_model(base, peft.LoraConfig(**LORA))
     if way == "prompts":
@@ -123,7 +123,7 @@ def test_parameters_are_counted_as_transformers_and_peft_do(capsys):
 @pytest.mark.parametrize("memory_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", tiny.UNLIKE)
 def test_logits_of_the_four_tokens_are_float32(family, memory_dtype):
-    """A change of the rows that no bfloat16 logit shows moves the logits of decoding and of training alike."""
+    """A change of the rows too small for bfloat16 logits moves the logits of decoding and of training alike."""
     model = tiny.equip(family, torch.bfloat16)
     model.tokens.to(memory_dtype)
     states = 3 * torch.randn(5, model.backbone.hidden_size).bfloat16()

@@ -1,4 +1,4 @@
-"""Bases in 4 and 8 bits, and bases whose layers lie on disk: memory works on them, and leaves them as they are."""
+"""Bases in 4 and 8 bits, and bases with layers on disk: memory works on them and does not change them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_quantised_bases(folder, kind, tmp_path):
     again = vismem.VisMem.from_pretrained(tmp_path, base=base, processor=processor)
     assert torch.equal(again.generate(**batch, invocation=SCHEDULE, **settings).sequences, out.sequences)
     if kind == "bnb-4bit":
-        return  # once it has written on a CPU, bitsandbytes' 4-bit layers pass no gradient on
+        return  # after generating on a CPU, bitsandbytes' 4-bit layers pass no gradient on
     labels = out.sequences.clone()
     labels[:, : batch["input_ids"].shape[1]] = -100
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}

@@ -40,7 +40,7 @@ def bases(decode):
 
 @pytest.fixture(scope="module")
 def write(train):
-    """How all benchmarks write; `common` is found once one of them is loaded."""
+    """The benchmarks' shared `write`; `common` can be imported once one of them is loaded."""
     return importlib.import_module("common").write
 
 
@@ -120,7 +120,7 @@ GROUP = 4
 
 @pytest.fixture
 def updates(train, family, monkeypatch):
-    """A tiny model, its prompt, and one update of each sort on its trajectories."""
+    """A tiny model, its prompt, and one update of each kind on its trajectories."""
     monkeypatch.setattr(train, "NEW_TOKENS", 16)
     model = equip(family, max_invocations=2)
     model.base.generation_config.eos_token_id = None
@@ -165,7 +165,7 @@ def test_a_training_row_from_runs_to_report(train, updates, write, tmp_path):
 
 
 def test_updates_train_what_they_say(train, updates, monkeypatch):
-    """Each sort of update has gradients in its own part, on the same answers."""
+    """Each kind of update has gradients only in its own part, on the same answers."""
     found, _ = updates
     model, seen = found.model, {}
 
@@ -294,7 +294,7 @@ TRY_OUT = ["--device", "cpu", "--model", "tiny", "--visual-tokens", "4", "--roun
 
 
 def test_all_of_the_gpu_benchmark_on_a_processor(gpu, short_runs, tmp_path, capsys):
-    """Takes a while: our step and theirs are traced for compiling."""
+    """Takes a while, since our step and transformers' are traced for compiling."""
     path = tmp_path / "found.json"
     assert gpu.main([*TRY_OUT, "--dtype", "float32", "--batches", "1", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
@@ -325,7 +325,7 @@ def test_what_fails_or_has_no_time_is_not_measured(gpu, short_runs, monkeypatch,
 
 
 def test_sets_of_answers_invoke_as_often_as_they_say(gpu, short_runs):
-    """Whatever the batch, each kind is invoked once in so many answers, in answers of their own."""
+    """Whatever the batch, each kind is invoked in its number of answers, all different ones."""
     bench = gpu.Bench(gpu.equip("tiny", "cpu", torch.float32), 4, 1, 1.0, 1.0, 600.0, lambda _: None)
     generate, bench.static["ours"] = bench.model.generate, {}
     for batch in (1, 2):

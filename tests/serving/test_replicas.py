@@ -54,7 +54,7 @@ async def until(true, seconds: float = 60.0) -> None:
 
 
 async def begun(engine, tokens: int = 3000):
-    """An answer that is being written, and will be for long."""
+    """A long answer that is being written."""
     events = engine.answer(ask(tokens))
     while not (await anext(events)).choices[0].delta.content:
         pass

@@ -72,7 +72,7 @@ def operations(address: str) -> dict:
 
 BEARER = {"Authorization": f"Bearer {KEY}"}
 CHAT = "POST /v1/chat/completions"
-# What only the model can tell (a picture that is none, a prompt that is too long) no schema can; hence without it.
+# A schema cannot know what only the model can tell (not a picture, too long a prompt), so the model is left out.
 EXCLUDED = [positive_data_acceptance]
 
 
@@ -218,7 +218,7 @@ def test_path_traversal_is_refused(address):
 
 
 def test_two_hundred_connections_at_once(engine, address, client):
-    """Slow, silent, hasty and wrong ones: those that ask properly are answered or told to come again."""
+    """Slow, silent, hasty and wrong ones: those that ask properly are answered or told to retry."""
     host, port = address.removeprefix("http://").split(":")
     idle = [socket.create_connection((host, int(port)), timeout=BOUND) for _ in range(60)]
     for number, each in enumerate(idle):

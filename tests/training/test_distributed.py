@@ -1,4 +1,4 @@
-"""Training on two processes over gloo, on the CPU: the same update as on one, and a run that goes on."""
+"""Training on two processes over gloo, on the CPU: the same update as on one, and a resumed run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAN = {"rows": 6, "group_size": 2, "optim": "sgd", "learning_rate": 0.1, "weigh
 
 
 def launch(launcher: Callable[[list[str]], None], folder: Path, plan: dict, **environment: str) -> list[dict]:
-    """Runs `multi.py` on two processes and returns what each wrote down.
+    """Runs `multi.py` on two processes and returns what each recorded.
 
     The launcher is forked, and forks the two.
     """

@@ -1,4 +1,4 @@
-"""Training on tiny real models: what each stage moves, what it leaves alone, and that a run can be gone on with."""
+"""Training on tiny real models: what each stage trains, what it leaves alone, and that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -544,7 +544,7 @@ def test_stages_that_read_alike_read_once_and_what_is_done_needs_nothing(folder,
 
 @pytest.mark.parametrize("cut", [False, True], ids=["memory", "memory-without-gradient"])
 def test_stage_one_raises_the_reward(cut, tmp_path, monkeypatch):
-    """Two tokens after each memory, on a base that listens to its context; random weights hardly do."""
+    """Two tokens after each memory, on a base that depends on its context; random weights hardly do."""
     model = tiny.equip("idefics3", lora_dropout=0.0)
     with torch.no_grad():
         for layer in model.backbone.language_model.layers:
