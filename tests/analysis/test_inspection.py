@@ -104,7 +104,7 @@ def test_inspection_matches_the_analysis_functions():
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
-def test_every_family(family):
+def test_every_familys_answers_are_inspected_in_full(family):
     """Two pictures, one of them not square; short, long and short again; a text prompt."""
     model = tiny.equip(family)
     pictures = [tiny.picture(1), tiny.picture(3, (48, 32))]
@@ -161,7 +161,7 @@ def test_answers_without_memory_cost_nothing(monkeypatch):
     assert "vm-chip" not in answer_html(found.pieces)
 
 
-def test_an_invocation_without_memory():
+def test_an_invocation_without_memory_has_reasons_instead_of_parts():
     model = tiny.equip("qwen2_5_vl")
     schedule = Forced([(0, 2, "short"), (0, 5, "long")])
     schedule.forms = ("long",)
@@ -198,7 +198,7 @@ def test_missing_parts_have_a_reason():
     Checker(timeline(found.tokens, found.attention))
 
 
-def test_wrong_pictures_and_soft_prompts():
+def test_wrong_pictures_and_soft_prompts_leave_parts_out_with_a_reason():
     model = tiny.equip("qwen2_5_vl")
     batch, rollout = written(model, tiny.message("look", tiny.picture(0)), Forced([(0, 1, "short")]), eos_token_id=None)
     (moment,) = inspect_answer(model, batch, rollout, [tiny.picture(3, (90, 40))]).moments
@@ -214,7 +214,7 @@ def test_wrong_pictures_and_soft_prompts():
         assert moment.later and moment.next
 
 
-def test_an_answer_that_ends_right_after_an_invocation():
+def test_an_answer_may_end_right_after_an_invocation():
     model, picture, batch, *_ = pocket()
     batch = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
     queue = RequestQueue(model, 2, record=True, do_sample=False, max_new_tokens=64)

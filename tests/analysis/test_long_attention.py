@@ -102,7 +102,7 @@ def test_recording_changes_nothing(family):
         assert len(layers) == len(language.layers)
 
 
-def test_copies_of_a_prompt_and_text_alone():
+def test_copies_of_a_prompt_and_text_prompts_are_analysed():
     model = tiny.equip("idefics3")
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch, Forced([(0, 1, "long"), (3, 2, "long"), (5, 4, "long")]), num_return_sequences=2)
@@ -131,7 +131,7 @@ def test_an_invocation_without_memory_still_ends_a_segment():
     assert long_term_attention(model, batch, written(model, batch, schedule).rollout) == []
 
 
-def test_the_pocket_model():
+def test_the_pocket_models_weights_sum_to_one():
     from vismem.loading import load_model
 
     model = load_model().model

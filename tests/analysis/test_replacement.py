@@ -103,7 +103,7 @@ def cut(rollout, kept):
     return type(rollout)(rollout.tokens, sampled, rollout.allowed, rollout.log_probs, rollout.invocations)
 
 
-def test_an_answer_that_ends_with_its_memory():
+def test_an_answer_that_ends_with_its_memory_has_no_later_tokens():
     model = tiny.equip("idefics3")
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch, Forced([(0, 3, "long")]), max_new_tokens=4)
@@ -111,7 +111,7 @@ def test_an_answer_that_ends_with_its_memory():
     assert shift.tokens == 0 and shift.rest != shift.rest and shift.first > 0
 
 
-def test_several_rollouts_of_one_prompt_and_mismatched_inputs():
+def test_rollouts_of_one_prompt_are_independent_and_mismatches_raise():
     model = tiny.equip("idefics3")
     batch = tiny.prompts(model.processor, [tiny.message("look again!", tiny.picture(0))])
     twice = written(model, batch, Forced([(0, 2, "short"), (1, 4, "long")]), num_return_sequences=2)

@@ -269,7 +269,7 @@ def test_mismatched_inputs_raise():
         short_term_attention(tiny.equip("qwen2_5_vl", content="soft"), batch, out.invocations, PICTURES)
 
 
-def test_copies_of_a_prompt():
+def test_copies_of_a_prompt_are_matched_with_its_pictures():
     model = tiny.equip("idefics3")
     batch = tiny.prompts(model.processor, [tiny.message("look", *pictures) for pictures in PICTURES])
     schedule = Forced([(0, 1, "short"), (3, 1, "short"), (5, 2, "short")])

@@ -226,7 +226,7 @@ def test_a_resumed_audit_gives_the_same_numbers(model, tmp_path, monkeypatch):
         )
 
 
-def test_an_audit_without_invocations(model, tmp_path):
+def test_an_audit_without_invocations_tests_nothing(model, tmp_path):
     found = audited(model, pictures(12), tmp_path, invocation="off", n=12, page=True)
     assert {one["answer"] for one in found["verdicts"]} == {UNTESTED}
     assert "no answer invoked it" in told(found, IMAGE)["text"]

@@ -155,7 +155,7 @@ def test_another_question_replaces_states_and_segment(bank, rows):
         assert (found[one.id][1][1] - own[1].memory).norm() > 1e-3 * own[1].memory.norm()
 
 
-def test_zeros_noise_mean_shuffled_and_other_kind(bank, rows):
+def test_replacements_are_what_their_names_say(bank, rows):
     observations = [bank.observation(one.id, 0) for one in rows]
     form = former_of(bank.model)
     own = [bank.entries[one.id].rollout.invocations[0].memory for one in rows]
@@ -367,7 +367,7 @@ def test_unlearnable_targets_are_skipped_with_a_reason():
     assert "30 rows" in found["skipped"]["unknown"]
 
 
-def test_targets_of_families_columns_and_questions():
+def test_targets_come_from_attributes_columns_and_questions():
     facts = {"colour r1c1": "red", "colour r1c2": "blue", "label r1": "gold", "label r2": "mint"}
     given = [question(n, attributes=facts, asked=[(0, 1)], kind=n % 2, place={"x": 1}) for n in range(3)]
     found = {target.name: target.values for target in targets(given, ["kind", "place", "answer"])}

@@ -119,7 +119,7 @@ def test_an_image_smaller_than_its_share_repeats_cells():
     ("total", "weights", "expected"),
     [(8, [16, 48], [2, 6]), (8, [5], [8]), (4, [1, 1000], [1, 3]), (2, [1, 1, 1], [1, 0, 1]), (4, [1] * 4, [1] * 4)],
 )
-def test_share(total, weights, expected):
+def test_shares_are_whole_and_sum_to_the_total(total, weights, expected):
     assert share(total, weights) == expected
     assert sum(share(total, weights)) == total
 
@@ -229,7 +229,7 @@ def test_a_conversation_is_read_as_the_base_reads_it(family):
 
 
 @pytest.mark.parametrize("text", ["qwen3", "qwen3_moe"])
-def test_internvl_with_other_text_models(text):
+def test_internvl_works_with_other_text_models(text):
     model = tiny.equip("internvl", base={"text": text})
     batch = tiny.mixed_batch(model.processor)
     expected = model.base.generate(**batch, max_new_tokens=12, do_sample=False)

@@ -66,14 +66,14 @@ def test_slots_write_what_the_dynamic_cache_writes(family, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["plain", "ahead"])
-def test_slots_with_a_sliding_window(mode, monkeypatch):
+def test_slots_with_a_sliding_window_write_the_same(mode, monkeypatch):
     if mode == "ahead":
         monkeypatch.setattr(cache, "AHEAD", {"cpu"})
     model = tempting("idefics3", base={"sliding_window": 12})
     same(*both(model, tiny.mixed_batch(model.processor), SCHEDULE, max_new_tokens=40))
 
 
-def test_slots_of_an_eager_attention():
+def test_slots_with_eager_attention_write_the_same():
     model = tempting("qwen2_5_vl")
     model.base.set_attn_implementation("eager")
     same(*both(model, tiny.mixed_batch(model.processor), "learned"))
@@ -145,7 +145,7 @@ def test_slots_of_every_size_are_compiled():
         assert counter.frame_count == 1
 
 
-def test_the_compiler_that_ships_with_torch():
+def test_slots_compiled_by_inductor_write_the_same():
     """Compiles the graph to code, too: of a single layer, since a second one's code is almost the same."""
     model = tempting("idefics3", base={"layers": 1})
     same(*both(model, tiny.mixed_batch(model.processor), SCHEDULE, compile_config=CompileConfig()))

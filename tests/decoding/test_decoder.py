@@ -80,7 +80,7 @@ def test_one_invocation_costs_one_policy_forward(model):
     assert len(widths) == len(plain) + 1
 
 
-def test_text_only_rows(model):
+def test_text_only_rows_have_long_memory_alone(model):
     """Nothing to look at: long-term memory works, short-term is refused when forced and left out otherwise."""
     batch = tiny.prompts(
         model.processor, [tiny.message("A red cup?"), tiny.message("What is on the table?", tiny.picture(0))]
@@ -114,7 +114,7 @@ def test_forced_outside_the_batch_is_refused(model):
         run(model, batch, Forced([(3, 0, "long")]))
 
 
-def test_random_rates_and_places(model):
+def test_random_keeps_to_its_rate_and_places(model):
     batch = tiny.mixed_batch(model.processor)
     assert not any(run(model, batch, Random(0.0)).invocations)
     every = run(model, batch, Random(1.0, where="anywhere"), max_new_tokens=30)
@@ -129,7 +129,7 @@ def test_random_rates_and_places(model):
         assert all(new[i.position - 1] in model.delimiters for i in invocations[1:])
 
 
-def test_seed_and_generator(model):
+def test_a_seed_or_generator_decides_the_tokens(model):
     batch = tiny.mixed_batch(model.processor)
     policy = Forced([(0, 2, "short")])
     first, second = (run(model, batch, policy, do_sample=True, seed=4) for _ in range(2))
@@ -235,7 +235,7 @@ def test_earlier_memory_tokens_in_a_prompt_are_read(model):
     assert run(model, batch, Forced([(0, 1, "short")])).invocations[0][0].length == 4
 
 
-def test_generation_config_object(model):
+def test_a_generation_config_object_is_honoured(model):
     batch = tiny.mixed_batch(model.processor)
     config = GenerationConfig(
         max_new_tokens=5, do_sample=True, num_return_sequences=2, eos_token_id=None, pad_token_id=0
@@ -293,11 +293,11 @@ def test_bad_rates_are_refused():
         policy_of(3)
 
 
-def test_swapped_schedule():
+def test_swapped_exchanges_the_kinds_of_a_schedule():
     assert Forced([(0, 1, "short"), (2, 3, "long")]).swapped().schedule == [(0, 1, "long"), (2, 3, "short")]
 
 
-def test_bf16_end_to_end(family):
+def test_memory_follows_the_base_to_bf16(family):
     """Every memory module follows the base: built in bf16, or moved there later."""
     born = tiny.equip(family, torch.bfloat16)
     moved = tiny.equip(family).to(torch.bfloat16)
@@ -322,7 +322,7 @@ def test_works_in_a_pipeline(model):
     assert isinstance(found[0]["generated_text"], str)
 
 
-def test_public_names():
+def test_public_names_exist():
     assert all(hasattr(vismem, name) for name in vismem.__all__)
     assert vismem.invocation.Random is Random and vismem.invocation.Forced is Forced
     assert {"VisMem", "VisMemConfig", "Invocation", "invocation"} <= set(vismem.__all__)

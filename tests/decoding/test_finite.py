@@ -175,7 +175,7 @@ class Breaks(LogitsProcessor):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("sampling", SAMPLING[:2], ids=["greedy", "warped"])
-def test_processors_that_leave_no_finite_score(model, sampling, value):
+def test_processors_that_leave_no_finite_score_fail_their_row(model, sampling, value):
     inputs = visible(model, 4)
     expected = answers_of(model, inputs, invocation="off", eos_token_id=None, **sampling)
     breaks = LogitsProcessorList([Breaks(value, 3, inputs[1]["input_ids"].shape[1])])
@@ -266,7 +266,7 @@ def test_training_stops_at_an_answer_that_cannot_be_sampled(stage, tmp_path):
         trainer.train()
 
 
-def test_random_places_beside_a_poisoned_row(model):
+def test_random_places_do_not_change_beside_a_poisoned_row(model):
     inputs = prompts(model, 8)
     more = {"invocation": Random(0.4, "anywhere", seed=3)}
     expected = answers_of(model, inputs, **more)

@@ -45,7 +45,7 @@ def model():
 
 
 @pytest.mark.parametrize("mode", ["ahead", "compiled"])
-def test_ahead_and_compiled(model, mode, monkeypatch):
+def test_ahead_and_compiled_answers_are_those_of_a_row_alone(model, mode, monkeypatch):
     monkeypatch.setattr(cache, "AHEAD", {"cpu"})
     more = {"compile_config": CompileConfig(backend="eager", mode=None)} if mode == "compiled" else {}
     answers = list(model.stream_batch(prompts(model, 6), batch_size=4, max_new_tokens=12, **more))
@@ -114,7 +114,7 @@ def test_rows_enter_while_others_write(model, monkeypatch):
     assert widths[:20].count(2) >= 15 and len(widths) < 40
 
 
-def test_cancel(model):
+def test_cancelled_rows_free_their_places(model):
     first, second, third = prompts(model, 3)
     queue = RequestQueue(model, batch_size=2, max_new_tokens=20, eos_token_id=None)
     (one,), (two,), (waiting,) = (queue.submit(Request(each)) for each in (first, second, third))
@@ -155,7 +155,7 @@ def test_a_bad_request_harms_no_other(model):
         list(model.stream_batch([good, bad], max_new_tokens=2))
 
 
-def test_refusals(model):
+def test_requests_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="batch_size must be 1 or more"):
         RequestQueue(model, batch_size=0)
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 2"):
@@ -251,7 +251,7 @@ class Fails(LogitsProcessor):
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
-def test_an_error_in_the_middle_of_a_step(model, error, ahead, monkeypatch):
+def test_an_error_in_the_middle_of_a_step_ends_running_answers(model, error, ahead, monkeypatch):
     """Running answers end with it, waiting ones are written later."""
     if ahead:
         monkeypatch.setattr(cache, "AHEAD", {"cpu"})
@@ -272,7 +272,7 @@ def test_an_error_in_the_middle_of_a_step(model, error, ahead, monkeypatch):
     assert (waiting.tokens, waiting.invocations) == alone(model, three, **settings)
 
 
-def test_an_error_while_a_prompt_is_read(model, monkeypatch):
+def test_an_error_while_a_prompt_is_read_ends_that_request(model, monkeypatch):
     """Whatever it is, it ends only that request; running ones go on."""
     one, two = prompts(model, 2)
     settings = {"max_new_tokens": 6, "eos_token_id": None}
@@ -292,7 +292,7 @@ def test_an_error_while_a_prompt_is_read(model, monkeypatch):
         list(queues.stream(queue, [one]))
 
 
-def test_an_error_while_rows_get_their_places(model, monkeypatch):
+def test_an_error_while_rows_get_their_places_ends_all(model, monkeypatch):
     """Then no row is intact; all end, and the queue goes on."""
     one, two = prompts(model, 2)
     queue = RequestQueue(model, batch_size=2, max_new_tokens=6)
@@ -309,7 +309,7 @@ def test_an_error_while_rows_get_their_places(model, monkeypatch):
     assert again.sampled == 1
 
 
-def test_what_is_known_of_settings_does_not_grow_without_end(model, monkeypatch):
+def test_what_a_queue_remembers_of_settings_is_bounded(model, monkeypatch):
     monkeypatch.setattr(queues, "MOST_KINDS", 3)
     queue = RequestQueue(model, max_new_tokens=1, do_sample=True)
     for index in range(8):
@@ -357,7 +357,7 @@ def test_waiting_requests_are_read_together(family, monkeypatch):
             assert (answer.tokens, answer.invocations) == alone(model, inputs[answer.tag], **settings)
 
 
-def test_what_is_not_alike_is_not_read_together(model, monkeypatch):
+def test_requests_that_differ_are_not_read_together(model, monkeypatch):
     one, two, three = (prompts(model, 3)[1] for _ in range(3))
     long = tiny.prompts(model.processor, [tiny.message("look again! " * 60, tiny.picture(0))])
     counts = readings_of_prompts(monkeypatch)
@@ -387,7 +387,7 @@ def test_settings_that_print_alike_are_not_alike(model):
     assert kinds[0] != kinds[1] and kinds[0] == kinds[2]
 
 
-def test_a_bad_request_among_those_read_together(model, monkeypatch):
+def test_a_bad_request_among_those_read_together_fails_alone(model, monkeypatch):
     good = prompts(model, 2)[1]
     bad = {**good, "input_ids": good["input_ids"].clone()}
     bad["input_ids"][bad["input_ids"] == model.backbone.image_token_id] = 100
@@ -466,7 +466,7 @@ def test_a_request_goes_on_without_a_row_that_was_given_up(model):
     assert answers[0].tokens == [] and answers[1].tokens and answers[2].sampled == 8
 
 
-def test_what_a_token_was_thought_of(model):
+def test_top_gives_log_probabilities_before_truncation(model):
     """`top` gives log-probabilities before temperature and truncation, and leaves out inserted tokens."""
     each = prompts(model, 2)[1]
     settings = {"do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 8, "eos_token_id": None}

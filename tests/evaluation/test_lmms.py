@@ -167,7 +167,7 @@ def test_the_files_that_lmms_eval_writes(model, folder, tmp_path):
     assert [sample["token_counts"][0]["invocations"] for sample in samples] == [r.invocations for r in run.records]
 
 
-def test_a_task_with_two_filters(model, folder, runs):
+def test_the_first_of_two_filters_scores_a_record(model, folder, runs):
     """lmms-eval logs each sample once for each filter; a record is of the first."""
     filters = {"one": "{function: take_first}", "two": "{function: regex, regex_pattern: none}, {function: take_first}"}
     text = "include: own_pocket.yaml\ntask: two_filters\nfilter_list:\n"
@@ -202,7 +202,7 @@ def with_arguments(values, args):
         (float("nan"), "mean", None),
     ],
 )
-def test_the_score_of_a_sample(value, aggregation, score, tmp_path):
+def test_a_sample_is_scored_by_the_first_metric_it_has(value, aggregation, score, tmp_path):
     (tmp_path / "own.py").write_text(HUNDREDS)
     metric = f"metric_list:\n- metric: absent\n- metric: found\n  aggregation: {aggregation}\n"
     (tmp_path / "own.yaml").write_text(f"task: own\nscore_key: own\n{metric}")
@@ -239,7 +239,7 @@ def write_benchmark(repository: str, split: str, docs: list[dict]) -> None:
     (place / "README.md").write_text(f"---\n{files}\n---\n")
 
 
-def test_benchmarks_that_lmms_eval_has(model, folder, tmp_path, monkeypatch):
+def test_benchmarks_that_lmms_eval_has_give_a_score_per_sample(model, folder, tmp_path, monkeypatch):
     """Its own definitions of MMStar and MMMU: a number for each sample, also where a metric is made of dictionaries."""
     monkeypatch.chdir(tmp_path)
     picture = Image.new("RGB", (24, 24), "red")
@@ -331,13 +331,13 @@ def test_lmms_eval_is_imported_lazily():
         ("base=/no/where", "no base /no/where"),
     ],
 )
-def test_wrong_model_arguments(arguments, message):
+def test_wrong_model_arguments_are_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         simple_evaluate("vismem", arguments, tasks=["own_pocket"], batch_size=1, task_manager=object())
     assert "\n" not in str(caught.value)
 
 
-def test_model_arguments():
+def test_model_arguments_override_lmms_evals_options():
     """--model_args overrides lmms-eval's own options, quotes are removed, and `auto` becomes a number."""
     lm = VisMemChat.create_from_arg_string(
         'base=pocket,batch_size=3,max_new_tokens=9,invocation="short@0,long@2",device=cpu', {"batch_size": "1"}
@@ -354,7 +354,7 @@ def test_model_arguments():
 # Requests.
 
 
-def test_generation_keywords(model):
+def test_generation_keywords_are_converted(model):
     lm = VisMemChat(model, max_new_tokens=7)
     greedy = {"max_new_tokens": 7, "do_sample": False}
     assert lm.keywords({}) == greedy
@@ -410,7 +410,7 @@ def test_padding_is_not_answered(model, questions):
     assert found[0].text and found[1].text == ""
 
 
-def test_several_pictures_and_text_alone(model, questions):
+def test_several_pictures_and_text_alone_are_answered(model, questions):
     pair = rows("pairs", 1)[0]
     assert len(pair.images) == 2
     lm, one = ask(model, shown(pair), {"max_new_tokens": 24})
@@ -489,7 +489,7 @@ def test_the_image_placeholder_is_removed_from_text():
     assert row_of("a", messages, "<|image_pad|>").prompt[0]["content"][0]["text"] == "Question: <image>\nHow many?"
 
 
-def test_rounds(model, questions):
+def test_each_round_sees_the_earlier_ones(model, questions):
     """Each round sees what was answered before, until the task says stop; other requests go on."""
     row = questions["own_pocket"][0]
     seen = []
@@ -529,7 +529,7 @@ def test_likelihoods_raise(model):
         lm.loglikelihood([one])
 
 
-def test_the_response_cache(folder, tmp_path, monkeypatch):
+def test_the_response_cache_is_used(folder, tmp_path, monkeypatch):
     """A second run of the same model arguments takes its answers from lmms-eval's cache; those have no trace."""
     found = []
     for _ in range(2):
@@ -544,7 +544,7 @@ def test_the_response_cache(folder, tmp_path, monkeypatch):
     assert all(sample["token_counts"] == [None] for sample in second)
 
 
-def test_several_tasks_on_one_model(model, folder):
+def test_a_model_stays_usable_after_a_task(model, folder):
     """lmms-eval drops the model from its wrapper after each run; the model itself stays usable."""
     assert task_records(model, "own_easy_vqa", limit=2, include_path=folder)
     assert torch.is_tensor(next(model.parameters()))

@@ -506,7 +506,7 @@ def test_packed_questions_do_not_see_each_other():
 
 
 @needs_base
-def test_any_picture_goes_through(base):
+def test_any_picture_is_answered(base):
     import torch
     from PIL import Image
 

@@ -50,7 +50,7 @@ def short_segments(decode, monkeypatch):
 
 
 @pytest.mark.parametrize(("family", "batch"), [("idefics3", 1), ("qwen2_5_vl", 2)])
-def test_a_row_from_runs_to_report(decode, bases, short_segments, family, batch):
+def test_a_decoding_row_goes_from_runs_to_report(decode, bases, short_segments, family, batch):
     model = equip(family)
     decode.silence(model)
     inputs = bases.prompt(model.base, 4, batch)
@@ -86,7 +86,7 @@ def test_a_run_that_writes_other_tokens_is_refused(decode, bases, short_segments
         decode.one_round(model, inputs)
 
 
-def test_times_become_steps(decode, short_segments, monkeypatch):
+def test_the_cost_of_an_invocation_is_in_steps(decode, short_segments, monkeypatch):
     monkeypatch.setattr(decode, "KINDS_IN_ORDER", ("short", "short", "long"))
     steady = [float(tick) for tick in range(10)]  # start, eight tokens, end
     extra = [0, 0, 0, 5, 5, 8, 8, 10, 10, 10]  # before tokens 2, 4 and 6
@@ -101,13 +101,13 @@ def test_times_become_steps(decode, short_segments, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [["--only", "nothing"], ["--rounds", "0"], ["--threads", "0"]])
 @pytest.mark.parametrize("name", ["decode", "train", "throughput"])
-def test_misuse_is_two(name, wrong, request):
+def test_misuse_exits_with_2(name, wrong, request):
     with pytest.raises(SystemExit) as exit_:
         request.getfixturevalue(name).main(wrong)
     assert exit_.value.code == 2
 
 
-def test_prompts_that_cannot_be_are_refused(bases):
+def test_impossible_prompts_are_refused(bases):
     for family in ("idefics3", "qwen2_5_vl"):
         with pytest.raises(ValueError, match="visual tokens"):
             bases.prompt(equip(family).base, 7, 1)
@@ -130,7 +130,7 @@ def updates(train, family, monkeypatch):
     ), inputs
 
 
-def test_a_training_row_from_runs_to_report(train, updates, write, tmp_path):
+def test_a_training_row_goes_from_runs_to_report(train, updates, write, tmp_path):
     found, inputs = updates
     model = found.model
     assert all(len(one.invocations) == train.INVOCATIONS for one in found.rollouts["stage1"])
@@ -190,7 +190,7 @@ def test_updates_train_what_they_say(train, updates, monkeypatch):
     assert words.shape[1] == train.NEW_TOKENS + 2 * train.INVOCATIONS
 
 
-def test_a_replay_that_is_none_is_refused(train, updates):
+def test_a_wrong_replay_is_refused(train, updates):
     found, _ = updates
     for one in found.rollouts["stage1"]:
         one.log_probs.add_(0.1)
@@ -224,7 +224,7 @@ def unending(throughput, family: str):
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
-def test_a_stream_from_runs_to_report(throughput, short_answers, family):
+def test_a_stream_goes_from_runs_to_report(throughput, short_answers, family):
     model, case = unending(throughput, family), throughput.Case("qwen-28m", "stream", 2)
     asked = {kind: throughput.requests(model.base, 2, kind == "text") for kind in ("images", "text")}
     images, text = asked["images"], asked["text"]
@@ -257,7 +257,7 @@ def test_a_stream_from_runs_to_report(throughput, short_answers, family):
     assert throughput.summarize_stream(case, "random", "command", images, rounds, exact=False).differing["off"] == 1
 
 
-def test_long_answers_and_what_they_take(throughput, short_answers):
+def test_long_answers_are_timed_and_their_growth_measured(throughput, short_answers):
     model, case = unending(throughput, "qwen2_5_vl"), throughput.Case("qwen-28m", "long", 2)
     inputs = throughput.prompt(model.base, 4, 2)
     rounds = [throughput.long_round(model, inputs, turn, True) for turn in range(2)]
@@ -293,7 +293,7 @@ def short_runs(gpu, monkeypatch):
 TRY_OUT = ["--device", "cpu", "--model", "tiny", "--visual-tokens", "4", "--rounds", "1"]
 
 
-def test_all_of_the_gpu_benchmark_on_a_processor(gpu, short_runs, tmp_path, capsys):
+def test_the_whole_gpu_benchmark_runs_on_a_cpu(gpu, short_runs, tmp_path, capsys):
     """Takes a while, since our step and transformers' are traced for compiling."""
     path = tmp_path / "found.json"
     assert gpu.main([*TRY_OUT, "--dtype", "float32", "--batches", "1", "--json", str(path)]) == 0
@@ -354,7 +354,7 @@ def test_a_gpu_is_needed(gpu, monkeypatch, capsys):
     assert "there is no such config" in capsys.readouterr().err
 
 
-def test_bytes_of_a_step(gpu):
+def test_bytes_of_a_step_are_counted(gpu):
     """Every weight of the language side but the embedding table, and keys and values."""
     model = equip("qwen2_5_vl")
     text = sum(p.numel() for p in model.base.model.language_model.parameters())

@@ -111,7 +111,7 @@ def run_through(operation, mode, examples: int) -> None:
     check()
 
 
-def test_keys(address):
+def test_wrong_and_missing_keys_are_refused(address):
     for key, message in [("wrong", "not one of this server's"), (KEY + "x", "not one of this server's")]:
         with (
             client_of(address).with_options(api_key=key) as client,
@@ -124,7 +124,7 @@ def test_keys(address):
     assert described["security"] == [{"key": []}] and described["paths"]["/health"]["get"]["security"] == []
 
 
-def test_bodies_and_images_that_are_too_large(address, client):
+def test_bodies_and_images_that_are_too_large_are_refused(address, client):
     with pytest.raises(openai.APIStatusError, match="1048576 bytes, the limit") as refused:
         ask(client, {"role": "user", "content": "x" * 2**20})
     assert refused.value.status_code == 413
@@ -217,7 +217,7 @@ def test_path_traversal_is_refused(address):
         connection.close()
 
 
-def test_two_hundred_connections_at_once(engine, address, client):
+def test_two_hundred_connections_at_once_are_answered_or_refused(engine, address, client):
     """Slow, silent, hasty and wrong ones: those that ask properly are answered or told to retry."""
     host, port = address.removeprefix("http://").split(":")
     idle = [socket.create_connection((host, int(port)), timeout=BOUND) for _ in range(60)]

@@ -73,7 +73,7 @@ def test_tokens_equal_generate(model, worker):
     assert worker.rows == 0 and not worker.tickets
 
 
-def test_several_rows(model, worker):
+def test_each_of_several_rows_ends(model, worker):
     box = Inbox()
     request = Request(prompt(model), generation={"num_return_sequences": 3, "do_sample": True}, seed=1)
     worker.submit(request, box.put, rows=3)

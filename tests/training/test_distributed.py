@@ -117,7 +117,7 @@ def test_two_processes_stay_in_step_over_bad_rows(tmp_path):
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
 
 
-def test_two_processes_go_on(tmp_path):
+def test_two_processes_resume(tmp_path):
     """From a checkpoint in the middle of the second epoch."""
     plan = {**PLAN, "stage": "stage1", "family": "idefics3", "per_device_train_batch_size": 2, "max_steps": 4}
     plan |= {"optim": "adamw_torch", "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 3}
@@ -128,7 +128,7 @@ def test_two_processes_go_on(tmp_path):
     assert distance(tmp_path / "whole", tmp_path / "again") == 0
 
 
-def test_sharded_training(tmp_path):
+def test_sharded_training_gives_the_same_memory(tmp_path):
     """FSDP2 as in `configs/fsdp2.yaml`: the same memory as one process makes, and checkpoints."""
     plan = {**PLAN, "stage": "stage1", "family": "idefics3", "max_steps": 2, "micro_batch": 2}
     plan |= {"save_strategy": "steps", "save_steps": 1}

@@ -236,7 +236,7 @@ def test_rollouts_do_not_depend_on_the_batch(family, base, stage):
     assert [r.tokens.tolist() for r in fewer] == [r.tokens.tolist() for r in together[::COPIES]]
 
 
-def test_as_many_seeds_as_rows(family):
+def test_seeds_must_be_as_many_as_rows(family):
     model = tempting(family)
     with pytest.raises(ValueError, match="one seed for each output row"):
         write(model, prompts(model), "learned", sampling(model, 4, 1.0), [1, 2], 1)

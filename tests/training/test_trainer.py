@@ -386,7 +386,7 @@ def test_out_of_memory_names_the_setting(where, phase, setting, tmp_path, monkey
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("inner", [1, 2])
-def test_going_on_is_as_if_never_stopped(family, stage, inner, tmp_path):
+def test_a_resumed_run_equals_an_undisturbed_one(family, stage, inner, tmp_path):
     if inner == 2 and (stage == "warmup" or family != "idefics3"):
         pytest.skip("one family and stage are enough for inner iterations")
 
@@ -402,7 +402,7 @@ def test_going_on_is_as_if_never_stopped(family, stage, inner, tmp_path):
 # The command.
 
 
-def test_the_command_trains_and_goes_on(folder, tmp_path, capsys, monkeypatch):
+def test_the_command_trains_and_resumes(folder, tmp_path, capsys, monkeypatch):
     out, file = f"output_dir={tmp_path / 'run'}", str(folder / "settings.yaml")
 
     def cut(self, *given, **named):
@@ -430,7 +430,7 @@ def test_the_command_trains_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     assert {"step", "id", "question", "completion", "answer", "reward", "baseline"} <= json.loads(samples[0]).keys()
 
 
-def test_which_setting_wins(tmp_path):
+def test_the_more_specific_setting_wins(tmp_path):
     file = tmp_path / "settings.yaml"
 
     def rate(text: str, *changes: str) -> float:
