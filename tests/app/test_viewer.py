@@ -185,7 +185,7 @@ def test_schedules_and_random_invocations_are_followed(chat):
     turn = answered(chat, Conversation(), "Read row 1.", BOTH.open(), AnswerSettings("short@0,long@2,long@99"))
     assert [(one.kind, one.position, one.forced) for one in turn.main.invocations] == [
         ("short", 0, True),
-        ("long", 4, True),  # behind the short one's two tokens and two words
+        ("long", 4, True),  # after the short one's two tokens and two words
     ]
     assert turn.unreached == 1 and "1 scheduled after the answer" in rendering.turn_html(conversation_of(turn), 0)
     turn = answered(
@@ -253,7 +253,7 @@ def test_the_viewer_works_with_any_family(family):
         ("What is <image> this?", 1, {}, "special token <image>"),
         ("x" * 9000, 0, {}, "9,000 characters"),
         ("half \ud800", 0, {}, "half a character"),
-        ("Read row 1.", 1, {"invocation": ",".join(["long@0"] * 65)}, "may have 64 invocations, not 65"),
+        ("Read row 1.", 1, {"invocation": ",".join(["long@0"] * 65)}, "may have at most 64 invocations, not 65"),
         ("Read row 1.", 0, {"invocation": "short@0"}, "there is none: add one"),
         ("Read row 1.", 1, {"invocation": "shirt@0"}, "unknown policy 'shirt@0'"),
         ("Read row 1.", 1, {"invocation": "random:2"}, "rate from 0 to 1"),

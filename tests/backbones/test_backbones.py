@@ -396,7 +396,7 @@ def test_llava_onevision1_5_refuses_a_tower_without_its_frequencies():
 # Families that are not here.
 
 
-def test_the_guides_example_is_true(monkeypatch):
+def test_the_guides_example_passes_its_checks(monkeypatch):
     """The family that docs/extend.md defines passes the checks that it names."""
     guide = (Path(__file__).parents[2] / "docs" / "extend.md").read_text(encoding="utf-8")
     written: dict = {}
@@ -426,7 +426,7 @@ def test_a_text_only_model_is_refused_by_name():
         vismem.VisMem(text, tiny.FAMILIES["internvl"].processor())
 
 
-def test_a_family_of_ones_own_can_be_registered(monkeypatch):
+def test_a_custom_family_can_be_registered(monkeypatch):
     monkeypatch.setattr(backbones, "FAMILIES", list(FAMILIES))
 
     @backbones.register

@@ -33,7 +33,7 @@ def words(model, batch, out, row=0):
     return [token for place, token in enumerate(new) if place not in put_in]
 
 
-def test_nothing_deprecated_is_said_to_transformers(model, monkeypatch):
+def test_transformers_is_called_without_deprecated_arguments(model, monkeypatch):
     batch = tiny.mixed_batch(model.processor)
     said = []
     monkeypatch.setattr("transformers.generation.utils.logger.warning_once", lambda *told: said.append(told))
@@ -44,7 +44,7 @@ def test_nothing_deprecated_is_said_to_transformers(model, monkeypatch):
     assert said == []
 
 
-def test_forced_goes_before_its_step_and_is_free(model):
+def test_forced_goes_before_its_step_and_costs_no_budget(model):
     batch = tiny.mixed_batch(model.processor)
     plain = run(model, batch, "off")
     out = run(model, batch, Forced([(0, 5, "short"), (1, 0, "long"), (1, 0, "short"), (2, 11, "long")]))
@@ -162,7 +162,7 @@ def test_processors_see_each_row_at_its_own_length(model):
 @pytest.mark.parametrize(
     "settings", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[9]]}]
 )
-def test_processors_that_look_tokens_up_meet_memory_tokens(model, settings):
+def test_processors_that_look_tokens_up_accept_memory_tokens(model, settings):
     batch = tiny.mixed_batch(model.processor)
     for policy in (Forced([(0, 2, "short"), (1, 4, "long")]), Random(0.5, where="anywhere"), "learned"):
         assert run(model, batch, policy, **settings).sequences.shape[0] == 3
@@ -210,7 +210,7 @@ def test_streamer_gets_every_token(model):
     assert streamer.ended and streamer.values == out.sequences[0].tolist()
 
 
-def test_scores_of_put_in_tokens_are_certain(model):
+def test_scores_of_inserted_tokens_are_certain(model):
     batch = tiny.mixed_batch(model.processor)
     prompt = batch["input_ids"].shape[1]
     out = run(model, batch, Forced([(0, 2, "short")]), output_scores=True, output_logits=True)
@@ -330,7 +330,7 @@ def test_public_names_exist():
     assert found.to_dict() == {"kind": "short", "position": 3, "length": 8, "forced": False}
 
 
-def test_a_schedule_draws_as_the_base_until_it_is_put_in(model):
+def test_a_schedule_samples_as_the_base_until_its_first_invocation(model):
     """With a schedule, sampling uses the base's vocabulary, so the same seed gives the same tokens before it."""
     batch = tiny.mixed_batch(model.processor)
     settings = {"max_new_tokens": 12, "do_sample": True, "eos_token_id": None}
@@ -343,7 +343,7 @@ def test_a_schedule_draws_as_the_base_until_it_is_put_in(model):
 
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"encoder_repetition_penalty": 1.5}])
-def test_processors_that_hold_the_prompts_meet_copies(model, settings):
+def test_processors_that_hold_the_prompts_work_with_copies(model, settings):
     """Several answers to each prompt of a padded batch are as the base gives them, each with its prompt's padding."""
     batch = tiny.mixed_batch(model.processor)
     settings = {**settings, "max_new_tokens": 6, "do_sample": True, "num_return_sequences": 2, "eos_token_id": None}

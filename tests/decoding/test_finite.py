@@ -240,7 +240,7 @@ def test_compiled_slots_are_clean_after_an_error(model, monkeypatch):
     assert torch.equal(model.generate(**second, **settings), expected)
 
 
-def test_a_poisoned_request_that_is_given_up_leaves_nothing(model):
+def test_a_cancelled_poisoned_request_leaves_nothing(model):
     bad, good = visible(model, 2)
     queue = RequestQueue(model, batch_size=1, max_new_tokens=6)
     (one,) = queue.submit(Request(poisoned(bad), invocation=Forced([(0, 0, "long")])))
@@ -274,6 +274,6 @@ def test_random_places_do_not_change_beside_a_poisoned_row(model):
 
 
 @pytest.mark.parametrize("value", [torch.nan, 0.0, torch.inf])
-def test_picking_from_what_is_no_distribution_is_some_token(value):
+def test_sampling_from_an_invalid_distribution_gives_some_token(value):
     assert 0 <= int(inverse_transform(torch.full((1, 10), value), torch.tensor([0.3]))) < 10
     assert inverse_transform(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([0.75])).tolist() == [2]

@@ -89,7 +89,7 @@ def test_a_padded_batch_and_copies_are_one_request(model):
         assert answer.tokens == new[: len(answer.tokens)] and answer.invocations == out.invocations[answer.index]
 
 
-def test_requests_are_taken_as_room_comes_up(model):
+def test_requests_are_taken_as_room_becomes_free(model):
     taken = []
 
     def source():
@@ -169,7 +169,7 @@ def test_requests_that_do_not_fit_are_refused(model):
         list(model.stream_batch([prompts(model, 1)[0]], num_beams=2, max_new_tokens=2))
 
 
-def test_finished_answers_hold_on_to_no_image(model):
+def test_finished_answers_hold_no_image(model):
     """A prompt's images are freed with its last row, so a long evaluation does not fill the memory."""
     sights = []
     made = decoder.PromptImages.__init__
@@ -447,7 +447,7 @@ def test_many_requests_leave_nothing_behind(model):
     assert counts[1] < counts[0] + 60
 
 
-def test_a_request_goes_on_without_a_row_that_was_given_up(model):
+def test_a_request_goes_on_without_its_cancelled_row(model):
     """Before it starts and while it is written; processors still see all its rows."""
     batch = tiny.mixed_batch(model.processor)
     settings = {"max_new_tokens": 8, "repetition_penalty": 1.3, "eos_token_id": None}

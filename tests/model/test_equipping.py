@@ -65,7 +65,7 @@ def test_a_merged_adapter_is_part_of_the_base(whole):
     assert vismem.VisMem(merged, processor).base is merged
 
 
-def test_what_is_no_model_is_refused_in_one_line(whole):
+def test_anything_but_a_model_is_refused_in_one_line(whole):
     base, processor = whole
     text = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
@@ -87,7 +87,7 @@ def test_what_is_no_model_is_refused_in_one_line(whole):
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "image_processor", "name", "none"])
-def test_what_is_no_processor_is_refused_in_one_line(whole, part):
+def test_anything_but_a_processor_is_refused_in_one_line(whole, part):
     base, processor = whole
     given = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor, "name": "a/b"}.get(part)
     with pytest.raises(ValueError, match=r"whole processor \(AutoProcessor.from_pretrained\), not") as caught:
@@ -95,7 +95,7 @@ def test_what_is_no_processor_is_refused_in_one_line(whole, part):
     assert "\n" not in str(caught.value)
 
 
-def test_a_pipeline_takes_the_model_without_a_word(whole, caplog):
+def test_a_pipeline_takes_the_model_without_warnings(whole, caplog):
     base, processor = whole
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:

@@ -164,7 +164,7 @@ def test_a_training_row_goes_from_runs_to_report(train, updates, write, tmp_path
     assert "qwen-28m*" in train.table([result])
 
 
-def test_updates_train_what_they_say(train, updates, monkeypatch):
+def test_each_update_trains_its_own_part(train, updates, monkeypatch):
     """Each kind of update has gradients only in its own part, on the same answers."""
     found, _ = updates
     model, seen = found.model, {}
@@ -271,7 +271,7 @@ def test_long_answers_are_timed_and_their_growth_measured(throughput, short_answ
     assert len(throughput.budgets([found])) == 3 and "24" in throughput.table([found])
 
 
-def test_rows_of_other_calls_stay(throughput, write, tmp_path):
+def test_rows_of_earlier_calls_stay_in_the_file(throughput, write, tmp_path):
     path, sizes = tmp_path / "found.json", {"generate": 1.0, "off": 1.0, "on": 1.0}
     for batch in (1, 4, 4):
         row = throughput.Memory(f"pocket/memory/{batch}", "pocket", "random", batch, "command", sizes, 1.0, 8, 256)
@@ -312,7 +312,7 @@ def test_the_whole_gpu_benchmark_runs_on_a_cpu(gpu, short_runs, tmp_path, capsys
     assert "on static" in capsys.readouterr().out
 
 
-def test_what_fails_or_has_no_time_is_not_measured(gpu, short_runs, monkeypatch, capsys):
+def test_rows_that_fail_or_run_out_of_time_are_listed(gpu, short_runs, monkeypatch, capsys):
     assert gpu.main([*TRY_OUT, "--batches", "1", "--minutes", "0"]) == 1
     told = capsys.readouterr()
     assert "not measured  1/generate dynamic: no time left" in told.out and "were not measured" in told.err
@@ -324,7 +324,7 @@ def test_what_fails_or_has_no_time_is_not_measured(gpu, short_runs, monkeypatch,
     assert bench.missed["1/on static"] == "ZeroDivisionError: division by zero"
 
 
-def test_sets_of_answers_invoke_as_often_as_they_say(gpu, short_runs):
+def test_sets_of_answers_invoke_at_their_rate(gpu, short_runs):
     """Whatever the batch, each kind is invoked in its number of answers, all different ones."""
     bench = gpu.Bench(gpu.equip("tiny", "cpu", torch.float32), 4, 1, 1.0, 1.0, 600.0, lambda _: None)
     generate, bench.static["ours"] = bench.model.generate, {}

@@ -49,7 +49,7 @@ USES = {
     "serving": {"serve", "replicas"},
     "training": {"train"},
 }
-# Declared and yet imported nowhere: found by transformers or by others, or asked for by a pin (see pyproject.toml).
+# Declared but imported nowhere: used by transformers or others, or required by a pin (see pyproject.toml).
 UNSEEN = {
     "accelerate",
     "torchvision",
@@ -133,7 +133,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found)
 
 
-def test_what_the_wheel_says_of_itself(wheel, built):
+def test_the_wheels_metadata_is_right(wheel, built):
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     says = email.message_from_bytes(wheel.read(name))
     assert (says["Name"], says["License-Expression"]) == ("vismem", "Apache-2.0")
@@ -329,7 +329,7 @@ print(*sorted(loaded() - theirs), "|", *sorted(loaded()))
 # What is declared.
 
 
-# Parts of another package, which always brings them and hands them on under its own name.
+# Parts of another package, which always installs them and exports them under its own name.
 PARTS = {"pyarrow": "datasets", "pydantic_core": "pydantic"}
 
 
@@ -391,7 +391,7 @@ def test_every_requirement_is_pinned_once(python):
             assert needed.specifier.contains(pins[name]), f"{needed}, but constraints.txt has {pins[name]}"
 
 
-def test_pythons_are_named():
+def test_supported_pythons_are_listed():
     said = {line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)}
     assert said == set(PYTHONS)
     assert all(SpecifierSet(PROJECT["requires-python"]).contains(f"{python}.0") for python in PYTHONS)

@@ -187,7 +187,7 @@ def test_a_malformed_host_is_an_error_at_the_start(host: str) -> None:
         PictureLimits(hosts=("a.example.org", host))
 
 
-# Fetching, from a server on loopback: what lets it in is said in so many words.
+# Fetching from a server on loopback, which the tests allow explicitly.
 
 
 class Web:

@@ -92,7 +92,7 @@ def assert_equal_gradients(ours: dict, theirs: dict) -> None:
 
 
 @pytest.mark.parametrize("stage", ["one", "two"])
-def test_a_rollout_says_what_was_sampled(family, stage):
+def test_a_rollout_records_what_was_sampled(family, stage):
     model = tempting(family)
     rollouts = rollouts_of(model, stage)
     assert len(rollouts) == 3 * COPIES
