@@ -279,7 +279,7 @@ class VisMemChat(lmms):
     def keywords(self, generation: Mapping[str, Any]) -> dict[str, Any]:
         """Converts a task's generation keywords to those of `generate`.
 
-        Samples at the task's temperature (by default 1 with `do_sample`); greedy at 0, with `do_sample=False` or neither.
+        Samples at the task's temperature (1 if it sets only `do_sample`); else greedy, also with `do_sample=False`.
 
         Raises:
             ValueError: if the task asks for beam search.
