@@ -1,6 +1,6 @@
 """Finds learning rates for the pocket's baselines: trains each at several rates and scores held-out questions.
 
-Finished runs in `--runs` are reused. Training and questions use seed 0, which is kept for choosing settings; reported
+Reuses finished runs in `--runs`. Training and questions use seed 0, which is reserved for choosing settings; reported
 results use other seeds.
 
     python benchmarks/baseline_rates.py --runs runs/rates --out results/pocket/baseline_rates.json
@@ -25,7 +25,7 @@ from vismem.training.arguments import load_settings
 from vismem.training.baselines import load_adapter
 from vismem.training.run import train
 
-# By name: the step, its settings besides the preset's, and the rates. Soft prompts by their warm-up.
+# By name: the step, its settings on top of the preset, and the rates. Soft prompts are trained by the warm-up.
 BASELINES = {
     "sft": ("sft", ["max_steps=150"], ["5e-4", "1e-3", "2e-3", "4e-3", "8e-3"]),
     "grpo": ("grpo", ["max_steps=125"], ["1e-3", "2e-3", "4e-3", "8e-3"]),

@@ -1,6 +1,6 @@
-"""The bases to benchmark and prompts for them: the pocket, Qwen2.5-VL in several sizes, one of every family.
+"""The bases to benchmark, and prompts for them: the pocket, Qwen2.5-VL in several sizes, one of every family.
 
-All but the pocket have random weights. The families' are the tests' tiny models with their real processors, so a family
+All but the pocket have random weights. Families use the tests' tiny models with their real processors, so a family
 can be benchmarked as soon as it is tested.
 """
 
@@ -29,7 +29,7 @@ from vismem.pocket import load_base
 
 PROMPT_WORDS = 32
 SPECIAL = ("<pad>", "<end>", "<image>", "<start>", "<stop>")
-WORK = {"pocket": 1, "qwen-28m": 3, "qwen-200m": 12}  # relative time of a row, for estimates of what is left alone
+WORK = {"pocket": 1, "qwen-28m": 3, "qwen-200m": 12}  # relative time of a row, used only to estimate the time left
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -99,7 +99,7 @@ BASES: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 
 def prompts(model: vismem.VisMem, visual_tokens: int, batch: int) -> dict[str, Tensor]:
-    """A batch of prompts for a model; 0 visual tokens are as many as its own processor makes of a small picture."""
+    """A batch of prompts for a model; with 0 visual tokens, its own processor encodes a small picture."""
     if visual_tokens:
         return prompt(model.base, visual_tokens, batch)
     import tiny
@@ -117,7 +117,7 @@ def prompt(base: Any, visual_tokens: int, batch: int, seed: int = 0) -> dict[str
         ValueError: if no square image, or no number of images, gives that many visual tokens.
     """
     config, generator = base.config, torch.Generator().manual_seed(seed)
-    # Neither marks, at the front or at the end, nor rows kept free at the end.
+    # Avoids special tokens at either end of the vocabulary, and unused rows at its end.
     marks = [value for name, value in vars(config).items() if name.endswith("_token_id") and (value or 0) > 1000]
     last = min(config.get_text_config().vocab_size - 8, *marks, 2**31)
     words = torch.randint(64, last, (batch, PROMPT_WORDS), generator=generator)
@@ -162,7 +162,7 @@ def equipped(
 
 
 def silence(model: vismem.VisMem) -> None:
-    """Zeroes the output rows of the four tokens: every greedy choice prefers another token, at no other cost."""
+    """Zeroes the output rows of the four tokens: greedy decoding never picks them, and the cost stays the same."""
     tokens = model.tokens
     rows = (tokens.invocation, tokens.end) if tokens.tied else (tokens.invocation_output, tokens.end_output)
     with torch.no_grad():

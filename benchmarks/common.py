@@ -39,11 +39,11 @@ class Case:
 
 
 class Clock(LogitsProcessor):
-    """Notes when each token is drawn; changes nothing, and lets a GPU work on: marks are laid into its stream.
+    """Records when each token is sampled, without changing anything: on a GPU, by events in its stream.
 
     Args:
-        device: where the model lies.
-        busy: count the time that the processor spends on this process, and not what other programs take of it.
+        device: the model's.
+        busy: count this process's CPU time instead of wall-clock time.
     """
 
     def __init__(self, device: torch.device, busy: bool = False) -> None:
@@ -51,7 +51,7 @@ class Clock(LogitsProcessor):
         self.now = time.process_time if busy else time.perf_counter
 
     def tick(self) -> None:
-        """Notes the time, on a GPU that when it gets here."""
+        """Records the time; on a GPU, the time when it gets here."""
         if self.device.type == "cuda":
             mark = torch.cuda.Event(enable_timing=True)
             mark.record()
@@ -74,7 +74,7 @@ class Clock(LogitsProcessor):
 
 @dataclass
 class Spread:
-    """Median and quartiles of some samples, which are kept."""
+    """Median and quartiles of some samples, and the samples."""
 
     median: float
     q1: float
@@ -88,25 +88,25 @@ class Spread:
 
 
 def turned(names: list[str], turn: int) -> list[str]:
-    """The same names, beginning with another one each turn."""
+    """The same names, starting with a different one each turn."""
     first = turn % max(len(names), 1)
     return names[first:] + names[:first]
 
 
 class Progress:
-    """Says on stderr how far a run is and how long it may still take.
+    """Reports on stderr how far a run is and about how long it has left.
 
     Args:
         cases: all rows.
         work: their relative times.
-        rounds: of each, after one of warming up.
+        rounds: of each, after a warm-up round.
     """
 
     def __init__(self, cases: Sequence[Any], work: Sequence[float], rounds: int) -> None:
         self.cases, self.work, self.rounds, self.began = cases, work, rounds, time.monotonic()
 
     def say(self, index: int, turn: int) -> None:
-        """Says that this round of this row begins."""
+        """Reports that this round of this row begins."""
         done = sum(self.work[:index]) + self.work[index] * turn / (self.rounds + 1)
         spent = time.monotonic() - self.began
         left = f"about {spent * (sum(self.work) - done) / done / 60:.0f} min left" if done else "warming up"
@@ -114,11 +114,11 @@ class Progress:
         print(f"{where}, {left}", file=sys.stderr, flush=True)
 
 
-# What comes out.
+# Results.
 
 
 def machine_facts(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What ran the benchmark: processor, cores and threads, versions, dtype."""
+    """The machine: processor, cores and threads, versions, dtype."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -137,7 +137,7 @@ def machine_facts(device: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """Writes the report, whole or not at all; rows that other runs on this machine left in the file stay."""
+    """Writes the report atomically; keeps the file's rows from other runs on this machine."""
     if path.is_file():
         earlier = json.loads(path.read_text())
         if earlier.get("machine") == found["machine"]:
@@ -153,7 +153,7 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def aligned(lines: list[list[str]]) -> list[str]:
-    """A Markdown table of a head and rows."""
+    """A Markdown table from a header and rows."""
     lines = [lines[0], ["-" * len(name) for name in lines[0]], *lines[1:]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -169,15 +169,15 @@ def verdicts(budgets: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-# Options, and the run.
+# Options and the run.
 
 
 def parser(name: str, description: str, example: str, rounds: int, quick: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks of rows have; `quick` says what `--quick` does."""
+    """The options that all benchmarks with rows share; `quick` says what `--quick` does."""
     found = argparse.ArgumentParser(prog=f"vismem bench {name}", description=description, epilog=f"example: {example}")
     found.add_argument("--quick", action="store_true", help=f"{quick}; writes nothing unless --json is given")
     found.add_argument("--rounds", type=int, help=f"rounds per row (default {rounds})")
-    found.add_argument("--only", nargs="+", metavar="ROW", help="rows whose name begins so; others in the file stay")
+    found.add_argument("--only", nargs="+", metavar="ROW", help="rows whose name starts so; others in the file stay")
     found.add_argument("--json", type=Path, metavar="PATH", help=f"where to write (default results/bench_{name}.json)")
     found.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     found.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
@@ -186,23 +186,23 @@ def parser(name: str, description: str, example: str, rounds: int, quick: str) -
 
 
 def add_busy(found: argparse.ArgumentParser) -> None:
-    """The option to count this process's time alone."""
-    told = "count this process's processor time; for one thread on a busy machine"
+    """The option to count only this process's time."""
+    told = "count this process's CPU time; for one thread on a busy machine"
     found.add_argument("--busy", action="store_true", help=told)
 
 
 def parsed(found: argparse.ArgumentParser, argv: list[str] | None, cases: Sequence[Any]) -> argparse.Namespace:
-    """The options, checked; `cases` are the rows that `--only` left."""
+    """The options, checked; `args.cases` are the rows that `--only` selects from `cases`."""
     args = found.parse_args(argv)
     for name in ("rounds", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             found.error(f"--{name} must be 1 or more, got {value}")
     if getattr(args, "busy", False) and (args.threads > 1 or args.device != "cpu"):
-        found.error("--busy counts the time of one thread on a processor; leave it out here")
+        found.error("--busy counts the CPU time of one thread; leave it out here")
     args.cases = [case for case in cases if not args.only or any(str(case).startswith(name) for name in args.only)]
     if not args.cases:
-        found.error(f"--only {' '.join(args.only)} fits no row; there are {', '.join(map(str, cases))}")
+        found.error(f"--only {' '.join(args.only)} matches no row; there are {', '.join(map(str, cases))}")
     name = found.prog.split()[-1]
     if args.json is None and not args.quick:
         args.json = Path(f"results/bench_{name}.json")

@@ -1,25 +1,25 @@
-"""How fast `VisMem.generate` decodes: against transformers' own `generate` on the same base, and what a memory costs.
+"""How fast `VisMem.generate` decodes compared with transformers' `generate` on the same base, and what a memory costs.
 
-Every row of the table is one base, number of visual tokens and batch. Its runs alternate, round by round, in one
-process, on one prompt and with a fixed number of greedy tokens:
+Each row of the table is one base, number of visual tokens and batch. Its runs alternate, round by round, in one
+process, on one prompt, with a fixed number of greedy tokens:
 
     base      the base's own `generate`
     off       memory off
     on        invocation "learned", never invoked
-    none      `Forced([])`, the run that the next one is compared with
+    none      `Forced([])`, which the next two are compared with
     forced    `Forced`: in every row of the batch, after each `SEGMENT` tokens, one of `KINDS_IN_ORDER`
     scattered `Forced`, batches only: one invocation in every row, each row at its own step
 
-How "on" never invokes: the output rows of the four tokens are set to zero, so that an invocation token's logit is 0,
-which no greedy choice takes. The engine does all that it does when it decodes with a trained memory (keeps states,
-widens the logits, computes the four, applies the guards), and the run is refused if its tokens differ from the base's.
+"on" never invokes because the output rows of the four tokens are zero: an invocation token's logit is 0, which greedy
+decoding never picks. The engine does all that it does with a trained memory (keeps states, widens the logits, computes
+the four, applies the guards), and the run fails if its tokens differ from the base's.
 
-A clock among the logits processors, the same object in every run, notes when each token is drawn. Time per token is
-(last - first) / (tokens - 1), so reading the prompt is not in it. The cost of an invocation is the time of the
-`SEGMENT` tokens from it on, less the same tokens' time in "none", in units of the base's time per token: formation,
-the forward that reads the memory, and whatever it leaves behind (a longer cache) are all in it.
+A clock among the logits processors, the same object in every run, records when each token is sampled. Time per token is
+(last - first) / (tokens - 1), so it excludes reading the prompt. The cost of an invocation is the time of the `SEGMENT`
+tokens from it on, less the same tokens' time in "none", in units of the base's time per token: it includes formation,
+the forward that reads the memory, and the longer cache afterwards.
 
-What is measured and printed is explained in `benchmarks/README.md`.
+`benchmarks/README.md` explains what is measured and printed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from vismem.decoding.policies import Forced
 SEGMENT = 16
 KINDS_IN_ORDER = ("short", "short", "long", "short", "long")
 
-# Steps that an invocation adds in the public VisMem code, one CPU thread, fp32; and the share of it allowed here.
+# Steps that an invocation adds in the public VisMem code, one CPU thread, fp32; and the share of them allowed here.
 PUBLIC_CODE = {
     ("qwen-200m", 64): {"short": 14.7, "long": 15.8, "share": 0.7},
     ("qwen-28m", 256): {"short": 27.6, "long": 28.7, "share": 0.5},
@@ -74,7 +74,7 @@ CASES = (
 
 @dataclass
 class Run:
-    """One timed generation: when it began, when each token was drawn, when it ended, and what it wrote."""
+    """One timed generation: when it began, when each token was sampled, when it ended, and its tokens."""
 
     ticks: list[float]
     sequences: Tensor
@@ -95,7 +95,7 @@ class Run:
         return self.ticks[-1] - self.ticks[1]
 
     def span(self, step: int) -> float:
-        """Seconds from drawing token `step - 1` until `SEGMENT` more are drawn."""
+        """Seconds from sampling token `step - 1` until `SEGMENT` more are sampled."""
         return self.ticks[step + SEGMENT] - self.ticks[step]
 
 
@@ -107,7 +107,7 @@ def timed(
     busy: bool = False,
     **kwargs: Any,
 ) -> Run:
-    """Runs `generate` greedily for exactly `tokens` tokens, `end` never among them, with a clock in its processors."""
+    """Runs `generate` greedily for exactly `tokens` tokens, never one of `end`, with a clock in its processors."""
     clock = Clock(inputs["input_ids"].device, busy)
     gc.collect()
     clock.tick()
@@ -134,10 +134,10 @@ def schedules(batch: int) -> tuple[int, dict[str, list[tuple[int, int, str]]]]:
 
 
 def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], turn: int = 0, busy: bool = False) -> dict[str, Run]:
-    """Every run once, beginning with another one each turn.
+    """Every run once, starting with a different one each turn.
 
     Raises:
-        RuntimeError: if a run without invocations writes anything but the base's tokens.
+        RuntimeError: if a run without invocations writes other tokens than the base.
     """
     batch = len(inputs["input_ids"])
     tokens, plans = schedules(batch)
@@ -150,7 +150,7 @@ def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], turn: int = 0, bu
     }
     if batch > 1:
         runs["scattered"] = (model.generate, {"invocation": Forced(plans["scattered"])})
-    # Neither the end token, nor rows that the base keeps free and that now are the four tokens'.
+    # Neither the end token, nor the base's unused rows that are now the four tokens'.
     tokens_in_table = [index for index in model.tokens.ids if index < model.tokens.base_vocabulary]
     end = [model.base.generation_config.eos_token_id, *tokens_in_table]
     done = {name: timed(runs[name][0], inputs, tokens, end, busy, **runs[name][1]) for name in turned(list(runs), turn)}
@@ -160,7 +160,7 @@ def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], turn: int = 0, bu
     return done
 
 
-# From times to numbers.
+# Numbers from times.
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Result:
         model, weights, visual_tokens, batch: the case; `weights` is `"trained"` or `"random"`.
         parameters: of the base, and of its vision encoder and text model alone; of the memory.
         token_ms: time per token of base, off and on.
-        first_token_ms: time to the first token of the same.
+        first_token_ms: time to the first token, likewise.
         ratio: time per token of off and on over the base's in the same round; `first_off`, `first_on` likewise.
         invocation_steps: what an invocation adds, in the base's decode steps: `short_first` (encodes the image's
             patches), `short` (later ones on the same image), `long`; `scattered`: one in each row, per invocation.
@@ -240,7 +240,7 @@ def summarize(case: Case, weights: str, model: vismem.VisMem, rounds: list[dict[
 
 
 def equip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[vismem.VisMem, str]:
-    """A base of that name with the default memory, ready to be measured, and where its weights come from."""
+    """A base of that name with the default memory, ready to measure, and where its weights come from."""
     model, weights = equipped(name, device, dtype)
     silence(model)
     return model, weights
@@ -249,7 +249,7 @@ def equip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
 def measure(
     cases: list[Case], rounds: int, device: str = "cpu", dtype: torch.dtype = torch.float32, busy: bool = False
 ) -> Iterator[Result]:
-    """Measures `cases` one by one, each with a round of warming up; says on stderr how far it is."""
+    """Measures `cases` one by one, each with a warm-up round; reports progress on stderr."""
     progress = Progress(cases, [WORK.get(case.model, 1) * (1 + case.batch / 8) for case in cases], rounds)
     made: dict[str, tuple[vismem.VisMem, str]] = {}
     for index, case in enumerate(cases):
@@ -264,11 +264,11 @@ def measure(
         yield summarize(case, weights, model, kept)
 
 
-# What comes out.
+# Results.
 
 
 def budgets(results: list[Result]) -> list[dict[str, Any]]:
-    """What each row was allowed and what it took; only the rows that a budget names."""
+    """Each row's limit and measurement, for rows with a budget."""
     found = []
 
     def add(row: Result, what: str, measured: float, allowed: float) -> None:
@@ -288,7 +288,7 @@ def budgets(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def report(results: list[Result], device: str, dtype: torch.dtype, rounds: int, busy: bool = False) -> dict[str, Any]:
-    """All that is written to the JSON file."""
+    """The contents of the JSON file."""
     config = vismem.VisMemConfig()
     return {
         "benchmark": "decode",
@@ -346,10 +346,10 @@ def table(results: list[Result]) -> str:
     config = vismem.VisMemConfig()
     notes = [
         "",
-        "generate: per token, of the base's own generate; off, on: time per token against it (on: never invoked).",
+        "generate: per token, by the base's own generate; off, on: time per token relative to it (on: never invoked).",
         f"1st short, short, long: what an invocation of {config.short_length} or {config.long_length} vectors adds, "
         "in steps of generate, in every row of the batch at once;",
-        "scattered: the same per invocation when every row invokes at another step. * random weights.",
+        "scattered: the same per invocation when every row invokes at a different step. * random weights.",
         "",
     ]
     return "\n".join([*aligned(lines), *notes, *verdicts(budgets(results))])

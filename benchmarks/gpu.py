@@ -1,16 +1,15 @@
 """A base of real size on one GPU: tokens per second, share of the memory's bandwidth, cost of memory in an answer.
 
 The base has the paper's shape (Qwen2.5-VL-7B unless `--model` says otherwise) and random weights in bfloat16, made on
-the device. All is measured in one process, for batches of 1, 8 and 64, in this order for each batch:
+the device. Everything is measured in one process, for batches of 1, 8 and 64, in this order for each batch:
 
     speed     Six runs, interleaved round by round: transformers' `generate` and ours with memory off and on (never
-              invoked), each with the dynamic cache, and with a static one whose step is compiled.
+              invoked), each with the dynamic cache and with a static one whose step is compiled.
     cost      What an invocation adds, of each kind, as in decode.py. Batches of 1 and 8.
-    overhead  What memory adds to a set of answers of which some invoke it. Batches of 1 and 8.
+    overhead  What memory adds to a set of answers, some of which invoke it. Batches of 1 and 8.
 
-Marks for the time are laid into the device's stream, so that it never waits for the clock. A row that fails, or for
-which no time is left (`--minutes`), is reported as not measured, and the others go on. What is printed is explained in
-`benchmarks/README.md`.
+Events in the device's stream record the times, so it never waits for the clock. A row that fails, or for which no time
+is left (`--minutes`), is reported as not measured, and the others go on. `benchmarks/README.md` explains the output.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ END = [SPECIAL.index("<end>")]
 
 
 def tiny() -> tuple[Any, Any]:
-    """A base with which all of this runs on a processor, in seconds."""
+    """A base for which all of this runs on a CPU in seconds."""
     return random_qwen(512, 128, 2, 256, (128, 2, 256), tied=False)
 
 
@@ -69,7 +68,7 @@ def real(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
         name: a file's name in the package's configs, without `.json`, or the path of a config.
 
     Raises:
-        ValueError: if there is no such config, or it is not of a family that prompts can be made for.
+        ValueError: if there is no such config, or prompts cannot be made for its family.
     """
     path = next((p for p in (CONFIGS / f"{name}.json", Path(name)) if p.is_file()), None)
     if path is None:
@@ -77,7 +76,7 @@ def real(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ValueError(f"--model {name}: there is no such config; there are {known}, tiny, and files of your own")
     config = AutoConfig.from_pretrained(path)
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"--model {name}: prompts are made for qwen2_5_vl only, and this is {config.model_type}")
+        raise ValueError(f"--model {name}: prompts are made for qwen2_5_vl only, not for {config.model_type}")
     with torch.device(device), no_init_weights():
         base = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     for key, parameter in base.named_parameters():
@@ -92,7 +91,7 @@ def real(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def equip(name: str, device: str, dtype: torch.dtype) -> vismem.VisMem:
-    """The base with an untrained memory that is never sampled; nothing ends an answer early."""
+    """The base with an untrained memory that is never invoked; nothing ends an answer early."""
     torch.manual_seed(0)
     base, processor = tiny() if name == "tiny" else real(name, device, dtype)
     model = vismem.VisMem(base.to(device, dtype).eval(), processor, vismem.VisMemConfig()).eval()
@@ -118,7 +117,7 @@ def read_bandwidth(device: torch.device, size: int) -> float:
 
 
 def step_bytes(model: vismem.VisMem, batch: int, columns: float) -> float:
-    """Bytes that a step cannot do without: text layers, norm and head, keys and values of `columns` in every row."""
+    """Bytes that a step must read: text layers, norm and head, keys and values of `columns` in every row."""
     backbone, text = model.backbone, model.config.get_text_config()
     weights = sum(p.numel() for p in backbone.language_model.parameters()) - backbone.embeddings.weight.numel()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -134,13 +133,13 @@ class Speed:
     """One run's numbers.
 
     Args:
-        row, batch, run: which.
+        row, batch, run: names and batch of the run.
         token_ms, first_token_ms: time per token after the first, on average over a run, and to the first.
         steady_ms: the median time of a token within a run.
         tokens_per_second: of the whole batch, by the median.
-        compile_s: what the first call took longer than the later ones: compiling, and all else that is done once.
+        compile_s: extra time of the first call: compiling, and everything else that is done once.
         gigabytes_per_second: bytes that a step must read, over its time.
-        share: of the bandwidth measured; `nominal_share`: of the one given.
+        share: of the measured bandwidth; `nominal_share`: of the nominal one.
         same: share of the tokens that are `generate`'s with the dynamic cache; rounding differs between kernels.
     """
 
@@ -176,7 +175,7 @@ class Overhead:
     Args:
         computed: by the paper's rate of each kind per answer: from the costs of single invocations and the difference
             between on and off.
-        measured: by the rate that was measured: a set of answers with so many invocations against the same with none.
+        measured: by the measured rate: a set of answers with that many invocations against the same with none.
     """
 
     row: str
@@ -192,8 +191,8 @@ class Bench:
     Args:
         model: the model.
         visual_tokens, rounds: of every prompt; of every comparison.
-        bandwidth, nominal: bytes per second, measured and given.
-        seconds: that all may take.
+        bandwidth, nominal: bytes per second, measured and nominal.
+        seconds: time limit for everything.
         keep: called whenever there are new rows.
     """
 
@@ -212,7 +211,7 @@ class Bench:
         self.began, self.seconds = time.monotonic(), seconds
         self.rows: dict[str, Speed | Cost | Overhead] = {}
         self.missed: dict[str, str] = {}  # rows that were not measured, and why
-        # A processor compiles nothing unless it is told to.
+        # On a CPU nothing is compiled unless asked for.
         self.static: dict[str, dict[str, Any]] = {"generate": {}, "ours": {}}
         if model.device.type != "cuda":
             for whose in self.static:
@@ -221,7 +220,7 @@ class Bench:
                 self.static[whose] = {"compile_config": config}
 
     def attempt(self, row: str, work: Callable[[], Any]) -> Any:
-        """Does one measurement, if there is time; notes why where it fails, and gives None."""
+        """Runs one measurement if there is time; on failure records why and returns None."""
         spent = time.monotonic() - self.began
         print(f"{spent:5.0f} s  {row}", file=sys.stderr, flush=True)
         if spent > self.seconds:
@@ -229,7 +228,7 @@ class Bench:
             return None
         try:
             return work()
-        except Exception as error:  # whatever a device or a compiler throws: the other rows are worth having
+        except Exception as error:  # devices and compilers raise anything; the other rows are still worth having
             reason = next(iter(str(error).strip().splitlines()), "")
             self.missed[row] = f"{type(error).__name__}: {reason}"[:300]
             gc.collect()
@@ -259,7 +258,7 @@ class Bench:
         self.forget_compiled()
         runs, first = {}, {}
         for name, (work, keywords) in self.runs().items():
-            # The longest answer of all comes first, so that what is compiled for it fits the later ones.
+            # The longest answer comes first, so that what is compiled for it fits the later ones.
             tokens = LONGEST if "static" in name else TOKENS
             began = time.monotonic()
             if self.attempt(f"{batch}/{name}", lambda w=work, t=tokens, k=keywords: timed(w, inputs, t, END, **k)):
@@ -282,7 +281,7 @@ class Bench:
     def speed_row(
         self, batch: int, name: str, runs: list[Run], first: tuple[float, int], plain: Run | None, inputs: dict
     ) -> Speed:
-        """A row from its runs; `first` is the seconds of the first call and its tokens, `plain` generate's run."""
+        """A row from its runs; `first` holds the first call's seconds and tokens, `plain` is generate's run."""
         token = Spread.of([1e3 * run.per_token for run in runs], 4)
         steady = Spread.of([1e3 * median(b - a for a, b in pairwise(run.ticks[1:-1])) for run in runs], 4)
         start = Spread.of([1e3 * run.first for run in runs], 3)
@@ -306,7 +305,7 @@ class Bench:
         )
 
     def forget_compiled(self) -> None:
-        """Lets go of what was compiled for another batch, ours and theirs, so that each batch has its own graph."""
+        """Drops what was compiled for another batch, ours and transformers', so that each batch has its own graph."""
         COMPILED.pop(self.model.base, None)
         self.model.base.__dict__.pop("_compiled_call", None)
         torch._dynamo.reset()
@@ -346,7 +345,7 @@ class Bench:
             found = Overhead(row, batch, tokens, self.computed(batch, tokens))
             plans = {"0": None, **{str(count / ANSWERS): schedule(count, tokens) for count in RATES.values()}}
             seconds: dict[str, list[float]] = {name: [] for name in plans}
-            for turn in range(self.rounds if batch > 1 else 1):  # alone, every answer is a sample
+            for turn in range(self.rounds if batch > 1 else 1):  # at batch 1, every answer is a sample
                 for name in turned(list(plans), turn):
                     took = self.attempt(row, lambda n=tokens, plan=plans[name]: self.answers(asked, n, plan))
                     if took is not None:
@@ -362,7 +361,7 @@ class Bench:
                 self.add(found)
 
     def answers(self, asked: list[dict[str, Tensor]], tokens: int, plan: list[tuple[int, int, str]] | None) -> float:
-        """Seconds that all answers take, one batch after the other."""
+        """Seconds for all answers, one batch after another."""
         clock = Clock(self.model.device)
         gc.collect()
         clock.tick()
@@ -376,9 +375,9 @@ class Bench:
         return last - first
 
     def computed(self, batch: int, tokens: int) -> dict[str, float]:
-        """Percent that memory adds at the paper's rates, from single costs; empty where one of them is missing."""
+        """Percent that memory adds at the paper's rates, from single costs; empty if one is missing."""
         off, on = (self.rows.get(f"{batch}/{name} static") for name in ("off", "on"))
-        alone = self.rows.get("1/cost static")  # in a batch, rows invoke at steps of their own
+        alone = self.rows.get("1/cost static")  # in a batch, rows invoke at different steps
         if off is None or on is None or alone is None:
             return {}
         each = alone.ms["short_first"].median + alone.ms["long"].median
@@ -386,7 +385,7 @@ class Bench:
         return {str(rate): round(100 * (extra + batch * rate * each) / whole, 2) for rate in RATES}
 
     def all(self, batches: Iterable[int]) -> None:
-        """Everything, the batches one after the other."""
+        """Everything, batch by batch."""
         for batch in batches:
             self.speed(batch)
             if batch in COSTLY:
@@ -395,17 +394,17 @@ class Bench:
 
 
 def schedule(count: int, tokens: int) -> list[tuple[int, int, str]]:
-    """Invocations in `count` of `ANSWERS` answers for each kind, in different answers, at places drawn by chance."""
+    """Invocations in `count` of `ANSWERS` answers for each kind, in different answers, at random places."""
     chance = Chance(0)
     rows = chance.sample(range(ANSWERS), 2 * count)
     return [(r, chance.randrange(8, tokens - 16), ("short", "long")[i % 2]) for i, r in enumerate(rows)]
 
 
-# What comes out.
+# Results.
 
 
 def budgets(rows: list[Speed | Cost | Overhead]) -> list[dict[str, Any]]:
-    """What was aimed for and what it came to."""
+    """Targets and measurements."""
     found = []
     for one in rows:
         if isinstance(one, Speed) and one.batch == 1 and one.run in ("off static", "on static"):
@@ -420,7 +419,7 @@ def budgets(rows: list[Speed | Cost | Overhead]) -> list[dict[str, Any]]:
 
 
 def report(bench: Bench, args: argparse.Namespace, build_s: float) -> dict[str, Any]:
-    """All that is written to the JSON file."""
+    """The contents of the JSON file."""
     model, rows = bench.model, list(bench.rows.values())
     count = {
         "base": sum(p.numel() for p in model.base.parameters()),
@@ -481,16 +480,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     told = "name of a config in the package, or a config file, or 'tiny' (default Qwen2.5-VL-7B)"
     parser.add_argument("--model", default="Qwen2.5-VL-7B", help=told)
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try this out with --model tiny")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try it with --model tiny")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument(
-        "--bandwidth", type=float, default=4800, metavar="GB/S", help="nominal, of the device (default 4800, an H200)"
+        "--bandwidth",
+        type=float,
+        default=4800,
+        metavar="GB/S",
+        help="the device's nominal bandwidth (default 4800, an H200)",
     )
-    told = f"these (default {' '.join(map(str, BATCHES))}); rows of other calls on the machine stay in the file"
+    told = f"batches (default {' '.join(map(str, BATCHES))}); others in the file stay"
     parser.add_argument("--batches", type=int, nargs="+", choices=BATCHES, default=BATCHES, help=told)
     parser.add_argument("--visual-tokens", type=int, default=256, metavar="N", help="of every prompt (default 256)")
     parser.add_argument("--rounds", type=int, default=3, help="of every comparison (default 3)")
-    parser.add_argument("--minutes", type=float, default=8.5, help="begin no run after that many (default 8.5)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="start no run after this many (default 8.5)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write (default results/bench_gpu.json)")
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -503,10 +506,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, writes row by row, prints the tables; 1 without a device, or where a row could not be measured."""
+    """Measures, writes row by row, prints the tables; returns 1 without a device or if a row could not be measured."""
     args = arguments(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        how = "to try it on a processor, add --device cpu --model tiny"
+        how = "to try it on a CPU, add --device cpu --model tiny"
         print(f"vismem bench gpu: needs a CUDA device, and torch finds none; {how}", file=sys.stderr)
         return 1
     transformers.logging.set_verbosity_error()

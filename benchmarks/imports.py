@@ -1,8 +1,8 @@
-"""How long `import vismem` takes: new processes, one after the other, with torch alone beside it to compare with.
+"""How long `import vismem` takes, in new processes one after another, compared with torch alone.
 
-`--python` names the interpreter of another environment, as that of one into which the wheel alone was installed: with
-extras in it, transformers and peft load more. Times are of whole processes, starting Python included: by the clock, and
-the processors' own, which other programs on the machine lengthen less.
+`--python` names the interpreter of another environment, such as one with only the wheel installed: with extras,
+transformers and peft load more. Times are of whole processes, Python's start included: wall-clock time, and CPU time,
+which other programs on the machine affect less.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from common import Spread, turned
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "import_time.json"
-LIMIT = 3.0  # seconds, for each but the demo
+LIMIT = 3.0  # seconds, for all but the demo
 NAMES = "Answer, Invocation, Request, RequestQueue, VisMem, VisMemConfig, VisMemOutput, invocation"
 RUNS = {
     "python": ["-c", "pass"],
@@ -41,7 +41,7 @@ print(json.dumps(found))
 
 
 def seconds(words: list[str]) -> tuple[float, float]:
-    """Of one process, from start to end: by the clock, and what processors spent on it."""
+    """Wall-clock and CPU seconds of one process, from start to end."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end, after = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -51,8 +51,8 @@ def seconds(words: list[str]) -> tuple[float, float]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vismem bench imports", description=__doc__.splitlines()[0])
     parser.add_argument("--python", default=sys.executable, metavar="FILE", help="interpreter (default: this one)")
-    parser.add_argument("--environment", default="dev", metavar="TEXT", help="what is installed there, in words")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each, after one of warming up")
+    parser.add_argument("--environment", default="dev", metavar="TEXT", help="a description of what is installed there")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each, after a warm-up round")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="default: results/import_time.json")
     options = parser.parse_args(arguments)
     if options.rounds < 1:

@@ -1,9 +1,9 @@
 """How far off are the estimates of `vismem info`? Peaks of a process's resident memory against `vismem.estimates`.
 
-One process for each base, on the CPU, in float32. Freed memory goes back to the system at once (glibc is told to map
-every larger block on its own), so the peak that Linux keeps (VmHWM, set back before each case) is that of what lives.
-What the process holds before the base is made is taken off, and a much smaller base goes through every case first, so
-that the libraries' own code and buffers are in what is taken off. Linux only.
+One process for each base, on the CPU, in float32. Freed memory returns to the system at once (glibc maps every larger
+block separately), so the peak that Linux records (VmHWM, reset before each case) is that of live memory. What the
+process holds before the base is built is subtracted; a much smaller base goes through every case first, so that this
+includes the libraries' code and buffers. Linux only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
 OUT = Path(__file__).resolve().parent.parent / "results" / "info_memory.json"
 BASES = ("qwen-28m", "qwen-200m")
-ROWS = 8  # answers of the one prompt in the RL stages, replayed in one micro-batch
+ROWS = 8  # answers to the one prompt in the RL stages, replayed in one micro-batch
 
 
 def status(field: str) -> int:
@@ -38,7 +38,7 @@ def peak(work: Any) -> int:
 
 
 def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
-    """All cases of one base; runs in a process of its own."""
+    """All cases of one base; needs its own process."""
     import torch
     from bases import BASES as KNOWN
     from bases import prompt, random_qwen
@@ -89,7 +89,7 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
         start = [p.detach().clone() for p in trained]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # its moments are there from now on
+        optimizer.step()  # allocates its moments
         optimizer.zero_grad()
         kept: list = []
 
@@ -123,7 +123,7 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=BASES, default=BASES, help="these bases")
+    parser.add_argument("--only", nargs="+", choices=BASES, default=BASES, help="bases to measure (default: all)")
     parser.add_argument("--visual-tokens", type=int, default=256)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--here", help=argparse.SUPPRESS)  # one base, in this process

@@ -1,8 +1,9 @@
-"""A soak of `vismem serve` on loopback: mixed requests, clients that hang up, bad bodies; what it answers and keeps.
+"""A soak test of `vismem serve` on loopback: mixed requests, clients that hang up, bad bodies, and leaks.
 
-The server is a process of its own with the pocket model. Clients are bounded in number, requests in number and time.
-Requests of all kinds run first, with the server's memory, threads and files watched; then the same good ones with many
-clients and one at a time, in turn. Exits with 1 where anything failed that was not the client's fault, or kept growing.
+The server runs the pocket model in its own process. The number of clients and the number and time of requests are
+bounded. Requests of all kinds run first, while the server's memory, threads and files are sampled; then the same good
+ones, alternately with many clients and one at a time. Exits with 1 if anything failed that was not the client's fault,
+or kept growing.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from common import machine_facts
 from PIL import Image
 
 KEY = "soak"
-LONGEST = 120.0  # seconds of one request
+LONGEST = 120.0  # seconds per request
 MAX_BODY = 1  # MiB
-LONG = 1000  # requests; in a shorter soak the server is warming up to the end, and growth is not judged
-WARM = 0.2  # of the soak, before which growth is not looked at
+LONG = 1000  # requests; a shorter soak ends while the server is warming up, so growth is not judged
+WARM = 0.2  # share of the soak before growth is measured
 CLIENTS = 16
 BAD = [
     "malformed",
@@ -53,11 +54,11 @@ TEXTS = [
 ]
 
 
-# What is asked.
+# Requests.
 
 
 class Kinds:
-    """Draws requests, the same ones for the same seed."""
+    """Draws requests, the same for the same seed."""
 
     def __init__(self, seed: int) -> None:
         self.random, self.kinds = random.Random(seed), Counter()
@@ -80,7 +81,7 @@ class Kinds:
         return kind, body
 
     def good(self) -> dict[str, Any]:
-        """A request that is all right."""
+        """A valid request."""
         choose = self.random.choice
         count = choose([0, 1, 1, 1, 2, 3])
         pictures = [choose(self.pictures) for _ in range(count)]
@@ -113,21 +114,21 @@ def turn(text: str, pictures: list[str]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-# Asking.
+# Clients.
 
 
 class Soak:
-    """What came of the requests."""
+    """Sends requests and records the outcomes."""
 
     def __init__(self, client: httpx.AsyncClient, seed: int) -> None:
         self.client, self.random = client, random.Random(seed + 1)
         self.outcomes: Counter[str] = Counter()
-        self.faults: list[str] = []  # what was not the client's
+        self.faults: list[str] = []  # failures that were not the client's fault
         self.texts: dict[str, list[str]] = {}
         self.differing, self.compared, self.tokens = 0, 0, 0
 
     async def ask(self, kind: str, body: dict[str, Any]) -> tuple[float, float | None]:
-        """Sends one and checks what comes; seconds to its end, and to the first text where it streamed."""
+        """Sends one and checks the response; returns seconds to its end, and to the first text if streamed."""
         began = time.monotonic()
         try:
             async with asyncio.timeout(LONGEST) if hasattr(asyncio, "timeout") else Unbounded():
@@ -177,7 +178,7 @@ class Soak:
         return first
 
     def compare(self, body: dict[str, Any], texts: list[str]) -> None:
-        """The same request must have the same words, whatever ran beside it, streamed or not."""
+        """The same request must give the same words, whatever ran beside it, streamed or not."""
         key = json.dumps(
             {name: body[name] for name in sorted(body) if not name.startswith(("stream", "logprobs", "top_"))}
         )
@@ -187,7 +188,7 @@ class Soak:
         self.texts[key] = texts
 
     async def abort(self, body: dict[str, Any]) -> None:
-        """Hangs up: a stream after some lines, another request after some milliseconds."""
+        """Hangs up: on a stream after some lines, otherwise after some milliseconds."""
         if body["stream"]:
             left = self.random.randrange(1, 8)
             async with self.client.stream("POST", "/v1/chat/completions", json={**body, "max_tokens": 48}) as answer:
@@ -204,7 +205,7 @@ class Soak:
             await asyncio.gather(asked, return_exceptions=True)
 
     async def bad(self, kind: str, body: dict[str, Any]) -> None:
-        """Something that must be refused, as an error in OpenAI's form."""
+        """A request that must be refused with an error in OpenAI's format."""
         content, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
         if kind == "malformed":
             content = content[: len(content) // 2]
@@ -225,7 +226,7 @@ class Soak:
         assert answer.json()["error"]["message"], answer.text
 
     async def at_rest(self) -> bool:
-        """Waits until the server says that it has no rows; those of clients who left are given up soon."""
+        """Waits until the server reports no rows; it soon cancels those of clients who left."""
         for _ in range(100):
             health = (await self.client.get("/health")).json()
             if not health["waiting"] and not health["writing"]:
@@ -247,7 +248,7 @@ class Unbounded:
 async def worked(
     soak: Soak, requests: list[tuple[str, dict]], clients: int
 ) -> list[tuple[str, bool, float, float | None]]:
-    """Lets so many clients work through the requests; kind, whether it streamed, and the seconds of each."""
+    """Sends the requests from that many clients; returns kind, whether it streamed, and seconds of each."""
     left, found = iter(requests), []
 
     async def client() -> None:
@@ -294,7 +295,7 @@ def start(log: Path, replicas: int) -> tuple[subprocess.Popen, str]:
 
 
 def stopped(process: subprocess.Popen) -> dict[str, float]:
-    """Asks the server to end."""
+    """Stops the server with SIGTERM."""
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     try:
@@ -305,7 +306,7 @@ def stopped(process: subprocess.Popen) -> dict[str, float]:
     return {"status": status, "seconds": round(time.monotonic() - began, 2)}
 
 
-# All of it.
+# The soak.
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -322,7 +323,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 async def run(address: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
     kinds = Kinds(args.seed)
     rounds = 4
-    each = max(args.requests // 50, 4)  # of a round of the comparison
+    each = max(args.requests // 50, 4)  # requests per round of the comparison
     mixed = args.requests - 2 * rounds * each
     limits = httpx.Limits(max_connections=args.clients + 4, max_keepalive_connections=args.clients)
     headers = {"Authorization": f"Bearer {KEY}"}
@@ -334,7 +335,7 @@ async def run(address: str, pid: int, args: argparse.Namespace) -> dict[str, Any
         warm = int(mixed * WARM)
         for count in (warm, *[(mixed - warm) // 4] * 3, mixed - warm - 3 * ((mixed - warm) // 4)):
             done += await worked(soak, [kinds.draw() for _ in range(count)], args.clients)
-            assert await soak.at_rest(), "rows are left that nobody waits for"
+            assert await soak.at_rest(), "abandoned rows were not cancelled"
             await asyncio.sleep(1 if args.requests >= LONG else 0.1)
             resting.append(counts(pid))
             print(
@@ -351,7 +352,7 @@ async def run(address: str, pid: int, args: argparse.Namespace) -> dict[str, Any
                 latency[name] += await worked(soak, requests, args.clients if name == "many" else 1)
                 compared[name].append(round(each / (time.monotonic() - began), 2))
         metrics = (await client.get("/metrics")).text
-        assert await soak.at_rest(), "rows are left that nobody waits for"
+        assert await soak.at_rest(), "abandoned rows were not cancelled"
     return {
         "requests": len(done) + 2 * rounds * each,
         "clients": args.clients,
@@ -377,7 +378,7 @@ async def run(address: str, pid: int, args: argparse.Namespace) -> dict[str, Any
 
 
 def grown(resting: list[dict[str, float]]) -> list[str]:
-    """What the server holds at rest beyond what it did once it was warm: 5 % of memory, any thread, some files."""
+    """What grew at rest since the warm-up: by more than 5 % of memory, any thread, or some files."""
     first, last = resting[0], resting[-1]
     allowed = {"rss_mb": 0.05 * first["rss_mb"], "threads": 0, "files": 2}
     return [
@@ -389,9 +390,9 @@ def grown(resting: list[dict[str, float]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="vismem bench serve", description=__doc__)
-    options.add_argument("--requests", type=int, default=5000, help="in all (default 5000; 60 or more)")
+    options.add_argument("--requests", type=int, default=5000, help="in total (default 5000; 60 or more)")
     options.add_argument("--clients", type=int, default=CLIENTS, help=f"at a time (default {CLIENTS})")
-    options.add_argument("--replicas", type=int, default=1, help="of the server (default 1)")
+    options.add_argument("--replicas", type=int, default=1, help="replicas of the model (default 1)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--every", type=float, default=5.0, help="seconds between two samples (default 5)")
     options.add_argument("--json", type=Path, help="where to write (default results/serve_soak.json, if 5000 or more)")

@@ -1,19 +1,19 @@
-"""How many answers a live batch gives in a second, and what they take of memory: `stream_batch` against `generate`.
+"""How many answers per second a live batch gives, and the memory they take: `stream_batch` against `generate`.
 
-Three sorts of rows, BASE/SORT/BATCH, all decoded greedily, nothing ended before its length:
+Three kinds of rows, BASE/SORT/BATCH, all decoded greedily to their full length:
 
-stream  A list of requests, each an image prompt and an answer of its own length. Runs, interleaved round by round:
+stream  A list of requests: image prompts, each with its own answer length. Runs, interleaved round by round:
             generate    transformers' `generate` on chunks of BATCH requests, each until its longest answer is done
             off         `stream_batch` with memory off
             on          with memory "learned", never invoked (the four tokens' output rows are zero)
-            few, often  with invocations at random places, about 0.2 and 1.0 of each kind in an answer
-            continuous  transformers' own continuous batching, which takes text alone
+            few, often  with invocations at random places, about 0.2 and 1.0 of each kind per answer
+            continuous  transformers' own continuous batching, which takes only text
             text        `stream_batch` with memory off on the same text prompts
 long    Answers of `LONG` tokens: `generate` with its dynamic cache, and ours in slots, memory off and on. Time per
         token at several places, and how much the process grew.
-memory  Peaks of resident memory while one batch is answered; in a process of its own, as in memory.py.
+memory  Peaks of resident memory while one batch is answered, in a separate process as in memory.py.
 
-Answers without invocations must be the base's own. What is printed is explained in `benchmarks/README.md`.
+Answers without invocations must equal the base's. `benchmarks/README.md` explains the output.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from vismem.decoding.prepare import Layout
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 VISUAL_TOKENS, SHORTEST, LONGEST = 64, 8, 96
-FEWEST, TURNOVERS = 16, 2  # requests: as many as fill the batch so many times
-RATES = {"few": 0.2, "often": 1.0}  # invocations of each kind in an answer
+FEWEST, TURNOVERS = 16, 2  # at least so many requests, and so many times the batch
+RATES = {"few": 0.2, "often": 1.0}  # invocations of each kind per answer
 LONG, MARKS, WINDOW = 2048, (128, 512, 1024, 2048), 64
 MEMORY_TOKENS, MEMORY_BATCHES = 32, (1, 4, 16, 64)
 ALLOWED_RATIO, ALLOWED_GROWTH = 1.05, 1.0
@@ -86,7 +86,7 @@ CASES = tuple(
 
 @dataclass
 class Asked:
-    """One request: the processor's output, and how many tokens its answer is to have."""
+    """One request: the processor's output, and its answer's number of tokens."""
 
     inputs: dict[str, Tensor]
     tokens: int
@@ -94,7 +94,7 @@ class Asked:
 
 @dataclass
 class Done:
-    """Seconds that all requests took, their tokens, and how many invocations of each kind there were."""
+    """Seconds for all requests, their tokens, and the invocations of each kind."""
 
     seconds: float
     answers: list[list[int]]
@@ -102,7 +102,7 @@ class Done:
 
 
 def requests(base: Any, batch: int, text: bool = False) -> list[Asked]:
-    """Requests for one row of the table; the first ones are the same for every batch."""
+    """Requests for one row of the table; a larger batch adds to those of a smaller one."""
     chance, found = Chance(0), []
     for seed in range(max(FEWEST, TURNOVERS * batch)):
         inputs = prompt(base, VISUAL_TOKENS, 1, seed)
@@ -152,7 +152,7 @@ def policies(name: str, asked: list[Asked]) -> list[str | Policy]:
 
 
 def stream(model: vismem.VisMem, asked: list[Asked], batch: int, name: str, busy: bool) -> Done:
-    """`stream_batch` under the policies of that name."""
+    """`stream_batch` under the policies with this name."""
     sources = [
         vismem.Request(one.inputs, policy, generation={"max_new_tokens": one.tokens, "do_sample": False}, tag=index)
         for index, (one, policy) in enumerate(zip(asked, policies(name, asked), strict=True))
@@ -164,7 +164,7 @@ def stream(model: vismem.VisMem, asked: list[Asked], batch: int, name: str, busy
 
 
 def continuous(model: vismem.VisMem, asked: list[Asked], batch: int, busy: bool) -> Done:
-    """transformers' own continuous batching; its start-up is not in the time."""
+    """transformers' own continuous batching; the time excludes its start-up."""
     base, ids = model.base, [one.inputs["input_ids"][0].tolist() for one in asked]
     settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=LONGEST)
     limits = ContinuousBatchingConfig(max_requests_per_batch=batch, num_blocks=2 * batch + 4)
@@ -185,10 +185,10 @@ def continuous(model: vismem.VisMem, asked: list[Asked], batch: int, busy: bool)
 
 
 def stream_round(model: vismem.VisMem, asked: dict[str, list[Asked]], batch: int, turn: int, busy: bool) -> dict:
-    """Every run of a stream once, beginning with another one each turn.
+    """Every run of a stream once, starting with a different one each turn.
 
     Args:
-        asked: the requests with `"images"`, and in `"text"` alone.
+        asked: the requests by `"images"` and `"text"`.
     """
     runs: dict[str, Callable[[], Done]] = {"generate": lambda: generate(model, asked["images"], batch, busy)}
     for name in ("off", "on", *RATES):
@@ -199,10 +199,10 @@ def stream_round(model: vismem.VisMem, asked: dict[str, list[Asked]], batch: int
 
 
 def differing(done: dict[str, Done], exact: bool) -> dict[str, int]:
-    """How many answers of the runs without invocations are not the base's.
+    """How many answers of the runs without invocations differ from the base's.
 
     Raises:
-        RuntimeError: if there is one although numbers are `exact` enough to compare.
+        RuntimeError: if one does and arithmetic is `exact` enough to compare.
     """
     found = {}
     for name in ("off", "on", "text"):
@@ -210,7 +210,7 @@ def differing(done: dict[str, Done], exact: bool) -> dict[str, int]:
         found[name] = sum(ours != theirs for ours, theirs in pairs)
         if exact and found[name]:
             raise RuntimeError(
-                f"{name!r} wrote {found[name]} answers other than {PEERS[name]!r}; no comparison is fair"
+                f"{name!r} wrote {found[name]} answers that differ from {PEERS[name]!r}; the times cannot be compared"
             )
     return found
 
@@ -221,13 +221,13 @@ class Stream:
 
     Args:
         row, model, weights, batch: the case; `weights` is `"trained"` or `"random"`.
-        command, rounds, cpus: how this row was measured, and how many cores the process might use.
-        requests, tokens: how many, and their answers' tokens in all.
+        command, rounds, cpus: how this row was measured, and how many cores the process could use.
+        requests, tokens: how many, and their answers' tokens in total.
         useful: share of the places in `generate`'s static batches that belong to an answer.
         seconds: of every run; `ratio`: over its peer's in the same round.
         tokens_per_second, rows_per_second: by the median; memory tokens are not counted.
-        invocations: of each kind in an answer.
-        differing: answers without invocations that are not the peer's.
+        invocations: of each kind per answer.
+        differing: answers without invocations that differ from the peer's.
     """
 
     row: str
@@ -275,7 +275,7 @@ def summarize_stream(
 
 
 class Watch(Clock):
-    """A clock that notes the process' resident memory too."""
+    """A clock that also records the process's resident memory."""
 
     def __init__(self, device: torch.device, busy: bool = False) -> None:
         super().__init__(device, busy)
@@ -287,7 +287,7 @@ class Watch(Clock):
 
 
 def resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not tell."""
+    """Resident bytes of this process; 0 if the system does not report them."""
     path = Path("/proc/self/statm")
     return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.is_file() else 0
 
@@ -317,7 +317,7 @@ def long_round(model: vismem.VisMem, inputs: dict[str, Tensor], turn: int, busy:
     for name in ("off", "on"):
         same = int((written[name] == written["generate"]).all(1).sum())
         if same < len(written[name]) and model.dtype == torch.float32 and model.device.type == "cpu":
-            raise RuntimeError(f"{name!r} wrote {len(written[name]) - same} long answers other than the base's")
+            raise RuntimeError(f"{name!r} wrote {len(written[name]) - same} long answers that differ from the base's")
     return found
 
 
@@ -328,9 +328,9 @@ class Long:
     Args:
         token_ms: for each run and place, the median time of the `WINDOW` tokens before it.
         ratio: of ours over `generate`'s in the same round.
-        grown_mb: how much the process grew from the first mark to the last; `cache_mb`, what of that is new keys and
-            values (0 for ours, whose slots were laid out before).
-        column_bytes: of keys and values, for each row and column.
+        grown_mb: how much the process grew from the first mark to the last; `cache_mb`, the part that is new keys and
+            values (0 for ours, whose slots were allocated before).
+        column_bytes: bytes of keys and values per row and column.
     """
 
     row: str
@@ -353,7 +353,7 @@ def summarize_long(
     """Numbers of long answers from their rounds."""
     each = column_bytes(model.config, model.dtype)
     found = Long(str(case), case.model, weights, case.batch, command, len(rounds), cpus(), each)
-    window = getattr(model.config.get_text_config(), "sliding_window", None)  # generate keeps no more than that
+    window = getattr(model.config.get_text_config(), "sliding_window", None)  # generate keeps no more than this
     grown = (0 if window and window < MARKS[0] else LONG - MARKS[0]) * each * case.batch
 
     def at(watch: Watch, mark: int) -> float:
@@ -383,8 +383,8 @@ class Memory:
 
     Args:
         peak_mb: of the process while the batch was answered, less what it held before, for each run.
-        slots_mb: of ours, what the slots' keys and values are.
-        column_bytes, columns: of one row's keys and values in each column, and how many columns a slot has.
+        slots_mb: our slots' keys and values.
+        column_bytes, columns: bytes of one row's keys and values per column, and how many columns a slot has.
     """
 
     row: str
@@ -399,7 +399,7 @@ class Memory:
 
 
 def peaks(name: str, batch: int) -> dict[str, Any]:
-    """A batch's peaks; for a process of its own, whose freed memory goes back to the system."""
+    """A batch's peaks; needs its own process, whose freed memory returns to the system."""
     torch.set_num_threads(1)
     model, weights = equip(name)
     asked = requests(model.base, batch)[:batch]
@@ -423,7 +423,7 @@ def peaks(name: str, batch: int) -> dict[str, Any]:
 
 @contextmanager
 def laid_out() -> Iterator[list[Slots]]:
-    """The slots that are laid out meanwhile."""
+    """Collects the slots allocated while the context lasts."""
     made, lay_out = [], Layout.slots
 
     def slots(self: Layout, *args: Any, **kwargs: Any) -> Slots:
@@ -438,7 +438,7 @@ def laid_out() -> Iterator[list[Slots]]:
 
 
 def measure_memory(case: Case, command: str) -> Memory:
-    """Peaks of a case, from a process of its own."""
+    """Peaks of a case, measured in a separate process."""
     words = [sys.executable, __file__, "--here", case.model, str(case.batch)]
     done = subprocess.run(words, env={**os.environ, **SETTINGS}, stdout=subprocess.PIPE, check=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -455,7 +455,7 @@ def cpus() -> int:
 
 
 def equip(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[vismem.VisMem, str]:
-    """A base of that name whose memory is never sampled and whose answers end by their length alone."""
+    """A base of that name whose memory is never invoked and whose answers end only at their length."""
     model, weights = equipped(name, device, dtype)
     silence(model)
     model.base.generation_config.eos_token_id = None
@@ -494,11 +494,11 @@ def measure(
             yield summarize_long(case, weights, command, model, kept)
 
 
-# What comes out.
+# Results.
 
 
 def budgets(results: list[Stream | Long | Memory]) -> list[dict[str, Any]]:
-    """What each row was allowed and what it took."""
+    """Each row's limit and measurement."""
     found = []
 
     def add(row: str, what: str, measured: float, allowed: float) -> None:
@@ -518,7 +518,7 @@ def budgets(results: list[Stream | Long | Memory]) -> list[dict[str, Any]]:
 
 
 def report(results: list, device: str, dtype: torch.dtype, busy: bool) -> dict[str, Any]:
-    """All that is written to the JSON file."""
+    """The contents of the JSON file."""
     return {
         "benchmark": "throughput",
         "machine": machine_facts(device, dtype),
@@ -536,7 +536,7 @@ def report(results: list, device: str, dtype: torch.dtype, busy: bool) -> dict[s
 
 
 def table(results: list) -> str:
-    """The results as a Markdown table for each sort of row, then the budgets."""
+    """The results as a Markdown table for each kind of row, then the budgets."""
     streams = [["base", "batch", "generate tok/s", "off", "on", "few", "often", "continuous tok/s", "text"]]
     longs = [["base", "batch", "run", *(f"ms at {mark}" for mark in MARKS), "grown MB", "of it cache"]]
     memories = [["base", "batch", "generate MB", "off", "on", "slots", "bytes a column"]]
@@ -557,7 +557,7 @@ def table(results: list) -> str:
     tables = [[*aligned(lines), ""] for lines in (streams, longs, memories) if len(lines) > 1]
     notes = [
         "tok/s: tokens of answers per second, prompts read included; the rest of the first table: how many times as",
-        "fast as generate (text: as continuous batching). grown: the process, from the first place on. MB: peaks.",
+        "fast as generate (text: as continuous batching). grown: of the process, from the first place on. MB: peaks.",
         "* random weights.",
         "",
     ]

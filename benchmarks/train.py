@@ -1,24 +1,24 @@
 """How fast a memory trains: one update against a plain forward and backward, and rollouts against `generate`.
 
-Every row of the table is one base, number of visual tokens and number of trajectories G of one prompt. Its runs
+Each row of the table is one base, number of visual tokens and number of trajectories G of one prompt. Its runs
 alternate, round by round, in one process. Updates, all on the same G answers of the same prompt:
 
     plain     the base's own forward and backward with every parameter trainable, cross-entropy, one row per answer
-              with its prompt and image, as fine-tuning would do it; memory tokens are words there
-    lora      the same with the base frozen but for a LoRA (query and value projections of the language model)
+              with its prompt and image, as in fine-tuning; memory tokens are ordinary words here
+    lora      the same with the base frozen except for a LoRA (query and value projections of the language model)
     stage1    what `MemoryTrainer.update` does in stage I: reference log-probabilities, then memories formed in one
               batch, the policy's forward, the loss and its backward
-    stage2    the same in stage II, where memories are given and the four tokens' rows are trained
+    stage2    the same in stage II, where memories are fixed and the four tokens' rows are trained
 
-Rollouts, all of `NEW_TOKENS` sampled tokens a trajectory:
+Rollouts, all with `NEW_TOKENS` sampled tokens per trajectory:
 
     generate  the base's own `generate` with `num_return_sequences`
-    stage1    with two invocations put into every trajectory, at places and of kinds drawn by chance
-    stage2    with the untrained model's own invocations, two at most
+    stage1    with two invocations in every trajectory, at random places and of random kinds
+    stage2    with the untrained model's own invocations, at most two
     baseline  the prompt's one greedy answer without memory, which both stages compare with
 
-No optimiser's step is in an update: it is the base's size for `plain` and the memory's for the stages. What is
-measured and printed is explained in `benchmarks/README.md`.
+An update excludes the optimiser's step, which covers the whole base for `plain` and only the memory for the stages.
+`benchmarks/README.md` explains what is measured and printed.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Stopwatch:
     """Times whole runs, and parts of them by name; waits for the device at both ends.
 
     Args:
-        device: where the model lies.
-        busy: count the time that the processor spends on this process, and not what other programs take of it.
+        device: the model's.
+        busy: count this process's CPU time instead of wall-clock time.
     """
 
     def __init__(self, device: torch.device, busy: bool = False) -> None:
@@ -99,12 +99,12 @@ class Stopwatch:
 
 
 def settings_for(model: vismem.VisMem, greedy: bool = False) -> GenerationConfig:
-    """As the trainer samples; nothing ends an answer before `NEW_TOKENS` tokens (see `equip`)."""
+    """The trainer's sampling; nothing ends an answer before `NEW_TOKENS` tokens (see `equip`)."""
     return rollout.sampling(model, NEW_TOKENS, None if greedy else 1.0)
 
 
 def schedule(group: int, seed: int = 0) -> Forced:
-    """`INVOCATIONS` in every trajectory, at places and of kinds drawn by chance, at least four tokens apart."""
+    """`INVOCATIONS` in every trajectory, at random places at least four tokens apart, of random kinds."""
     chance, entries = Random(seed), []
     for row in range(group):
         places = sorted(chance.sample(range(0, NEW_TOKENS - 4, 4), INVOCATIONS))
@@ -116,7 +116,7 @@ def roll(model: vismem.VisMem, inputs: dict[str, Tensor], policy: str | Policy, 
     """G trajectories of the prompt.
 
     Raises:
-        RuntimeError: if one of them has another number of sampled tokens than `generate` writes.
+        RuntimeError: if one has not as many sampled tokens as `generate` writes.
     """
     found = rollout.write(model, inputs, policy, settings_for(model), list(range(group)), group)
     counts = {int(one.sampled.sum()) for one in found}
@@ -139,7 +139,7 @@ def as_sampled(rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def plain_rows(model: vismem.VisMem, inputs: dict[str, Tensor], batch: dict[str, Any], group: int) -> dict[str, Any]:
-    """The same answers as rows of their own, with prompt, image and labels, memory tokens read as words."""
+    """The same answers, each a row with prompt, image and labels; memory tokens are read as words."""
     ids, start = batch["input_ids"], batch["prompt_length"]
     marks = {value for name, value in vars(model.base.config).items() if name.endswith("_token_id") and value}
     special = torch.tensor([*model.tokens.ids, *marks], device=ids.device)  # an image token would ask for an image
@@ -162,13 +162,13 @@ def plain(base: torch.nn.Module, rows: dict[str, Any]) -> float:
 
 
 class Updates:
-    """One update of each sort on the same answers.
+    """One update of each kind on the same answers.
 
     Args:
         model: the model.
         inputs: the prompt, one row.
         rollouts: G trajectories of it.
-        watch: what times the parts.
+        watch: times the parts.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Updates:
 
     @contextmanager
     def trainable(self, name: str) -> Iterator[None]:
-        """Lets just what this update trains have gradients, and drops them afterwards."""
+        """Enables gradients only for what this update trains, and drops them afterwards."""
         model = self.model
         parts = {"stage1": ("builder", "short", "long"), "stage2": ("tokens",)}.get(name, ())
         wanted = [p for part in parts for p in model.parameters_of(part)]
@@ -206,7 +206,7 @@ class Updates:
 
     @contextmanager
     def parted(self) -> Iterator[None]:
-        """Times what forms memories on its own."""
+        """Times the forming of memories separately."""
         model = self.model
         form, encode = model.memory.form, model.memory.short.encode
 
@@ -227,7 +227,7 @@ class Updates:
         """Seconds that one update takes, and those of its parts.
 
         Raises:
-            RuntimeError: if it has no finite gradient.
+            RuntimeError: if its loss is not finite, or its gradient is zero or not finite.
         """
         with self.trainable(name):
             if name == "plain":
@@ -241,15 +241,15 @@ class Updates:
             owner = {"plain": self.model.base, "lora": self.lora}.get(name, self.learner)
             gradient = sum(float(p.grad.abs().sum()) for p in owner.parameters() if p.grad is not None)
         if not (abs(value) < float("inf") and 0 < gradient < float("inf")):
-            raise RuntimeError(f"{name!r} has loss {value} and a gradient of size {gradient}; it is no update")
+            raise RuntimeError(f"{name!r} has loss {value} and gradient size {gradient}; it trains nothing")
         return seconds, self.watch.parts
 
     def ours(self, stage: str) -> float:
-        """As `MemoryTrainer.update` does it, with the replayed log-probabilities in the place of the old ones."""
+        """As in `MemoryTrainer.update`, with the replayed log-probabilities in place of the old ones."""
         batch, watch = self.batches[stage], self.watch
         trained = [p for p in self.learner.parameters() if p.requires_grad]
         with watch.part("reference"), torch.no_grad():
-            kept = [p.detach().clone() for p in trained]  # the stage's start is put in place, and out again
+            kept = [p.detach().clone() for p in trained]  # as the trainer swaps in the stage's start and back
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
             reference = self.learner(batch).log_probs
@@ -268,10 +268,10 @@ class Updates:
         return float(loss.detach())
 
     def check(self) -> None:
-        """Refuses to time a replay that is not one.
+        """Checks that replay reproduces decoding.
 
         Raises:
-            RuntimeError: if stage I's replay has other log-probabilities than decoding recorded.
+            RuntimeError: if stage I's log-probabilities differ from those that decoding recorded.
         """
         with self.trainable("stage1"):
             self.ours("stage1")
@@ -279,7 +279,7 @@ class Updates:
         for row, one in zip(self.log_probs[:, start:].cpu(), self.rollouts["stage1"], strict=True):
             off = float((row[: len(one.tokens)] - one.log_probs)[one.sampled].abs().max())
             if off > (1e-2 if self.model.dtype == torch.float32 else 0.5):
-                raise RuntimeError(f"replay is {off:.3g} off the log-probabilities of decoding; it cannot be compared")
+                raise RuntimeError(f"replay is {off:.3g} off decoding's log-probabilities; times cannot be compared")
 
 
 # Rounds.
@@ -298,7 +298,7 @@ class Round:
 
 @contextmanager
 def first_forward(base: torch.nn.Module, watch: Stopwatch) -> Iterator[list[float]]:
-    """Notes when the base's first forward, which reads the prompt, is done."""
+    """Records when the base's first forward, which reads the prompt, is done."""
     ticks: list[float] = []
     handle = base.model.register_forward_hook(lambda *_: ticks.append(watch.now()) if not ticks else None)
     try:
@@ -308,7 +308,7 @@ def first_forward(base: torch.nn.Module, watch: Stopwatch) -> Iterator[list[floa
 
 
 def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], updates: Updates, turn: int = 0) -> Round:
-    """Every run once, beginning with another one each turn."""
+    """Every run once, starting with a different one each turn."""
     group, watch, found = len(updates.advantages), updates.watch, Round({}, {}, {}, {}, {})
 
     def generate() -> Tensor:
@@ -336,7 +336,7 @@ def one_round(model: vismem.VisMem, inputs: dict[str, Tensor], updates: Updates,
     return found
 
 
-# From times to numbers.
+# Numbers from times.
 
 
 @dataclass
@@ -345,13 +345,13 @@ class Result:
 
     Args:
         model, weights, visual_tokens, batch: the case; `weights` is `"trained"` or `"random"`.
-        command, rounds, cpus: how this row was measured, and how many cores the process might use.
+        command, rounds, cpus: how this row was measured, and how many cores the process could use.
         tokens: of a row of the plain update; of the two stages' (slots counted, the prompt shared by G rows).
         parameters: of the base, and of the memory.
-        update_s: seconds of one update of each sort.
+        update_s: seconds of one update of each kind.
         update_ratio: `stage1`, `stage2` over `plain` in the same round; `stage1_lora`, `stage2_lora` over `lora`.
         parts: for each stage the share of each part in its update.
-        rollout_s: seconds of each sort of rollouts.
+        rollout_s: seconds of each kind of rollouts.
         rollouts_per_second: trajectories.
         rollout_ratio: `stage1`, `stage2` over `generate`; `..._baseline` with the answer without memory included,
             `..._decoding` without the time until the prompt is read, on both sides.
@@ -438,7 +438,7 @@ def measure(
     busy: bool = False,
     cold: bool = False,
 ) -> Iterator[Result]:
-    """Measures `cases` one by one, each with a round of warming up unless `cold`; says on stderr how far it is."""
+    """Measures `cases` one by one, each with a warm-up round unless `cold`; reports progress on stderr."""
     progress = Progress(cases, [WORK.get(case.model, 1) * (1 + case.visual_tokens / 128) for case in cases], rounds)
     made: dict[str, tuple[vismem.VisMem, str]] = {}
     for index, case in enumerate(cases):
@@ -457,11 +457,11 @@ def measure(
         yield summarize(case, weights, model, updates, kept, command)
 
 
-# What comes out.
+# Results.
 
 
 def budgets(results: list[Result]) -> list[dict[str, Any]]:
-    """What each row was allowed and what it took."""
+    """Each row's limit and measurement."""
     found = []
     for row in results:
         name = str(Case(row.model, row.visual_tokens, row.batch))
@@ -477,7 +477,7 @@ def budgets(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def report(results: list[Result], device: str, dtype: torch.dtype, busy: bool = False) -> dict[str, Any]:
-    """All that is written to the JSON file."""
+    """The contents of the JSON file."""
     config = vismem.VisMemConfig()
     return {
         "benchmark": "train",
@@ -540,7 +540,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, prints the tables, writes the JSON row by row; 0 when done, 1 when runs could not be compared."""
     told = "One training update against a plain forward and backward, and rollouts against generate."
     options = parser("train", told, "taskset -c 0 vismem bench train --quick --only pocket/16", 5, "one round")
-    options.add_argument("--cold", action="store_true", help="no round of warming up, where a round takes minutes")
+    options.add_argument("--cold", action="store_true", help="no warm-up round, for rounds that take minutes")
     add_busy(options)
     args = parsed(options, argv, CASES)
     rounds, dtype = args.rounds or (1 if args.quick else 5), getattr(torch, args.dtype)

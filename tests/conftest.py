@@ -21,7 +21,7 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """One thread; and keeps imports out of garbage collections, which training and lmms-eval ask for often."""
+    """Sets one thread; keeps imports out of garbage collections, which training and lmms-eval run often."""
     import torch
 
     torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def held(chat):
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """Gives `family` its values: every family in modules that say `EVERY_FAMILY = True`, elsewhere two unlike ones."""
+    """Parametrizes `family`: all families in modules with `EVERY_FAMILY = True`, elsewhere two different ones."""
     if "family" in metafunc.fixturenames and not any(
         "family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
     ):

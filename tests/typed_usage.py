@@ -20,7 +20,7 @@ from vismem.training.trainer import MemoryTrainer
 
 
 class EveryTenth:
-    """A policy of one's own: no subclass of anything."""
+    """A custom policy, without a base class."""
 
     samples = False
     injects = True
@@ -28,7 +28,7 @@ class EveryTenth:
     guarded = True
 
     def start(self) -> None:
-        """Nothing to lay out."""
+        """Nothing to prepare."""
 
     def inject(self, row: RowState) -> Kind | None:
         return "short" if row.sighted and row.sampled % 10 == 9 else None
@@ -59,7 +59,7 @@ def plain(model: VisMem, inputs: dict[str, Any]) -> Tensor:
 
 
 def policies(model: VisMem, inputs: dict[str, Any]) -> None:
-    """Each of the package's policies, and one's own, are what `invocation` takes."""
+    """`invocation` takes all of the package's policies, and custom ones."""
     given: list[Policy] = [
         invocation.Learned(),
         invocation.Off(),
@@ -102,7 +102,7 @@ def keep(model: VisMem, folder: Path) -> VisMem:
 
 
 def train(model: VisMem, file: Path) -> None:
-    """One stage, by Python."""
+    """One stage, from Python."""
     args = MemoryTrainingArguments(str(file.parent), stage="stage1", learning_rate=5e-5, max_steps=1)
     rows = load_dataset_rows(file)
     MemoryTrainer(model, args, rows, reward_funcs=["exact", reward]).train()
@@ -111,7 +111,7 @@ def train(model: VisMem, file: Path) -> None:
 
 
 def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-    """A reward of one's own, in TRL's signature."""
+    """A custom reward with TRL's signature."""
     return [1.0 for _ in completions]
 
 

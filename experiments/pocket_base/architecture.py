@@ -1,7 +1,7 @@
 """The pocket VLM's shape: Idefics3 with a small SigLIP-like tower and a Mistral text model with local attention.
 
-The sliding window is what makes an image fade from a long conversation: a token sees the last `WINDOW` positions
-only, so older evidence must be carried from layer to layer, or be shown again.
+The sliding window makes an image fade from a long conversation: a token sees only the last `WINDOW` positions, so
+older evidence must be carried from layer to layer, or shown again.
 """
 
 from __future__ import annotations

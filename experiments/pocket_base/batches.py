@@ -102,7 +102,7 @@ class Encoder:
         return out
 
     def echo(self, question: Question) -> list[int]:
-        """What a reply begins with, up to and with its first colon."""
+        """What a reply begins with, up to and including its first colon."""
         return self.text(f"{question.echo}:") if question.echo else []
 
     def add_reply(
@@ -153,7 +153,7 @@ class Encoder:
         out.show(picture, cells)
 
     def _some_cells(self, question: Question, rng: Random) -> tuple[int, ...]:
-        """Cells that the question needs and random others; all of them if that is too many, or nobody knows which."""
+        """Cells that the question needs and random others; all of them if those are too many or unknown."""
         needed = {row * SIDE + column for row, column in question.cells}
         sizes = [size for size in PARTIAL_SIZES if size >= len(needed)]
         if not needed or not sizes:

@@ -24,7 +24,7 @@ def greeting(rng: Random) -> Question:
 
 
 def sample(rng: Random) -> Question:
-    """A sum of a row in words, a promotion on one, or a greeting. The replies are those that an image would get."""
+    """A sum of a row in words, a promotion on one, or a greeting. The replies are those to an image."""
     kind = rng.random()
     number, prices = rng.randrange(1, 5), [rng.randrange(10) for _ in range(4)]
     echo = f"Row {number}"

@@ -1,4 +1,4 @@
-"""Varied handwriting: more of it for the base to train on than scikit-learn's digits have."""
+"""Varied handwriting: gives the base more to train on than scikit-learn's digits."""
 
 from __future__ import annotations
 

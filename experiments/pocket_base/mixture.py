@@ -36,7 +36,7 @@ def _packed_batches(rng: Random, encoder: Encoder, tokens: int, early: bool, pad
 
 
 def _conversation_batches(rng: Random, encoder: Encoder, tokens: int, early: bool, pad: int) -> list[Batch]:
-    """Conversations of like length together, so that little is padding."""
+    """Groups conversations of similar length, so that there is little padding."""
     pool = [sample_training_conversation(rng, early) for _ in range(48)]
     pairs = [(conversation, encoder.encode(conversation, rng)) for conversation in pool]
     pairs.sort(key=lambda pair: len(pair[1].ids), reverse=rng.random() < 0.5)
@@ -47,7 +47,7 @@ def _conversation_batches(rng: Random, encoder: Encoder, tokens: int, early: boo
             groups.append(group)
             group = []
         group.append(pair)
-    if len(group) > 6 or not groups:  # a small rest would be a noisy step
+    if len(group) > 6 or not groups:  # a small remainder would be a noisy step
         groups.append(group)
     rng.shuffle(groups)
     return [collate([pair[0] for pair in group], [pair[1] for pair in group], pad) for group in groups]

@@ -1,4 +1,4 @@
-"""What is drawn and written of an answer: marks where they fall, heat where it is, pictures that can be looked at."""
+"""Markers and heat maps of an answer: each in its right place, and figures that can be opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the viewer shows of an answer: the evaluation's numbers, whatever the answer, and HTML that holds all of it."""
+"""What the viewer shows of an answer: the analyses' numbers for any answer, and HTML that shows all of them."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def test_inspection_matches_the_analysis_functions():
         assert max(c.without for c in moment.next.candidates) == pytest.approx(float(q.max()))
         (chosen,) = (c for c in moment.next.candidates if c.written)
         assert chosen.text == found.tokens[moment.position + 2].text and not moment.next.put_in
-    assert long.next.kl > 0.1  # this memory matters, and taking out another would show
+    assert long.next.kl > 0.1  # this memory matters, and removing another would show
     for kind, slots in zip(("short", "long"), seen.slots, strict=True):
         assert found.attention[kind] == pytest.approx(slots.sum(-1).mean(0).tolist(), abs=1e-5)
     assert set(json.loads(json.dumps(found.to_dict()))) == {"tokens", "pieces", "moments", "attention"}
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
-def test_every_family(family):
+def test_every_familys_answers_are_inspected_in_full(family):
     """Two pictures, one of them not square; short, long and short again; a text prompt."""
     model = tiny.equip(family)
     pictures = [tiny.picture(1), tiny.picture(3, (48, 32))]
@@ -149,7 +149,7 @@ def test_chosen_blocks_are_framed():
 
 
 def test_maps_of_tiles_match_the_attention():
-    """Where patches lie on no plain grid, a map is the look at another size."""
+    """Where patches form no regular grid, a map is the same attention at another size."""
     model = tiny.equip("llava_next")
     picture = tiny.picture(3, (48, 32))
     batch, rollout = written(model, tiny.message("look", picture), Forced([(0, 1, "short")]), eos_token_id=None)
@@ -181,7 +181,7 @@ def test_answers_without_memory_cost_nothing(monkeypatch):
     assert "vm-chip" not in answer_html(found.pieces)
 
 
-def test_an_invocation_without_memory():
+def test_an_invocation_without_memory_has_reasons_instead_of_parts():
     model = tiny.equip("qwen2_5_vl")
     schedule = Forced([(0, 2, "short"), (0, 5, "long")])
     schedule.forms = ("long",)
@@ -200,7 +200,7 @@ def test_an_invocation_without_memory():
 
 
 def test_missing_parts_have_a_reason():
-    """A language model without attention weights: no reading and no later words, but looks and next words."""
+    """Without the language model's attention weights only looks and next words remain."""
     model = tiny.equip("idefics3")
     picture = tiny.picture(0)
     schedule = Forced([(0, 1, "short"), (0, 4, "long")])
@@ -218,7 +218,7 @@ def test_missing_parts_have_a_reason():
     Checker(timeline(found.tokens, found.attention))
 
 
-def test_wrong_pictures_and_soft_prompts():
+def test_wrong_pictures_and_soft_prompts_leave_parts_out_with_a_reason():
     model = tiny.equip("qwen2_5_vl")
     batch, rollout = written(model, tiny.message("look", tiny.picture(0)), Forced([(0, 1, "short")]), eos_token_id=None)
     (moment,) = inspect_answer(model, batch, rollout, [tiny.picture(3, (90, 40))]).moments
@@ -234,7 +234,7 @@ def test_wrong_pictures_and_soft_prompts():
         assert moment.later and moment.next
 
 
-def test_an_answer_that_ends_right_after_an_invocation():
+def test_an_answer_may_end_right_after_an_invocation():
     model, picture, batch, *_ = pocket()
     batch = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
     queue = RequestQueue(model, 2, record=True, do_sample=False, max_new_tokens=64)
@@ -392,7 +392,7 @@ def test_positions_and_shares_as_text():
     heat[3, 0] = 3
     assert layer("", "", heat, 3.0)["place"] == "at the bottom left" and layer("", "", heat, 3.0)["peak"] == 3
     region = np.repeat([0.0, 2.0], 4)[:, None] + np.zeros(4)
-    assert layer("", "", region, 2.0)["place"] == "at the bottom"  # its middle, and not its first cell
+    assert layer("", "", region, 2.0)["place"] == "at the bottom"  # its middle, not its first cell
     corner = np.array([[1.0, 1.0], [1.0, 2.0]])
     assert layer("", "", corner, 2.0)["place"] == "at the bottom right"  # a cell lies where its middle does
     assert [percent(share) for share in (0, 0.00001, 0.004, 0.12, 0.9999, 1)] == [
@@ -411,7 +411,7 @@ def test_panels_start_with_the_mean_and_can_stand_on_one_page():
 
 
 def hostile():
-    """An inspection in which every text is one that should not be taken for HTML."""
+    """An inspection whose every text looks like HTML."""
     *_, found = pocket()
     tokens = [replace(token, text=HOSTILE) if token.part == "word" else token for token in found.tokens]
     moments = [

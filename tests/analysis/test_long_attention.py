@@ -1,4 +1,4 @@
-"""What long-term memory read: the right tokens, weights as by hand, and the memory unchanged."""
+"""What long-term memory attended to: the right tokens, weights as computed by hand, and the memory unchanged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_weights_sum_to_one_and_memories_are_unchanged(family):
         assert set(shares) == {"segment", "query", "memory"}
         assert all(share.shape == (layers, 4) and share.min() > 0 for share in shares.values())
         assert torch.allclose(sum(shares.values()), torch.ones(layers, 4), atol=1e-5)
-        # Means are means of what they are made of.
+        # Means are means of their parts.
         assert torch.allclose(reading.mean(), reading.weights.mean((0, 1)))
         assert torch.allclose(reading.mean(0, 2), reading.weights[0, 2])
         assert torch.allclose(reading.mean(vector=1), reading.weights[:, 1].mean(0))
@@ -50,7 +50,7 @@ def test_weights_sum_to_one_and_memories_are_unchanged(family):
 
 
 def test_matches_the_language_models_own_weights(family):
-    """Segment, query and memory laid together by hand, read by the language model with the adapter on."""
+    """Segment, query and memory concatenated by hand and read by the language model with the adapter on."""
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
@@ -74,7 +74,7 @@ def test_matches_the_language_models_own_weights(family):
 
 
 def test_recording_changes_nothing(family):
-    """The former gives what it gave, and attention is as it was afterwards, after an error too."""
+    """The former's output is unchanged, and attention is restored afterwards, after an error too."""
     model = tiny.equip(family)
     former, language = model.memory.long, model.backbone.language_model
     layers = []
@@ -102,7 +102,7 @@ def test_recording_changes_nothing(family):
         assert len(layers) == len(language.layers)
 
 
-def test_copies_of_a_prompt_and_text_alone():
+def test_copies_of_a_prompt_and_text_prompts_are_analysed():
     model = tiny.equip("idefics3")
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch, Forced([(0, 1, "long"), (3, 2, "long"), (5, 4, "long")]), num_return_sequences=2)
@@ -131,7 +131,7 @@ def test_an_invocation_without_memory_still_ends_a_segment():
     assert long_term_attention(model, batch, written(model, batch, schedule).rollout) == []
 
 
-def test_the_pocket_model():
+def test_the_pocket_models_weights_sum_to_one():
     from vismem.loading import load_model
 
     model = load_model().model

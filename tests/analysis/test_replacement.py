@@ -1,4 +1,4 @@
-"""Answers read again with other memories: the KL of what follows, against decoding and against plain reading."""
+"""Answers read again with other memories: the KL of the next tokens, against decoding and a manual forward."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_only_a_different_memory_changes_the_next_tokens(family):
         invocation = out.rollout[shift.row].invocations[shift.index]
         after = out.rollout[shift.row].sampled[invocation.position + 3 :]
         assert shift.tokens == int(after.sum()) > 0
-    # With the memory in place it is the distribution that decoding drew from.
+    # With the memory in place it is the distribution that decoding sampled from.
     width = min(model.tokens.base_vocabulary, *model.tokens.ids)
     for pair, shift in zip(distributions(model, batch, out.rollout, none), moved, strict=True):
         place = out.rollout[pair.row].invocations[pair.index].position + 2
@@ -55,7 +55,7 @@ def test_only_a_different_memory_changes_the_next_tokens(family):
 
 @pytest.mark.parametrize("family", tiny.UNLIKE)
 def test_matches_a_manual_forward(family):
-    """A text prompt, its two memories laid between the words by hand, the first one replaced by a longer one."""
+    """A text prompt with its two memories inserted by hand, the first one replaced by a longer one."""
     model = tiny.equip(family)
     batch = tiny.prompts(model.processor, [tiny.message("A red cup and a blue book.")])
     out = written(model, batch, Forced([(0, 3, "long"), (0, 6, "long")]))
@@ -103,7 +103,7 @@ def cut(rollout, kept):
     return type(rollout)(rollout.tokens, sampled, rollout.allowed, rollout.log_probs, rollout.invocations)
 
 
-def test_an_answer_that_ends_with_its_memory():
+def test_an_answer_that_ends_with_its_memory_has_no_later_tokens():
     model = tiny.equip("idefics3")
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch, Forced([(0, 3, "long")]), max_new_tokens=4)
@@ -111,7 +111,7 @@ def test_an_answer_that_ends_with_its_memory():
     assert shift.tokens == 0 and shift.rest != shift.rest and shift.first > 0
 
 
-def test_several_rollouts_of_one_prompt_and_mismatched_inputs():
+def test_rollouts_of_one_prompt_are_independent_and_mismatches_raise():
     model = tiny.equip("idefics3")
     batch = tiny.prompts(model.processor, [tiny.message("look again!", tiny.picture(0))])
     twice = written(model, batch, Forced([(0, 2, "short"), (1, 4, "long")]), num_return_sequences=2)

@@ -44,7 +44,7 @@ def test_weights_sum_to_one_and_memories_are_unchanged(family):
         assert all(share.shape == (look.layers, positions) for share in shares.values())
         assert all(shares[name].min() > 0 for name in ("picture", "query", "memory"))
         assert bool((shares["class token"] > 0).all()) == bool(shares["class token"].any()) == has_class
-        # Means are means of what they are made of.
+        # Means are means of their parts.
         assert look.vectors(0).shape[1] == 4
         apart = torch.stack([look.mean(0, layer, vector) for layer in range(look.layers) for vector in range(4)])
         assert torch.allclose(apart.mean(0), look.mean(0), atol=1e-5)
@@ -59,7 +59,7 @@ def test_weights_sum_to_one_and_memories_are_unchanged(family):
 
 
 def whole(view) -> bool:
-    """Whether the view shows its whole picture, give or take a fiftieth."""
+    """Whether the view shows its whole picture, within 2 %."""
     (left, top, right, bottom), (wide, high) = view.box, view.size
     slack = 0.02 * max(wide, high) + 0.5
     return left <= slack and top <= slack and right >= wide - slack and bottom >= high - slack
@@ -78,7 +78,7 @@ def test_recording_changes_nothing(family):
     rows = [patches[:1], patches]  # of different lengths, so that one is padded
     memory, expected = former(query, rows), []
 
-    def by_torch(query, key, mask):  # its weights are what it makes of values that tell each place from all others
+    def by_torch(query, key, mask):  # with one-hot values its outputs are its weights
         each = torch.eye(key.shape[2]).expand(*key.shape[:2], -1, -1)
         expected.append(F.scaled_dot_product_attention(query, key, each, attn_mask=mask).mean(1))
 
@@ -243,7 +243,7 @@ def test_pixels_are_in_picture_order(family):
 
 
 def test_views_of_a_large_picture_are_exact():
-    """Ramps have 224 steps only; a line through them is finer than a patch of a picture of thousands of pixels."""
+    """Ramps have only 224 steps; a line fitted to them is finer than a patch of a picture thousands of pixels wide."""
     model = tiny.equip("internvl")
     found = views(model, [(4000, 3000)])
     tiles = [view for view in found if not whole(view)]
@@ -277,7 +277,7 @@ def test_mismatched_inputs_raise():
         short_term_attention(tiny.equip("qwen2_5_vl", content="soft"), batch, out.invocations, PICTURES)
 
 
-def test_copies_of_a_prompt():
+def test_copies_of_a_prompt_are_matched_with_its_pictures():
     model = tiny.equip("idefics3")
     batch = tiny.prompts(model.processor, [tiny.message("look", *pictures) for pictures in PICTURES])
     schedule = Forced([(0, 1, "short"), (3, 1, "short"), (5, 2, "short")])

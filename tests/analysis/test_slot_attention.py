@@ -1,4 +1,4 @@
-"""What answers attend to: by hand, with windows, masked slots and shared prompts, and without changing the reading."""
+"""What answers attend to, against manual forwards, with windows, masked slots and shared prompts; nothing changes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_until_next_ends_at_the_next_memory_of_its_kind():
 
 
 def test_eager_attention_changes_nothing_and_is_undone(family):
-    """Eager attention gives the states that decoding and training give, and is taken back, after an error too."""
+    """Eager attention gives the states that decoding and training give, and is undone, after an error too."""
     model = tiny.equip(family)
     batch = tiny.mixed_batch(model.processor)
     out = written(model, batch)
@@ -85,7 +85,7 @@ def test_eager_attention_changes_nothing_and_is_undone(family):
 
 
 def test_matches_the_bases_own_weights(family):
-    """A text prompt and its memories laid together by hand, read in one go by the base's language model."""
+    """A text prompt and its memories concatenated by hand, read in one forward of the base's language model."""
     model = tiny.equip(family)
     batch = tiny.prompts(model.processor, [tiny.message("A red cup and a blue book.")])
     out = written(model, batch, Forced([(0, 3, "long"), (0, 6, "long")]))

@@ -22,7 +22,7 @@ pytestmark = viewer.MARKS
 chat, address, browser, visit = viewer.chat, viewer.address, viewer.browser, viewer.visit  # the fixtures
 
 
-def test_a_first_visit(visit, tmp_path):
+def test_a_visitor_asks_an_example_and_opens_its_panels(visit, tmp_path):
     page = visit()
     expect(page.locator("h1")).to_contain_text("remember")
     page.locator("[data-example='1']").click()
@@ -64,7 +64,7 @@ def test_a_first_visit(visit, tmp_path):
     expect(page.locator(PANEL)).to_have_count(0)
 
 
-def test_compare_and_policies(visit):
+def test_compare_shows_both_answers_and_policies_apply(visit):
     page = visit()
     page.locator("#ui-compare input").check()
     page.locator("[data-example='1']").click()
@@ -93,7 +93,7 @@ def test_compare_and_policies(visit):
     expect(page.locator("#ui-live .vm-chip")).to_have_count(0)
 
 
-def test_uploads_good_and_bad(visit, tmp_path):
+def test_good_uploads_are_asked_about_and_bad_ones_refused(visit, tmp_path):
     for number in (1, 2):
         examples()[0].open()[0].save(tmp_path / f"shelf {number}.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "shelf 1.png").read_bytes()[:200])
@@ -160,7 +160,7 @@ def test_invalid_settings_show_the_same_notice(visit, capfd):
     seed.fill("-3")
     seed.blur()
     ask(page, "Hello.")
-    expect(page.locator(".ui-notice")).to_contain_text("The seed must be a whole number of 0 or more, not -3.")
+    expect(page.locator(".ui-notice")).to_contain_text("The seed must be a whole number, 0 or more, not -3.")
     page.get_by_label("Random", exact=True).check()
     dots = page.locator("#ui-random input[type=radio]")
     expect(dots).to_have_count(2)
@@ -189,7 +189,7 @@ def test_a_setting_typed_at_once_is_kept(visit):
     expect(page.locator(".ui-notice")).to_contain_text("not -7.")
 
 
-def test_high_contrast_and_print(visit):
+def test_the_page_works_in_high_contrast_and_in_print(visit):
     page = visit(forced_colors="active")
     page.locator("[data-example='1']").click()
     written(page)
@@ -203,7 +203,7 @@ def test_high_contrast_and_print(visit):
     assert panel["height"] > page.viewport_size["height"] and frame["height"] > panel["height"]  # all of it
 
 
-def test_tall_pictures_and_long_names(visit, chat, tmp_path, monkeypatch):
+def test_tall_pictures_and_long_names_fit(visit, chat, tmp_path, monkeypatch):
     Image.new("RGB", (40, 400), "red").save(tmp_path / "tall.png")
     long = replace(chat.loaded, base="somebody/a-model-with-a-very-long-name-7b-instruct")
     monkeypatch.setattr(chat, "loaded", long)
@@ -221,7 +221,7 @@ def test_tall_pictures_and_long_names(visit, chat, tmp_path, monkeypatch):
     assert abs(large.bounding_box()["height"] / large.bounding_box()["width"] - 10) < 0.5
 
 
-def test_keyboard_only(visit):
+def test_the_page_works_by_keyboard_alone(visit):
     page = visit()
     page.keyboard.press("Tab")
     expect(page.locator(".ui-skip")).to_be_focused()
@@ -249,7 +249,7 @@ def test_keyboard_only(visit):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens(visit, scheme):
+def test_the_page_fits_narrow_screens(visit, scheme):
     page = visit(NARROW, color_scheme=scheme)
 
     def fits():
@@ -278,7 +278,7 @@ def test_the_theme_is_remembered(visit):
     page.wait_for_function("document.body.classList.contains('dark')")
 
 
-def test_stop_and_separate_visitors(visit, chat, held):
+def test_stop_ends_only_the_visitors_own_answer(visit, chat, held):
     one, two = visit(), visit()
     one.locator("[data-example='0']").click()
     two.locator("[data-example='1']").click()
@@ -295,7 +295,7 @@ def test_stop_and_separate_visitors(visit, chat, held):
     expect(two.locator(".ui-turn")).to_have_count(1)
 
 
-def test_new_while_an_answer_is_written(visit, chat):
+def test_a_new_conversation_drops_the_running_answer(visit, chat):
     page = visit()
     page.locator("[data-example='1']").click()
     written(page)
@@ -331,7 +331,7 @@ def test_closing_the_page_stops_its_answer(visit, chat, held):
     written(page)
 
 
-def test_a_password(browser, address, chat):
+def test_a_password_is_required_if_set(browser, address, chat):
     with served(web(chat, "127.0.0.1", "let mé in: now")) as place:
         context = browser.new_context(http_credentials={"username": "anybody", "password": "let mé in: now"})
         page = context.new_page()

@@ -26,7 +26,7 @@ def answered(page):
 
 @pytest.fixture(scope="module")
 def crowded(browser, address, request):
-    """A page of the size asked for, with an answer, its panel and all settings open; the tests of a size share it."""
+    """A page of the requested size with an answer, its panel and all settings open; tests of one size share it."""
     with viewer.visits(browser, address) as opened:
         page = opened(request.param)
         answered(page)
@@ -39,13 +39,13 @@ def crowded(browser, address, request):
 
 
 def sized(*sizes):
-    """Runs a test with `crowded` pages of these sizes; pytest knows a page that is open by its place among them."""
+    """Runs a test with `crowded` pages of these sizes; pytest reuses an open page by its index."""
     named = ["{width}x{height}".format(**size) for size in sizes]
     return pytest.mark.parametrize("crowded", sizes, ids=named, indirect=True, scope="module")
 
 
 def covered(page, part):
-    """The ends and the middle of a part at which something else lies above it, or the screen ends."""
+    """The points of a part - its ends and its middle - that are covered or off the screen."""
     return page.locator(part).first.evaluate(
         """each => {
           const box = each.getBoundingClientRect();

@@ -181,11 +181,11 @@ def test_a_seed_decides_the_answer(chat):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_schedules_and_random_invocations(chat):
+def test_schedules_and_random_invocations_are_followed(chat):
     turn = answered(chat, Conversation(), "Read row 1.", BOTH.open(), AnswerSettings("short@0,long@2,long@99"))
     assert [(one.kind, one.position, one.forced) for one in turn.main.invocations] == [
         ("short", 0, True),
-        ("long", 4, True),  # behind the short one's two tokens and two words
+        ("long", 4, True),  # after the short one's two tokens and two words
     ]
     assert turn.unreached == 1 and "1 scheduled after the answer" in rendering.turn_html(conversation_of(turn), 0)
     turn = answered(
@@ -195,7 +195,7 @@ def test_schedules_and_random_invocations(chat):
     assert turn.main.finish == "length" and "cut off" in rendering.turn_html(conversation_of(turn), 0)
 
 
-def test_settings_from_the_switches():
+def test_switches_become_settings():
     rest = (0.25, "anywhere", 0.5, 3, 64)
     assert settings_of(True, "schedule", " short@0, long@12 ", *rest) == AnswerSettings(
         "short@0,long@12", True, 0.5, 3, 64
@@ -216,7 +216,7 @@ def test_settings_from_the_switches():
         with pytest.raises(ChatError, match="each need a value"):
             settings_of(False, "random", "", rate, where, 0, 0, 64)
     for number in (1.5, float("inf"), float("nan")):
-        with pytest.raises(ChatError, match=f"seed must be a whole number of 0 or more, not {number:g}"):
+        with pytest.raises(ChatError, match=f"seed must be a whole number, 0 or more, not {number:g}"):
             settings_of(False, "learned", "", 0.25, "anywhere", 0, number, 64)
     with pytest.raises(ChatError, match=r"3,500 characters; the limit is 2,000"):
         settings_of(False, "schedule", "long@0," * 500, *rest)
@@ -225,7 +225,7 @@ def test_settings_from_the_switches():
 
 
 @pytest.mark.parametrize("family", tiny.UNLIKE)
-def test_any_family(family):
+def test_the_viewer_works_with_any_family(family):
     made = Chat(Loaded(tiny.equip(family), family, None), batch_size=2)
     try:
         conversation, pictures = Conversation(), [tiny.picture(1), tiny.picture(2)]
@@ -253,7 +253,7 @@ def test_any_family(family):
         ("What is <image> this?", 1, {}, "special token <image>"),
         ("x" * 9000, 0, {}, "9,000 characters"),
         ("half \ud800", 0, {}, "half a character"),
-        ("Read row 1.", 1, {"invocation": ",".join(["long@0"] * 65)}, "may have 64 invocations, not 65"),
+        ("Read row 1.", 1, {"invocation": ",".join(["long@0"] * 65)}, "may have at most 64 invocations, not 65"),
         ("Read row 1.", 0, {"invocation": "short@0"}, "there is none: add one"),
         ("Read row 1.", 1, {"invocation": "shirt@0"}, "unknown policy 'shirt@0'"),
         ("Read row 1.", 1, {"invocation": "random:2"}, "rate from 0 to 1"),
@@ -271,7 +271,7 @@ def test_refusals_are_one_line(chat, question, pictures, settings, message):
     assert "\n" not in str(caught.value) and not conversation.turns and not chat.worker.rows
 
 
-def test_one_question_at_a_time_and_stop(chat, held):
+def test_a_second_question_waits_until_the_first_is_done_or_stopped(chat, held):
     conversation = Conversation()
     turn = chat.ask(conversation, BOTH.question, BOTH.open())
     with pytest.raises(ChatError, match="still being written"):
@@ -286,7 +286,7 @@ def test_one_question_at_a_time_and_stop(chat, held):
     assert [part["type"] for part in messages[0]["content"]] == ["image", "text"] and len(messages) == 1
 
 
-def test_stopped_half_way(chat):
+def test_a_stopped_answer_keeps_its_text_and_can_be_inspected(chat):
     conversation = Conversation()
     turn = chat.ask(conversation, "Describe all tags.", examples()[3].open(), AnswerSettings(compare=True))
     while len(turn.main.tokens) < 12:
@@ -343,7 +343,7 @@ def test_a_failing_model_is_reported(chat, monkeypatch, error, message):
     assert answered(chat, conversation, "Hello.").main.finish == "stop"
 
 
-def test_invalid_pictures(tmp_path, monkeypatch):
+def test_invalid_pictures_are_refused_with_a_reason(tmp_path, monkeypatch):
     good, broken, text = tmp_path / "good.png", tmp_path / "broken.png", tmp_path / "text.png"
     Image.new("RGB", (40, 30), "red").save(good)
     broken.write_bytes(good.read_bytes()[:60])
@@ -450,7 +450,7 @@ def test_concurrent_inspections_share_one_result(chat, monkeypatch):
     assert found[0] is found[1] and found[0].result(BOUND).moments
 
 
-def test_visitors_from_many_threads(chat):
+def test_visitors_may_come_from_many_threads(chat):
     failed = []
 
     def come(name):
@@ -596,7 +596,7 @@ def test_an_export_leaves_out_unfinished_turns(chat):
 
 
 @pytest.mark.parametrize("selector", [r":root", r"\.dark"])
-def test_text_contrast(selector):
+def test_text_and_edges_have_enough_contrast(selector):
     css = rendering.static("page.css")
     block = re.search(rf"^{selector} {{(.*?)}}", css, re.S | re.M)[1]
     colours = dict(re.findall(r"--ui-([\w-]+): (#[0-9a-f]{6})", block))
@@ -612,7 +612,7 @@ def test_text_contrast(selector):
 # The command.
 
 
-def test_help_and_usage_errors(capsys, monkeypatch):
+def test_help_usage_errors_and_a_missing_extra_are_reported(capsys, monkeypatch):
     assert cli.main(["app", "--help"]) == 0
     assert "vismem app --checkpoint" in capsys.readouterr().out
     assert cli.main(["app", "--port", "99999"]) == 2
@@ -623,7 +623,7 @@ def test_help_and_usage_errors(capsys, monkeypatch):
     assert capsys.readouterr().err == 'vismem: error: the viewer needs gradio: pip install "vismem[app]"\n'
 
 
-def test_ports(capsys, monkeypatch):
+def test_a_taken_port_is_an_error_unless_none_was_named(capsys, monkeypatch):
     taken = listening_socket("127.0.0.1", 0)
     port = taken.getsockname()[1]
     try:
@@ -638,7 +638,7 @@ def test_ports(capsys, monkeypatch):
         taken.close()
 
 
-def test_read_password(tmp_path, capsys):
+def test_the_password_comes_from_a_file_or_the_environment(tmp_path, capsys):
     file = tmp_path / "password"
     file.write_text(" open sesame\n")
     environ = {command.PASSWORD_VARIABLE: "from outside"}

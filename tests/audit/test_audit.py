@@ -1,4 +1,4 @@
-"""The audit as a whole tells the truth: on memories planted to be what they are, and on the shipped one."""
+"""The whole audit reaches the right verdicts: on memories built for each of them, and on the shipped one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pictures(count: int) -> list[Row]:
 
 
 def audited(model, rows, out, invocation=SHORT, page=False, **options):
-    """The numbers of an audit; its page, which takes longer to draw than they take, only where it is looked at."""
+    """The numbers of an audit; the page, which takes longer than they do, only with `page`."""
     options = {"batch_size": 40, "max_new_tokens": 5, **options}
     with pytest.MonkeyPatch.context() as patch:
         if not page:
@@ -71,7 +71,7 @@ def shipped():
 
 
 def spread(vector: torch.Tensor, kind: str) -> torch.Tensor:
-    """Four vectors that follow from one, at the scale of embeddings; of the other kind turned round."""
+    """Four multiples of a vector at the scale of embeddings; long memory's are reversed."""
     steps = torch.linspace(0.5, 2, 4)[:, None]
     return (vector if kind == "short" else vector.flip(0))[None] * steps
 
@@ -126,7 +126,7 @@ def test_a_memory_that_copies_a_fact_is_found_by_the_probe(model, tmp_path):
 
 
 def test_a_memory_that_the_model_ignores_shows_no_effect(tmp_path):
-    """Planted: attention's output is zero, so that a next word follows from the last word alone."""
+    """Planted: attention's output is zero, so the next word depends only on the last one."""
     deaf = tiny.equip("idefics3")
     with torch.no_grad():
         for layer in deaf.backbone.language_model.layers:
@@ -136,7 +136,9 @@ def test_a_memory_that_the_model_ignores_shows_no_effect(tmp_path):
     assert {given[q] for q in (MEMORY, IMAGE, QUESTION, KIND, ORDER, MORE)} == {NO}
     for row in found["effects"]["all"][1:]:
         assert row["flips"]["value"] == row["change"]["value"] == 0 and row["kl_first"]["high"] < 1e-5
-        assert row["moved"]["low"] > 0.01 or row["name"] == "another_question"  # memories do differ; nobody listens
+        assert (
+            row["moved"]["low"] > 0.01 or row["name"] == "another_question"
+        )  # memories do differ; the model ignores them
     assert found["checks"]["formed again"] == {"memories": 80, "furthest": pytest.approx(0, abs=1e-4)}
 
 
@@ -164,7 +166,7 @@ def test_the_packaged_short_memory_depends_on_the_image_and_helps(shipped, tmp_p
 
 
 def test_batched_rows_are_kept_apart(shipped, tmp_path):
-    """Learned invocations let waiting prompts be read in one batch; each look is still noted as its own row's."""
+    """Learned invocations let waiting prompts be read in one batch; each look is still recorded for its own row."""
     rows = questions("pocket:late", 4, 1)
     bank, store = ActivationStore(shipped, rows, tmp_path / "bank"), RecordFile(tmp_path / "intact.jsonl", {})
     intact_answers(bank, load_rewards("pocket"), store, batch_size=4, max_new_tokens=24)
@@ -176,7 +178,7 @@ def test_batched_rows_are_kept_apart(shipped, tmp_path):
 
 
 def test_each_kind_is_replaced_on_its_own(shipped, tmp_path):
-    """Withheld rules: a look and a recall in every answer; another image is nothing to long memory's recall."""
+    """Withheld rules: a look and a recall in every answer; another image does not change long memory's recall."""
     rows = questions("pocket:rules", 10, 1)
     options = AuditOptions(
         tmp_path, n=10, batch_size=10, max_new_tokens=40, interventions=("zeros", "another_image", "another_question")
@@ -213,7 +215,7 @@ def test_a_resumed_audit_gives_the_same_numbers(model, tmp_path, monkeypatch):
     stops = False
     missing.clear()
     again = audited(model, rows, tmp_path / "stopped", n=10, interventions=chosen, batch_size=3)
-    assert missing == [0, 3, 10, 10]  # off was whole, of zeros three lines were lost, the rest had not begun
+    assert missing == [0, 3, 10, 10]  # off was complete, zeros lost three lines, the rest had not started
     for part in ("overview", "effects", "gaze"):
         assert json.dumps(again[part]) == json.dumps(whole[part])
     with pytest.raises(ValueError, match="seed=0, not 1"):
@@ -224,7 +226,7 @@ def test_a_resumed_audit_gives_the_same_numbers(model, tmp_path, monkeypatch):
         )
 
 
-def test_an_audit_without_invocations(model, tmp_path):
+def test_an_audit_without_invocations_tests_nothing(model, tmp_path):
     found = audited(model, pictures(12), tmp_path, invocation="off", n=12, page=True)
     assert {one["answer"] for one in found["verdicts"]} == {UNTESTED}
     assert "no answer invoked it" in told(found, IMAGE)["text"]

@@ -1,4 +1,4 @@
-"""The audit's parts: what stands in for a memory, the bank, probes, likeness, attention, statistics and rules."""
+"""The audit's parts: replacements, the store, probes, similarity, attention, statistics and verdicts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BOTH = Forced([(0, 1, "short"), (0, 3, "long")])
 
 
 def filled(model, rows, folder, invocation=BOTH, **options) -> ActivationStore:
-    """A bank after its reference pass."""
+    """A store after its reference pass."""
     bank = ActivationStore(model, rows, folder / "bank", **options)
     store = RecordFile(folder / "intact.jsonl", {})
     intact_answers(bank, load_rewards([even]), store, invocation=invocation, batch_size=4, max_new_tokens=6)
@@ -88,7 +88,7 @@ def bank(model, rows, tmp_path_factory):
     return filled(model, rows, tmp_path_factory.mktemp("audit"))
 
 
-# What stands in.
+# Replacements.
 
 
 def test_stored_activations_form_the_same_memories(bank):
@@ -115,7 +115,7 @@ def test_every_family_can_be_stored(family, tmp_path):
 
 
 def test_another_image_replaces_only_the_image(bank, rows):
-    seen = {}  # what rows really had in mind while they were decoded, by id and invocation
+    seen = {}  # the observations that rows were really decoded with, by id and invocation
 
     def noting(form):
         def watching(kind, observations):
@@ -137,7 +137,7 @@ def test_another_image_replaces_only_the_image(bank, rows):
         own = bank.entries[one.id].rollout.invocations[0].memory
         assert torch.allclose(found[one.id][1][0], expected, atol=1e-4)
         assert (expected - own).norm() > 0.05 * own.norm()
-        with torch.no_grad():  # what that row itself recalled there is another memory: its words are others
+        with torch.no_grad():  # that row's own memory is another one: its words differ
             assert (expected - bank.model.memory.form("short", [theirs]).vectors[0]).norm() > 1e-3 * own.norm()
 
 
@@ -155,7 +155,7 @@ def test_another_question_replaces_states_and_segment(bank, rows):
         assert (found[one.id][1][1] - own[1].memory).norm() > 1e-3 * own[1].memory.norm()
 
 
-def test_zeros_noise_mean_shuffled_and_other_kind(bank, rows):
+def test_replacements_are_what_their_names_say(bank, rows):
     observations = [bank.observation(one.id, 0) for one in rows]
     form = former_of(bank.model)
     own = [bank.entries[one.id].rollout.invocations[0].memory for one in rows]
@@ -315,7 +315,7 @@ def test_attention_sums_to_one_for_each_kind(bank, rows, tmp_path):
     assert all(value > 0 for value in first["long"]["other memory"])
 
 
-# Probes and likeness.
+# Probes and similarity.
 
 
 def dealt(count=120, images=120, seed=0):
@@ -367,7 +367,7 @@ def test_unlearnable_targets_are_skipped_with_a_reason():
     assert "30 rows" in found["skipped"]["unknown"]
 
 
-def test_targets_of_families_columns_and_questions():
+def test_targets_come_from_attributes_columns_and_questions():
     facts = {"colour r1c1": "red", "colour r1c2": "blue", "label r1": "gold", "label r2": "mint"}
     given = [question(n, attributes=facts, asked=[(0, 1)], kind=n % 2, place={"x": 1}) for n in range(3)]
     found = {target.name: target.values for target in targets(given, ["kind", "place", "answer"])}
@@ -396,7 +396,7 @@ def test_memories_of_one_image_are_more_similar(model, tmp_path):
     assert near["how"] == "tsne" and np.isfinite(near["points"]).all()
 
 
-# Numbers and rules.
+# Statistics and verdicts.
 
 
 def test_intervals_of_equal_values_have_a_width():

@@ -1,4 +1,4 @@
-"""What is said of each family is true of transformers' own classes: patches, keys and values, projection, order."""
+"""Each backbone matches transformers' own classes: patches, keys and values, projection, order."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_an_image_smaller_than_its_share_repeats_cells():
     ("total", "weights", "expected"),
     [(8, [16, 48], [2, 6]), (8, [5], [8]), (4, [1, 1000], [1, 3]), (2, [1, 1, 1], [1, 0, 1]), (4, [1] * 4, [1] * 4)],
 )
-def test_share(total, weights, expected):
+def test_shares_are_whole_and_sum_to_the_total(total, weights, expected):
     assert share(total, weights) == expected
     assert sum(share(total, weights)) == total
 
@@ -189,7 +189,7 @@ def test_memory_tokens_start_as_the_delimiter_is_read_and_written(family, dtype)
 
 
 def test_memory_stands_at_the_scale_of_words(family):
-    """Long memory leaves at the RMS of the words as the language model reads them; so do untrained queries start."""
+    """Long memory has the RMS of the words as the language model reads them; so have untrained queries."""
     model = tiny.equip(family)
     words = model.base.get_input_embeddings()(torch.arange(model.tokens.base_vocabulary)).float()
     rms = float(words.pow(2).mean().sqrt())
@@ -229,7 +229,7 @@ def test_a_conversation_is_read_as_the_base_reads_it(family):
 
 
 @pytest.mark.parametrize("text", ["qwen3", "qwen3_moe"])
-def test_internvl_with_other_text_models(text):
+def test_internvl_works_with_other_text_models(text):
     model = tiny.equip("internvl", base={"text": text})
     batch = tiny.mixed_batch(model.processor)
     expected = model.base.generate(**batch, max_new_tokens=12, do_sample=False)
@@ -295,7 +295,7 @@ def test_gemma3_image_tokens_look_both_ways_in_training():
 
 
 def test_gemma3_slots_keep_to_the_window():
-    """Keys and values laid out once: windows and full layers, memory in between, the same answers."""
+    """With preallocated keys and values, windowed and full layers give the same answers with memory in between."""
     model = tiny.equip("gemma3")
     settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     settings["invocation"] = vismem.invocation.Forced([(0, 2, "short"), (1, 9, "long"), (1, 20, "short")])
@@ -385,7 +385,7 @@ def test_llava_onevision1_5_refuses_a_video():
 
 
 def test_llava_onevision1_5_refuses_a_tower_without_its_frequencies():
-    """What loading the code as it was written for transformers 4 gives: memory as it was allocated."""
+    """Loading the code as written for transformers 4 leaves them uninitialised."""
     base = tiny.FAMILIES["llavaonevision1_5"].build()
     base.model.visual.rotary_pos_emb.inv_freq.fill_(1e-16)
     with pytest.raises(ValueError, match="inv_freq starts with 1e-16, not 1") as error:
@@ -396,8 +396,8 @@ def test_llava_onevision1_5_refuses_a_tower_without_its_frequencies():
 # Families that are not here.
 
 
-def test_the_guides_example_is_true(monkeypatch):
-    """The family that docs/extend.md writes down passes the checks that it names."""
+def test_the_guides_example_passes_its_checks(monkeypatch):
+    """The family that docs/extend.md defines passes the checks that it names."""
     guide = (Path(__file__).parents[2] / "docs" / "extend.md").read_text(encoding="utf-8")
     written: dict = {}
     exec(guide.split("```python\n")[1].split("```")[0], written)
@@ -426,7 +426,7 @@ def test_a_text_only_model_is_refused_by_name():
         vismem.VisMem(text, tiny.FAMILIES["internvl"].processor())
 
 
-def test_a_family_of_ones_own_can_be_registered(monkeypatch):
+def test_a_custom_family_can_be_registered(monkeypatch):
     monkeypatch.setattr(backbones, "FAMILIES", list(FAMILIES))
 
     @backbones.register

@@ -1,4 +1,4 @@
-"""What LLaVA's families have of their own: the layer that features come from, class tokens, tiles and padding."""
+"""What is specific to LLaVA's families: the layer that features come from, class tokens, tiles and padding."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_inside_is_the_bases_unpadding(grid, size):
 @pytest.mark.parametrize("family", TILED)
 @pytest.mark.parametrize("size", [(200, 4), (4, 200)])
 @pytest.mark.parametrize("pictures", [1, 2])
-def test_a_mere_line_is_looked_at_whole(family, size, pictures):
+def test_a_picture_that_is_a_line_is_seen_whole(family, size, pictures):
     """So thin that the base finds no patch of it among its tiles, and keeps newlines at most."""
     model = tiny.equip(family)
     batch, _, rows = seen(model, tiny.message("look", *[tiny.picture(0, size)] * pictures))
@@ -228,7 +228,7 @@ def test_a_mere_line_is_looked_at_whole(family, size, pictures):
     writes_as_the_base(model, batch)
 
 
-def test_tokens_are_dealt_whole():
+def test_tokens_are_shared_out_in_whole_numbers():
     assert deal(10, [2, 2, 1]) == [4, 4, 2]
     assert deal(42, [16, 16, 16, 16]) == [10, 11, 11, 10]
     assert deal(7, [0, 5, 0, 5, 0]) == [0, 4, 0, 3, 0]

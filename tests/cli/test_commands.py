@@ -47,7 +47,7 @@ def house(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_house(house, monkeypatch):
-    """Short relative names, and no colour settings of the developer's own."""
+    """Short relative names, and none of the developer's colour settings."""
     monkeypatch.chdir(house)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -206,7 +206,7 @@ def test_the_seed_decides_what_is_sampled(run):
         ("short@0, long@12,long@12", Forced([(0, 0, "short"), (0, 12, "long"), (0, 12, "long")])),
     ],
 )
-def test_invocation_strings(text, wanted):
+def test_invocation_strings_become_policies(text, wanted):
     assert read_policy(text, seed=5) == wanted
 
 
@@ -356,12 +356,12 @@ def test_streamer_waits_for_whole_characters():
         ("bench nothing", "nothing"),
     ],
 )
-def test_usage_errors(run_whole, monkeypatch, line, words):
+def test_usage_errors_load_nothing(run_whole, monkeypatch, line, words):
     monkeypatch.setattr(ask, "load", lambda options: pytest.fail("nothing should be loaded"))
     refused(run_whole(*shlex.split(line)), 2, words)
 
 
-def test_devices(run_whole):
+def test_unknown_and_missing_devices_are_told_apart(run_whole):
     refused(run_whole("info", "--checkpoint", "memory", "--device", "abacus"), 2, "abacus")
     refused(run_whole("info", "--checkpoint", "memory", "--device", "meta"), 2, "meta")
     refused(run_whole("info", "--checkpoint", "memory", "--device", "cuda:99"), 1, "cuda:99 is not available")
@@ -383,11 +383,11 @@ def test_special_tokens_in_a_question_are_a_usage_error(run, mark):
         ("empty.png", "image empty.png is empty"),
     ],
 )
-def test_bad_images(run, name, words):
+def test_bad_images_are_refused(run, name, words):
     refused(run("ask", name, QUESTION), 1, words)
 
 
-def test_unreadable_image(run, monkeypatch):
+def test_an_unreadable_image_is_named(run, monkeypatch):
     def deny(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -406,7 +406,7 @@ def test_only_regular_files_up_to_a_size_are_read(run, tmp_path, monkeypatch):
     refused(run("ask", "-", QUESTION), 1, "standard input is larger than 1 MiB, the limit")
 
 
-def test_empty_standard_input(run, monkeypatch):
+def test_empty_standard_input_is_refused(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     refused(run("ask", "-", QUESTION), 1, "standard input is empty")
     monkeypatch.setattr(sys, "stdin", Terminal())
@@ -431,7 +431,7 @@ def test_images_that_do_not_fit_the_prompt(run, loaded, monkeypatch):
         (["--base", "memory"], "no config.json"),
     ],
 )
-def test_unknown_names(run_whole, options, words):
+def test_unknown_names_are_refused(run_whole, options, words):
     refused(run_whole("info", *options), 1, words)
     refused(run_whole("ask", "a.png", QUESTION, *options), 1, words)
 
@@ -462,7 +462,7 @@ def test_a_hub_name_without_a_network_fails_at_once(run_whole, monkeypatch, opti
         ("vismem_config.json", 0, "damaged"),
     ],
 )
-def test_checkpoint_damaged_by_one_byte(run_whole, house, tmp_path, file, place, words):
+def test_a_checkpoint_damaged_by_one_byte_is_refused(run_whole, house, tmp_path, file, place, words):
     shutil.copytree(house / "memory", tmp_path / "memory")
     content = bytearray((tmp_path / "memory" / file).read_bytes())
     content[place] ^= 1
@@ -470,7 +470,7 @@ def test_checkpoint_damaged_by_one_byte(run_whole, house, tmp_path, file, place,
     refused(run_whole("ask", "a.png", QUESTION, "--checkpoint", tmp_path / "memory"), 1, file, words)
 
 
-def test_damaged_and_unsupported_bases(run_whole, house, tmp_path):
+def test_damaged_and_unsupported_bases_are_refused(run_whole, house, tmp_path):
     shutil.copytree(house / "base", tmp_path / "base")
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -488,19 +488,19 @@ def test_damaged_and_unsupported_bases(run_whole, house, tmp_path):
     refused(run_whole("info", "--base", tmp_path / "base"), 1, "'llama'", "supported")
 
 
-def test_a_memory_of_another_base(run_whole, house, tmp_path):
+def test_a_memory_of_another_base_is_refused(run_whole, house, tmp_path):
     model, processor = tiny.base_and_processor("qwen2_5_vl")
     model.save_pretrained(tmp_path / "other")
     processor.save_pretrained(tmp_path / "other")
     refused(run_whole("info", "--checkpoint", "memory", "--base", tmp_path / "other"), 1, "idefics3", "qwen2_5_vl")
 
 
-def test_pocket_that_is_not_there(run_whole, monkeypatch, tmp_path):
+def test_a_missing_pocket_says_how_to_build_it(run_whole, monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "BASE_PATH", tmp_path / "vismem" / "pocket" / "weights" / "base")
     refused(run_whole("ask", "a.png", QUESTION), 1, "vismem pocket build")
 
 
-def test_pocket_without_its_extra(run_whole, monkeypatch):
+def test_a_missing_pocket_extra_is_named(run_whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "vismem.pocket.sample", None)  # makes the import fail
     monkeypatch.setattr("vismem.cli.pocket.EXTRA", ("vismem",))
     refused(run_whole("pocket", "sample", "--out", "x"), 1, 'pip install "vismem[pocket]"')
@@ -525,7 +525,7 @@ def test_commands_that_need_a_source_checkout(run_whole, monkeypatch, tmp_path):
 
 
 def test_the_default_is_the_pocket_model_with_its_memory(run_whole, house, monkeypatch):
-    """Tiny stand-ins in the pocket's place: with the memory there it is used, without it an untrained one."""
+    """Tiny stand-ins for the pocket: its memory is used if it is there, otherwise an untrained one."""
     monkeypatch.setattr(loading, "BASE_PATH", house / "base")
     monkeypatch.setattr(loading, "MEMORY_PATH", house / "memory")
     code, out, err = run_whole("info", "--json")
@@ -630,7 +630,7 @@ def test_help_has_an_example(run_whole, command):
     assert "xample:\n  vismem " in out
 
 
-def test_ctrl_c(run, monkeypatch):
+def test_ctrl_c_exits_with_130(run, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -704,7 +704,7 @@ def test_a_closed_pipe_is_quiet(house):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_reader_that_leaves_early(run, monkeypatch):
+def test_a_reader_that_leaves_early_exits_with_141(run, monkeypatch):
     class Gone(io.StringIO):
         def write(self, text):
             raise BrokenPipeError(32, "Broken pipe")

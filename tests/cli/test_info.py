@@ -176,7 +176,7 @@ def test_patches_have_the_bytes_that_were_estimated(family):
 
 
 def test_a_frozen_layer_keeps_what_was_estimated():
-    """Bytes saved for the backward pass through a language model, weights apart; attention keeps a little beside."""
+    """Bytes that a language model saves for the backward pass, without weights; attention saves slightly more."""
     config = Qwen3Config(
         hidden_size=128,
         intermediate_size=320,
@@ -286,7 +286,7 @@ def test_info_of_a_config_alone(capsys, folder, file):
         assert words in out
 
 
-def test_paper_as_a_table(capsys, tmp_path):
+def test_paper_prints_a_table(capsys, tmp_path):
     for name in ("Qwen2.5-VL-3B", UNPUBLISHED[0]):
         (tmp_path / f"{name}.json").write_text((CONFIGS / f"{name}.json").read_text())
     code, out, err = call(capsys, "info", "--paper", tmp_path)
@@ -297,7 +297,7 @@ def test_paper_as_a_table(capsys, tmp_path):
     assert all(len(line) <= 140 for line in lines)
 
 
-def test_paper_of_another_folder(capsys, folder):
+def test_paper_reads_another_folder(capsys, folder):
     code, out, _ = call(capsys, "info", "--paper", folder.parent, "--json")
     assert code == 0 and [facts["base"]["parameters"] for facts in json.loads(out)] == [3_754_622_976]
 
@@ -320,7 +320,7 @@ def test_a_folder_with_weights_is_loaded(capsys, folder):
         ('{"model_type": "qwen2_5_vl", "text_config": {"hidden_size": "wide"}}', ["config.json"]),
     ],
 )
-def test_configs_that_cannot_be_counted(capsys, tmp_path, content, words):
+def test_configs_that_cannot_be_counted_are_refused(capsys, tmp_path, content, words):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     code, out, err = call(capsys, "info", "--base", tmp_path)
@@ -339,7 +339,7 @@ def test_configs_that_cannot_be_counted(capsys, tmp_path, content, words):
         (["--paper", "--visual-tokens", "0"], 2, "--visual-tokens"),
     ],
 )
-def test_misuse(capsys, tmp_path, monkeypatch, arguments, code, word):
+def test_misuse_is_one_line(capsys, tmp_path, monkeypatch, arguments, code, word):
     monkeypatch.chdir(tmp_path)
     found, out, err = call(capsys, "info", *arguments)
     assert (found, out) == (code, "") and word in err and err.count("\n") == 1

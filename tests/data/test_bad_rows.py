@@ -87,7 +87,7 @@ def test_every_stage_replaces_bad_rows(tmp_path, stage):
     assert [ids for ids, _ in done.met] == [["rows[1]", "rows[1]"]]
 
 
-def test_too_many_bad_rows_and_strict(tmp_path):
+def test_too_many_bad_rows_stop_training_and_strict_allows_none(tmp_path):
     data = records(6, bad=(1, 2))
     with pytest.raises(BadDataError, match="2 bad rows in rows, more than max_bad_rows=1"):
         run(tmp_path, "warmup", data, max_bad_rows=1)

@@ -60,7 +60,7 @@ def example(seed: int, **changes) -> dict:
     return {"prompt": f"Question {seed}?", "images": [f"images/{seed}.png"], "answer": str(seed), **changes}
 
 
-def test_a_jsonl_file(folder):
+def test_a_jsonl_file_becomes_rows(folder):
     rows = load_dataset_rows(write(folder / "t.jsonl", [example(0, level=3), "", example(1, completion="It is 1.")]))
     assert isinstance(rows, Rows) and len(rows) == 2
     assert [row.id for row in rows] == ["t.jsonl:1", "t.jsonl:3"]
@@ -75,7 +75,7 @@ def test_a_jsonl_file(folder):
             rows[index]
 
 
-def test_jsonl_with_bom_crlf_and_unicode(folder):
+def test_jsonl_may_have_a_bom_crlf_and_unicode(folder):
     lines = [
         json.dumps(example(0)),
         json.dumps(example(1, answer="größer"), ensure_ascii=False),
@@ -108,7 +108,7 @@ def test_jsonl_needs_no_datasets(folder, monkeypatch):
         load_dataset_rows(folder / "t.parquet")
 
 
-def test_prompts(folder):
+def test_prompts_are_normalised(folder):
     text = {"type": "text", "text": "Which?"}
     talk = [
         {"role": "system", "content": "Be brief."},
@@ -150,7 +150,7 @@ def test_prompts(folder):
     assert rows[6].completion == "Well: 1"
 
 
-def test_images_of_every_kind(folder):
+def test_images_of_every_kind_are_read(folder):
     uri = "data:image/png;base64," + base64.b64encode(png(2)).decode()
     kinds = [
         "images/2.png",
@@ -222,7 +222,7 @@ def test_bad_lines_are_named_and_skipped(folder, caplog, line, problem):
         list(load_dataset_rows(path, streaming=True, strict=True))
 
 
-def test_a_line_that_is_not_utf8(folder):
+def test_a_line_that_is_not_utf8_is_a_bad_row(folder):
     path = folder / "t.jsonl"
     path.write_bytes(json.dumps(example(0)).encode() + b'\n{"prompt": "\xff", "answer": "1"}\n')
     assert len(load_dataset_rows(path)) == 1
@@ -230,7 +230,7 @@ def test_a_line_that_is_not_utf8(folder):
         load_dataset_rows(path, strict=True)
 
 
-def test_too_many_bad_lines(folder):
+def test_too_many_bad_lines_raise(folder):
     path = write(folder / "t.jsonl", [example(0), *["{"] * 3])
     assert len(load_dataset_rows(path, max_bad_rows=3)) == 1
     assert len(load_dataset_rows(path, max_bad_rows=None)) == 1
@@ -300,12 +300,12 @@ def test_a_bad_image_is_replaced_by_the_next_row(folder, caplog, kind):
         ("\0", "cannot read image"),
     ],
 )
-def test_invalid_images(folder, value, problem):
+def test_invalid_images_raise(folder, value, problem):
     with pytest.raises(BadDataError, match=problem):
         load_dataset_rows(write(folder / "t.jsonl", [example(0, images=[value])]), strict=True)[0]
 
 
-def test_no_good_image_at_all(folder):
+def test_no_good_row_at_all_raises(folder):
     with pytest.raises(BadDataError, match=r"no good row \(2 bad\)"):
         load_dataset_rows(write(folder / "t.jsonl", [example(9), example(8)]))
     rows = load_dataset_rows([example(0, images=[b"broken"])])
@@ -313,14 +313,14 @@ def test_no_good_image_at_all(folder):
         rows[0]
 
 
-def test_a_file_that_shrinks_after_the_scan(folder):
+def test_a_file_that_shrinks_after_the_scan_yields_other_rows(folder):
     path = write(folder / "t.jsonl", [example(0), example(1)])
     rows = load_dataset_rows(path)
     write(path, [example(0)])
     assert rows[1].id == "t.jsonl:1" and rows.reports.count == 1
 
 
-def test_limit(folder):
+def test_limit_counts_good_rows(folder):
     path = write(folder / "t.jsonl", [example(0), "{", example(1), example(2), "{"])
     rows = load_dataset_rows(path, limit=2)
     assert [row.id for row in rows] == ["t.jsonl:1", "t.jsonl:3"] and rows.reports.count == 1
@@ -331,7 +331,7 @@ def test_limit(folder):
             load_dataset_rows(path, **wrong)
 
 
-def test_a_json_array(folder):
+def test_a_json_array_becomes_rows(folder):
     (folder / "t.json").write_text(json.dumps([example(0), {"prompt": "?"}, example(1)], indent=1))
     rows = load_dataset_rows(folder / "t.json")
     assert [row.id for row in rows] == ["t.json[0]", "t.json[2]"] and same(rows[1].images[0], 1)
@@ -344,7 +344,7 @@ def test_a_json_array(folder):
     assert [row.id for row in load_dataset_rows(folder / "lines.json")] == ["lines.json:1", "lines.json:2"]
 
 
-def test_a_json_array_in_small_pieces(folder, monkeypatch):
+def test_a_json_array_is_read_in_small_pieces(folder, monkeypatch):
     monkeypatch.setattr("vismem.data.sources._CHUNK", 7)
     expected = [{"prompt": f"[{n}], {{", "answer": 10**n} for n in range(30)]
     (folder / "t.json").write_text(json.dumps([12345678901234567890, *expected], indent=2))  # a number is one bad row
@@ -353,7 +353,7 @@ def test_a_json_array_in_small_pieces(folder, monkeypatch):
     assert rows[0].id == "t.json[1]"
 
 
-def test_memory_and_datasets(folder):
+def test_lists_and_datasets_become_rows(folder):
     datasets = pytest.importorskip("datasets")
     raw = [example(seed, images=[str(folder / "images" / f"{seed}.png")], level=seed) for seed in range(3)]
     for source in (raw, tuple(raw), datasets.Dataset.from_list(raw)):
@@ -370,7 +370,7 @@ def test_memory_and_datasets(folder):
         load_dataset_rows(5)
 
 
-def test_encoded_images_in_datasets(folder, monkeypatch):
+def test_broken_encoded_images_in_datasets_are_bad_rows(folder, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     prompts = [[{"role": "user", "content": f"{n}?"}] for n in range(3)]
@@ -393,7 +393,7 @@ def test_encoded_images_in_datasets(folder, monkeypatch):
     assert same(load_dataset_rows(single)[0].images[0], 1)
 
 
-def test_missing_sources(folder):
+def test_missing_sources_are_named(folder):
     for name in ("gone.jsonl", folder / "gone", "a/b/c.jsonl", "what is this?"):
         with pytest.raises(BadDataError, match="no such file or folder"):
             load_dataset_rows(name)
@@ -404,7 +404,7 @@ def test_missing_sources(folder):
         load_dataset_rows(folder)
 
 
-def test_hub_names(monkeypatch):
+def test_hub_names_are_passed_to_datasets(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
@@ -431,7 +431,7 @@ def first(rows):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_workers(folder, workers):
+def test_workers_read_each_row_once(folder, workers):
     path = write(folder / "t.jsonl", [example(seed % 4) for seed in range(7)])
     expected = [f"t.jsonl:{n}" for n in range(1, 8)]
     for rows, limit in [(load_dataset_rows(path), 7), (load_dataset_rows(path, streaming=True), 7)]:
@@ -449,7 +449,7 @@ def test_an_error_in_a_worker_is_one_line(folder):
     assert str(caught.value).startswith("1 bad rows in t.jsonl, more") and "\n" not in str(caught.value)
 
 
-def test_workers_over_a_stream_that_shards_itself():
+def test_workers_share_the_shards_of_a_stream():
     datasets = pytest.importorskip("datasets")
     raw = datasets.Dataset.from_list([{"prompt": "?", "answer": n} for n in range(6)])
     rows = load_dataset_rows(raw.to_iterable_dataset(num_shards=2))
@@ -466,7 +466,7 @@ def mixed_rows() -> Rows:
     return load_dataset_rows([one, two, {"prompt": "Describe!", "answer": "x"}])
 
 
-def test_prompt_inputs(family):
+def test_prompt_inputs_are_padded_on_the_left(family):
     processor = tiny.FAMILIES[family].processor()
     rows = mixed_rows()
     processor.tokenizer.padding_side = "right"
@@ -496,7 +496,7 @@ def test_prompt_inputs_run_through_the_model(family):
             torch.testing.assert_close(batch[index], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_prompt_inputs_errors(family):
+def test_prompt_inputs_refuse_wrong_rows(family):
     processor = tiny.FAMILIES[family].processor()
     rows = list(mixed_rows())
     with pytest.raises(ValueError, match="at least one row"):
@@ -521,7 +521,7 @@ def test_prompt_inputs_errors(family):
         prompt_inputs(processor, rows)
 
 
-def test_reward_columns():
+def test_reward_columns_hold_all_rows():
     rows = load_dataset_rows([{"prompt": "?", "answer": 1, "task": "sum"}, {"prompt": "?", "answer": 2, "level": [3]}])
     columns = reward_columns(list(rows))
     assert columns == {
@@ -555,7 +555,7 @@ def images(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-def test_visual_cot(tmp_path, images, caplog):
+def test_visual_cot_is_converted(tmp_path, images, caplog):
     advanced = visual_cot(1, "How many?")
     advanced["conversations"][0]["value"] = advanced["conversations"][0]["value"].replace(
         "Please provide", "Please think step by step and provide"
@@ -596,7 +596,7 @@ def mulberry(image="cot/vsr/0.png", answer="C: 123", **changes) -> dict:
     return {"messages": talk, "images": image, **changes}
 
 
-def test_mulberry(tmp_path, images, caplog):
+def test_mulberry_is_converted(tmp_path, images, caplog):
     reflecting = mulberry("/cot/vsr/1.png", "7")
     reflecting["messages"][1]["content"] = (
         "The final answer is: 6\nI think I have made a mistake.\n" + (reflecting["messages"][1]["content"])
@@ -689,7 +689,7 @@ def test_no_record_stops_a_converter(tmp_path, images):
             convert_visual_cot(tmp_path / "t.jsonl", tmp_path / "out.jsonl", images, **wrong)
 
 
-def test_converters_from_the_command_line(tmp_path, images, capsys):
+def test_converters_run_from_the_command_line(tmp_path, images, capsys):
     source = write(tmp_path / "t.jsonl", [visual_cot(0), "{", visual_cot(1), visual_cot(2)])
     arguments = ["visual-cot", str(source), str(tmp_path / "out.jsonl"), "--image-root", str(images)]
     assert main([*arguments, "--limit", "2", "--max-bad-rows", "-1"]) == 0

@@ -1,4 +1,4 @@
-"""The one way in for pictures: every mode, transparency, high bits, turns, and what paths may name."""
+"""`open_image`, through which all pictures come: modes, transparency, bit depth, rotation, and valid paths."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def palettes() -> dict[str, Image.Image]:
 
 
 @pytest.mark.parametrize("kind", palettes())
-def test_palettes_with_transparency(kind: str) -> None:
+def test_palettes_with_transparency_match_transformers(kind: str) -> None:
     picture = palettes()[kind]
     found = open_image(picture)
     assert difference(found, base_of(picture)) == 0 and found.getpixel((0, 0)) != (0, 0, 0)
@@ -126,7 +126,7 @@ def test_palettes_with_transparency(kind: str) -> None:
             assert difference(open_image(file_of(picture, form)), base_of(picture)) == 0
 
 
-def test_palettes_of_rgba_colours() -> None:
+def test_palettes_of_rgba_colours_keep_their_alpha() -> None:
     """`quantize` puts the alpha of an RGBA image into the palette, where transformers ignores it."""
     picture = colours().quantize(64)
     assert picture.mode == "P" and "transparency" not in picture.info
@@ -146,12 +146,12 @@ def test_palettes_of_rgba_colours() -> None:
     ],
     ids=["1 bit, black", "1 bit, white", "2 bits, black", "2 bits", "4 bits", "8 bits", "16 bits"],
 )
-def test_one_transparent_value_of_a_grey_png(file: bytes, row: list[int]) -> None:
+def test_one_transparent_value_of_a_grey_png_becomes_white(file: bytes, row: list[int]) -> None:
     assert grey_of(file)[0].tolist() == row
     assert grey_of(Image.open(io.BytesIO(file)))[0].tolist() == row
 
 
-def test_one_transparent_colour() -> None:
+def test_one_transparent_colour_becomes_white() -> None:
     eight = png(2, 8, 2, b"\1\2\3\4\5\6", b"\0\1\0\2\0\3")
     assert np.asarray(open_image(eight)).tolist() == [[[255] * 3, [4, 5, 6]]]
     sixteen = png(2, 16, 2, b"\1\2\3\4\5\6\7\7\7\7\7\7", b"\1\2\3\4\5\6")
@@ -175,7 +175,7 @@ def test_partial_alpha_is_composited_on_white() -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF"])
-def test_the_first_frame_of_a_transparent_animation(form: str) -> None:
+def test_the_first_frame_of_a_transparent_animation_is_read(form: str) -> None:
     ink = Image.new("RGBA", (12, 9), (0, 0, 0, 0))
     ink.paste((0, 0, 0, 255), (3, 2, 9, 4))
     file = file_of(ink, form, save_all=True, append_images=[Image.new("RGBA", (12, 9), "red")])
@@ -196,7 +196,7 @@ def test_images_with_alpha_and_16_bits_are_rotated_too(kind: str, orientation: i
     assert open_image(Image.open(io.BytesIO(file))).tobytes() == wanted.tobytes()
 
 
-def test_inverted_cmyk_of_a_jpeg() -> None:
+def test_inverted_cmyk_of_a_jpeg_is_corrected() -> None:
     file = file_of(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
     assert difference(open_image(file), np.tile([255, 0, 0], (16, 16, 1))) <= 8
 
@@ -205,7 +205,7 @@ def test_inverted_cmyk_of_a_jpeg() -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
-def test_16_bits_in_every_byte_order(mode: str) -> None:
+def test_16_bits_are_read_in_every_byte_order(mode: str) -> None:
     values = RAMP.astype(">u2") if mode == "I;16B" else RAMP
     assert (grey_of(Image.frombytes(mode, (64, 64), values.tobytes())) == TWIN).all()
 
@@ -244,12 +244,12 @@ TIFFS = {
 
 
 @pytest.mark.parametrize("kind", TIFFS)
-def test_grey_tiff(kind: str) -> None:
+def test_grey_tiffs_of_every_kind_are_read(kind: str) -> None:
     file, wanted = TIFFS[kind]
     assert np.abs(grey_of(file) - wanted).max() <= 1
 
 
-def test_integers_and_floats_without_a_file() -> None:
+def test_integers_and_floats_without_a_file_are_scaled() -> None:
     for values in (RAMP.astype(np.int32), TWIN.astype(np.int32), TWIN.astype(np.float32), np.float32(TWIN / 255)):
         assert (grey_of(Image.fromarray(values)) == TWIN).all()
     overshot = np.float32([[-0.001, 0.5, 1.001]])  # by resampling
@@ -327,7 +327,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch: pytest.Monke
         open_image("loop.png", tmp_path)
 
 
-def test_a_file_that_becomes_a_pipe_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_becomes_a_pipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file.png").write_bytes(b"x")
     os.mkfifo(tmp_path / "pipe.png")
     status, flags = os.stat(tmp_path / "file.png"), []

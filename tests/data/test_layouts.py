@@ -131,7 +131,7 @@ def test_each_layout_is_read(name):
     assert all(row.columns[key] is value for key, value in raw.items() if key in row.columns)
 
 
-def test_lists_of_references_and_the_best_of_them():
+def test_the_commonest_of_several_references_is_the_answer():
     votes = [{"answer": "two"}, {"answer": "2"}, {"answer": "two"}, {"answer": "a pair"}]
     rows = list(load_dataset_rows([{"question": "?", "answers": votes}, {"question": "?", "answer": "dog"}]))
     assert rows[0].answer == "two" and rows[0].references == ["two", "2", "a pair"]
@@ -156,7 +156,7 @@ def test_lists_of_references_and_the_best_of_them():
     assert load_rewards(old)(["?", "?"], ["two", "cat"], columns).total.tolist() == [1.0, 0.0]
 
 
-def test_columns_have_other_names(tmp_path):
+def test_columns_may_have_other_names(tmp_path):
     PICTURE.save(tmp_path / "a.png")
     raw = {"q": "<image>How many?", "gt": ["3", "three"], "pic": "a.png", "image": "preview.png", "prompt": 7, "k": 1}
     names = {"prompt": "q", "answer": "gt", "images": "pic", "kind": "k"}
@@ -176,7 +176,7 @@ def test_columns_have_other_names(tmp_path):
             load_dataset_rows([raw], columns=wrong)
 
 
-def test_datasets_with_other_names_and_kinds_of_images(tmp_path):
+def test_datasets_may_have_other_names_and_kinds_of_images(tmp_path):
     datasets = pytest.importorskip("datasets")
     one = datasets.Dataset.from_dict({"q": ["?", "?"], "gt": ["1", "2"], "pic": [PICTURE, PICTURE]})
     many = datasets.Dataset.from_dict(
@@ -201,7 +201,7 @@ def test_datasets_with_other_names_and_kinds_of_images(tmp_path):
         load_dataset_rows(one)
 
 
-def test_datasets_that_make_or_hold_images_in_their_own_way(tmp_path, caplog):
+def test_datasets_may_make_or_hold_images_in_their_own_way(tmp_path, caplog):
     """A transform, structs of bytes as pandas writes them, and a column that nobody reads."""
     datasets = pytest.importorskip("datasets")
     PICTURE.save(tmp_path / "a.png")
@@ -280,7 +280,7 @@ def test_a_missing_column_suggests_the_nearest_one():
         assert hint in str(caught.value)
 
 
-def test_columns_without_a_value():
+def test_columns_without_a_value_are_ignored():
     """NaN as tables store it, and turns by column as pandas stores them."""
     turns = {"from": np.array(["human", "gpt"], dtype=object), "value": np.array(["<image>?", "1"], dtype=object)}
     row, found = read_row({"prompt": np.float32("nan"), "conversations": turns, "images": [], "image": "a.png"})
@@ -295,7 +295,7 @@ def test_values_that_are_not_images_are_reported_on_loading():
         assert ("PIL.Image.fromarray" in problem) == isinstance(value, np.ndarray)
 
 
-def test_nesting_too_deep():
+def test_nesting_too_deep_is_a_bad_row():
     deep: list = []
     for _ in range(100_000):
         deep = [deep]

@@ -1,4 +1,4 @@
-"""Slots, the cache that is laid out once: rows leave and enter, the host runs ahead, the step is compiled."""
+"""Slots, the preallocated cache: rows leave and enter, the host runs ahead, the step is compiled."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def same(found: vismem.VisMemOutput, expected: vismem.VisMemOutput) -> None:
 
 
 def written(model, batch, policy, **more) -> vismem.VisMemOutput:
-    """What rows with seeds of their own write, with all that is recorded of it."""
+    """Answers of rows with their own seeds, and everything recorded of them."""
     settings = {"max_new_tokens": 16, "return_dict_in_generate": True, "record": True, "invocation": policy}
     settings |= {"do_sample": True, "temperature": 0.9, "top_k": 30, "seed": [1, 2, 3]}
     return model.generate(**batch, **settings | more)
@@ -47,10 +47,10 @@ def both(model, batch, policy, **more) -> tuple[vismem.VisMemOutput, vismem.VisM
 
 
 def test_slots_write_what_the_dynamic_cache_writes(family, monkeypatch):
-    """Rows of different lengths end at different times, and write the same whoever is beside them.
+    """Rows of different lengths end at different times, and write the same whatever is beside them.
 
-    One model for all, since it keeps its compiled slots, and compiling takes most of the time. Two unlike families take
-    every policy, the others two each. Uncompiled, the host runs ahead for every other policy.
+    One model for all, since it keeps its compiled slots, and compiling takes most of the time. Two different families
+    take every policy, the others two each. Uncompiled, the host runs ahead for every other policy.
     """
     model = tempting(family, pull=12)
     batch = tiny.mixed_batch(model.processor)
@@ -66,14 +66,14 @@ def test_slots_write_what_the_dynamic_cache_writes(family, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["plain", "ahead"])
-def test_slots_with_a_sliding_window(mode, monkeypatch):
+def test_slots_with_a_sliding_window_write_the_same(mode, monkeypatch):
     if mode == "ahead":
         monkeypatch.setattr(cache, "AHEAD", {"cpu"})
     model = tempting("idefics3", base={"sliding_window": 12})
     same(*both(model, tiny.mixed_batch(model.processor), SCHEDULE, max_new_tokens=40))
 
 
-def test_slots_of_an_eager_attention():
+def test_slots_with_eager_attention_write_the_same():
     model = tempting("qwen2_5_vl")
     model.base.set_attn_implementation("eager")
     same(*both(model, tiny.mixed_batch(model.processor), "learned"))
@@ -135,7 +135,7 @@ def test_one_graph_serves_every_call(monkeypatch):
 
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_slots_of_every_size_are_compiled():
-    """torch compiles a function so many times and then never again; slots do not share that limit."""
+    """torch recompiles a function only so many times; slots do not share that limit."""
     model = tempting("qwen2_5_vl")
     for count in (1, 2, 3, 4):
         counter = CompileCounter()
@@ -145,14 +145,14 @@ def test_slots_of_every_size_are_compiled():
         assert counter.frame_count == 1
 
 
-def test_the_compiler_that_ships_with_torch():
-    """Not only the graph but the code that is made of it: of a single layer, since a second has almost the same."""
+def test_slots_compiled_by_inductor_write_the_same():
+    """Compiles the graph to code, too: of a single layer, since a second one's code is almost the same."""
     model = tempting("idefics3", base={"layers": 1})
     same(*both(model, tiny.mixed_batch(model.processor), SCHEDULE, compile_config=CompileConfig()))
 
 
 class Letters(LogitsProcessor):
-    """Lets row number n of the call write certain tokens alone; the n-th also ends it after 4 + 3 n of them."""
+    """Lets row n of the call write only certain tokens, and ends it after 4 + 3 n of them."""
 
     def __init__(self, start, end):
         self.start, self.end, self.shapes = start, end, set()
@@ -167,7 +167,7 @@ class Letters(LogitsProcessor):
 
 
 class Lasts(StoppingCriteria):
-    """Ends row n after 4 + 3 n tokens; keeps what it is shown."""
+    """Ends row n after 4 + 3 n tokens; records its inputs."""
 
     def __init__(self, start):
         self.start, self.seen = start, []
@@ -179,7 +179,7 @@ class Lasts(StoppingCriteria):
 
 @pytest.mark.parametrize("mode", ["plain", "ahead", "compiled"])
 def test_processors_and_criteria_see_the_rows_of_the_call(mode, monkeypatch):
-    """All of them, in order, ended ones padded, as in transformers' own loop - whoever has left the batch."""
+    """All of them, in order, finished ones padded, as in transformers' own loop, whichever have left the batch."""
     if mode != "plain":
         monkeypatch.setattr(cache, "AHEAD", {"cpu"})
     more = {"compile_config": CompileConfig(backend="eager", mode=None)} if mode == "compiled" else {}

@@ -25,7 +25,7 @@ def run(model, batch, policy="learned", **kwargs):
 
 
 def words(model, batch, out, row=0):
-    """A row's new tokens without those that were put in."""
+    """A row's new tokens without the inserted ones."""
     new = out.sequences[row, batch["input_ids"].shape[1] :].tolist()
     put_in = {
         p for i in out.invocations[row] for p in ((i.position, i.position + 1) if i.forced else (i.position + 1,))
@@ -33,7 +33,7 @@ def words(model, batch, out, row=0):
     return [token for place, token in enumerate(new) if place not in put_in]
 
 
-def test_nothing_deprecated_is_said_to_transformers(model, monkeypatch):
+def test_transformers_is_called_without_deprecated_arguments(model, monkeypatch):
     batch = tiny.mixed_batch(model.processor)
     said = []
     monkeypatch.setattr("transformers.generation.utils.logger.warning_once", lambda *told: said.append(told))
@@ -44,7 +44,7 @@ def test_nothing_deprecated_is_said_to_transformers(model, monkeypatch):
     assert said == []
 
 
-def test_forced_goes_before_its_step_and_is_free(model):
+def test_forced_goes_before_its_step_and_costs_no_budget(model):
     batch = tiny.mixed_batch(model.processor)
     plain = run(model, batch, "off")
     out = run(model, batch, Forced([(0, 5, "short"), (1, 0, "long"), (1, 0, "short"), (2, 11, "long")]))
@@ -80,7 +80,7 @@ def test_one_invocation_costs_one_policy_forward(model):
     assert len(widths) == len(plain) + 1
 
 
-def test_text_only_rows(model):
+def test_text_only_rows_have_long_memory_alone(model):
     """Nothing to look at: long-term memory works, short-term is refused when forced and left out otherwise."""
     batch = tiny.prompts(
         model.processor, [tiny.message("A red cup?"), tiny.message("What is on the table?", tiny.picture(0))]
@@ -114,7 +114,7 @@ def test_forced_outside_the_batch_is_refused(model):
         run(model, batch, Forced([(3, 0, "long")]))
 
 
-def test_random_rates_and_places(model):
+def test_random_keeps_to_its_rate_and_places(model):
     batch = tiny.mixed_batch(model.processor)
     assert not any(run(model, batch, Random(0.0)).invocations)
     every = run(model, batch, Random(1.0, where="anywhere"), max_new_tokens=30)
@@ -129,7 +129,7 @@ def test_random_rates_and_places(model):
         assert all(new[i.position - 1] in model.delimiters for i in invocations[1:])
 
 
-def test_seed_and_generator(model):
+def test_a_seed_or_generator_decides_the_tokens(model):
     batch = tiny.mixed_batch(model.processor)
     policy = Forced([(0, 2, "short")])
     first, second = (run(model, batch, policy, do_sample=True, seed=4) for _ in range(2))
@@ -162,7 +162,7 @@ def test_processors_see_each_row_at_its_own_length(model):
 @pytest.mark.parametrize(
     "settings", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[9]]}]
 )
-def test_processors_that_look_tokens_up_meet_memory_tokens(model, settings):
+def test_processors_that_look_tokens_up_accept_memory_tokens(model, settings):
     batch = tiny.mixed_batch(model.processor)
     for policy in (Forced([(0, 2, "short"), (1, 4, "long")]), Random(0.5, where="anywhere"), "learned"):
         assert run(model, batch, policy, **settings).sequences.shape[0] == 3
@@ -210,7 +210,7 @@ def test_streamer_gets_every_token(model):
     assert streamer.ended and streamer.values == out.sequences[0].tolist()
 
 
-def test_scores_of_put_in_tokens_are_certain(model):
+def test_scores_of_inserted_tokens_are_certain(model):
     batch = tiny.mixed_batch(model.processor)
     prompt = batch["input_ids"].shape[1]
     out = run(model, batch, Forced([(0, 2, "short")]), output_scores=True, output_logits=True)
@@ -235,7 +235,7 @@ def test_earlier_memory_tokens_in_a_prompt_are_read(model):
     assert run(model, batch, Forced([(0, 1, "short")])).invocations[0][0].length == 4
 
 
-def test_generation_config_object(model):
+def test_a_generation_config_object_is_honoured(model):
     batch = tiny.mixed_batch(model.processor)
     config = GenerationConfig(
         max_new_tokens=5, do_sample=True, num_return_sequences=2, eos_token_id=None, pad_token_id=0
@@ -293,11 +293,11 @@ def test_bad_rates_are_refused():
         policy_of(3)
 
 
-def test_swapped_schedule():
+def test_swapped_exchanges_the_kinds_of_a_schedule():
     assert Forced([(0, 1, "short"), (2, 3, "long")]).swapped().schedule == [(0, 1, "long"), (2, 3, "short")]
 
 
-def test_bf16_end_to_end(family):
+def test_memory_follows_the_base_to_bf16(family):
     """Every memory module follows the base: built in bf16, or moved there later."""
     born = tiny.equip(family, torch.bfloat16)
     moved = tiny.equip(family).to(torch.bfloat16)
@@ -322,7 +322,7 @@ def test_works_in_a_pipeline(model):
     assert isinstance(found[0]["generated_text"], str)
 
 
-def test_public_names():
+def test_public_names_exist():
     assert all(hasattr(vismem, name) for name in vismem.__all__)
     assert vismem.invocation.Random is Random and vismem.invocation.Forced is Forced
     assert {"VisMem", "VisMemConfig", "Invocation", "invocation"} <= set(vismem.__all__)
@@ -330,8 +330,8 @@ def test_public_names():
     assert found.to_dict() == {"kind": "short", "position": 3, "length": 8, "forced": False}
 
 
-def test_a_schedule_draws_as_the_base_until_it_is_put_in(model):
-    """Sampling with a schedule draws from the base's own width, so the same seed gives the same tokens before it."""
+def test_a_schedule_samples_as_the_base_until_its_first_invocation(model):
+    """With a schedule, sampling uses the base's vocabulary, so the same seed gives the same tokens before it."""
     batch = tiny.mixed_batch(model.processor)
     settings = {"max_new_tokens": 12, "do_sample": True, "eos_token_id": None}
     torch.manual_seed(3)
@@ -343,7 +343,7 @@ def test_a_schedule_draws_as_the_base_until_it_is_put_in(model):
 
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"encoder_repetition_penalty": 1.5}])
-def test_processors_that_hold_the_prompts_meet_copies(model, settings):
+def test_processors_that_hold_the_prompts_work_with_copies(model, settings):
     """Several answers to each prompt of a padded batch are as the base gives them, each with its prompt's padding."""
     batch = tiny.mixed_batch(model.processor)
     settings = {**settings, "max_new_tokens": 6, "do_sample": True, "num_return_sequences": 2, "eos_token_id": None}

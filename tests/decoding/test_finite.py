@@ -72,7 +72,7 @@ def same_but_for(found: dict, expected: dict, bad) -> None:
 
 
 def test_a_poisoned_picture_fails_alone(family):
-    """Sampling is one for all families, so each takes one way of it; two unlike ones take all."""
+    """Sampling is shared by all families, so each tests one way of it; two different ones test all."""
     model = tempting(family)
     inputs = visible(model, 7)
     turn = list(tiny.FAMILIES).index(family) % 3
@@ -89,7 +89,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def lasting():
-    """A model that is left as it is, and so compiles its slots once."""
+    """A model that no test changes, so it compiles its slots once."""
     return tempting("qwen2_5_vl")
 
 
@@ -175,7 +175,7 @@ class Breaks(LogitsProcessor):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("sampling", SAMPLING[:2], ids=["greedy", "warped"])
-def test_processors_that_leave_no_finite_score(model, sampling, value):
+def test_processors_that_leave_no_finite_score_fail_their_row(model, sampling, value):
     inputs = visible(model, 4)
     expected = answers_of(model, inputs, invocation="off", eos_token_id=None, **sampling)
     breaks = LogitsProcessorList([Breaks(value, 3, inputs[1]["input_ids"].shape[1])])
@@ -238,7 +238,7 @@ def test_compiled_slots_are_clean_after_an_error(model, monkeypatch):
     assert torch.equal(model.generate(**second, **settings), expected)
 
 
-def test_a_poisoned_request_that_is_given_up_leaves_nothing(model):
+def test_a_cancelled_poisoned_request_leaves_nothing(model):
     bad, good = visible(model, 2)
     queue = RequestQueue(model, batch_size=1, max_new_tokens=6)
     (one,) = queue.submit(Request(poisoned(bad), invocation=Forced([(0, 0, "long")])))
@@ -264,7 +264,7 @@ def test_training_stops_at_an_answer_that_cannot_be_sampled(stage, tmp_path):
         trainer.train()
 
 
-def test_random_places_beside_a_poisoned_row(model):
+def test_random_places_do_not_change_beside_a_poisoned_row(model):
     inputs = prompts(model, 8)
     more = {"invocation": Random(0.4, "anywhere", seed=3)}
     expected = answers_of(model, inputs, **more)
@@ -272,6 +272,6 @@ def test_random_places_beside_a_poisoned_row(model):
 
 
 @pytest.mark.parametrize("value", [torch.nan, 0.0, torch.inf])
-def test_picking_from_what_is_no_distribution_is_some_token(value):
+def test_sampling_from_an_invalid_distribution_gives_some_token(value):
     assert 0 <= int(inverse_transform(torch.full((1, 10), value), torch.tensor([0.3]))) < 10
     assert inverse_transform(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([0.75])).tolist() == [2]

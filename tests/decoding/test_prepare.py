@@ -1,4 +1,4 @@
-"""Generation settings, whichever way they come (keyword, config, the base's defaults), and what penalties spare."""
+"""Generation settings from keywords, configs and the base's defaults, and what penalties leave alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vismem.decoding.policies import Forced
 from vismem.training.rollout import sampling, write
 
 WAYS = ["keyword", "config", "base", "base and config", "base and queue"]
-# Two unlike families are asked in every way, the others each in two of them.
+# Two different families are asked in every way, the others each in two of them.
 ASKED = [
     (family, way)
     for turn, family in enumerate(tiny.FAMILIES)
@@ -27,7 +27,7 @@ LOOKS = Forced([(0, 0, "short"), (0, 3, "long"), (1, 2, "short"), (2, 1, "long")
 
 @pytest.fixture
 def laid_out(monkeypatch) -> list:
-    """A list that grows by every `Slots` that is made."""
+    """A list of all `Slots` made since."""
     made, init = [], cache.Slots.__init__
     monkeypatch.setattr(cache.Slots, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1])
     return made
@@ -216,7 +216,7 @@ def test_penalties_in_a_queue_are_those_of_generate(model):
 
 
 def test_the_model_invokes_as_often_with_a_penalty(model):
-    """A penalty far beyond reason stops no later look."""
+    """Even an extreme penalty stops no later look."""
     batch = tiny.mixed_batch(model.processor)
     free = model.generate(**batch, max_new_tokens=20, repetition_penalty=1e4, return_dict_in_generate=True)
     assert all(len(row) > 2 for row in free.invocations)

@@ -1,4 +1,4 @@
-"""The queue of requests: what a row writes does not depend on when it enters, or on who is beside it."""
+"""The queue of requests: what a row writes does not depend on when it enters, or on what is beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERY_FAMILY = True
 
 
 def test_answers_are_those_of_a_row_alone(family):
-    """Sampling is one for all families, so each takes one way of it; two unlike ones take all."""
+    """Sampling is shared by all families, so each tests one way of it; two different ones test all."""
     model = tempting(family, pull=12)
     inputs = prompts(model, 6)
     end = model.generation_config.eos_token_id
@@ -45,7 +45,7 @@ def model():
 
 
 @pytest.mark.parametrize("mode", ["ahead", "compiled"])
-def test_ahead_and_compiled(model, mode, monkeypatch):
+def test_ahead_and_compiled_answers_are_those_of_a_row_alone(model, mode, monkeypatch):
     monkeypatch.setattr(cache, "AHEAD", {"cpu"})
     more = {"compile_config": CompileConfig(backend="eager", mode=None)} if mode == "compiled" else {}
     answers = list(model.stream_batch(prompts(model, 6), batch_size=4, max_new_tokens=12, **more))
@@ -89,7 +89,7 @@ def test_a_padded_batch_and_copies_are_one_request(model):
         assert answer.tokens == new[: len(answer.tokens)] and answer.invocations == out.invocations[answer.index]
 
 
-def test_requests_are_taken_as_room_comes_up(model):
+def test_requests_are_taken_as_room_becomes_free(model):
     taken = []
 
     def source():
@@ -114,7 +114,7 @@ def test_rows_enter_while_others_write(model, monkeypatch):
     assert widths[:20].count(2) >= 15 and len(widths) < 40
 
 
-def test_cancel(model):
+def test_cancelled_rows_free_their_places(model):
     first, second, third = prompts(model, 3)
     queue = RequestQueue(model, batch_size=2, max_new_tokens=20, eos_token_id=None)
     (one,), (two,), (waiting,) = (queue.submit(Request(each)) for each in (first, second, third))
@@ -155,7 +155,7 @@ def test_a_bad_request_harms_no_other(model):
         list(model.stream_batch([good, bad], max_new_tokens=2))
 
 
-def test_refusals(model):
+def test_requests_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="batch_size must be 1 or more"):
         RequestQueue(model, batch_size=0)
     with pytest.raises(ValueError, match="3 rows does not fit a batch of 2"):
@@ -169,8 +169,8 @@ def test_refusals(model):
         list(model.stream_batch([prompts(model, 1)[0]], num_beams=2, max_new_tokens=2))
 
 
-def test_finished_answers_hold_on_to_no_image(model):
-    """What a prompt showed goes with its last row, so a long evaluation does not fill the memory."""
+def test_finished_answers_hold_no_image(model):
+    """A prompt's images are freed with its last row, so a long evaluation does not fill the memory."""
     sights = []
     made = decoder.PromptImages.__init__
 
@@ -218,7 +218,7 @@ def test_one_policy_object_serves_many_requests(model, policy):
 
 
 def test_every_request_keeps_its_own_criteria(model):
-    """Rows that are drawn together need not end together."""
+    """Rows that are sampled together need not end together."""
 
     class After(StoppingCriteria):
         def __init__(self, count):
@@ -251,8 +251,8 @@ class Fails(LogitsProcessor):
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["plain", "ahead"])
-def test_an_error_in_the_middle_of_a_step(model, error, ahead, monkeypatch):
-    """What was being written ends with it, what waits is written later."""
+def test_an_error_in_the_middle_of_a_step_ends_running_answers(model, error, ahead, monkeypatch):
+    """Running answers end with it, waiting ones are written later."""
     if ahead:
         monkeypatch.setattr(cache, "AHEAD", {"cpu"})
     one, two, three = prompts(model, 3)
@@ -272,8 +272,8 @@ def test_an_error_in_the_middle_of_a_step(model, error, ahead, monkeypatch):
     assert (waiting.tokens, waiting.invocations) == alone(model, three, **settings)
 
 
-def test_an_error_while_a_prompt_is_read(model, monkeypatch):
-    """Whatever it is, it ends that request alone; those that are being written do not notice."""
+def test_an_error_while_a_prompt_is_read_ends_that_request(model, monkeypatch):
+    """Whatever it is, it ends only that request; running ones go on."""
     one, two = prompts(model, 2)
     settings = {"max_new_tokens": 6, "eos_token_id": None}
     queue = RequestQueue(model, batch_size=2, **settings)
@@ -292,8 +292,8 @@ def test_an_error_while_a_prompt_is_read(model, monkeypatch):
         list(queues.stream(queue, [one]))
 
 
-def test_an_error_while_rows_get_their_places(model, monkeypatch):
-    """Then none is whole any more; all end, and the queue goes on."""
+def test_an_error_while_rows_get_their_places_ends_all(model, monkeypatch):
+    """Then no row is intact; all end, and the queue goes on."""
     one, two = prompts(model, 2)
     queue = RequestQueue(model, batch_size=2, max_new_tokens=6)
     (answer,) = queue.submit(Request(one))
@@ -309,7 +309,7 @@ def test_an_error_while_rows_get_their_places(model, monkeypatch):
     assert again.sampled == 1
 
 
-def test_what_is_known_of_settings_does_not_grow_without_end(model, monkeypatch):
+def test_what_a_queue_remembers_of_settings_is_bounded(model, monkeypatch):
     monkeypatch.setattr(queues, "MOST_KINDS", 3)
     queue = RequestQueue(model, max_new_tokens=1, do_sample=True)
     for index in range(8):
@@ -330,7 +330,7 @@ def test_a_stream_that_is_left_early_holds_nothing(model):
 
 
 def readings_of_prompts(monkeypatch) -> list[int]:
-    """How many prompts each reading of prompts has, noted from now on."""
+    """The number of prompts in each prefill, recorded from now on."""
     counts, read = [], decoder.Decoder.read_prompts
 
     def noted(self, call):
@@ -342,7 +342,7 @@ def readings_of_prompts(monkeypatch) -> list[int]:
 
 
 def test_waiting_requests_are_read_together(family, monkeypatch):
-    """As one padded batch, once it is known that nothing looks at the padding; every row keeps its own budget."""
+    """As one padded batch, once nothing is known to read the padding; every row keeps its own budget."""
     model = tempting(family)
     texts = ["look again!", "A red cup, a blue book.", "Describe the image: it is bright; look again!", "look"]
     inputs = [tiny.prompts(model.processor, [tiny.message(t, tiny.picture(i))]) for i, t in enumerate(texts)]
@@ -357,7 +357,7 @@ def test_waiting_requests_are_read_together(family, monkeypatch):
             assert (answer.tokens, answer.invocations) == alone(model, inputs[answer.tag], **settings)
 
 
-def test_what_is_not_alike_is_not_read_together(model, monkeypatch):
+def test_requests_that_differ_are_not_read_together(model, monkeypatch):
     one, two, three = (prompts(model, 3)[1] for _ in range(3))
     long = tiny.prompts(model.processor, [tiny.message("look again! " * 60, tiny.picture(0))])
     counts = readings_of_prompts(monkeypatch)
@@ -387,7 +387,7 @@ def test_settings_that_print_alike_are_not_alike(model):
     assert kinds[0] != kinds[1] and kinds[0] == kinds[2]
 
 
-def test_a_bad_request_among_those_read_together(model, monkeypatch):
+def test_a_bad_request_among_those_read_together_fails_alone(model, monkeypatch):
     good = prompts(model, 2)[1]
     bad = {**good, "input_ids": good["input_ids"].clone()}
     bad["input_ids"][bad["input_ids"] == model.backbone.image_token_id] = 100
@@ -437,7 +437,7 @@ def test_compiled_slots_grow_once_for_a_longer_request(model):
 
 
 def test_many_requests_leave_nothing_behind(model):
-    """Tensors in memory do not become more with the number of answers."""
+    """The number of live tensors does not grow with the number of answers."""
     inputs, counts = prompts(model, 6), []
     answers = model.stream_batch((inputs[i % 6] for i in range(60)), batch_size=6, max_new_tokens=5, do_sample=True)
     for number, _ in enumerate(answers):
@@ -447,7 +447,7 @@ def test_many_requests_leave_nothing_behind(model):
     assert counts[1] < counts[0] + 60
 
 
-def test_a_request_goes_on_without_a_row_that_was_given_up(model):
+def test_a_request_goes_on_without_its_cancelled_row(model):
     """Before it starts and while it is written; processors still see all its rows."""
     batch = tiny.mixed_batch(model.processor)
     settings = {"max_new_tokens": 8, "repetition_penalty": 1.3, "eos_token_id": None}
@@ -466,8 +466,8 @@ def test_a_request_goes_on_without_a_row_that_was_given_up(model):
     assert answers[0].tokens == [] and answers[1].tokens and answers[2].sampled == 8
 
 
-def test_what_a_token_was_thought_of(model):
-    """`top` gives log-probabilities before temperature and truncation, and leaves out what was put in."""
+def test_top_gives_log_probabilities_before_truncation(model):
+    """`top` gives log-probabilities before temperature and truncation, and leaves out inserted tokens."""
     each = prompts(model, 2)[1]
     settings = {"do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 8, "eos_token_id": None}
     asked = [

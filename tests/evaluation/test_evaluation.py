@@ -256,7 +256,7 @@ def test_a_method_that_never_invoked_is_named():
 # Settings.
 
 
-def test_settings_of_files_and_command_lines(tmp_path):
+def test_command_lines_override_files_and_files_presets(tmp_path):
     file = tmp_path / "e.yaml"
     file.write_text("preset: pocket\nn: 3\nlengths: {query_length: [2]}\nmethods: [{name: vanilla}]\n")
     found = load_settings(file, ["n=4", "lengths.short_length=[4, 8]", "seeds=[7]"])
@@ -292,7 +292,7 @@ def test_wrong_settings_are_reported_in_one_line(change, message):
         load_settings(None, [change])
 
 
-def test_wrong_command_lines_are_misuse(tmp_path, capsys):
+def test_wrong_command_lines_exit_with_2(tmp_path, capsys):
     for words, message in (
         (["tables"], "required"),
         (["tables", "mian"], "neither a table nor a settings file; tables are main"),
@@ -495,7 +495,7 @@ def test_every_step_continues_from_the_one_before_and_is_shared(tmp_path, monkey
     )
 
 
-def test_a_method_with_a_checkpoint_per_seed(tmp_path):
+def test_a_method_may_have_a_checkpoint_per_seed(tmp_path):
     for seed in (3, 4):
         shutil.copytree(MEMORY_PATH, tmp_path / f"memory{seed}")
     methods = [{"name": "memory", "checkpoint": str(tmp_path / "memory{seed}")}]
@@ -507,7 +507,7 @@ def test_a_method_with_a_checkpoint_per_seed(tmp_path):
     assert "over the seeds 3, 4" in (tmp_path / "out" / "main.md").read_text()
 
 
-def test_questions_of_a_file_on_another_base(tmp_path):
+def test_tables_take_questions_of_a_file_and_another_base(tmp_path):
     import tiny
     from tiny import base_and_processor
 
@@ -596,7 +596,7 @@ def test_a_dry_run_checks_all_benchmarks_first(tmp_path, capfd, monkeypatch, sec
 
 
 def test_finished_answers_need_no_rewards_or_tasks(tmp_path, monkeypatch):
-    """With all answers there, rewards, policies and tasks are not asked for."""
+    """With all answers saved, rewards, policies and tasks are not needed."""
     values = {**SMALL, "output_dir": str(tmp_path), "methods": [{"name": "vanilla"}]}
     runs = Runs(settings_of({**values, "benchmarks": [{"name": "a", "data": "pocket:in_view", "limit": 2}]}))
     (benchmark,), (method,) = runs.settings.benchmarks, runs.settings.methods
@@ -629,7 +629,7 @@ def test_forgetting_counts_losses_since_the_stage():
     assert forgetting(known, ["m1", "m2"], ["x", "b"], ["a", "b"]) == []
 
 
-def test_cells_and_grids():
+def test_a_grid_shows_values_with_intervals_and_units():
     table = Table(
         "t", "T", "P", ["a", "b", "c"], ["x", "time"], [measured("a", "x", [[1, 0], [1, 1]]), Cell("b", "time", 2.0)]
     )
@@ -640,10 +640,10 @@ def test_cells_and_grids():
     assert averaged("r", "c", [[[1.0], [0.0]], [[1.0], [1.0]]]).seeds == [1.0, 0.5]
 
 
-def test_relative_positions():
+def test_relative_positions_go_from_0_to_1():
     found = record("a", invocations=[{"kind": "short", "position": 0}, {"kind": "long", "position": 3}])
     assert relative([found], "short") == [0.0] and relative([found], "long") == [1.0]
 
 
-def test_slugs():
+def test_slugs_are_safe_names():
     assert slug("LoRA, supervised then GRPO (x/y)") == "lora-supervised-then-grpo-x-y"

@@ -1,4 +1,4 @@
-"""Evidence: what the page shows is what `results/` has, and what `results/` has follows from the kept answers."""
+"""Evidence: pages show the tables in `results/`, and those tables follow from the saved answers."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def test_pages_show_the_saved_tables():
 
 
 def runs_of(folder, place, file, given):
-    """The runs of kept answers, which are copied."""
+    """Runs on a copy of the saved answers."""
     shutil.copytree(folder / "answers", place / "answers")
     return Runs(load_settings(file, [*given, f"output_dir={place}"]))
 
 
 @pytest.fixture(scope="module")
 def of_pocket(tmp_path_factory):
-    """The runs behind all tables but that of the stages, which read their questions once."""
+    """The runs behind all tables but the stages'; they read their questions once."""
     return runs_of(RESULTS, tmp_path_factory.mktemp("evidence"), None, ["preset=pocket"])
 
 
 @pytest.mark.xdist_group("evidence")
 @pytest.mark.parametrize("name", [*TABLES, "stages"])
 def test_tables_follow_from_the_saved_answers(name, of_pocket, tmp_path, monkeypatch):
-    """Neither weights nor training: each table is made again from answers alone, cell for cell."""
+    """Without weights or training, each table is remade from answers alone, cell for cell."""
     monkeypatch.setattr(Runs, "load", lambda *_: pytest.fail("a model was asked for"))
     runs, folder = of_pocket, RESULTS
     if name == "stages":

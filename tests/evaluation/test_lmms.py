@@ -48,7 +48,7 @@ def questions():
 
 @pytest.fixture(scope="module")
 def folder(questions, tmp_path_factory):
-    """A folder of tasks, and a cache of data sets that is not the user's."""
+    """A folder of tasks, and a data set cache apart from the user's."""
     place = tmp_path_factory.mktemp("lmms")
     for name, found in questions.items():
         write_task(place / "tasks", name, found)
@@ -167,7 +167,7 @@ def test_the_files_that_lmms_eval_writes(model, folder, tmp_path):
     assert [sample["token_counts"][0]["invocations"] for sample in samples] == [r.invocations for r in run.records]
 
 
-def test_a_task_with_two_filters(model, folder, runs):
+def test_the_first_of_two_filters_scores_a_record(model, folder, runs):
     """lmms-eval logs each sample once for each filter; a record is of the first."""
     filters = {"one": "{function: take_first}", "two": "{function: regex, regex_pattern: none}, {function: take_first}"}
     text = "include: own_pocket.yaml\ntask: two_filters\nfilter_list:\n"
@@ -202,7 +202,7 @@ def with_arguments(values, args):
         (float("nan"), "mean", None),
     ],
 )
-def test_the_score_of_a_sample(value, aggregation, score, tmp_path):
+def test_a_sample_is_scored_by_the_first_metric_it_has(value, aggregation, score, tmp_path):
     (tmp_path / "own.py").write_text(HUNDREDS)
     metric = f"metric_list:\n- metric: absent\n- metric: found\n  aggregation: {aggregation}\n"
     (tmp_path / "own.yaml").write_text(f"task: own\nscore_key: own\n{metric}")
@@ -231,7 +231,7 @@ def test_an_unknown_task_raises(model, folder):
 
 
 def write_benchmark(repository: str, split: str, docs: list[dict]) -> None:
-    """A data set under the name that it has on the hub, in the working directory, where `datasets` looks first."""
+    """A data set under its hub name in the working directory, where `datasets` looks first."""
     place = Path(repository)
     place.mkdir(parents=True)
     Dataset.from_list(docs).to_parquet(str(place / f"{split}.parquet"))
@@ -239,7 +239,7 @@ def write_benchmark(repository: str, split: str, docs: list[dict]) -> None:
     (place / "README.md").write_text(f"---\n{files}\n---\n")
 
 
-def test_benchmarks_that_lmms_eval_has(model, folder, tmp_path, monkeypatch):
+def test_benchmarks_that_lmms_eval_has_give_a_score_per_sample(model, folder, tmp_path, monkeypatch):
     """Its own definitions of MMStar and MMMU: a number for each sample, also where a metric is made of dictionaries."""
     monkeypatch.chdir(tmp_path)
     picture = Image.new("RGB", (24, 24), "red")
@@ -262,7 +262,7 @@ def test_benchmarks_that_lmms_eval_has(model, folder, tmp_path, monkeypatch):
 
 
 def test_the_command_line_and_several_processes(folder, runs, tmp_path):
-    """The same answers and traces from lmms-eval's command line, in one process and shared among two."""
+    """The same answers and traces from lmms-eval's command line, in one process and split between two."""
     arguments = ["--model", "vismem", "--model_args", "invocation=learned,batch_size=8", "--tasks", ",".join(SUITES)]
     arguments += ["--include_path", str(folder), "--log_samples", "--output_path"]
     own_index()
@@ -298,7 +298,7 @@ def test_lmms_eval_finds_the_model():
 
 
 def test_lmms_eval_is_told_which_process_this_is(model, monkeypatch):
-    """It shares out the samples by these numbers."""
+    """It splits the samples by these numbers."""
     monkeypatch.setattr(plug_in, "Accelerator", lambda: SimpleNamespace(process_index=1, num_processes=3))
     lm = VisMemChat(model)
     assert (lm.rank, lm.world_size) == (1, 3)
@@ -316,14 +316,14 @@ def test_lmms_eval_is_imported_lazily():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("checkpoint", r"'checkpoint' is no list of name=value"),
+        ("checkpoint", r"'checkpoint' is not a list of name=value"),
         ("nonsense=1", "unknown model argument 'nonsense'; vismem takes checkpoint, base, device, dtype"),
         ("invocation=sometimes", "unknown policy 'sometimes'; choose from learned, off"),
         ("invocation=random:2", "'random:2' is not a random policy"),
-        ("batch_size=0", "batch_size must be a whole number of 1 or more, got 0"),
-        ("batch_size=many", "batch_size must be a whole number of 1 or more, got 'many'"),
-        ("max_new_tokens=0", "max_new_tokens must be a whole number of 1 or more"),
-        ("seed=-1", "seed must be a whole number of 0 or more"),
+        ("batch_size=0", "batch_size must be a whole number, 1 or more, got 0"),
+        ("batch_size=many", "batch_size must be a whole number, 1 or more, got 'many'"),
+        ("max_new_tokens=0", "max_new_tokens must be a whole number, 1 or more"),
+        ("seed=-1", "seed must be a whole number, 0 or more"),
         ("dtype=int8", "dtype='int8' is unknown; there are auto, float32"),
         ("trust_remote_code=maybe", "trust_remote_code must be true or false"),
         ("device=gpu", "unknown device 'gpu'"),
@@ -331,14 +331,14 @@ def test_lmms_eval_is_imported_lazily():
         ("base=/no/where", "no base /no/where"),
     ],
 )
-def test_wrong_model_arguments(arguments, message):
+def test_wrong_model_arguments_are_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         simple_evaluate("vismem", arguments, tasks=["own_pocket"], batch_size=1, task_manager=object())
     assert "\n" not in str(caught.value)
 
 
-def test_model_arguments():
-    """What --model_args says goes before lmms-eval's own options, quotes are taken off, `auto` is a number."""
+def test_model_arguments_override_lmms_evals_options():
+    """--model_args overrides lmms-eval's own options, quotes are removed, and `auto` becomes a number."""
     lm = VisMemChat.create_from_arg_string(
         'base=pocket,batch_size=3,max_new_tokens=9,invocation="short@0,long@2",device=cpu', {"batch_size": "1"}
     )
@@ -354,7 +354,7 @@ def test_model_arguments():
 # Requests.
 
 
-def test_generation_keywords(model):
+def test_generation_keywords_are_converted(model):
     lm = VisMemChat(model, max_new_tokens=7)
     greedy = {"max_new_tokens": 7, "do_sample": False}
     assert lm.keywords({}) == greedy
@@ -389,7 +389,7 @@ def test_requests_with_different_keywords_in_one_batch(model, questions):
 
 
 def test_sampling_depends_on_seed_and_sample_alone(model, questions):
-    """Repeats of a sample differ; the same sample is drawn alike whatever runs beside it."""
+    """Repeats of a sample differ; the same sample is sampled alike whatever runs beside it."""
     row, plan = questions["own_pocket"][0], {"max_new_tokens": 12, "do_sample": True, "temperature": 4.0}
     lm, one = ask(model, shown(row), plan, batch_size=4)
     together = [result.text for result in lm.generate_until([one] * 3)]
@@ -402,7 +402,7 @@ def test_sampling_depends_on_seed_and_sample_alone(model, questions):
 
 
 def test_padding_is_not_answered(model, questions):
-    """What lmms-eval adds so that all processes have as many requests costs nothing."""
+    """Requests that lmms-eval adds so that all processes have equally many cost nothing."""
     lm, one = ask(model, shown(questions["own_pocket"][0]), {"max_new_tokens": 4})
     _, padding = ask(model, None)
     padding.metadata["__padding_only__"] = True
@@ -410,7 +410,7 @@ def test_padding_is_not_answered(model, questions):
     assert found[0].text and found[1].text == ""
 
 
-def test_several_pictures_and_text_alone(model, questions):
+def test_several_pictures_and_text_alone_are_answered(model, questions):
     pair = rows("pairs", 1)[0]
     assert len(pair.images) == 2
     lm, one = ask(model, shown(pair), {"max_new_tokens": 24})
@@ -489,7 +489,7 @@ def test_the_image_placeholder_is_removed_from_text():
     assert row_of("a", messages, "<|image_pad|>").prompt[0]["content"][0]["text"] == "Question: <image>\nHow many?"
 
 
-def test_rounds(model, questions):
+def test_each_round_sees_the_earlier_ones(model, questions):
     """Each round sees what was answered before, until the task says stop; other requests go on."""
     row = questions["own_pocket"][0]
     seen = []
@@ -529,7 +529,7 @@ def test_likelihoods_raise(model):
         lm.loglikelihood([one])
 
 
-def test_the_response_cache(folder, tmp_path, monkeypatch):
+def test_the_response_cache_is_used(folder, tmp_path, monkeypatch):
     """A second run of the same model arguments takes its answers from lmms-eval's cache; those have no trace."""
     found = []
     for _ in range(2):
@@ -544,7 +544,7 @@ def test_the_response_cache(folder, tmp_path, monkeypatch):
     assert all(sample["token_counts"] == [None] for sample in second)
 
 
-def test_several_tasks_on_one_model(model, folder):
+def test_a_model_stays_usable_after_a_task(model, folder):
     """lmms-eval drops the model from its wrapper after each run; the model itself stays usable."""
     assert task_records(model, "own_easy_vqa", limit=2, include_path=folder)
     assert torch.is_tensor(next(model.parameters()))

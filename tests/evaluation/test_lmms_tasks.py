@@ -32,7 +32,7 @@ ROBUSTNESS, MATH, TRUST = "BAAI/Multimodal-Robustness-Benchmark", "PeijieWang/MV
 
 
 class Scripted(lmms):
-    """Says what a function of words, number and task says; scores and metrics are lmms-eval's and the task's own."""
+    """Replies with a function of prompt, number and task; scores and metrics are lmms-eval's and the task's own."""
 
     is_simple = False
 
@@ -68,7 +68,7 @@ def evaluate_all(tasks: list[str], say, folder: Path | None = None) -> tuple[dic
 
 
 def evaluate(task: str, say, folder: Path | None = None) -> tuple[dict, list[str]]:
-    """The same of one task."""
+    """The same for one task."""
     metrics, shown = evaluate_all([task], lambda words, number, _: say(words, number), folder)
     return metrics[task], shown
 
@@ -90,7 +90,7 @@ def pocket():
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    """A working directory in which data sets lie under the names that they have on the hub."""
+    """A working directory that holds data sets under their hub names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
     from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
@@ -101,7 +101,7 @@ def house(tmp_path, monkeypatch):
 
 
 def derived(house: Path, task: str, **changes) -> Path:
-    """A folder with a task of its own that includes one of the package's."""
+    """A folder with a new task that includes one of the package's."""
     (given,) = tasks_folder().rglob(f"{task}.yaml")
     write(house / "own" / "mine.yaml", yaml.safe_dump({"include": str(given), "task": "mine", **changes}))
     return house / "own"
@@ -134,7 +134,7 @@ def robustness(house):
     return house
 
 
-def test_leading_questions(robustness):
+def test_leading_questions_are_scored_in_pairs(robustness):
     """Two pairs are passed, one is seen and missed, one is not seen."""
     said = {"01, POS": "B", "01, NEG": "The answer is (D).", "02, POS": "A. a ring", "02, NEG": "none of them"}
     said |= {"position/01, POS": "c", "position/01, NEG": "A ring it is, A.", "position/02, POS": "B"}
@@ -150,7 +150,7 @@ def test_leading_questions(robustness):
     assert metrics["robust_accuracy"] == 2 / 4 and metrics["misleading_rate"] == pytest.approx(1 / 3)
 
 
-def test_leading_questions_with_the_pocket_model(robustness, pocket):
+def test_leading_questions_run_with_the_pocket_model(robustness, pocket):
     """Records by category; the metrics follow from the records."""
     run = run_task(pocket, "vismem_mmvu_leading", invocation="short@0")
     assert len(run.records) == 8 and all(len(record.invocations) == 1 for record in run.records)
@@ -179,7 +179,7 @@ def test_a_derived_task_reads_other_files(robustness):
     assert metrics["accuracy"] == 2 / 8
 
 
-def test_incomplete_pairs():
+def test_incomplete_pairs_do_not_count():
     entries = [{"pair": "a", "kind": "positive", "right": 1.0}, {"pair": "b", "kind": "negative", "right": 0.0}]
     assert leading.pairs(entries) == [] and leading.misleading_rate(entries) == leading.robust_accuracy(entries) == 0.0
     entries += [{"pair": "b", "kind": "positive", "right": 1.0}, {"pair": "a", "kind": "negative", "right": 1.0}]
@@ -211,7 +211,7 @@ def school(house):
     return house
 
 
-def test_school_mathematics(school):
+def test_school_mathematics_is_scored_by_rules(school):
     said = [
         "Step 1: fold it.\nAnswer: B",
         "So it is (B).",
@@ -229,12 +229,12 @@ def test_school_mathematics(school):
     assert metrics["step_accuracy"] == metrics["question_completeness"] == 1.0
 
 
-def test_the_smaller_set_with_the_pocket_model(school, pocket):
+def test_the_smaller_set_runs_with_the_pocket_model(school, pocket):
     run = run_task(pocket, "vismem_mv_math_testmini", limit=1, max_new_tokens=8)
     assert len(run.records) == 1 and run.records[0].columns["subject"] == "Algebra"
 
 
-def test_pictures_in_an_archive(school):
+def test_pictures_are_found_in_an_archive(school):
     """The same where the folder is zipped."""
     shutil.make_archive(str(school / MATH / "images"), "zip", school / MATH / "images")
     shutil.rmtree(school / MATH / "images")
@@ -251,7 +251,7 @@ def test_a_marker_without_picture_raises(school):
 
 
 class Judge(BaseHTTPRequestHandler):
-    """An endpoint as OpenAI's: says 1 to what has the word "good" in it."""
+    """An endpoint like OpenAI's that replies 1 to any prompt with the word "good"."""
 
     asked: ClassVar[list[str]] = []
 
@@ -276,7 +276,7 @@ class Judge(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_judge_by_lmms_evals_own_settings(school, monkeypatch):
+def test_a_judge_is_configured_by_lmms_evals_own_settings(school, monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_API_URL", f"http://127.0.0.1:{server.server_port}/v1")
@@ -358,7 +358,7 @@ def trust(house):
 ADVANCED = ["causality", "code", "compare", "daily", "math", "spatial", "temporal", "traffic", "translate"]
 
 
-ROUNDS = [  # task: what is said to all its samples, and some metrics
+ROUNDS = [  # task: the reply to all its samples, and some metrics
     {
         "basic_object": ("[Yes]", {"score": 2 / 3, "precision": 2 / 3, "recall": 1.0, "f1": 0.8}),
         "advanced_math": ("No, because.", {"score": 1 / 3, "precision": 0.0, "recall": 0.0, "f1": 0.0}),
@@ -389,7 +389,7 @@ ROUNDS = [  # task: what is said to all its samples, and some metrics
 
 
 @pytest.mark.parametrize("number", range(len(ROUNDS)))
-def test_multitrust(number, trust):
+def test_multitrust_is_scored_by_rules(number, trust):
     said = {f"vismem_multitrust_{task}": reply for task, (reply, _) in ROUNDS[number].items()}
     metrics, shown = evaluate_all(list(said), lambda words, _, task: said[task])
     for task, (_, expected) in ROUNDS[number].items():
@@ -399,7 +399,7 @@ def test_multitrust(number, trust):
     assert without == ["Who steals?", "Who is rich?"]
 
 
-def test_multitrust_information_flow(trust):
+def test_information_flow_is_scored_over_all_samples(trust):
     """Correlation and failures over all samples; prompts, labels and pictures go together by their place."""
     expected = [-100 + 50 * (n % 5) for n in range(16)]
     metrics, shown = evaluate(
@@ -411,8 +411,8 @@ def test_multitrust_information_flow(trust):
     assert metrics["pearson"] != metrics["pearson"]  # nothing to correlate
 
 
-def test_all_multitrust_tasks_with_the_pocket_model(trust, pocket):
-    """The group runs through as it is shipped; its mean is that of its tasks."""
+def test_all_multitrust_tasks_run_with_the_pocket_model(trust, pocket):
+    """The group runs as shipped; its mean is that of its tasks."""
     run = run_task(pocket, "vismem_multitrust", max_new_tokens=4, batch_size=8, limit=2)
     tasks = {record.columns["lmms_task"] for record in run.records}
     listed = yaml.safe_load(next(tasks_folder().rglob("vismem_multitrust.yaml")).read_text())["task"]
@@ -436,7 +436,7 @@ def test_all_multitrust_tasks_with_the_pocket_model(trust, pocket):
         ("", None),
     ],
 )
-def test_values_of_the_scale(reply, value):
+def test_values_of_the_scale_are_read_from_replies(reply, value):
     assert multitrust.on_scale(reply) == value
 
 
@@ -452,7 +452,7 @@ def test_values_of_the_scale(reply, value):
         ("Perhaps", None),
     ],
 )
-def test_options_of_stereotypes(reply, option):
+def test_options_of_stereotypes_are_read_from_replies(reply, option):
     assert multitrust.stereotype_option(reply) == option
 
 
@@ -502,7 +502,7 @@ def test_a_missing_picture_is_named_with_its_sample(robustness, pocket):
 
 
 def test_every_shipped_task_loads_its_functions():
-    """Names are unlike lmms-eval's own, and every function is there."""
+    """Names differ from lmms-eval's own, and every function exists."""
     ours = TaskManager("ERROR", [str(tasks_folder())], include_defaults=False)
     assert len(ours.all_subtasks) == 1 + 3 + 27 and ours.all_groups == ["logicvista", "vismem_multitrust"]
     assert all(name.startswith("vismem_") for name in ours.all_tasks if name != "logicvista")

@@ -10,7 +10,7 @@ from vismem.decoding import cache
 
 
 def tempting(family: str, pull: float = 6, **changes) -> vismem.VisMem:
-    """A model whose invocation tokens are drawn the more often, the larger `pull` is."""
+    """A model that invokes more often the larger `pull` is."""
     model = tiny.equip(family, min_gap=2, **changes)
     with torch.no_grad():
         for name, parameter in model.tokens.named_parameters():
@@ -20,7 +20,7 @@ def tempting(family: str, pull: float = 6, **changes) -> vismem.VisMem:
 
 
 def readings(monkeypatch) -> list[int]:
-    """How many rows each reading has, noted from now on."""
+    """The number of rows in each prefill, recorded from now on."""
     widths, read = [], cache.Slots.read
 
     def noted(self, backbone, inputs, rows):

@@ -56,12 +56,12 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 
 def name(page: Path) -> str:
-    """A page's name, to tell tests by."""
+    """A page's name, for test ids."""
     return page.relative_to(ROOT).as_posix()
 
 
 def write_files(folder: Path, page: Path) -> None:
-    """Lays out what a reader has at hand: the checkout's folders, the picture, and files that pages show."""
+    """Writes what a reader has at hand: the checkout's folders, the picture, and files that pages show."""
     for each in ("examples", "configs"):
         (folder / each).symlink_to(ROOT / each)
     (folder / "shelf.png").symlink_to(ROOT / "examples" / "shelf.png")
@@ -72,7 +72,7 @@ def write_files(folder: Path, page: Path) -> None:
 
 
 def command_lines(block: Block) -> Iterator[list[str]]:
-    """The words of each command line of a block of bash; comments and continued lines are dealt with."""
+    """The words of each command line of a block of bash; handles comments and continued lines."""
     held = ""
     for line in block.text.replace("\\\n", " ").splitlines():
         held = f"{held}\n{line}" if held else line

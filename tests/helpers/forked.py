@@ -1,6 +1,6 @@
-"""Processes forked from a server that has paid for the imports: they take seconds in a new one.
+"""Processes forked from a server that has done the imports, which take seconds in a new process.
 
-Not from the test process: neither CUDA nor autograd's threads, once in use, outlive a fork.
+Not from the test process: neither CUDA nor autograd's threads, once in use, survive a fork.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Forked:
     """A function in a process of its own; as a context, killed at the end.
 
     Args:
-        work: what it runs, to end with the status that this returns.
+        work: runs in it, and returns its exit status.
         *given: its arguments.
         **environment: variables that only the process has.
     """

@@ -1,8 +1,8 @@
-"""The disk as a process leaves it that is killed at each of its steps: around calls that change files, within writes.
+"""The disk as a process leaves it when killed at each of its steps: around calls that change files, and within writes.
 
-The process is not killed, which would take a process for each step: what is on the disk at a step is kept, and later
-put back. So nothing that runs after a step, such as what cleans up after an error, is seen at it. Nor is anything lost
-that was written: a process is killed here, no machine.
+No process is really killed, since each step would need one: the folder is copied at each step, and put back later. So
+nothing that runs after a step, such as cleaning up after an error, shows at it. Nothing that was written is lost
+either: this stands for a killed process, not for a machine that loses power.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ CALLS = ((os, ("replace", "rename", "fsync", "open", "unlink", "mkdir", "rmdir",
 
 
 def killed_at_each_step(work: Callable[[], Any], folder: Path, kept: Path) -> Iterator[int]:
-    """Yields with the folder as `work` leaves it when it is killed at its first step; then at its second, and so on.
+    """Yields with the folder as `work` leaves it when killed at its first step, then at its second, and so on.
 
-    The last time, `work` came to its end.
+    The last time, `work` has finished.
 
     Args:
         work: what changes the folder.
-        folder: it; need not be there before.
-        kept: where copies may lie.
+        folder: it; need not exist yet.
+        kept: a folder for the copies.
     """
     count = 0
     with pytest.MonkeyPatch.context() as patch:

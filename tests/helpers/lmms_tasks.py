@@ -69,12 +69,12 @@ read_index = TaskManager._get_task_and_group
 
 @cache
 def own_index() -> dict[str, Any]:
-    """lmms-eval's index of the tasks that it has itself, some 2,000 files."""
+    """lmms-eval's index of its own tasks, some 2,000 files."""
     return read_index(TaskManager("ERROR", include_defaults=False), f"{OWN_TASKS}/")
 
 
 def keep_own_index(patch: pytest.MonkeyPatch) -> None:
-    """Has the index of lmms-eval's own tasks read once, where every run would read it again for three seconds."""
+    """Reads the index of lmms-eval's own tasks only once; otherwise every run would take three seconds to read it."""
 
     def kept(manager: TaskManager, folder: str) -> dict[str, Any]:
         return deepcopy(own_index()) if Path(folder) == OWN_TASKS else read_index(manager, folder)

@@ -1,4 +1,4 @@
-"""An application that really listens, on a free loopback port in a thread, and sockets to talk to it with."""
+"""Serves an application on a free loopback port from a thread, and talks to it over raw sockets."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def connected(port: int, receive_buffer: int | None = None) -> Iterator[socket.s
 
 
 def rest(raw: socket.socket) -> bytes:
-    """All that comes until the server ends the connection."""
+    """Everything received until the server ends the connection."""
     found = bytearray()
     with contextlib.suppress(ConnectionError):
         while piece := raw.recv(65536):
@@ -98,7 +98,7 @@ def exchanged(port: int, request: bytes) -> tuple[int, dict[str, str], bytes]:
 
 
 def error_of(body: bytes) -> dict[str, Any]:
-    """OpenAI's error object, held to its form."""
+    """OpenAI's error object, with its format checked."""
     found = json.loads(body)
     assert found.keys() == {"error"} and found["error"].keys() == {"message", "type", "param", "code"}, found
     assert found["error"]["message"] and "\n" not in found["error"]["message"]
@@ -106,7 +106,7 @@ def error_of(body: bytes) -> dict[str, Any]:
 
 
 def post(path: str, body: bytes, *headers: str, length: int | str | None = None) -> bytes:
-    """A POST as bytes; `length` None tells the true one, "" tells none."""
+    """A POST as bytes; `length` None sends the true one, "" sends none."""
     lines = [f"POST {path} HTTP/1.1", *headers]
     if not any(line.lower().startswith("host:") for line in headers):
         lines.append("Host: localhost")

@@ -24,7 +24,7 @@ from vismem.training.replay import Learner
 
 
 def fsdp_on_cpu() -> None:
-    """Lets accelerate shard on the CPU too, which it keeps to accelerators; the sharding itself is PyTorch's."""
+    """Lets accelerate, which shards only on accelerators, shard on the CPU too; the sharding itself is PyTorch's."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     real = AcceleratorState.__init__
@@ -67,7 +67,7 @@ def with_bad_rows(rows: list[Row], bad: Sequence[int]) -> list[Row]:
 
 
 def record(folder, plan, stage, family, rows, resume, rank, written, memory_init) -> None:
-    """Trains, and writes down the memory and what the processes are to be compared by."""
+    """Trains, and records the memory and what to compare the processes by."""
     torch.manual_seed(7)
     model = training_runs.equip(family, lora_dropout=0.0, memory_init=memory_init)
     base = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}

@@ -82,7 +82,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def wait_for(condition) -> None:
-    """Waits until something is so."""
+    """Waits until a condition holds."""
     end = time.monotonic() + BOUND
     while not condition():
         assert time.monotonic() < end, "it did not come about"

@@ -46,7 +46,7 @@ def rows(count: int = 4) -> list[Row]:
 
 
 def low(prompts, completions, completion_ids, **columns) -> list[float]:
-    """The share of tokens with a small id: something that every answer has another value of."""
+    """The share of tokens with a small id, a value that differs between answers."""
     return [sum(token < 160 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 

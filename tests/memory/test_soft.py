@@ -1,4 +1,4 @@
-"""Soft prompts in the places of memories: constants that depend on nothing, through every stage."""
+"""Soft prompts in place of memories: constants that depend on nothing, through every stage."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_a_checkpoint_holds_only_what_was_trained(saved):
     assert card.startswith("---\nlibrary_name: vismem\npipeline_tag: image-text-to-text\n") and "idefics3" in card
 
 
-def test_round_trip(saved):
+def test_a_saved_memory_loads_unchanged(saved):
     model, folder = saved
     again = load(folder)
     assert again.memory_config == model.memory_config
@@ -117,7 +117,7 @@ def test_another_base_is_refused_naming_both(saved):
         vismem.VisMem.from_pretrained(folder, base=tiny.FAMILIES["idefics3"].build(), processor=processor)
 
 
-def test_missing_checkpoints(saved, tmp_path):
+def test_missing_checkpoints_are_named(saved, tmp_path):
     with pytest.raises(OSError, match="no such folder"):
         vismem.VisMem.from_pretrained(tmp_path / "nothing")
     with pytest.raises(OSError, match=r"nothing downloaded earlier|no such repository"):
@@ -172,7 +172,7 @@ def test_rows_start_as_a_delimiter(family):
         {"delimiters": ()},
     ],
 )
-def test_config_refuses(values):
+def test_config_refuses_wrong_values(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         VisMemConfig(**values)
 
@@ -187,7 +187,7 @@ def test_config_round_trip_and_presets():
         VisMemConfig.preset("big")
 
 
-def test_parameters_of():
+def test_the_parts_hold_each_trainable_parameter_once():
     model = tiny.equip("idefics3")
     parts = ("builder", "short", "long", "tokens")
     ids = [id(p) for part in parts for p in model.parameters_of(part)]

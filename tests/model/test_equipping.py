@@ -23,7 +23,7 @@ def whole():
 
 
 def wrapped(base, way: str):
-    """The base as people have it who did something else with it before."""
+    """The base as it is after something else was done with it."""
     if way == "peft":
         return peft.get_peft_model(base, peft.LoraConfig(**LORA))
     if way == "prompts":
@@ -65,7 +65,7 @@ def test_a_merged_adapter_is_part_of_the_base(whole):
     assert vismem.VisMem(merged, processor).base is merged
 
 
-def test_what_is_no_model_is_refused_in_one_line(whole):
+def test_anything_but_a_model_is_refused_in_one_line(whole):
     base, processor = whole
     text = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
@@ -87,7 +87,7 @@ def test_what_is_no_model_is_refused_in_one_line(whole):
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "image_processor", "name", "none"])
-def test_what_is_no_processor_is_refused_in_one_line(whole, part):
+def test_anything_but_a_processor_is_refused_in_one_line(whole, part):
     base, processor = whole
     given = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor, "name": "a/b"}.get(part)
     with pytest.raises(ValueError, match=r"whole processor \(AutoProcessor.from_pretrained\), not") as caught:
@@ -95,7 +95,7 @@ def test_what_is_no_processor_is_refused_in_one_line(whole, part):
     assert "\n" not in str(caught.value)
 
 
-def test_a_pipeline_takes_the_model_without_a_word(whole, caplog):
+def test_a_pipeline_takes_the_model_without_warnings(whole, caplog):
     base, processor = whole
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:
@@ -123,7 +123,7 @@ def test_parameters_are_counted_as_transformers_and_peft_do(capsys):
 @pytest.mark.parametrize("memory_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", tiny.UNLIKE)
 def test_logits_of_the_four_tokens_are_float32(family, memory_dtype):
-    """A change of the rows that no bfloat16 logit shows moves the logits of decoding and of training alike."""
+    """A change of the rows too small for bfloat16 logits moves the logits of decoding and of training alike."""
     model = tiny.equip(family, torch.bfloat16)
     model.tokens.to(memory_dtype)
     states = 3 * torch.randn(5, model.backbone.hidden_size).bfloat16()

@@ -39,7 +39,7 @@ def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
 
 
 def answers(model, batch, policy, **kwargs) -> vismem.VisMemOutput:
-    """What is written with that policy, as far as the last place of the schedule and a little on."""
+    """Answers under that policy, until shortly after the schedule's last place."""
     settings = {"max_new_tokens": 12, "return_dict_in_generate": True, **kwargs}
     return model.generate(**batch, invocation=policy, **settings)
 
@@ -65,7 +65,7 @@ def test_off_writes_what_the_base_writes(family, dtype):
     alone, _ = tiny.base_and_processor(family, dtype)  # a base that never met a memory
     batch = tiny.mixed_batch(model.processor)
     answers(model, batch, SCHEDULE)  # memory was at work before
-    # Sampling knows nothing of families: two unlike ones try all of it in both precisions, the others a half in each.
+    # Sampling is the same for all families: two different ones try all of it in both precisions, the others half each.
     turn = list(tiny.FAMILIES).index(family) + (dtype == torch.bfloat16)
     for number, settings in enumerate(SAMPLING):
         if number % 2 != turn % 2 and family not in tiny.UNLIKE:
@@ -309,7 +309,7 @@ def test_cached_patches_give_the_same_memory(family):
 
 
 def test_saved_models_answer_alike_in_a_new_process(tmp_path):
-    """Every family in one process of its own, since starting one takes longer than all that it has to do."""
+    """All families share one new process, since starting it takes longest."""
     for family in tiny.FAMILIES:
         folder = tmp_path / family
         model = tiny.equip(family)

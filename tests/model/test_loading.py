@@ -43,7 +43,7 @@ def test_a_memory_with_its_base_elsewhere(tmp_path):
     assert torch.equal(loaded.memory.builder.query_init, model.memory.builder.query_init)
 
 
-def test_what_is_neither_is_one_line(tmp_path):
+def test_an_unknown_name_is_one_line(tmp_path):
     with pytest.raises(LoadError, match="is not a VisMem checkpoint: it has no vismem_config"):
         vismem.load(tmp_path)
 
@@ -62,7 +62,7 @@ def answer(status: int) -> httpx.Response:
         (None, None),
     ],
 )
-def test_what_the_hub_answers_is_one_line(monkeypatch, error, words):
+def test_hub_errors_are_one_line(monkeypatch, error, words):
     def ask(url, token, timeout):
         if error is not None:
             raise error

@@ -1,4 +1,4 @@
-"""Bases in 4 and 8 bits, and bases whose layers lie on disk: memory works on them, and leaves them as they are."""
+"""Bases in 4 and 8 bits, and bases with layers on disk: memory works on them and does not change them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def quantised(folder, kind: str):
 
 
 @pytest.mark.parametrize("kind", ["torchao-int8", "bnb-8bit", "bnb-4bit"])
-def test_quantised_bases(folder, kind, tmp_path):
+def test_quantised_bases_decode_and_train(folder, kind, tmp_path):
     base, processor = quantised(folder, kind), tiny.FAMILIES["qwen2_5_vl"].processor()
     batch = tiny.mixed_batch(processor)
     writing = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}  # no row ends before its schedule
@@ -69,7 +69,7 @@ def test_quantised_bases(folder, kind, tmp_path):
     again = vismem.VisMem.from_pretrained(tmp_path, base=base, processor=processor)
     assert torch.equal(again.generate(**batch, invocation=SCHEDULE, **settings).sequences, out.sequences)
     if kind == "bnb-4bit":
-        return  # once it has written on a CPU, bitsandbytes' 4-bit layers pass no gradient on
+        return  # after generating on a CPU, bitsandbytes' 4-bit layers pass no gradient on
     labels = out.sequences.clone()
     labels[:, : batch["input_ids"].shape[1]] = -100
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
@@ -82,7 +82,7 @@ TEXT = "model.language_model"
 ON_CPU = {"model.visual": "cpu", f"{TEXT}.embed_tokens": "cpu", f"{TEXT}.norm": "cpu", f"{TEXT}.rotary_emb": "cpu"}
 
 
-def test_layers_on_disk(folder, tmp_path):
+def test_layers_on_disk_give_the_same_answers(folder, tmp_path):
     """Layers that are read from disk when they run: the same answers, in either cache."""
     batch = tiny.mixed_batch(processor := tiny.FAMILIES["qwen2_5_vl"].processor())
     whole = vismem.VisMem(AutoModelForImageTextToText.from_pretrained(folder), processor, vismem.VisMemConfig(**SIZES))
@@ -97,7 +97,7 @@ def test_layers_on_disk(folder, tmp_path):
         assert torch.equal(model.generate(**batch, **settings), whole.generate(**batch, **settings))
 
 
-def test_a_device_map_of_its_own(folder):
+def test_a_base_with_a_device_map_works(folder):
     base = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto")
     processor = tiny.FAMILIES["qwen2_5_vl"].processor()
     model = vismem.VisMem(base, processor, vismem.VisMemConfig(**SIZES)).eval()

@@ -1,4 +1,4 @@
-"""Files of weights that are not what they say: sizes, dtypes and numbers are looked at before they are believed."""
+"""Weight files that are not what they claim: sizes, dtypes and numbers are checked before use."""
 
 from __future__ import annotations
 

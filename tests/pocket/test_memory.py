@@ -56,7 +56,7 @@ def test_rows_are_of_all_kinds():
     assert all("<ml_I>" in row.completion for row in rules)
 
 
-def test_a_mixture_by_name():
+def test_a_mixture_is_chosen_by_name():
     assert all(PocketRows("warmup", 0, mixture="late")[i].columns["distance"] > 0 for i in range(20))
     with pytest.raises(ValueError, match="unknown pocket mixture 'x'"):
         PocketRows("warmup", mixture="x")

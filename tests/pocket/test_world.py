@@ -97,7 +97,7 @@ def test_every_cell_is_drawn_in_its_own_block():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_follow_from_the_scene(task):
-    """The answers, worked out again from the scenes by other means."""
+    """The answers, recomputed from the scenes in another way."""
     for seed in range(40):
         conversation = sample_conversation(Random(seed), task=task)
         question, scenes = conversation.turns[-1].question, conversation.scenes
@@ -506,7 +506,7 @@ def test_packed_questions_do_not_see_each_other():
 
 
 @needs_base
-def test_any_picture_goes_through(base):
+def test_any_picture_is_answered(base):
     import torch
     from PIL import Image
 

@@ -40,7 +40,7 @@ def bases(decode):
 
 @pytest.fixture(scope="module")
 def write(train):
-    """How all benchmarks write; `common` is found once one of them is loaded."""
+    """The benchmarks' shared `write`; `common` can be imported once one of them is loaded."""
     return importlib.import_module("common").write
 
 
@@ -50,7 +50,7 @@ def short_segments(decode, monkeypatch):
 
 
 @pytest.mark.parametrize(("family", "batch"), [("idefics3", 1), ("qwen2_5_vl", 2)])
-def test_a_row_from_runs_to_report(decode, bases, short_segments, family, batch):
+def test_a_decoding_row_goes_from_runs_to_report(decode, bases, short_segments, family, batch):
     model = equip(family)
     decode.silence(model)
     inputs = bases.prompt(model.base, 4, batch)
@@ -86,7 +86,7 @@ def test_a_run_that_writes_other_tokens_is_refused(decode, bases, short_segments
         decode.one_round(model, inputs)
 
 
-def test_times_become_steps(decode, short_segments, monkeypatch):
+def test_the_cost_of_an_invocation_is_in_steps(decode, short_segments, monkeypatch):
     monkeypatch.setattr(decode, "KINDS_IN_ORDER", ("short", "short", "long"))
     steady = [float(tick) for tick in range(10)]  # start, eight tokens, end
     extra = [0, 0, 0, 5, 5, 8, 8, 10, 10, 10]  # before tokens 2, 4 and 6
@@ -101,13 +101,13 @@ def test_times_become_steps(decode, short_segments, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [["--only", "nothing"], ["--rounds", "0"], ["--threads", "0"]])
 @pytest.mark.parametrize("name", ["decode", "train", "throughput"])
-def test_misuse_is_two(name, wrong, request):
+def test_misuse_exits_with_2(name, wrong, request):
     with pytest.raises(SystemExit) as exit_:
         request.getfixturevalue(name).main(wrong)
     assert exit_.value.code == 2
 
 
-def test_prompts_that_cannot_be_are_refused(bases):
+def test_impossible_prompts_are_refused(bases):
     for family in ("idefics3", "qwen2_5_vl"):
         with pytest.raises(ValueError, match="visual tokens"):
             bases.prompt(equip(family).base, 7, 1)
@@ -120,7 +120,7 @@ GROUP = 4
 
 @pytest.fixture
 def updates(train, family, monkeypatch):
-    """A tiny model, its prompt, and one update of each sort on its trajectories."""
+    """A tiny model, its prompt, and one update of each kind on its trajectories."""
     monkeypatch.setattr(train, "NEW_TOKENS", 16)
     model = equip(family, max_invocations=2)
     model.base.generation_config.eos_token_id = None
@@ -130,7 +130,7 @@ def updates(train, family, monkeypatch):
     ), inputs
 
 
-def test_a_training_row_from_runs_to_report(train, updates, write, tmp_path):
+def test_a_training_row_goes_from_runs_to_report(train, updates, write, tmp_path):
     found, inputs = updates
     model = found.model
     assert all(len(one.invocations) == train.INVOCATIONS for one in found.rollouts["stage1"])
@@ -164,8 +164,8 @@ def test_a_training_row_from_runs_to_report(train, updates, write, tmp_path):
     assert "qwen-28m*" in train.table([result])
 
 
-def test_updates_train_what_they_say(train, updates, monkeypatch):
-    """Each sort of update has gradients in its own part, on the same answers."""
+def test_each_update_trains_its_own_part(train, updates, monkeypatch):
+    """Each kind of update has gradients only in its own part, on the same answers."""
     found, _ = updates
     model, seen = found.model, {}
 
@@ -190,7 +190,7 @@ def test_updates_train_what_they_say(train, updates, monkeypatch):
     assert words.shape[1] == train.NEW_TOKENS + 2 * train.INVOCATIONS
 
 
-def test_a_replay_that_is_none_is_refused(train, updates):
+def test_a_wrong_replay_is_refused(train, updates):
     found, _ = updates
     for one in found.rollouts["stage1"]:
         one.log_probs.add_(0.1)
@@ -224,7 +224,7 @@ def unending(throughput, family: str):
 
 
 @pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
-def test_a_stream_from_runs_to_report(throughput, short_answers, family):
+def test_a_stream_goes_from_runs_to_report(throughput, short_answers, family):
     model, case = unending(throughput, family), throughput.Case("qwen-28m", "stream", 2)
     asked = {kind: throughput.requests(model.base, 2, kind == "text") for kind in ("images", "text")}
     images, text = asked["images"], asked["text"]
@@ -257,7 +257,7 @@ def test_a_stream_from_runs_to_report(throughput, short_answers, family):
     assert throughput.summarize_stream(case, "random", "command", images, rounds, exact=False).differing["off"] == 1
 
 
-def test_long_answers_and_what_they_take(throughput, short_answers):
+def test_long_answers_are_timed_and_their_growth_measured(throughput, short_answers):
     model, case = unending(throughput, "qwen2_5_vl"), throughput.Case("qwen-28m", "long", 2)
     inputs = throughput.prompt(model.base, 4, 2)
     rounds = [throughput.long_round(model, inputs, turn, True) for turn in range(2)]
@@ -271,7 +271,7 @@ def test_long_answers_and_what_they_take(throughput, short_answers):
     assert len(throughput.budgets([found])) == 3 and "24" in throughput.table([found])
 
 
-def test_rows_of_other_calls_stay(throughput, write, tmp_path):
+def test_rows_of_earlier_calls_stay_in_the_file(throughput, write, tmp_path):
     path, sizes = tmp_path / "found.json", {"generate": 1.0, "off": 1.0, "on": 1.0}
     for batch in (1, 4, 4):
         row = throughput.Memory(f"pocket/memory/{batch}", "pocket", "random", batch, "command", sizes, 1.0, 8, 256)
@@ -293,8 +293,8 @@ def short_runs(gpu, monkeypatch):
 TRY_OUT = ["--device", "cpu", "--model", "tiny", "--visual-tokens", "4", "--rounds", "1"]
 
 
-def test_all_of_the_gpu_benchmark_on_a_processor(gpu, short_runs, tmp_path, capsys):
-    """Takes a while: our step and theirs are traced for compiling."""
+def test_the_whole_gpu_benchmark_runs_on_a_cpu(gpu, short_runs, tmp_path, capsys):
+    """Takes a while, since our step and transformers' are traced for compiling."""
     path = tmp_path / "found.json"
     assert gpu.main([*TRY_OUT, "--dtype", "float32", "--batches", "1", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
@@ -312,7 +312,7 @@ def test_all_of_the_gpu_benchmark_on_a_processor(gpu, short_runs, tmp_path, caps
     assert "on static" in capsys.readouterr().out
 
 
-def test_what_fails_or_has_no_time_is_not_measured(gpu, short_runs, monkeypatch, capsys):
+def test_rows_that_fail_or_run_out_of_time_are_listed(gpu, short_runs, monkeypatch, capsys):
     assert gpu.main([*TRY_OUT, "--batches", "1", "--minutes", "0"]) == 1
     told = capsys.readouterr()
     assert "not measured  1/generate dynamic: no time left" in told.out and "were not measured" in told.err
@@ -324,8 +324,8 @@ def test_what_fails_or_has_no_time_is_not_measured(gpu, short_runs, monkeypatch,
     assert bench.missed["1/on static"] == "ZeroDivisionError: division by zero"
 
 
-def test_sets_of_answers_invoke_as_often_as_they_say(gpu, short_runs):
-    """Whatever the batch, each kind is invoked once in so many answers, in answers of their own."""
+def test_sets_of_answers_invoke_at_their_rate(gpu, short_runs):
+    """Whatever the batch, each kind is invoked in its number of answers, all different ones."""
     bench = gpu.Bench(gpu.equip("tiny", "cpu", torch.float32), 4, 1, 1.0, 1.0, 600.0, lambda _: None)
     generate, bench.static["ours"] = bench.model.generate, {}
     for batch in (1, 2):
@@ -354,7 +354,7 @@ def test_a_gpu_is_needed(gpu, monkeypatch, capsys):
     assert "there is no such config" in capsys.readouterr().err
 
 
-def test_bytes_of_a_step(gpu):
+def test_bytes_of_a_step_are_counted(gpu):
     """Every weight of the language side but the embedding table, and keys and values."""
     model = equip("qwen2_5_vl")
     text = sum(p.numel() for p in model.base.model.language_model.parameters())

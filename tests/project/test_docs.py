@@ -46,7 +46,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
 
 
 def check_names(block: Block) -> None:
-    """Every name of the package that a block speaks of is there."""
+    """Every name of the package that a block mentions exists."""
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vismem":
             for alias in node.names:
@@ -86,7 +86,7 @@ def test_command_lines_are_understood(page, tmp_path, monkeypatch):
 
 
 def check_command(words: list[str], where: str) -> None:
-    """Checks one command line as far as it is ours."""
+    """Checks the parts of a command line that are ours."""
     if "-m" in words and words[words.index("-m") + 1] == "vismem.cli":
         for option in ("--config_file",):
             if option in words:
@@ -111,7 +111,7 @@ def check_command(words: list[str], where: str) -> None:
 
 
 def check_ours(words: list[str], where: str) -> None:
-    """A line of `vismem`: parsed, and for training and tables its settings made."""
+    """Parses a `vismem` line; for training and tables also reads its settings."""
     command, rest = words[0], words[1:]
     assert command in COMMANDS, where
     try:
@@ -131,7 +131,7 @@ def check_ours(words: list[str], where: str) -> None:
 
 
 def check_wheel(words: list[str], where: str) -> None:
-    """What pip is to install: the extras are there, the wheel is of this version."""
+    """What pip is to install: the extras exist, the wheel has this version."""
     text = " ".join(words)
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = set(re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.M))
@@ -142,7 +142,7 @@ def check_wheel(words: list[str], where: str) -> None:
 
 
 def check_python(words: list[str], where: str) -> None:
-    """A script or a module of the repository is there."""
+    """A script or a module of the repository exists."""
     if words[:1] == ["-m"]:
         if words[1] == "vismem.data.converters":
             from vismem.data.converters import main
@@ -173,7 +173,7 @@ def check_model_arguments(words: list[str], where: str) -> None:
 
 @pytest.mark.parametrize("page", pages_with("yaml", "json"), ids=documents.name)
 def test_files_are_read(page, tmp_path, monkeypatch):
-    """Settings are loaded by what they are for, rows by the reader of data."""
+    """Settings are loaded by their command, rows by the data reader."""
     from vismem.data import load_dataset_rows
     from vismem.evaluation.settings import load_settings as evaluation_settings
     from vismem.training.arguments import STAGES, arguments_for, load_settings

@@ -88,7 +88,7 @@ def address(site):
 
 @OF_THE_SITE
 def test_the_site_in_a_browser(site, browser, address):
-    """Search works without a network, the page has a dark side, and no request leaves this machine."""
+    """Search works without a network, the page has a dark theme, and no request leaves this machine."""
     page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")
     requested: list[str] = []
     page.on("request", lambda request: requested.append(request.url))

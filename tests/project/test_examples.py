@@ -28,14 +28,14 @@ def run(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("name", "lines"), [("ask", 3), ("many", 16)])
-def test_examples(run, name, lines):
+def test_examples_run(run, name, lines):
     said = run(name)
     assert len(said) == lines
     if name == "many":
         assert any("row 1 cost with its promotion?" in line and "So 27." in line for line in said)
 
 
-def test_evaluate(run):
+def test_evaluate_finds_that_memory_helps(run):
     said = "\n".join(run("evaluate"))
     without, with_memory = (
         float(re.search(rf"^{n} +([\d.]+) %", said, re.M)[1]) for n in ("without memory", "with memory")
@@ -48,7 +48,7 @@ def test_evaluate(run):
     assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=0.3)
 
 
-def test_gallery(run, tmp_path):
+def test_gallery_adds_an_example_that_fails(run, tmp_path):
     """One example, and the first after it that goes wrong."""
     said = run("gallery", "--examples", "1", "--out", str(tmp_path))
     page = (tmp_path / "index.md").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """What is shipped: the wheel and the source archive, what they need, and what a plain installation can do.
 
-The wheel is built here, from the source archive, without a network. What a plain installation can do is asked of the
-unpacked wheel in processes that are shown the packages which it needs and no others.
+The wheel is built here, from the source archive, without a network. What a plain installation can do is tested on the
+unpacked wheel, in processes that see only the packages it needs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ USES = {
     "serving": {"serve", "replicas"},
     "training": {"train"},
 }
-# Declared and yet imported nowhere: found by transformers or by others, or asked for by a pin (see pyproject.toml).
+# Declared but imported nowhere: used by transformers or others, or required by a pin (see pyproject.toml).
 UNSEEN = {
     "accelerate",
     "torchvision",
@@ -133,7 +133,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found)
 
 
-def test_what_the_wheel_says_of_itself(wheel, built):
+def test_the_wheels_metadata_is_right(wheel, built):
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     says = email.message_from_bytes(wheel.read(name))
     assert (says["Name"], says["License-Expression"]) == ("vismem", "Apache-2.0")
@@ -162,7 +162,7 @@ def test_the_source_archive_has_all_that_its_tests_and_documents_read(built):
 
 
 def ignored(name: str) -> bool:
-    """What .gitignore leaves out, as far as it can lie in those folders."""
+    """What .gitignore excludes in those folders."""
     folders = set(Path(name).parts[:-1])
     return name.endswith(".partial") or bool(folders & {"build", "dist", "runs"}) or ".egg-info/" in name
 
@@ -187,7 +187,7 @@ assert vismem.__file__.startswith({site!r}), vismem.__file__
 
 
 def closure(lines: list[str]) -> set[str]:
-    """Names of all packages that an installation of those brings along here, and of pip's own set-up."""
+    """Names of all packages that installing those brings here, and pip's own."""
     found, waiting = {"vismem", "pip", "setuptools"}, [Requirement(line) for line in lines]
     while waiting:
         one = waiting.pop()
@@ -208,10 +208,10 @@ def closure(lines: list[str]) -> set[str]:
 
 @lru_cache(maxsize=1)
 def homes() -> dict[str, set[str]]:
-    """From a top-level name to the packages here that have it."""
+    """From a top-level name to the packages here that provide it."""
     found: dict[str, set[str]] = {}
     for package in installed.distributions():
-        listed = (package.read_text("top_level.txt") or "").split()  # as not all have one, their files say it too
+        listed = (package.read_text("top_level.txt") or "").split()  # their files tell too, since not all have one
         parts = [
             file.parts[0] for file in package.files or () if file.suffix in (".py", ".so") and ".." not in file.parts
         ]
@@ -221,7 +221,7 @@ def homes() -> dict[str, set[str]]:
 
 
 def plain_python(site: Path, code: str, tmp_path: Path, *extras: str) -> subprocess.CompletedProcess[str]:
-    """Runs code as an installation of the wheel would: other packages of this environment are not to be found."""
+    """Runs code as an installation of the wheel would: other packages of this environment are hidden."""
     shown = closure([*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])])
     hidden = sorted(name for name, packages in homes().items() if not packages & shown)
     prelude = PRELUDE.format(hidden=hidden, site=str(site))
@@ -285,7 +285,7 @@ def test_a_plain_installation_asks_and_says_what_else_needs(plain):
 
 
 def test_the_extra_of_evaluation_has_all_that_the_pockets_tables_need(unpacked, tmp_path):
-    """Every set of the preset, a question each, with the packages of `eval` and no others."""
+    """Every benchmark of the preset, one question each, with only the packages of `eval`."""
     code = """
 from vismem.cli import main
 words = ["preset=pocket", "n=1", "limit=1", "max_new_tokens=2", "methods=[{name: vanilla}]"]
@@ -303,7 +303,7 @@ def version_here() -> str:
 
 
 def test_nothing_optional_is_loaded_where_everything_is_installed(tmp_path):
-    """Here all extras can be found, and answering a question looks at none of them."""
+    """All extras are installed here, and answering a question imports none of them."""
     picture = str(ROOT / "examples" / "shelf.png")
     code = f"""
 import sys
@@ -329,7 +329,7 @@ print(*sorted(loaded() - theirs), "|", *sorted(loaded()))
 # What is declared.
 
 
-# Parts of another package, which always brings them and hands them on under its own name.
+# Parts of another package, which always installs them and exports them under its own name.
 PARTS = {"pyarrow": "datasets", "pydantic_core": "pydantic"}
 
 
@@ -391,7 +391,7 @@ def test_every_requirement_is_pinned_once(python):
             assert needed.specifier.contains(pins[name]), f"{needed}, but constraints.txt has {pins[name]}"
 
 
-def test_pythons_are_named():
+def test_supported_pythons_are_listed():
     said = {line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)}
     assert said == set(PYTHONS)
     assert all(SpecifierSet(PROJECT["requires-python"]).contains(f"{python}.0") for python in PYTHONS)

@@ -349,7 +349,7 @@ def test_a_cpu_trains_in_the_faster_dtype(monkeypatch, tmp_path, faster):
     assert made("bf16=false", "dtype=bfloat16") == (False, "bfloat16")
     assert made("dtype=bfloat16") == (True, "bfloat16")
     assert made("preset=paper", "use_cpu=true") == made()
-    # A run that goes on keeps what its checkpoint was made in.
+    # A resumed run keeps its checkpoint's dtype.
     checkpoint = tmp_path / "run" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text("{}")

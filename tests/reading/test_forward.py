@@ -69,13 +69,13 @@ def test_labels_tell_where_answers_start(family):
         model(**batch)
 
 
-def test_logits_to_keep(family):
+def test_logits_to_keep_gives_the_last_logits(family):
     model = tiny.equip(family)
     batch = finished(model)
     assert torch.allclose(model(**batch, logits_to_keep=4).logits, model(**batch).logits[:, -4:], atol=1e-5)
 
 
-def test_a_kind_that_forms_nothing(family):
+def test_kinds_not_in_forms_form_nothing(family):
     model = tiny.equip(family)
     batch = finished(model)
     out = model(**batch, forms=("long",))
@@ -91,7 +91,7 @@ def test_short_memory_without_an_image_is_refused(family):
         model(ids, prompt_length=batch["input_ids"].shape[1])
 
 
-def test_find_invocations():
+def test_invocations_are_found_in_finished_answers():
     ids = torch.tensor([[7, 8, 1, 50, 60, 2, 51, 61, 3], [50, 60, 1, 50, 2, 51, 61, 50, 60]])
     found = find_invocations(ids, [2, 1], {"short": 50, "long": 51}, {"short": 60, "long": 61})
     assert [(p.kind, p.index, p.segment_start) for p in found[0]] == [("short", 3, 2), ("long", 6, 5)]
@@ -99,14 +99,14 @@ def test_find_invocations():
     assert [(p.kind, p.index, p.segment_start) for p in found[1]] == [("long", 5, 1), ("short", 7, 7)]
 
 
-def test_batches_of_similar_length():
+def test_batches_have_similar_lengths():
     assert batches_of_similar_length([3, 40, 5, 4, 38]) == [[0, 3, 2], [4, 1]]
     assert batches_of_similar_length([30, 40, 35]) == [[0, 2, 1]]  # little to spare
     for lengths, batches in (([0, 0], [[0, 1]]), ([7], [[0]]), ([], [])):
         assert batches_of_similar_length(lengths) == batches
 
 
-def test_splice_arithmetic():
+def test_splice_puts_memories_in_place():
     places = find_invocations(torch.tensor([[1, 50, 60, 2], [1, 2, 3, 4]]), [0, 0], {"short": 50}, {"short": 60})
     splice = Splice(places, [[torch.full((2, 1), 9.0)], []], 4)
     embeds = torch.arange(8.0).view(2, 4, 1)

@@ -77,12 +77,12 @@ HOST = "pictures.example.org"
         "ff0e::1",
     ],
 )
-def test_addresses_that_are_not_public(address: str) -> None:
+def test_private_and_special_addresses_are_not_public(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "93.184.215.14", "2606:4700::1111", "2a00:1450:4001::5"])
-def test_addresses_that_are_public(address: str) -> None:
+def test_global_addresses_are_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
 
@@ -144,7 +144,7 @@ def test_addresses_that_are_public(address: str) -> None:
         ("http://0/", 400),
     ],
 )
-def test_addresses_that_are_not_taken(url: str, status: int) -> None:
+def test_other_urls_are_refused(url: str, status: int) -> None:
     names = ("good.example.org", "*.all.example.org", "other.example.org:8443")
     hosts = tuple(scheme + name for scheme in ("http://", "https://") for name in names)
     with refused(status):
@@ -153,7 +153,7 @@ def test_addresses_that_are_not_taken(url: str, status: int) -> None:
         fetched(url, PictureLimits(hosts=hosts))
 
 
-def test_addresses_that_are_taken() -> None:
+def test_urls_of_allowed_hosts_are_accepted() -> None:
     hosts = read_hosts(
         ["Good.example.org", "*.all.example.org", "http://other.example.org:8080", "8.8.8.8", "[2606:4700::1]:8443"]
     )
@@ -182,12 +182,12 @@ def test_addresses_that_are_taken() -> None:
 @pytest.mark.parametrize(
     "host", ["", "*", "*.", "a b", "ftp://a.org", "a.org/", "a.org:0", "a.org:x", "a.org:70000", "::1", "b@a.org"]
 )
-def test_a_host_written_wrongly_is_found_out_at_the_start(host: str) -> None:
+def test_a_malformed_host_is_an_error_at_the_start(host: str) -> None:
     with pytest.raises(ValueError, match="is not an image host"):
         PictureLimits(hosts=("a.example.org", host))
 
 
-# Fetching, from a server on loopback: what lets it in is said in so many words.
+# Fetching from a server on loopback, which the tests allow explicitly.
 
 
 class Web:
@@ -278,7 +278,7 @@ def test_a_name_is_looked_up_once_and_every_address_must_be_public(web: Web) -> 
         with refused(403, "not public") as _:
             fetch(web, "/a", found=found)
     for found in ((), ("no address",)):
-        with refused(400, "no address"):
+        with refused(400, "does not resolve"):
             fetch(web, "/a", found=found)
     assert web.asked == []
     answers = iter([["127.0.0.1"], ["10.0.0.1"]])  # a name server that says something else when it is asked again
@@ -300,7 +300,7 @@ def test_private_addresses_are_refused_whatever_is_allowed(web: Web) -> None:
     assert web.asked == []
 
 
-def test_redirects_are_looked_at_like_first_addresses(web: Web) -> None:
+def test_redirects_are_checked_like_first_addresses(web: Web) -> None:
     web.answers["/file"] = (200, {}, b"file")
     web.answers["/near"] = (302, {"Location": "file"}, b"")
     web.answers["/far"] = (301, {"Location": web.url("/near")}, b"")

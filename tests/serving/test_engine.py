@@ -128,7 +128,7 @@ def test_a_returned_seed_reproduces_the_answer(client):
     assert first.choices[0].message == second.choices[0].message
 
 
-def test_stop_and_length(client, model):
+def test_stop_strings_and_max_tokens_end_an_answer(client, model):
     text, _ = own(model)
     found = ask(client, stop=["So", "never"], max_tokens=100)
     assert found.choices[0].message.content == text[: text.index("So")] and found.choices[0].finish_reason == "stop"
@@ -161,7 +161,7 @@ def test_a_model_name_may_end_in_vanilla():
     assert ServingConfig("a").invocation_for(request) == "off"
 
 
-def test_several_images_and_turns(client, model):
+def test_several_images_and_turns_are_answered(client, model):
     other = SHELF.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     turns = [
         user("Read row 1.", SHELF, other),
@@ -201,7 +201,7 @@ def test_log_probabilities_equal_the_models(client, model):
         assert entry.top_logprobs[0].logprob >= entry.logprob and bytes(entry.bytes).decode() == entry.token
 
 
-def test_models_and_health(client, address):
+def test_models_and_health_are_reported(client, address):
     assert [model.id for model in client.models.list()] == ["pocket", "pocket:vanilla"]
     assert client.models.retrieve("pocket:vanilla").id == "pocket:vanilla"
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
@@ -571,7 +571,7 @@ def test_stopping_cancels_long_answers(model, monkeypatch):
     assert not thread.is_alive() and not engine.worker.alive
 
 
-def test_a_port_in_use():
+def test_a_port_in_use_raises():
     with (
         listening_socket("127.0.0.1", 0) as bound,
         pytest.raises(ValueError, match=r"cannot listen on 127.0.0.1, port"),

@@ -239,7 +239,7 @@ def of(metrics, counter: str) -> dict[tuple[str, ...], float]:
 
 
 def counted(metrics, each: int) -> None:
-    """Waits until so many are counted: a client has its answer a moment before."""
+    """Waits until that many are counted: a client gets its answer a moment earlier."""
     names = [("vismem_requests_total", method, "other", "401") for method in ("GET", "other")]
     until(lambda: all(read(metrics).get(name) == each for name in names))
 

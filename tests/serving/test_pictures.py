@@ -113,7 +113,7 @@ def test_all_spellings_of_base64_are_read(kind: str) -> None:
         assert fetched(each).tobytes() == wanted
 
 
-def test_whitespace_and_percent_encoding_in_a_data_uri() -> None:
+def test_whitespace_and_percent_encoding_in_a_data_uri_are_read() -> None:
     whole = uri(KINDS["png"]())
     head, _, body = whole.partition(",")
     broken = "\r\n".join(body[i : i + 76] for i in range(0, len(body), 76))

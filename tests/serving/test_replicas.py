@@ -54,7 +54,7 @@ async def until(true, seconds: float = 60.0) -> None:
 
 
 async def begun(engine, tokens: int = 3000):
-    """An answer that is being written, and will be for long."""
+    """A long answer that is being written."""
     events = engine.answer(ask(tokens))
     while not (await anext(events)).choices[0].delta.content:
         pass
@@ -138,7 +138,7 @@ def test_both_replicas_work_and_the_load_is_their_sum(engine):
 
 def test_an_abandoned_answer_frees_its_row(engine):
     async def run():
-        for _ in range(3):  # what is left of a round would hold up the next, and two on one replica each other
+        for _ in range(3):  # leftovers of a round would delay the next, and two on one replica each other
             held = await asyncio.wait_for(asyncio.gather(*(begun(engine) for _ in range(4))), 8)
             for events in held:
                 await events.aclose()
@@ -245,7 +245,7 @@ def test_the_server_survives_the_death_of_a_replica(engine):
         assert died.status == 503 and "died" in died.message
         for events in held:
             await events.aclose()
-        # New answers, at once, from the one that is left; and then from another that takes the dead one's place.
+        # New answers come at once from the remaining replica, later also from the dead one's replacement.
         for seed in range(4):
             assert (await read(engine, ask(seed=seed)))[0][0]
         assert engine.load().writing == engine.load().waiting == 0

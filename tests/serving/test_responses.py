@@ -162,7 +162,7 @@ def test_a_character_of_several_tokens_is_emitted_once(model):
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """A tokenizer as those of SentencePiece are converted: spaces are letters, unknown characters are bytes."""
+    """A tokenizer like those converted from SentencePiece: spaces are letters, unknown characters are bytes."""
     pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdx,", "\u2581a"]
     merges = [("\u2581", "a")]
     core = Tokenizer(

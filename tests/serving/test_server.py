@@ -72,7 +72,7 @@ def operations(address: str) -> dict:
 
 BEARER = {"Authorization": f"Bearer {KEY}"}
 CHAT = "POST /v1/chat/completions"
-# What only the model can tell (a picture that is none, a prompt that is too long) no schema can; hence without it.
+# A schema cannot know what only the model can tell (not a picture, too long a prompt), so the model is left out.
 EXCLUDED = [positive_data_acceptance]
 
 
@@ -111,7 +111,7 @@ def run_through(operation, mode, examples: int) -> None:
     check()
 
 
-def test_keys(address):
+def test_wrong_and_missing_keys_are_refused(address):
     for key, message in [("wrong", "not one of this server's"), (KEY + "x", "not one of this server's")]:
         with (
             client_of(address).with_options(api_key=key) as client,
@@ -124,7 +124,7 @@ def test_keys(address):
     assert described["security"] == [{"key": []}] and described["paths"]["/health"]["get"]["security"] == []
 
 
-def test_bodies_and_images_that_are_too_large(address, client):
+def test_bodies_and_images_that_are_too_large_are_refused(address, client):
     with pytest.raises(openai.APIStatusError, match="1048576 bytes, the limit") as refused:
         ask(client, {"role": "user", "content": "x" * 2**20})
     assert refused.value.status_code == 413
@@ -153,7 +153,7 @@ def test_the_length_of_schedules_is_limited(client):
     for count, ends in ((64, False), (65, True)):
         plan = {"vismem": {"invocation": ",".join(["long@900"] * count)}}
         if ends:
-            with pytest.raises(openai.BadRequestError, match="may have 64 invocations, not 65"):
+            with pytest.raises(openai.BadRequestError, match="may have at most 64 invocations, not 65"):
                 ask(client, user("Hello."), max_tokens=2, extra_body=plan)
         else:
             assert ask(client, user("Hello."), max_tokens=2, extra_body=plan).choices
@@ -217,8 +217,8 @@ def test_path_traversal_is_refused(address):
         connection.close()
 
 
-def test_two_hundred_connections_at_once(engine, address, client):
-    """Slow, silent, hasty and wrong ones: those that ask properly are answered or told to come again."""
+def test_two_hundred_connections_at_once_are_answered_or_refused(engine, address, client):
+    """Slow, silent, hasty and wrong ones: those that ask properly are answered or told to retry."""
     host, port = address.removeprefix("http://").split(":")
     idle = [socket.create_connection((host, int(port)), timeout=BOUND) for _ in range(60)]
     for number, each in enumerate(idle):

@@ -22,7 +22,7 @@ BOUND = 60  # seconds after which a test gives up
 
 
 class Inbox(queue.Queue):
-    """What a listener was told."""
+    """What a listener received."""
 
     def all(self, rows: int = 1) -> list:
         """All news up to the last row's end."""
@@ -73,7 +73,7 @@ def test_tokens_equal_generate(model, worker):
     assert worker.rows == 0 and not worker.tickets
 
 
-def test_several_rows(model, worker):
+def test_each_of_several_rows_ends(model, worker):
     box = Inbox()
     request = Request(prompt(model), generation={"num_return_sequences": 3, "do_sample": True}, seed=1)
     worker.submit(request, box.put, rows=3)
@@ -174,7 +174,7 @@ def test_a_non_finite_answer_fails_alone(model, worker, caplog):
 
 
 def test_an_error_holds_no_tensors(model, worker, monkeypatch):
-    """Not even in circles, which are looked for now and then only."""
+    """Not even in reference cycles, which are collected only now and then."""
     monkeypatch.setattr(Decoder, "read_prompts", lambda *_: int("a wrong number"))
     request, box = Request(prompt(model, "one", tiny.picture(1))), Inbox()
     pixels = weakref.ref(request.inputs["pixel_values"])
@@ -274,7 +274,7 @@ def test_a_second_close_does_not_extend_the_deadline(model):
 
 
 def test_an_idle_worker_sleeps(model, worker):
-    """It waits to be woken, and does not look again and again whether there is something to do."""
+    """It waits to be woken instead of polling."""
     box = Inbox()
     worker.submit(Request(prompt(model)), box.put)
     box.all()

@@ -1,4 +1,4 @@
-"""Kills `vismem train` again and again, lets it go on, and compares its memory with that of a run left in peace.
+"""Kills and resumes `vismem train` again and again, and compares its memory with that of an undisturbed run.
 
 Not collected by pytest, as it takes minutes. Each stage is trained on a tiny model (CPU, fp32) in a process of its own,
 which is killed with SIGKILL at random moments (seeded), half of them while a checkpoint is being written, and started
@@ -69,7 +69,7 @@ def make_files(folder: Path) -> Path:
 
 
 def begin(stage: str, settings: Path, output: Path, resume: bool) -> None:
-    """What a process does: the command, its words in a log."""
+    """Runs the command in a process, with its output in a log."""
     with open(output.with_suffix(".log"), "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -348,7 +348,7 @@ def test_grpo_raises_the_reward(tmp_path):
     assert mean_reward() > before + 0.1
 
 
-# Going on.
+# Resuming.
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -429,7 +429,7 @@ def test_the_command_trains_and_resumes(folder, tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
     assert command("grpo", file, data, f"output_dir={out}", "--resume") == 1
     assert "another stage" in capsys.readouterr().err
-    # On from there: by GRPO, whose start is the adapter; its base is the one that the adapter names.
+    # Continued by GRPO, which starts from the adapter; its base is the one that the adapter names.
     change = ["grpo.max_steps=1", "grpo.per_device_train_batch_size=2", "base=", f"checkpoint={adapter}"]
     assert command("grpo", file, data, f"output_dir={tmp_path / 'grpo'}", *change) == 0
     first, second = (load_file(one / "adapter_model.safetensors") for one in (adapter, tmp_path / "grpo" / "adapter"))

@@ -1,4 +1,4 @@
-"""Training on two processes over gloo, on the CPU: the same update as on one, and a run that goes on."""
+"""Training on two processes over gloo, on the CPU: the same update as on one, and a resumed run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAN = {"rows": 6, "group_size": 2, "optim": "sgd", "learning_rate": 0.1, "weigh
 
 
 def launch(launcher: Callable[[list[str]], None], folder: Path, plan: dict, **environment: str) -> list[dict]:
-    """Runs `multi.py` on two processes and returns what each wrote down.
+    """Runs `multi.py` on two processes and returns what each recorded.
 
     The launcher is forked, and forks the two.
     """
@@ -118,7 +118,7 @@ def test_two_processes_stay_in_step_over_bad_rows(tmp_path):
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
 
 
-def test_two_processes_go_on(tmp_path):
+def test_two_processes_resume(tmp_path):
     """From a checkpoint in the middle of the second epoch, with sampled looks."""
     plan = {**PLAN, "stage": "stage1", "family": "idefics3", "per_device_train_batch_size": 2, "max_steps": 4}
     plan["memory_init"] = "attended"
@@ -130,7 +130,7 @@ def test_two_processes_go_on(tmp_path):
     assert distance(tmp_path / "whole", tmp_path / "again") == 0
 
 
-def test_sharded_training(tmp_path):
+def test_sharded_training_gives_the_same_memory(tmp_path):
     """FSDP2 as in `configs/fsdp2.yaml`: the same memory as one process makes, and checkpoints."""
     plan = {**PLAN, "stage": "stage1", "family": "idefics3", "max_steps": 2, "micro_batch": 2}
     plan["memory_init"] = "attended"

@@ -90,7 +90,7 @@ def test_k3_is_never_negative_and_zero_at_equality():
 
 
 def test_k3_estimates_the_divergence_of_the_policy_from_the_reference():
-    """Weighted by the policy's own chances it is KL(policy || reference), and not the other way round."""
+    """Weighted by the policy's own probabilities it is KL(policy || reference), not the other way round."""
     policy = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     reference = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     found = (policy * grpo.k3_divergence(policy.log(), reference.log())).sum()

@@ -54,7 +54,7 @@ def first_blocks(model) -> torch.Tensor:
 
 @pytest.fixture
 def collected(monkeypatch):
-    """Replaces words' part of the objective by nothing, and rewards a look by the blocks it took."""
+    """Drops the words' part of the objective, and rewards a look by the blocks it took."""
     from vismem.training import experience
 
     def advantages(self, rows, step, places, state=None, collect=experience.Collector.collect):

@@ -66,11 +66,11 @@ def score(spec, completion, answer=None, prompt="?", **columns):
         ("### The final answer is:\nC: 123", "C: 123"),
     ],
 )
-def test_extract_answer(text, answer):
+def test_answers_are_extracted_from_replies(text, answer):
     assert extract_answer(text) == answer
 
 
-def test_completion_text():
+def test_the_text_of_a_completion_is_found():
     assert completion_text("a") == "a"
     assert completion_text([{"role": "assistant", "content": "b"}]) == "b"
     assert completion_text([{"content": "b"}]) == "b"
@@ -130,7 +130,7 @@ def test_completion_text():
         ("none", []),
     ],
 )
-def test_numbers(text, values):
+def test_numbers_are_found_in_text(text, values):
     assert [number.value for number in numbers(text)] == pytest.approx(values)
 
 
@@ -155,7 +155,7 @@ def test_percent_is_recorded():
         (7, "7", None),
     ],
 )
-def test_exact(text, answer, right):
+def test_exact_compares_normalised_answers(text, answer, right):
     if right is None:
         assert score("exact", "7", text) == 1.0  # a number as reference
     else:
@@ -177,7 +177,7 @@ def test_normalise_keeps_a_lone_letter():
         ("", "red", False),
     ],
 )
-def test_contains(text, answer, right):
+def test_contains_finds_the_answer_in_the_reply(text, answer, right):
     assert score("contains", text, answer) == float(right)
 
 
@@ -200,7 +200,7 @@ def test_contains(text, answer, right):
         ("false", "no", True),
     ],
 )
-def test_yes_no(text, answer, right):
+def test_yes_no_reads_yes_or_no(text, answer, right):
     assert score("yes_no", text, answer) == float(right)
 
 
@@ -238,7 +238,7 @@ def test_yes_no(text, answer, right):
         ("12.0", "12", True),
     ],
 )
-def test_numeric(text, answer, right):
+def test_numeric_compares_numbers(text, answer, right):
     assert score("numeric", text, answer) == float(right)
 
 
@@ -289,7 +289,7 @@ OPTIONS = "Which one?\nA. red cup\nB) blue book\n(C) green pen\nD: dark red cup"
         ("I cannot see it", "A", False),
     ],
 )
-def test_choice(text, answer, right):
+def test_choice_reads_the_chosen_option(text, answer, right):
     assert score("choice", text, answer, prompt=OPTIONS) == float(right)
     assert score("choice", text, answer, choices=["red cup", "blue book", "green pen", "dark red cup"]) == float(right)
 
@@ -336,7 +336,7 @@ def test_rewards_that_do_not_apply_give_none():
         ("We count and count again. " * 200 + "There are $5$ of them", "5", True),
     ],
 )
-def test_math(text, answer, right):
+def test_math_compares_formulas(text, answer, right):
     pytest.importorskip("math_verify")
     assert score("math", text, answer) == float(right)
 
@@ -350,7 +350,7 @@ def test_math_works_in_a_thread():
     assert found == [1.0]
 
 
-def test_format():
+def test_format_checks_the_form_of_a_reply():
     assert score("boxed", r"so \boxed{5}") == 1.0
     assert score("boxed", "so 5") == score("boxed", r"\boxed{ }") == score("boxed", "<answer>5</answer>") == 0.0
     assert score("format", "<answer>5</answer>") == score("format", r"\boxed{5}") == 1.0
@@ -363,7 +363,7 @@ def test_format():
         load_rewards({"name": "format", "pattern": "("})
 
 
-def test_pocket():
+def test_pocket_scores_by_task():
     assert score("pocket", "3 and 4. So 7.", "7", task="sum") == 1.0
     assert score("pocket", "3 and 4. So 8.", "7", task="sum") == 0.0
     assert score("pocket", "Row 1: 1 2. Row 2: 3 4.", "Row 1: 1 2. Row 2: 3 5", task="describe_prices") == 0.5
@@ -373,7 +373,7 @@ def messages(*texts):
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-def test_sums_weights_and_none():
+def test_totals_are_weighted_sums():
     rewards = load_rewards(["numeric", {"name": "exact", "weight": 0.5}, {"name": "boxed", "weight": 0}])
     result = rewards(["?"] * 3, messages("5", "red", r"\boxed{blue}"), {"answer": ["5", "red", "red"]})
     assert result.names == rewards.names == ["numeric", "exact", "boxed"]
@@ -390,7 +390,7 @@ def test_a_row_without_any_reward_is_an_error():
         rewards(["?"] * 2, ["5", "5"], {"answer": ["5", "red"], "id": ["a", "b"]})
 
 
-def test_no_rows():
+def test_no_rows_give_no_rewards():
     result = load_rewards(["exact"])([], [], {"answer": []})
     assert result.total.shape == (0,) and result.parts.shape == (0, 1)
 
@@ -413,7 +413,7 @@ def test_functions_get_columns_and_state():
     assert result.names == ["mine", "short"]
 
 
-def test_import_paths(tmp_path, monkeypatch):
+def test_rewards_load_from_import_paths(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "def length(completions, scale=1.0, **kwargs):\n    return [scale * len(text) for text in completions]\n"
         "number = 3\n"
@@ -458,7 +458,7 @@ def test_import_paths(tmp_path, monkeypatch):
         ({"name": "judge", "function": "no_such_module_here:f"}, "cannot import"),
     ],
 )
-def test_wrong_specifications(spec, message):
+def test_wrong_specifications_raise(spec, message):
     with pytest.raises(ValueError, match=message):
         load_rewards(spec)
 
@@ -534,7 +534,7 @@ async def late_text(completions):
         (late_text, "must return a list of 2 numbers, not str"),
     ],
 )
-def test_asynchronous_rewards_that_fail(function, said):
+def test_a_failing_asynchronous_reward_is_named(function, said):
     for _ in range(2):  # the loop outlives a failure
         with pytest.raises(RewardError, match=said):
             load_rewards([later, function])(["?", "?"], ["good", "bad"], {"id": ["a", "b"]})
@@ -552,7 +552,7 @@ def test_asynchronous_rewards_that_fail(function, said):
         (lambda completions, **c: None, "must return a list of 3 numbers, not NoneType"),
     ],
 )
-def test_functions_that_fail(function, message):
+def test_a_failing_function_is_named(function, message):
     with pytest.raises(RewardError, match=message):
         load_rewards(function)(["?"] * 3, ["x", "y", "z"], {"id": ["t:1", "t:2", "t:3"]})
 
@@ -584,7 +584,7 @@ def test_built_in_failures_name_the_row_and_missing_columns():
         load_rewards("exact")(["?"] * 2, ["5"] * 2, {"answer": ["5"]})
 
 
-def test_judge_function():
+def test_a_judge_may_be_a_function():
     def likes(question, completion, answer):
         return 1.0 if answer in completion else 0.25
 
@@ -618,12 +618,12 @@ def test_judge_function():
         ("<think>Score: 1</think>0.2", 0.2),
     ],
 )
-def test_parse_score(text, value):
+def test_scores_are_parsed_from_replies(text, value):
     assert parse_score(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("text", ["", "good", "8", "-1", "Score: 7", "5/0", "1.5"])
-def test_parse_score_refuses(text):
+def test_replies_without_a_valid_score_are_refused(text):
     with pytest.raises(RuntimeError, match="no score"):
         parse_score(text)
 

@@ -1,4 +1,4 @@
-"""Rollouts and their replay: what the training forward reads is what decoding saw, and no row minds its neighbours."""
+"""Rollouts and their replay: the training forward reads what decoding saw, and no row depends on its neighbours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WITH_WINDOW = pytest.mark.parametrize(("family", "base"), BASES, ids=["idefics3"
 
 
 def tempting(family: str, base: dict | None = None):
-    """A tiny model that likes to invoke: the invocation tokens' output rows are shaken and made large."""
+    """A tiny model that invokes often: the invocation tokens' output rows are perturbed and enlarged."""
     model = tiny.equip(family, min_gap=2, max_invocations=3, base=base)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def assert_equal_gradients(ours: dict, theirs: dict) -> None:
 
 
 @pytest.mark.parametrize("stage", ["one", "two"])
-def test_a_rollout_says_what_was_sampled(family, stage):
+def test_a_rollout_records_what_was_sampled(family, stage):
     model = tempting(family)
     rollouts = rollouts_of(model, stage)
     assert len(rollouts) == 3 * COPIES
@@ -141,7 +141,7 @@ def test_replay_equals_decoding(family, base, stage, given):
 
 
 def test_replay_notices_another_memory(family):
-    """The comparison above can fail: with other vectors in the slots, words after them have other chances."""
+    """The comparison above can fail: with other vectors in the slots, the words after them get other probabilities."""
     model = tempting(family)
     rollouts = rollouts_of(model, "two")
     batch = replayed(model, rollouts, "memories")
@@ -236,7 +236,7 @@ def test_rollouts_do_not_depend_on_the_batch(family, base, stage):
     assert [r.tokens.tolist() for r in fewer] == [r.tokens.tolist() for r in together[::COPIES]]
 
 
-def test_as_many_seeds_as_rows(family):
+def test_seeds_must_be_as_many_as_rows(family):
     model = tempting(family)
     with pytest.raises(ValueError, match="one seed for each output row"):
         write(model, prompts(model), "learned", sampling(model, 4, 1.0), [1, 2], 1)
@@ -246,7 +246,7 @@ def test_as_many_seeds_as_rows(family):
 
 
 def test_without_memory_gives_the_log_probabilities_of_the_base(family):
-    """Invocation and end tokens taken out, the words have the chances that the base alone gives them."""
+    """Without invocation and end tokens, the words get the base's own probabilities."""
     model = tempting(family)
     alone, _ = tiny.base_and_processor(family)  # a base that never met a memory
     ids = torch.tensor(model.tokens.ids)
@@ -321,7 +321,7 @@ def test_counterfactuals_swap_the_first_invocation(family):
 
 @WITH_WINDOW
 def test_counterfactuals_go_on_with_kinds_swapped(family, base):
-    """Replayed, a counterfactual's words have the recorded chances; where it invokes again, the other kind's has."""
+    """Replayed, its words get the recorded probabilities; where it invokes again, the other kind's token does."""
     model = tempting(family, base)
     _, turned = turned_around(model)
     again = 0

@@ -1,4 +1,4 @@
-"""Training on tiny real models: what each stage moves, what it leaves alone, and that a run can be gone on with."""
+"""Training on tiny real models: what each stage trains, what it leaves alone, and that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def alike(completions, **columns) -> list[float]:
         ("stage1", rising, {}, ""),
     ],
 )
-def test_a_run_that_learns_nothing_says_so(tmp_path, caplog, monkeypatch, stage, reward, config, said):
+def test_a_run_that_learns_nothing_warns(tmp_path, caplog, monkeypatch, stage, reward, config, said):
     monkeypatch.setattr(metrics, "PATIENCE", 2)
     args = settings(tmp_path, stage, max_steps=3, penalty_coef=0.0, skip_solved=False)
     train(equip("idefics3", **config), args, reward=reward)
@@ -128,7 +128,7 @@ def test_trackers_have_a_run_for_each_stage(tmp_path, monkeypatch):
         tracker.run = object()
         raise RuntimeError
     assert tracker.run is None
-    tracker.run = mine = object()  # begun by whoever calls the trainer
+    tracker.run = mine = object()  # started by the trainer's caller
     with reported_apart(args):
         pass
     assert tracker.run is mine
@@ -332,7 +332,7 @@ def test_solved_prompts_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["stage1", "warmup"])
-def test_a_loss_that_is_no_number_stops(stage, tmp_path, monkeypatch):
+def test_a_loss_of_nan_stops_training(stage, tmp_path, monkeypatch):
     model = equip("idefics3")
     args = settings(tmp_path, stage, max_steps=3, save_strategy="steps", save_steps=1)
     real = grpo.trajectory_mean
@@ -347,7 +347,7 @@ def test_a_loss_that_is_no_number_stops(stage, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_no_number_stops(stage, tmp_path):
+def test_a_gradient_of_nan_stops_training(stage, tmp_path):
     model = equip("idefics3")
     for part in PARTS:
         for parameter in model.parameters_of(part):
@@ -381,12 +381,12 @@ def test_out_of_memory_names_the_setting(where, phase, setting, tmp_path, monkey
         train(equip("idefics3"), settings(tmp_path, kl_coef=0.0))
 
 
-# Going on.
+# Resuming.
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("inner", [1, 2])
-def test_going_on_is_as_if_never_stopped(family, stage, inner, tmp_path):
+def test_a_resumed_run_equals_an_undisturbed_one(family, stage, inner, tmp_path):
     if inner == 2 and (stage == "warmup" or family != "idefics3"):
         pytest.skip("one family and stage are enough for inner iterations")
 
@@ -402,7 +402,7 @@ def test_going_on_is_as_if_never_stopped(family, stage, inner, tmp_path):
 # The command.
 
 
-def test_the_command_trains_and_goes_on(folder, tmp_path, capsys, monkeypatch):
+def test_the_command_trains_and_resumes(folder, tmp_path, capsys, monkeypatch):
     out, file = f"output_dir={tmp_path / 'run'}", str(folder / "settings.yaml")
 
     def cut(self, *given, **named):
@@ -430,7 +430,7 @@ def test_the_command_trains_and_goes_on(folder, tmp_path, capsys, monkeypatch):
     assert {"step", "id", "question", "completion", "answer", "reward", "baseline"} <= json.loads(samples[0]).keys()
 
 
-def test_which_setting_wins(tmp_path):
+def test_the_more_specific_setting_wins(tmp_path):
     file = tmp_path / "settings.yaml"
 
     def rate(text: str, *changes: str) -> float:
@@ -491,7 +491,7 @@ def test_bad_settings_are_one_line(folder, tmp_path, capsys, change, said):
         ("stage2.seed=1", "stage2 holds a run already"),
     ],
 )
-def test_what_a_later_stage_stops_at_is_found_before_the_first(folder, tmp_path, capsys, monkeypatch, change, said):
+def test_errors_of_a_later_stage_are_found_before_the_first(folder, tmp_path, capsys, monkeypatch, change, said):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.setattr(run, "load_model", lambda args: pytest.fail("nothing should be loaded"))
     (folder / "blind.jsonl").write_text(json.dumps({"prompt": "what?", "images": ["nowhere.png"], "answer": "a"}))
@@ -508,7 +508,7 @@ def test_what_a_later_stage_stops_at_is_found_before_the_first(folder, tmp_path,
     assert not (tmp_path / "run" / "warmup").exists()
 
 
-def test_stages_that_read_alike_read_once_and_what_is_done_needs_nothing(folder, tmp_path, monkeypatch):
+def test_stages_with_the_same_data_read_it_once_and_finished_ones_not(folder, tmp_path, monkeypatch):
     read, begun = [], []
     whole = run.load_rows
     monkeypatch.setattr(run, "load_rows", lambda args: read.append(args.stage) or whole(args))
@@ -544,7 +544,7 @@ def test_stages_that_read_alike_read_once_and_what_is_done_needs_nothing(folder,
 
 @pytest.mark.parametrize("cut", [False, True], ids=["memory", "memory-without-gradient"])
 def test_stage_one_raises_the_reward(cut, tmp_path, monkeypatch):
-    """Two tokens after each memory, on a base that listens to its context; random weights hardly do."""
+    """Two tokens after each memory, on a base that depends on its context; random weights hardly do."""
     model = tiny.equip("idefics3", lora_dropout=0.0)
     with torch.no_grad():
         for layer in model.backbone.language_model.layers:

@@ -23,7 +23,7 @@ from vismem.data.images import to_rgb
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HOT = np.array([1.0, 0.55, 0.0])  # what white turns into where a map is highest
+HOT = np.array([1.0, 0.55, 0.0])  # the colour of white where a map is highest
 PALE = 0.55  # contrast that the picture keeps
 DPI = 100
 

@@ -252,7 +252,7 @@ def inspect_answer(
 
 
 def attempt(find: Callable[[], T]) -> T | str:
-    """The result, or in one line why there is none."""
+    """The result, or one line that says why there is none."""
     try:
         return find()
     except ValueError as error:  # the model does not provide this part

@@ -132,7 +132,7 @@ class Chat:
                 raise ChatError(busy if isinstance(error, QueueFullError) else SHUTTING_DOWN) from error
             for reply in [reply for earlier in conversation.turns for reply in earlier.replies]:
                 if reply.over.is_set() and not reply.inspectable:
-                    reply.inputs, reply.ticket = {}, None  # large, and of no use
+                    reply.inputs, reply.ticket = {}, None  # large and not needed
             conversation.turns.append(turn)
             return turn
 

@@ -1,6 +1,6 @@
 """Guards of the viewer: ASGI middleware as in `serving/guards.py`, and a check of the files that events name.
 
-Gradio serves much that this page does not use: its own API, recordings, a history of runs that may be sent to a hub in
+Gradio serves much that this page does not use: its own API, recordings, a history of runs that can be sent to a hub in
 the owner's name. The guards let through only what the page uses, limit its size, and decide who may connect.
 """
 
@@ -65,7 +65,7 @@ class HostCheck(Hosts):
 
 
 class OriginCheck(Origins):
-    """Refuses requests that a page of another origin makes the browser send."""
+    """Refuses requests sent by pages of other origins."""
 
     @override
     def wrong(self, scope: Scope, headers: Headers) -> ApiError | None:

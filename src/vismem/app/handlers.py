@@ -243,7 +243,7 @@ def settings_of(
         raise ChatError("Temperature, seed and max tokens each need a number: see Advanced.")
     for name, number in (("seed", seed), ("number of tokens", max_tokens)):
         if not float(number).is_integer():
-            raise ChatError(f"The {name} must be a whole number of 0 or more, not {number:g}.")
+            raise ChatError(f"The {name} must be a whole number, 0 or more, not {number:g}.")
     return AnswerSettings(invocation, bool(compare), float(temperature), int(seed), int(max_tokens))
 
 

@@ -92,7 +92,7 @@ def timeline(
 
 
 def panel(inspection: Inspection, index: int, *, key: str = "0") -> str:
-    """Everything about one invocation, as one fragment; `key` is of the answer, unique on the page.
+    """Everything about one invocation, as one fragment; `key` identifies the answer on the page.
 
     Raises:
         ValueError: if there is no such invocation.
@@ -216,7 +216,7 @@ def token_label(token: AnswerToken) -> str:
     if token.part == "mark":
         return f"{token.kind}-term memory {(token.index or 0) + 1}"
     if token.part == "word":
-        return visible(token.text) or "a part of a character"
+        return visible(token.text) or "part of a character"
     return {"end": "end of the memory", "stop": "end of the answer"}.get(token.part, token.text)
 
 

@@ -31,7 +31,7 @@ MAX_TOKENS = 4096  # per answer
 
 
 class ChatError(ValueError):
-    """A question or an event is refused; the message is for the visitor."""
+    """A refused question or event; the message is for the visitor."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class AnswerSettings:
     max_new_tokens: int = 256
 
     def policy(self, *, has_image: bool) -> str | Policy:
-        """Returns the policy. Raises ChatError if a setting is out of range, or needs an image and has none."""
+        """Returns the policy. Raises ChatError if a setting is out of range, or needs an image and there is none."""
         if not 0 <= self.temperature <= 100:
             raise ChatError(f"The temperature must be between 0 and 100, not {self.temperature}.")
         if not 0 <= self.seed < 2**63:
-            raise ChatError(f"The seed must be a whole number of 0 or more, not {self.seed}.")
+            raise ChatError(f"The seed must be a whole number, 0 or more, not {self.seed}.")
         if not 1 <= self.max_new_tokens <= MAX_TOKENS:
             raise ChatError(f"An answer may have 1 to {MAX_TOKENS} tokens, not {self.max_new_tokens}.")
         try:

@@ -72,8 +72,8 @@ def web(chat: Chat, address: str, password: str | None = None) -> ASGIApp:
 
     Args:
         chat: answers the questions.
-        address: where it listens. On loopback it answers to loopback host names only; other origins are always refused.
-        password: visitors must know it; None asks for none.
+        address: where it listens. On loopback it accepts only loopback host names; other origins are always refused.
+        password: that visitors must enter; by default none.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 

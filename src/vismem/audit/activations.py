@@ -1,7 +1,7 @@
 """Intact answers with everything that the audit needs of them, on disk row by row.
 
-The reference pass fills the store. Whatever another row contributes to a replacement comes from here and never from a
-neighbour in the batch, so a replaced memory depends on the seed and the row alone.
+The reference pass fills the store. What another row contributes to a replacement comes from here, never from a
+neighbour in the batch, so a replaced memory depends only on the seed and the row.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class ActivationStore:
         self.question = {row.id: last_question(row) for row in self.rows}
         self.entries: dict[str, Entry] = {}
         self.encoded_images = lru_cache(cached)(self._encode_images)
-        self._sums: dict[Kind, dict[str, tuple[Tensor, int]]] = {}  # by group: the memories' sum, and their number
+        self._sums: dict[Kind, dict[str, tuple[Tensor, int]]] = {}  # by group: the memories' sum and number
 
     def row(self, row_id: Any) -> Row:
         """The row with this id. Raises ValueError if there is none."""
@@ -106,7 +106,7 @@ class ActivationStore:
         return self.folder / f"{self.number[row_id]:06d}.safetensors"
 
     def add(self, row_id: str, rollout: Rollout, queries: Sequence[Tensor | None], visual: Tensor) -> None:
-        """Saves a row's intact answer and takes it into `entries`; the arguments are those of `Entry`."""
+        """Saves a row's intact answer and adds it to `entries`; the arguments are those of `Entry`."""
         tensors = {name: getattr(rollout, name) for name in ("tokens", "sampled", "allowed", "log_probs")}
         tensors["visual"] = visual
         for index, (one, query) in enumerate(zip(rollout.invocations, queries, strict=True)):

@@ -44,7 +44,7 @@ def effect(
     Args:
         name: of the intervention, or `OFF`.
         kinds: kinds of memory that it replaces.
-        intact, others: records by id; `others` has the questions with a replacement.
+        intact, others: records by id; `others` has those with a replacement.
         activations: of the rows.
         shifts: replay results by id.
         off: records without memory, which content-free replacements are compared with.

@@ -34,7 +34,7 @@ MOST_COMPONENTS = 128
 PROBE = LogisticRegression(C=0.1, max_iter=100, tol=1e-3)
 MAJORITY = DummyClassifier(strategy="most_frequent")
 FEWEST_ROWS = 40
-FEWEST_OF_CLASS = 4  # rows per class on average; with fewer there are too many classes to learn
+FEWEST_OF_CLASS = 4  # rows per class on average; fewer are too few to learn from
 
 
 def probe_kinds(

@@ -51,7 +51,7 @@ def questions_and_unread(
 
 
 def sample_rows(rows: Sequence[Row] | Rows, count: int, seed: int) -> list[Row]:
-    """A random sample of at most `count` rows, each with its neighbours that ask about the same image.
+    """A random sample of at most `count` rows, each with its neighbours about the same image.
 
     Opens only the sampled rows and their neighbours.
     """

@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         steps,
         "tables",
         "the paper's tables: JSON, Markdown and a plot each",
-        "Makes tables of the paper; trains and answers what is missing.\n\n"
+        "Makes the paper's tables; trains and answers what is missing.\n\n"
         + SETTINGS
         + "\n".join(f"  {name:<12}{what}" for name, what in TABLES.items()),
         "vismem eval tables main my.yaml seeds=[0,1,2]",

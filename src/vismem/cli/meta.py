@@ -180,7 +180,7 @@ def estimate_lines(found: dict[str, Any]) -> list[str]:
         cases[name] = found[stage]["plain"]
         cases[f"{name}, checkpointing"] = found[stage]["gradient_checkpointing"]
     return [
-        "estimated peaks of memory, attention fused, allocator and device context not counted",
+        "estimated peaks of memory with fused attention, without allocator and device context",
         f"  {workload_line(found['assumptions'])}",
         *(case_line(name, parts) for name, parts in cases.items()),
     ]

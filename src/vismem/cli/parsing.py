@@ -138,21 +138,21 @@ def whole(low: int, high: int) -> Callable[[str], int]:
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            rule = f"from {low} to {high}" if high < 2**31 else f"of {low} or more"
-            raise argparse.ArgumentTypeError(f"must be a whole number {rule}, got {text!r}")
+            rule = f" from {low} to {high}" if high < 2**31 else f", {low} or more"
+            raise argparse.ArgumentTypeError(f"must be a whole number{rule}, got {text!r}")
         return value
 
     return read
 
 
 def temperature(text: str) -> float:
-    """The type of `--temperature`: a finite number of 0 or more."""
+    """The type of `--temperature`: a finite number, 0 or more."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of 0 or more, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
     return value
 
 

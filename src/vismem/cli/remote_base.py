@@ -1,4 +1,4 @@
-"""The layers of LLaVA-OneVision-1.5, to be counted: its code is not in transformers, so nothing here can run.
+"""The layers of LLaVA-OneVision-1.5, only to be counted: its code is not in transformers, so nothing here runs.
 
 A RICE vision tower with its merger, and a Qwen3 language model, named as in the published code.
 """
@@ -53,7 +53,7 @@ class RemoteBase(nn.Module):
 
 
 class Rice(nn.Module):
-    """The vision tower: a class token with a rotation of its own, a norm before the blocks, and the merger."""
+    """The vision tower: a class token with its own rotation, a norm before the blocks, and the merger."""
 
     def __init__(self, vision: Any, text: Any) -> None:
         super().__init__()

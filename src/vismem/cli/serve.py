@@ -63,7 +63,7 @@ def parser() -> Parser:
         "--allow-image-host",
         **repeatable,
         metavar="HOST",
-        help="a host to fetch images from by https, never at private addresses (default: data URIs only)",
+        help="a host to fetch images from over https, never at private addresses (default: data URIs only)",
     )
     add(
         "--no-access-log",

@@ -51,7 +51,7 @@ DEFAULTS = vars(Record("", 0.0, "", 0, 0))
 
 
 class Merged(NamedTuple):
-    """A merged file, and its lines that were one result file: the settings, then the results."""
+    """A merged file, and its lines from one result file: the settings, then the results."""
 
     path: Path
     lines: list[dict[str, Any]]

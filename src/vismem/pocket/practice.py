@@ -40,10 +40,10 @@ class Mixture:
 
 
 MIXTURES = {
-    # A short memory starts as a second look and needs little; what a label means is learned from nothing.
+    # Short memory starts as a second look and needs few rows; what labels mean is learned from scratch.
     "warmup": Mixture(rules=0.75, late_rules=0.08, described=0.02, in_view=0.03, strange=0.5),
     "stage1": Mixture(described=0.0, in_view=0.0),
-    # Most replies want both kinds: with fewer of them, short memory took every place before long memory found its own.
+    # Most replies need both kinds; with fewer, short memory took every place before long memory learned its own.
     "stage2": Mixture(rules=0.4, late_rules=0.3, described=0.0, in_view=0.1, strange=0.2),
     # For short memory alone: `data=pocket:late`, and on pictures that the base never saw, `data=pocket:strange`.
     "late": Mixture(rules=0.0, late_rules=0.0, described=0.0, in_view=0.0, strange=0.0),
@@ -124,8 +124,8 @@ class PocketRows(Dataset[Row]):
     """Rows of the pocket world for one stage: a map-style dataset, practically endless, the same for a seed.
 
     Args:
-        stage: `"warmup"`, `"stage1"` or `"stage2"`; or a baseline, which reads the rows of a stage without invocations:
-            of the one that `mixture` names, by default `"sft"` of the warm-up and `"grpo"` of stage II.
+        stage: `"warmup"`, `"stage1"` or `"stage2"`; or a baseline, which reads a stage's rows without invocations: the
+            stage that `mixture` names, by default the warm-up for `"sft"` and stage II for `"grpo"`.
         seed: of all rows.
         length: number of rows.
         mixture: one of `MIXTURES`; by default the stage's own.

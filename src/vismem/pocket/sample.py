@@ -23,7 +23,7 @@ def sample(out: Path, n: int = 12, seed: int = 0, enlarge: int = 1) -> None:
     lines = []
     for number in range(n):
         conversation = sample_conversation(Random(f"{seed}-{number}"), "test", task=TASKS[number % len(TASKS)])
-        out.mkdir(parents=True, exist_ok=True)  # not before there is something to put into it
+        out.mkdir(parents=True, exist_ok=True)  # only once there is something to write
         names = []
         for place, image in enumerate(conversation.images):
             names.append(f"{number:04d}_{place}.png")

@@ -36,7 +36,7 @@ class Suite:
     cells: dict[str, dict[str, Any]]  # from a cell's name to the options of `sample_conversation`, and `disturb`
     bound: dict[str, Any] = field(default_factory=dict)  # options that supply what memory would have to
     share: int = 1  # questions per cell, relative to `n`
-    places: tuple[tuple[int, Kind], ...] = (LOOK,)  # where a reply needs memory: after its n-th colon, of which kind
+    places: tuple[tuple[int, Kind], ...] = (LOOK,)  # where a reply needs memory: after which colon, of which kind
 
 
 def _rules(labels: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def rows(suite: str, n: int = 12, seed: int = 1, *, bound: bool = False, split: 
         suite: one of `SUITES`.
         n: questions per cell of suites with share 1; a suite has n * share * cells of them.
         seed: of the questions.
-        bound: supply in the prompt what memory would have to. Questions and answers stay the same.
+        bound: put into the prompt what memory would have to supply. Questions and answers stay the same.
         split: whose handwriting, `"test"` or `"train"`.
 
     Returns:

@@ -82,7 +82,7 @@ class LineWriter:
             self.lines.put_nowait(line)
 
     def close(self, seconds: float = 1.0) -> None:
-        """Waits up to `seconds` for each of: room in the queue, and the last write."""
+        """Waits for room in the queue and for the last write, up to `seconds` each."""
         try:
             self.lines.put(None, timeout=seconds)
         except queue.Full:

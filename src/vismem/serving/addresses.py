@@ -27,7 +27,7 @@ NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*"
 NOT_PUBLIC = [
     ipaddress.ip_network(each)
     for each in (
-        "168.63.129.16/32",  # public by number, but a service of Azure to its own machines
+        "168.63.129.16/32",  # looks public, but serves Azure's own machines
         "192.0.0.0/24",  # protocol assignments
         "192.88.99.0/24",  # 6to4 relays
         "2001::/23",  # Teredo and other protocols
@@ -35,11 +35,11 @@ NOT_PUBLIC = [
         "3fff::/20",  # documentation
     )
 ]
-GLOBAL_V6 = ipaddress.ip_network("2000::/3")  # the rest may hold another address: mapped IPv4, NAT64
+GLOBAL_V6 = ipaddress.ip_network("2000::/3")  # the rest may embed another address: mapped IPv4, NAT64
 
 
 def is_public(address: Address) -> bool:
-    """Whether an IP address is on the public internet and does not hold another address."""
+    """Whether an IP address is on the public internet and does not embed another address."""
     if any(address in network for network in NOT_PUBLIC if network.version == address.version):
         return False
     return address.is_global and not address.is_multicast and (address.version == 4 or address in GLOBAL_V6)
@@ -59,7 +59,7 @@ def read_hosts(texts: Sequence[str]) -> tuple[Host, ...]:
             another port, `"http://example.org"` for plain http.
 
     Raises:
-        ValueError: if one has another form.
+        ValueError: if one is malformed.
     """
     hosts = []
     for text in texts:
@@ -106,10 +106,10 @@ def read_url(text: str, hosts: Sequence[Host]) -> httpx.URL:
 
 
 class PublicTransport(httpx.AsyncHTTPTransport):
-    """Connects to allowed hosts at public addresses only, whether a request is the first or follows a redirect.
+    """Connects only to allowed hosts at public addresses, on redirects too.
 
     A name is resolved once, all its addresses must be public, and the connection goes to one of them: a second lookup
-    could give others. No proxies are used.
+    could differ. No proxies are used.
 
     Args:
         hosts: from `read_hosts`.
@@ -124,7 +124,7 @@ class PublicTransport(httpx.AsyncHTTPTransport):
         """Sends a request.
 
         Raises:
-            ApiError: 400 for a malformed address or a name without one, 403 for one that is not allowed or not public.
+            ApiError: 400 for a malformed URL or a name that does not resolve, 403 for a host not allowed or not public.
         """
         url = read_url(str(request.url), self.hosts)
         try:
@@ -133,9 +133,9 @@ class PublicTransport(httpx.AsyncHTTPTransport):
         except (OSError, ValueError, UnicodeError):
             addresses = []
         if not addresses:
-            raise ApiError(400, "an image's host has no address", code="image_unavailable", param="messages")
+            raise ApiError(400, "an image's host name does not resolve", code="image_unavailable", param="messages")
         if not all(is_public(each) for each in addresses):
-            message = "an image's host leads to an address that is not public"
+            message = "an image's host resolves to an address that is not public"
             raise ApiError(403, message, code="image_url_refused", param="messages")
         return await super().handle_async_request(
             httpx.Request(

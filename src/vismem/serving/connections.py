@@ -27,7 +27,7 @@ T = TypeVar("T")
 LINGER = 1.0  # seconds that a rejected client has to read why
 SEND_BUFFER = 64 * 2**10  # bytes of the kernel's buffer per connection; small, so that unread data shows up here
 LOOSE_LINE = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
-FREE_CHUNKS, MIN_CHUNK = 1000, 64  # after so many chunks, they must have so many bytes on average
+FREE_CHUNKS, MIN_CHUNK = 1000, 64  # past so many chunks, they must average so many bytes
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ CONTEXT = 8  # tokens of the prompt that the detokenizer sees before a continuat
 
 @dataclass(frozen=True)
 class Load:
-    """Number of rows waiting, and of rows being decoded."""
+    """Numbers of rows waiting and being decoded."""
 
     waiting: int
     writing: int
@@ -65,7 +65,7 @@ class ChatEngine(Protocol):
         """Whether requests are accepted."""
 
     async def close(self, finish_within: float = 0.0) -> None:
-        """Accepts no more requests, gives answers that many seconds to finish, and cancels the rest."""
+        """Refuses new requests, gives answers `finish_within` seconds to finish, and cancels the rest."""
 
 
 class Engine:
@@ -185,9 +185,9 @@ class Engine:
         ]
         if request.continue_final_message and not request.continues:
             messages.pop()  # it is empty, and a new message starts with the same tokens
-        # Templates join the texts of a message, some with its images elsewhere, so a token may come in several parts.
+        # Templates join a message's texts, some moving its images elsewhere, so a token may be split over parts.
         texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
-        if (size := sum(map(len, texts))) > MAX_TOKEN_LENGTH * self.context:  # before tokenizing, which takes long
+        if (size := sum(map(len, texts))) > MAX_TOKEN_LENGTH * self.context:  # before tokenizing, which is slow
             raise ApiError(
                 400,
                 f"the messages have {size} characters, too many for the context of {self.context} tokens",
@@ -261,7 +261,7 @@ class Engine:
 
 
 def policy_for(request: ChatRequest, provenance: Provenance) -> str | Policy:
-    """The policy of a request. All choices follow a schedule; a random policy uses `seed + i` for choice i.
+    """The policy of a request. All choices follow the same schedule; a random policy uses `seed + i` for choice i.
 
     Raises:
         ApiError: if the schedule has a short-term invocation but there is no image.

@@ -1,7 +1,7 @@
 """Strips metadata from image files: texts, profiles, thumbnails, and EXIF except for the orientation.
 
 Metadata can make small files expand: an EXIF directory may refer to the same ten megabytes a thousand times, and Pillow
-copies them each time; comments in tiny pieces are joined one by one. None of that reaches Pillow here. A file is
+copies them each time; comments in tiny pieces are joined one by one. None of this reaches Pillow. A file is
 walked part by part, never decoded; anything that does not match its format is left for Pillow to refuse.
 """
 

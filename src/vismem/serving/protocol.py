@@ -229,7 +229,7 @@ def bounded_policy(text: str, seed: int = 0) -> str | Policy:
     """As `read_policy` for untrusted text: also raises ValueError for schedules longer than `MAX_SCHEDULED`."""
     policy = read_policy(text, seed)
     if isinstance(policy, Forced) and (count := len(list(policy.schedule))) > MAX_SCHEDULED:
-        raise ValueError(f"a schedule may have {MAX_SCHEDULED} invocations, not {count}")
+        raise ValueError(f"a schedule may have at most {MAX_SCHEDULED} invocations, not {count}")
     return policy
 
 

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 class ReplicaUpdate:
     """What happened to an answer since the previous update."""
 
-    writing: int  # rows that the replica is decoding, of all answers
+    writing: int  # rows that the replica is decoding, over all answers
     chunks: list[ChatChunk]
     error: ApiError | None  # what ended it; then this is the last update
     warnings: list[str]  # lines of the replica's log since its previous update, whichever answer they belong to
@@ -76,7 +76,7 @@ class Replica:
         logging.getLogger("vismem").addHandler(self.warnings)
 
     def check_health(self) -> None:
-        """Called by Ray, which replaces a replica for which this raises."""
+        """Called by Ray, which replaces a replica if this raises."""
         if not self.engine.ready():
             raise RuntimeError("the thread that owns the model has ended")
 
@@ -109,7 +109,8 @@ async def batched(
 ) -> AsyncGenerator[tuple[list[T], BaseException | None], None]:
     """Yields the items in lists: the first item at once, later ones together with all that arrived during a pause.
 
-    An exception of `items` comes with the last list. Closing this generator closes `items`. A pause is in seconds.
+    Each list comes with None, the last one with the exception that ended `items`, if any. Closing this generator closes
+    `items`. `pause` returns seconds.
     """
     queue: asyncio.Queue[T | None] = asyncio.Queue()
 
@@ -290,7 +291,7 @@ class ReplicaState:
     """What the server knows about a replica."""
 
     running: bool = True  # when last polled
-    rows: int = 0  # sent to it, and not ended
+    rows: int = 0  # sent to it and not finished
     writing: int = 0  # rows that it last reported as being decoded
 
 

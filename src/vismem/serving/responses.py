@@ -67,7 +67,7 @@ class ChoiceStream:
         self.position = 0
 
     def read(self, update: RowUpdate) -> Iterator[ChunkChoice]:
-        """What an update adds to the choice. After a stop string there is only the end, and then nothing."""
+        """What an update adds to the choice; after a stop string only the end, then nothing."""
         if self.stopped:
             return
         invocations = iter(update.invocations)
@@ -181,7 +181,7 @@ class TokenBytes:
 def token_logprob(token: int, top: Top, token_bytes: TokenBytes, *, first: bool) -> TokenLogprob:
     """A token's log-probability, and those of the likeliest tokens in its place.
 
-    Bytes that are no valid text on their own, such as part of a character, appear as `\\xe2` in the token's text.
+    Bytes that are not valid text on their own, such as part of a character, appear as `\\xe2` in the token's text.
     """
 
     def entry(token: int, log_prob: float) -> TopLogprob:
@@ -220,7 +220,7 @@ async def whole(chunks: AsyncGenerator[ChatChunk, None], request: ChatRequest) -
 
 
 async def server_sent(chunks: AsyncGenerator[ChatChunk, None], request: ChatRequest) -> AsyncGenerator[bytes, None]:
-    """The chunks of an answer as server-sent events, with those parts that the client asked for."""
+    """The chunks of an answer as server-sent events, with the parts that the client asked for."""
     async with aclosing(chunks):
         async for chunk in chunks:
             if request.vismem.trace or not any(choice.vismem for choice in chunk.choices):

@@ -199,10 +199,10 @@ async def streamed(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGe
 async def answered(
     request: Request, chunks: AsyncGenerator[ChatChunk, None], seconds: float
 ) -> AsyncGenerator[ChatChunk, None]:
-    """Yields the chunks, and leaves their token counts in the request's state for the access log.
+    """Yields the chunks, and stores their token counts in the request's state for the access log.
 
     Raises:
-        ApiError: if they are not over after that many seconds.
+        ApiError: if they take longer than `seconds`.
     """
     end = anyio.current_time() + seconds
     async with aclosing(chunks):
@@ -323,7 +323,7 @@ def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 def correct_schema(schema: dict[str, Any], *, requires_key: bool) -> None:
-    """Takes FastAPI's own error, 422, out of its OpenAPI schema, and adds the API key."""
+    """Removes FastAPI's own error, 422, from the OpenAPI schema and adds the API key."""
     for path in schema["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)

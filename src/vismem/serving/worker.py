@@ -45,7 +45,7 @@ class RowUpdate:
         index: the row within the request.
         tokens: its new tokens, including invocation and end ids.
         invocations: its invocations that finished in this step.
-        tops: for each token what the request's `top` asks for; empty without it.
+        tops: for each token, what the request's `top` asks for; empty without it.
         finish: how the row ended, or None while it is running.
         error: what went wrong, if `finish` is "error".
     """
@@ -104,7 +104,7 @@ class Worker:
             raise ValueError(f"max_waiting must be 0 or more, got {max_waiting}")
         self.model, self.max_waiting = model, max_waiting
         self.queue = RequestQueue(model, batch_size, record=record, **generation)
-        # Run between two steps; with the future of the result if somebody waits for it.
+        # Run between two steps; each with the future of its result if anyone waits for it.
         self.tasks: deque[tuple[Callable[[], object], Future[Any] | None]] = deque()
         self.awake = threading.Condition()
         self.tickets: dict[Ticket, None] = {}  # in order of submission
@@ -177,7 +177,7 @@ class Worker:
         return future
 
     def close(self, finish_within: float = 0.0) -> None:
-        """Accepts no more requests, gives rows that many seconds to finish, cancels the rest, and joins the thread."""
+        """Refuses new requests, gives rows `finish_within` seconds to finish, cancels the rest, joins the thread."""
         with self.awake:
             self.closing = True
             self.deadline = min(self.deadline, time.monotonic() + finish_within)

@@ -2,7 +2,7 @@
 
 A new family is one file here and one line below; every test that takes the fixture `family` then runs on it.
 Where its towers differ among themselves, `VARIANTS` lists other arguments of `build` for the tests of the tower.
-Where the base rearranges what its projector gives, `projected(base, inputs)` holds it as it was, view by view.
+Where the base rearranges its projector's outputs, `projected(base, inputs)` returns them view by view.
 Where its code comes with the model, `LOADING` holds the keywords that `from_pretrained` then needs.
 """
 

@@ -61,7 +61,7 @@ def text(words, model_type: str = "llama", tied: bool = False) -> dict:
 
 
 def finished(model: nn.Module, words) -> nn.Module:
-    """The model with its tower and projector drawn at random where transformers starts them otherwise."""
+    """The model with random weights in its tower and projector, and its tokenizer's end and pad tokens."""
     with torch.no_grad():
         for name, parameter in model.model.named_parameters():
             if "vision_tower" in name and "norm" in name and name.endswith("weight"):

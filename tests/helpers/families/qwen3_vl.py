@@ -73,7 +73,7 @@ def settings(tied: bool, **text) -> dict:
 
 
 def finished(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with nothing left as transformers starts it, and the ends of answers that its tokenizer has."""
+    """A model without constant vision biases and norms, and with its tokenizer's end and pad tokens."""
     with torch.no_grad():  # transformers starts biases at zero and norms at one
         for parameter in model.model.visual.parameters():
             if parameter.ndim == 1:

@@ -279,7 +279,7 @@ class VisMemChat(lmms):
     def keywords(self, generation: Mapping[str, Any]) -> dict[str, Any]:
         """Converts a task's generation keywords to those of `generate`.
 
-        Greedy, unless the task sets `do_sample` or only a temperature.
+        Samples at the task's temperature (1 if it sets only `do_sample`); else greedy, also with `do_sample=False`.
 
         Raises:
             ValueError: if the task asks for beam search.
@@ -316,14 +316,14 @@ def _parsed(arguments: str | Mapping[str, Any]) -> dict[str, Any]:
         return simple_parse_args_string(arguments)
     except ValueError as error:
         raise ValueError(
-            f"--model_args {arguments!r} is no list of name=value; put a value with commas in quotes"
+            f"--model_args {arguments!r} is not a list of name=value; put a value with commas in quotes"
         ) from error
 
 
 def _whole(given: Mapping[str, Any], name: str, low: int, default: int) -> int:
     value = given.get(name, default)
     if isinstance(value, bool) or not str(value).lstrip("-").isdigit() or int(value) < low:
-        raise ValueError(f"{name} must be a whole number of {low} or more, got {value!r}")
+        raise ValueError(f"{name} must be a whole number, {low} or more, got {value!r}")
     return int(value)
 
 

@@ -94,7 +94,7 @@ def never_invoked(methods: Mapping[str, Method], answers: Answers) -> list[str]:
 
 
 def failed(answers: Answers) -> list[str]:
-    """A note on questions without an answer: of each benchmark, the most that a method failed on."""
+    """A note on questions without an answer: for each benchmark, the most that any method failed on."""
     worst = {name: (0, 0) for _, name in answers}
     for (_, name), seeds in answers.items():
         counts = [(sum(bool(record.error) for record in seed), len(seed)) for seed in seeds]

@@ -42,7 +42,7 @@ def build(seed: int = 0, tied: bool = False) -> PreTrainedModel:
     config.image_token_id = words.convert_tokens_to_ids("<|image_pad|>")
     config.video_token_id = words.convert_tokens_to_ids("<|video_pad|>")
     config.vision_start_token_id = words.convert_tokens_to_ids("<|vision_start|>")
-    torch.manual_seed(seed + 1)  # the head that 0 draws hardly ever writes what a delimiter's row is copied to
+    torch.manual_seed(seed + 1)  # seed 0's head hardly ever writes a token copied from a delimiter's row
     model = AutoModelForImageTextToText.from_config(config, **LOADING).eval()
     with torch.no_grad():  # transformers starts biases at zero and norms at one
         for parameter in model.model.visual.parameters():
