@@ -106,7 +106,7 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
             optimizer.zero_grad()
 
         for checkpointing in (False, True):
-            model.gradient_checkpointing_enable(checkpointing)
+            model.gradient_checkpointing_enable(enable=checkpointing)
             measured["update"] = peak(update)
             told = training(shape, parts, config, load, stage, checkpointing=checkpointing)
             steady = sum(told[name] for name in ("weights", "memory", "optimizer", "start"))
@@ -114,7 +114,7 @@ def measure(name: str, visual_tokens: int) -> list[dict[str, Any]]:
                 note(f"{stage} rollout", measured["rollout"], steady + sum(told["rollout"].values()))
             mode = ", checkpointing" if checkpointing else ""
             note(f"{stage} update{mode}", measured["update"], steady + sum(told["update"].values()))
-        model.gradient_checkpointing_enable(False)
+        model.gradient_checkpointing_enable(enable=False)
         del optimizer, start, kept, batch, learner, rollout, update
     facts = {"parameters": shape.parameters, "memory": sum(parts.values()), "visual_tokens": visual_tokens}
     facts |= {"prompt_tokens": words, "answer_tokens": NEW_TOKENS, "invocations": INVOCATIONS, "rows": ROWS}

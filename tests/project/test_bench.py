@@ -252,7 +252,7 @@ def test_a_stream_goes_from_runs_to_report(throughput, short_answers, family):
     assert str(Path.home()) not in json.dumps(written)
     assert "qwen-28m*" in throughput.table([found])
     rounds[0]["off"].answers[0][-1] += 1
-    with pytest.raises(RuntimeError, match="'off' wrote 1 answers other than 'generate'"):
+    with pytest.raises(RuntimeError, match="'off' wrote 1 answers that differ from 'generate'"):
         throughput.summarize_stream(case, "random", "command", images, rounds)
     assert throughput.summarize_stream(case, "random", "command", images, rounds, exact=False).differing["off"] == 1
 
