@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from vismem.decoding.policies import Forced
+from vismem.decoding.queue import Request
 from vismem.memory import Observation
 from vismem.memory.choice import Choice, sampled_blocks
 from vismem.memory.short_term import block_patches
@@ -223,3 +224,17 @@ def test_long_memory_starts_as_it_does_with_pooled_patches(family):
             model.memory.long.log_gain.zero_()
         pooled, attended, learned = (model.memory.long(torch.ones(1, 4, 48), [torch.ones(3, 48)]) for model in models)
     assert torch.allclose(pooled, attended) and not torch.allclose(pooled, learned, atol=1e-3)
+
+
+def test_the_live_batch_chooses_as_generate_does(family):
+    """Rows that enter and leave at different steps take the blocks that they take alone."""
+    model = attended(family)
+    prompts = [first_alone(model.processor), last_alone(model.processor), first_alone(model.processor)]
+    policy = Forced([(0, 0, "short"), (0, 4, "short")])
+    settings = {"max_new_tokens": 8, "do_sample": False, "invocation": policy}
+    answers = {a.tag: a for a in model.stream_batch([Request(p, tag=i) for i, p in enumerate(prompts)], 2, **settings)}
+    for index, prompt in enumerate(prompts):
+        alone = model.generate(**prompt, **settings, return_dict_in_generate=True).invocations[0]
+        for ours, theirs in zip(answers[index].invocations, alone, strict=True):
+            assert torch.equal(ours.choice.blocks, theirs.choice.blocks)
+            assert torch.allclose(ours.memory, theirs.memory, atol=1e-4)
