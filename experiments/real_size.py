@@ -22,22 +22,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "src" / "vismem" / "cli" / "configs" / "Qwen2.5-VL-3B.json"
-SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
 VISUAL, WORDS, ANSWER, ROWS = 1024, 32, 64, 2
 
 
-def status(field: str) -> int:
-    """A field of this process's status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def peak(work: Callable[[], Any]) -> tuple[Any, float, int]:
+def timed(work: Callable[[], Any]) -> tuple[Any, float, int]:
     """What `work` returns, its seconds, and the peak of resident memory meanwhile."""
-    Path("/proc/self/clear_refs").write_text("5")
+    from memory import peak
+
+    found: list[Any] = []
     begun = time.perf_counter()
-    found = work()
-    return found, round(time.perf_counter() - begun, 1), status("VmHWM")
+    most = peak(lambda: found.append(work()))
+    return found[0], round(time.perf_counter() - begun, 1), most
 
 
 def random_base(layers: int | None) -> tuple[Any, Any]:
@@ -65,6 +60,7 @@ def measure(layers: int | None) -> dict[str, Any]:
     """Both updates."""
     import torch
     from bases import prompt
+    from memory import status
 
     import vismem
     from vismem.decoding.policies import Forced
@@ -115,7 +111,7 @@ def measure(layers: int | None) -> dict[str, Any]:
         loss = -grpo.trajectory_mean(replayed.log_probs, sampled).mean() + replayed.gaze.mean()
         return {"loss": float(loss.detach()), "gaze": float(replayed.gaze.mean().detach()), "norm": step(loss)}
 
-    values, seconds, most = peak(warm_up)
+    values, seconds, most = timed(warm_up)
     found["warmup"] = {**values, "seconds": seconds, "peak": most - before, "estimate": estimate("warmup", 1, 1)}
     print(json.dumps(found["warmup"]), file=sys.stderr, flush=True)
 
@@ -125,7 +121,7 @@ def measure(layers: int | None) -> dict[str, Any]:
     def roll() -> Any:
         return write(model, inputs, policy, sampling(model, ANSWER, 1.0), list(range(ROWS)), ROWS, sample_blocks=True)
 
-    rollouts, seconds, most = peak(roll)
+    rollouts, seconds, most = timed(roll)
     found["rollout"] = {"seconds": seconds, "peak": most - before, "tokens": sum(len(r.tokens) for r in rollouts)}
     batch, advantages = collate(inputs, rollouts, 0, 1.0, formed=False), torch.tensor([1.0, -1.0])
 
@@ -138,7 +134,7 @@ def measure(layers: int | None) -> dict[str, Any]:
         gap = float((old.choices[taken] - decoded).abs().max())
         return {"choice_gap": gap, "norm": step((losses + config.short_length * looks).mean())}
 
-    values, seconds, most = peak(stage_one)
+    values, seconds, most = timed(stage_one)
     found["stage1"] = {**values, "seconds": seconds, "peak": most - before, "estimate": estimate("stage1", 1, ROWS)}
     return found
 
@@ -148,9 +144,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "real_size.json")
     parser.add_argument("--layers", type=int, help="that many layers of the language model only, to try it out")
     options = parser.parse_args()
+    sys.path.append(str(ROOT / "benchmarks"))
+    from memory import SETTINGS
+
     if any(os.environ.get(name) != value for name, value in SETTINGS.items()):  # read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SETTINGS})
-    sys.path.append(str(ROOT / "benchmarks"))
     import torch
     from decode import machine_facts
 

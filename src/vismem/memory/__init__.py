@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
-import torch
 from torch import Tensor, nn
 
 from vismem.backbones import Backbone
 from vismem.config import Kind, VisMemConfig
 from vismem.memory.builder import QueryBuilder
-from vismem.memory.choice import Choice
+from vismem.memory.choice import Choice, block_tokens
 from vismem.memory.long_term import LongTermFormer
 from vismem.memory.observation import Formed, Observation
 from vismem.memory.short_term import ShortTermFormer
@@ -55,10 +52,7 @@ class Memory(nn.Module):
         assert self.short.choice is not None
         found, grids, states = [], [], []
         for seen in observations:
-            # A block's visual token, counted from the first of its image.
-            firsts = accumulate((image.tokens for image in seen.patches), initial=0)
-            tokens = [first + image.blocks.flatten() for first, image in zip(firsts, seen.patches, strict=False)]
-            states.append(seen.visual[torch.cat(tokens).to(seen.visual.device)])
+            states.append(seen.visual[block_tokens(seen.patches).to(seen.visual.device)])
             grids.append([(image.blocks.shape[0], image.blocks.shape[1]) for image in seen.patches])
         for seen, scores, grid in zip(observations, self.short.choice(query, states), grids, strict=True):
             blocks = seen.blocks

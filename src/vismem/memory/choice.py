@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+
+from vismem.backbones import Patches
 
 WIDTH = 64  # w, of the queries and keys
 
@@ -92,6 +95,12 @@ class BlockChoice(nn.Module):
         scale = self.log_scale.exp() * weight.shape[0] ** -0.5
         keys = [self.key(self.norm_key(shown.to(weight))) for shown in states]
         return [(scale * (each @ key.T)).float() for each, key in zip(asked, keys, strict=True)]
+
+
+def block_tokens(patches: list[Patches]) -> Tensor:
+    """The visual token [P] of every block of a row's images, counted from the row's first."""
+    firsts = accumulate((image.tokens for image in patches), initial=0)
+    return torch.cat([first + image.blocks.flatten() for first, image in zip(firsts, patches, strict=False)])
 
 
 def sampled_blocks(scores: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -10,13 +10,13 @@ visual states again, where the memory will stand.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vismem.memory import Choice
+from vismem.memory.choice import block_tokens
 from vismem.reading.attention import attention_weights
 from vismem.reading.splice import Reader, Splice
 
@@ -93,16 +93,10 @@ def gaze_targets(model: VisMem, located: Located, reader: Reader, words: Tensor)
             weight = mine[rows].amax(0)
             if not shown_again and len(said) > 1:  # what every word attends to is an attention sink, not a look
                 weight = (weight - mine.mean(0)).clamp(min=0)
-            found.append(looked_at(weight[block_tokens(located, row)], model.memory_config.short_length))
+            blocks = block_tokens(located.patches[row // located.copies]).to(weight.device)
+            found.append(looked_at(weight[blocks], model.memory_config.short_length))
         targets.append(found)
     return targets
-
-
-def block_tokens(located: Located, row: int) -> Tensor:
-    """The visual token [P] of every block of a row's images, counted from the row's first."""
-    patches = located.patches[row // located.copies]
-    firsts = accumulate((image.tokens for image in patches), initial=0)
-    return torch.cat([first + image.blocks.flatten() for first, image in zip(firsts, patches, strict=False)])
 
 
 def looked_at(weight: Tensor, most: int) -> Tensor | None:

@@ -292,7 +292,7 @@ class MemoryTrainer(CheckpointingTrainer):
             of_choices, more = grpo.grpo_loss(
                 replayed.choices,
                 old.choices,
-                None if reference is None or reference.choices.shape != old.choices.shape else reference.choices,
+                None if reference is None else reference.choices,
                 advantages,
                 chosen_blocks(rollouts, log_probs.device),
                 args.clip_ratio,
