@@ -62,7 +62,7 @@ class Decoded:
         return self.answers if len(seeds) == len(self.answers) else self.again.pop(0)
 
     def counterfactuals(self, model, inputs, rollouts, copies, sighted, settings, seeds):
-        assert rollouts is self.answers and sighted == [True, False] and copies == GROUP
+        assert rollouts is self.answers and sighted == [True, False] and copies == len(self.answers) // 2
         self.seeds.append(seeds)
         return self.swapped
 
@@ -168,6 +168,12 @@ def test_answers_are_compared_within_their_schedule(collected):
     assert found.advantages[:6].tolist() == pytest.approx(expected, abs=1e-2)
     seeds, schedules = decoded.seeds[0], decoded.policies[0].seed
     assert schedules == [seeds[index // 2 * 2] for index in range(12)]
+    # The model's own invocations in stage II have no schedule: all six are compared.
+    alone, _ = collected(Decoded(answers, [answer(4), answer(1)], {}), stage="stage2", group_size=6)
+    same, _ = collected(
+        Decoded(answers, [answer(4), answer(1)], {}), stage="stage2", group_size=6, injection_schedules=3
+    )
+    assert same.advantages.tolist() == alone.advantages.tolist() != found.advantages.tolist()
 
 
 def test_invocations_stand_where_the_reply_names_them():

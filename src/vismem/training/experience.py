@@ -82,18 +82,7 @@ class Collector:
         """
         args, group, metrics = self.args, self.args.group_size, self.metrics
         prompts = inputs_of(self.model, rows)
-        rollouts, result, seeds = self.draw(rows, prompts, step, places, state)
-        for attempt in range(1, args.redraws + 1):
-            flat = [i for i, scores in enumerate(result.total.view(-1, group)) if scores.max() == scores.min()]
-            metrics.add("frac_redrawn", len(flat) / len(rows))
-            if not flat:
-                break
-            some = [rows[i] for i in flat]
-            again = self.draw(some, inputs_of(self.model, some), step, places, state, attempt)
-            index = [i * group + copy for i in flat for copy in range(group)]
-            for at, rollout, seed in zip(index, again[0], again[2], strict=True):
-                rollouts[at], seeds[at] = rollout, seed
-            result.total[index], result.parts[index] = again[1].total, again[1].parts
+        rollouts, result, seeds = self.drawn_with_spread(rows, prompts, step, places, state)
         for name, part in zip(result.names, result.parts.unbind(1), strict=True):
             metrics.add(f"rewards/{name}", part[~part.isnan()])
         scores, base = result.total, self.baseline(rows, prompts, state)
@@ -114,8 +103,8 @@ class Collector:
             returns = found.total
             metrics.add("penalties/type", found.type_penalty)
             metrics.add("penalties/negative", found.negative_penalty)
-        # With injection_schedules, trajectories are compared with those of the same schedule.
-        advantages, spread = grpo.group_advantages(returns, group // max(args.injection_schedules, 1))
+        schedules = max(args.injection_schedules, 1) if args.plan.invokes == "chance" else 1
+        advantages, spread = grpo.group_advantages(returns, group // schedules)  # of one schedule
         spread = spread.view(len(rows), -1).amax(1)
         groups, best = scores.view(-1, group), sum(self.rewards.weights) - 1e-6
         solved = (spread == 0) & (groups[:, 0] >= best) & (base >= best)
@@ -138,6 +127,25 @@ class Collector:
             self.samples.keep(step, shown, texts, groups[: len(shown), 0].tolist(), base[: len(shown)].tolist())
         trained = [not (args.skip_solved and done) for done in solved.tolist()]
         return Experience(rows, prompts, rollouts, advantages, trained)
+
+    def drawn_with_spread(
+        self, rows: list[Row], prompts: dict[str, Tensor], step: int, places: str, state: Any
+    ) -> tuple[list[Rollout], RewardResult, list[int]]:
+        """What `draw` gives; prompts whose trajectories all earned the same are drawn again, up to `redraws` times."""
+        group = self.args.group_size
+        rollouts, result, seeds = self.draw(rows, prompts, step, places, state)
+        for attempt in range(1, self.args.redraws + 1):
+            flat = [i for i, scores in enumerate(result.total.view(-1, group)) if scores.max() == scores.min()]
+            self.metrics.add("frac_redrawn", len(flat) / len(rows))
+            if not flat:
+                break
+            some = [rows[i] for i in flat]
+            again = self.draw(some, inputs_of(self.model, some), step, places, state, attempt)
+            index = [i * group + copy for i in flat for copy in range(group)]
+            for at, rollout, seed in zip(index, again[0], again[2], strict=True):
+                rollouts[at], seeds[at] = rollout, seed
+            result.total[index], result.parts[index] = again[1].total, again[1].parts
+        return rollouts, result, seeds
 
     def draw(
         self, rows: list[Row], prompts: dict[str, Tensor], step: int, places: str, state: Any, attempt: int = 0
