@@ -238,3 +238,18 @@ def test_the_live_batch_chooses_as_generate_does(family):
         for ours, theirs in zip(answers[index].invocations, alone, strict=True):
             assert torch.equal(ours.choice.blocks, theirs.choice.blocks)
             assert torch.allclose(ours.memory, theirs.memory, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init", ["attended", "pooled"])
+def test_queries_begin_at_the_mean_of_the_segment(family, init):
+    """Where memory chooses, the builder's first layer sees them there; elsewhere at their learned start alone."""
+    builder, seen = tiny.equip(family, memory_init=init).memory.builder, []
+    builder.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    states = [torch.randn(3, 48), torch.randn(5, 48)]
+    builder([torch.randn(6, 48), torch.randn(2, 48)], states)
+    for found, segment in zip(seen[0], states, strict=True):
+        start = builder.query_init + builder.types[2]
+        if init == "attended":
+            start = start + builder.project_in(builder.norm_in(segment.mean(0)))
+        assert torch.allclose(found[-len(start) :], start, atol=1e-5)
